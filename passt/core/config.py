@@ -1,0 +1,72 @@
+"""What was decided at start and never changes: the frozen result of the command line and of the host's configuration.
+
+Built by `conf.py`, read by everybody. Addresses are packed bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PASTA = "pasta"
+PASST = "passt"
+
+MTU_DEFAULT = 65520  # 65535 - 14 (Ethernet header), rounded down to a multiple of 4
+MTU_MIN = 68  # RFC 791, 3.2
+MTU_MAX = 65535
+OUR_MAC = bytes.fromhex("9a559a559a55")
+
+
+@dataclass(frozen=True, slots=True)
+class Ip4:
+    """IPv4 as the guest sees it. None instead of an `Ip4` means that the family is off."""
+
+    addr: bytes  # assigned to the guest
+    prefix_len: int
+    gateway: bytes | None  # the guest's default gateway; None: no default route, no DHCP
+    our_addr: bytes | None  # source of what we originate: the gateway where there is one
+    map_host_loopback: bytes | None = None  # this address, seen from the guest, is the host's 127.0.0.1
+    map_guest_addr: bytes | None = None  # this address, seen from the guest, is the host's own `addr`
+    dns: tuple[bytes, ...] = ()  # resolvers to advertise
+    dns_match: bytes | None = None  # queries to this address (port 53 or 853) go to `dns_host`
+    dns_host: bytes | None = None
+    addr_out: bytes | None = None  # source address of outbound sockets
+    if_out: str | None = None  # outbound sockets are bound to this interface
+
+
+@dataclass(frozen=True, slots=True)
+class Ip6:
+    """IPv6 as the guest sees it. None instead of an `Ip6` means that the family is off."""
+
+    addr: bytes | None  # global address assigned to the guest, by DHCPv6 and (its /64) by router advertisement
+    prefix_len: int
+    gateway: bytes | None
+    our_ll: bytes  # our link-local address: source of NA, RA, DHCPv6, and of what a global gateway would send
+    map_host_loopback: bytes | None = None
+    map_guest_addr: bytes | None = None
+    dns: tuple[bytes, ...] = ()
+    dns_match: bytes | None = None
+    dns_host: bytes | None = None
+    addr_out: bytes | None = None
+    if_out: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All that the data plane and the services need to know."""
+
+    mode: str = PASTA
+    ip4: Ip4 | None = None
+    ip6: Ip6 | None = None
+    our_mac: bytes = OUR_MAC
+    mtu: int = MTU_DEFAULT  # 0: none is assigned or advertised
+    scope_id: int = 0  # index of the host interface that link-local destinations are reached through
+    dns_search: tuple[str, ...] = ()
+    advertise_dns: bool = False
+    advertise_search: bool = False
+    no_tcp: bool = False
+    no_udp: bool = False
+    no_icmp: bool = False
+    no_dhcp: bool = False
+    no_dhcpv6: bool = False
+    no_ndp: bool = False
+    no_ra: bool = False

@@ -1,0 +1,43 @@
+"""The run-time state that handlers share. Assembled once by `daemon.py`; each field has one writer, named here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .. import addr
+from .config import Config
+
+if TYPE_CHECKING:
+    from .flow import FlowTable
+    from .fwd import Forwarding
+    from .link import Link
+    from .packet import PacketPool
+    from .reactor import Reactor
+    from .timers import TimerPool
+
+
+@dataclass(slots=True)
+class Guest:
+    """What was observed of the guest. Written by `tap.py` only."""
+
+    mac: bytes = addr.BROADCAST_MAC
+    addr4: bytes = addr.ANY4  # last IPv4 source seen
+    addr6: bytes = addr.ANY6  # last IPv6 source seen that is not link-local
+    addr6_ll: bytes = addr.ANY6  # last link-local source seen
+
+
+@dataclass(slots=True)
+class Context:
+    """One per process."""
+
+    config: Config
+    reactor: Reactor
+    timers: TimerPool
+    pool: PacketPool
+    link: Link
+    flows: FlowTable
+    fwd: Forwarding
+    guest: Guest = field(default_factory=Guest)
+    drops: Counter[str] = field(default_factory=Counter)  # by reason; whoever drops a packet counts it

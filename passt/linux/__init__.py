@@ -1,0 +1,1 @@
+"""The kernel, wrapped once: system calls that the standard library lacks, netlink, namespaces, the tap device."""
