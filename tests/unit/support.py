@@ -1,0 +1,227 @@
+"""What unit tests share: a context whose link, reactor and timers record what is asked of them, and never wait.
+
+    ctx = make_context(mtu=1500)          Config fields by name; the rest are the values below
+    Arp(ctx).tap_handler(..., now=T0)
+    assert link(ctx).take() == [frame]    what went to the guest, vnet headers taken off
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from passt import addr
+from passt.core.config import Config, Ip4, Ip6
+from passt.core.context import Context, Guest
+from passt.core.flow import FlowTable
+from passt.core.fwd import Forwarding
+from passt.core.link import VNET, Buffer
+from passt.core.packet import PacketPool
+from passt.core.reactor import TYPE_NAMES, Closable, Handler, make_ref
+from passt.core.timers import NEVER, NO_OWNER
+
+T0 = 1000.0  # the time at which conversations begin
+
+OUR_MAC = bytes.fromhex("9a559a559a55")
+GUEST_MAC = bytes.fromhex("525400123456")
+GUEST4 = addr.packed("192.0.2.2")
+GATEWAY4 = addr.packed("192.0.2.1")
+GUEST6 = addr.packed("2001:db8::2")
+GATEWAY6 = addr.packed("fe80::1")
+GUEST_LL = addr.packed("fe80::5054:ff:fe12:3456")
+
+IP4 = Ip4(addr=GUEST4, prefix_len=24, gateway=GATEWAY4, our_addr=GATEWAY4, map_host_loopback=GATEWAY4)
+IP6 = Ip6(addr=GUEST6, prefix_len=64, gateway=GATEWAY6, our_ll=GATEWAY6, map_host_loopback=GATEWAY6)
+CONFIG = Config(ip4=IP4, ip6=IP6, our_mac=OUR_MAC)
+
+
+class FakeLink:
+    """Records frames. `vnet[i]` is the vnet header that `frames[i]` was sent with, b"" for a finished frame."""
+
+    def __init__(self, *, uso: bool = True) -> None:
+        self.uso = uso
+        self.frames: list[bytes] = []
+        self.vnet: list[bytes] = []
+
+    def send(self, hdr: bytearray) -> None:
+        self.send_payload((hdr,))
+
+    def send_payload(self, parts: Sequence[Buffer]) -> None:
+        whole = b"".join(bytes(p) for p in parts)
+        self.vnet.append(whole[: VNET.size])
+        self.frames.append(whole[VNET.size :])
+
+    def send_frame(self, frame: bytes) -> None:
+        self.vnet.append(b"")
+        self.frames.append(bytes(frame))
+
+    def take(self) -> list[bytes]:
+        """The frames since the last call."""
+        frames, self.frames, self.vnet = self.frames, [], []
+        return frames
+
+    def take_one(self) -> bytes:
+        """The only frame since the last call."""
+        (frame,) = self.take()
+        return frame
+
+
+class FakeReactor:
+    """The reactor's surface without epoll: `fire` delivers an event, `end_turn` ends the turn."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[int, Handler] = {}
+        self.refs: dict[int, int] = {}
+        self.events: dict[int, int] = {}
+        self.retired: list[Closable] = []
+        self.at_turn_end: list[Callable[[float], None]] = []
+        self.signals: dict[int, Callable[[float], None]] = {}
+        self.on_fault: Callable[[int, Exception, float], None] | None = None
+        self.stopped = False
+
+    def handle(self, kind: int, handler: Handler) -> None:
+        assert 0 < kind < len(TYPE_NAMES)
+        self.handlers[kind] = handler
+
+    def watch(self, fd: int, kind: int, data: int, events: int) -> int:
+        assert fd not in self.refs, f"descriptor {fd} is watched already"
+        assert 0 <= data <= 0xFFFFFFFF
+        self.refs[fd] = make_ref(kind, fd, data)
+        self.events[fd] = events
+        return self.refs[fd]
+
+    def change(self, fd: int, events: int) -> None:
+        assert fd in self.refs, f"descriptor {fd} is not watched"
+        self.events[fd] = events
+
+    def retarget(self, fd: int, data: int) -> None:
+        self.refs[fd] = self.refs[fd] & ~0xFFFFFFFF | data
+
+    def retire(self, fd: int, owner: Closable) -> None:
+        del self.refs[fd], self.events[fd]
+        self.retired.append(owner)
+
+    def forget(self, fd: int) -> None:
+        del self.refs[fd], self.events[fd]
+
+    def on_signal(self, number: int, callback: Callable[[float], None]) -> None:
+        self.signals[number] = callback
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def fire(self, fd: int, events: int, now: float) -> None:
+        """As if epoll had reported `events` on `fd`."""
+        ref = self.refs[fd]
+        self.handlers[ref >> 56](ref, events, now)
+
+    def end_turn(self, now: float) -> None:
+        for callback in self.at_turn_end:
+            callback(now)
+        for owner in self.retired:
+            owner.close()
+        self.retired.clear()
+
+
+class FakeServiceTimers:
+    """Single timers. `deadlines[timer]` is when it fires, None while it is disarmed."""
+
+    def __init__(self) -> None:
+        self.callbacks: list[Callable[[float], None]] = []
+        self.deadlines: list[float | None] = []
+
+    def new(self, callback: Callable[[float], None]) -> int:
+        self.callbacks.append(callback)
+        self.deadlines.append(None)
+        return len(self.callbacks) - 1
+
+    def arm(self, timer: int, deadline: float) -> None:
+        assert deadline > 0
+        self.deadlines[timer] = deadline
+
+    def disarm(self, timer: int) -> None:
+        self.deadlines[timer] = None
+
+    def fire(self, timer: int, now: float | None = None) -> None:
+        """Let the timer expire, at its deadline unless `now` is given."""
+        deadline = self.deadlines[timer]
+        assert deadline is not None, "the timer is not armed"
+        self.deadlines[timer] = None
+        self.callbacks[timer](deadline if now is None else now)
+
+
+class FakeTimers:
+    """The pool of connection timers, with its rule: an armed timer is only ever moved earlier."""
+
+    def __init__(self) -> None:
+        self.services = FakeServiceTimers()
+        self.callback: Callable[[int, float], None] = lambda index, now: None
+        self.owner: dict[int, int] = {}
+        self.expiry: dict[int, float] = {}
+        self.free: list[int] = []
+
+    def take(self, index: int) -> int:
+        fd = self.free.pop() if self.free else 100_000 + len(self.owner)
+        self.owner[fd] = index
+        self.expiry.setdefault(fd, NEVER)
+        return fd
+
+    def give_back(self, fd: int) -> None:
+        assert self.owner[fd] != NO_OWNER, "given back twice"
+        self.owner[fd] = NO_OWNER
+        self.free.append(fd)
+
+    def at(self, fd: int, deadline: float) -> None:
+        self.expiry[fd] = min(self.expiry[fd], deadline)
+
+    def next(self) -> float:
+        """When the next timer of the pool fires; NEVER if none is armed."""
+        return min(self.expiry.values(), default=NEVER)
+
+    def advance(self, now: float) -> None:
+        """Fire, in order, whatever is due up to `now`, each at its own time."""
+        while (due := self.next()) <= now:
+            fd = min(f for f, t in self.expiry.items() if t == due)
+            self.expiry[fd] = NEVER
+            if self.owner[fd] != NO_OWNER:
+                self.callback(self.owner[fd], due)
+
+
+def make_context(
+    config: Config = CONFIG, *, guest: Guest | None = None, pool_size: int = 1 << 17, **overrides: Any
+) -> Context:
+    """A context of fakes around `config`, with fields of it replaced by `overrides`."""
+    config = replace(config, **overrides)
+    return Context(
+        config=config,
+        reactor=cast(Any, FakeReactor()),
+        timers=cast(Any, FakeTimers()),
+        pool=PacketPool(pool_size),
+        link=FakeLink(),
+        flows=FlowTable(),
+        fwd=Forwarding(config),
+        guest=guest or Guest(mac=GUEST_MAC, addr4=GUEST4, addr6=GUEST6, addr6_ll=GUEST_LL),
+    )
+
+
+def link(ctx: Context) -> FakeLink:
+    """The context's link, as what it is."""
+    assert isinstance(ctx.link, FakeLink)
+    return ctx.link
+
+
+def reactor(ctx: Context) -> FakeReactor:
+    """The context's reactor, as what it is."""
+    return cast(FakeReactor, ctx.reactor)
+
+
+def timers(ctx: Context) -> FakeTimers:
+    """The context's timers, as what they are."""
+    return cast(FakeTimers, ctx.timers)
+
+
+def pool_put(ctx: Context, data: bytes, offset: int = 64) -> tuple[int, int]:
+    """Copy `data` into the packet pool; returns its (start, end)."""
+    ctx.pool.buf[offset : offset + len(data)] = data
+    return offset, offset + len(data)
