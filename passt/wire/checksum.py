@@ -16,7 +16,7 @@ PROTO_ICMPV6 = 58
 
 
 def ones_sum(data: bytes | bytearray | memoryview) -> int:
-    """One's complement sum of big-endian 16-bit words, 0..0xffff; an odd last byte is padded with zero (RFC 1071, 4.1)."""
+    """One's complement sum of big-endian 16-bit words, 0..0xffff; an odd last byte is padded with zero."""
     n = int.from_bytes(data, "big")
     if len(data) & 1:
         n <<= 8

@@ -1,0 +1,116 @@
+"""DHCP messages (RFC 2131, 2) and their options (RFC 2132), and BOOTP (RFC 951) which they grew from.
+
+    op htype hlen hops | xid | secs flags | ciaddr | yiaddr | siaddr | giaddr | chaddr 16 | sname 64 | file 128
+    magic cookie | options: code, length, value ... | 255 | zero padding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from struct import Struct
+
+from .cursor import Cursor, Malformed
+
+HEADER = Struct("!BBBBIHH4s4s4s4s16s64s128s")
+COOKIE = b"\x63\x82\x53\x63"
+
+CLIENT_PORT = 68
+SERVER_PORT = 67
+
+BOOTREQUEST = 1
+BOOTREPLY = 2
+BROADCAST = 0x8000  # of flags: the client cannot receive unicast before it is configured
+
+DISCOVER, OFFER, REQUEST, DECLINE, ACK, NAK, RELEASE, INFORM = range(1, 9)
+
+OPT_PAD = 0
+OPT_MASK = 1
+OPT_ROUTER = 3
+OPT_DNS = 6
+OPT_MTU = 26
+OPT_LEASE = 51
+OPT_OVERLOAD = 52
+OPT_TYPE = 53
+OPT_SERVER_ID = 54
+OPT_PARAMETERS = 55
+OPT_MAX_SIZE = 57
+OPT_RAPID_COMMIT = 80  # RFC 4039
+OPT_SEARCH = 119  # RFC 3397
+OPT_ROUTES = 121  # RFC 3442
+OPT_END = 255
+
+OVERLOAD_FILE = 1  # bits of OPT_OVERLOAD: which fields hold options, not names
+OVERLOAD_SNAME = 2
+
+OPTIONS_MIN = 60  # cookie and options are never shorter than BOOTP's 64 bytes of vendor information (RFC 951, 3)
+SIZE_MIN = 576  # every client takes an IP datagram of this size (RFC 2131, 2)
+
+
+def _parse_options(area: bytes, into: dict[int, bytes]) -> None:
+    """Add the options of `area`; one that comes again is continued (RFC 3396, 5)."""
+    c = Cursor(area, "DHCP option")
+    while c.left:
+        code = c.u8()
+        if code == OPT_END:
+            return
+        if code != OPT_PAD:
+            into[code] = into.get(code, b"") + c.take(c.u8())
+
+
+def _emit_options(options: Mapping[int, bytes]) -> bytes:
+    """The options in the order of the mapping, long ones in pieces (RFC 3396, 5), and the end."""
+    out = bytearray()
+    for code, value in options.items():
+        for i in range(0, max(len(value), 1), 255):
+            piece = value[i : i + 255]
+            out += bytes((code, len(piece))) + piece
+    out.append(OPT_END)
+    return bytes(out.ljust(OPTIONS_MIN, b"\0"))
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A UDP payload. Field names are those of RFC 2131, 2; the options keep their order."""
+
+    op: int
+    xid: int
+    flags: int = 0
+    ciaddr: bytes = bytes(4)
+    yiaddr: bytes = bytes(4)
+    siaddr: bytes = bytes(4)
+    giaddr: bytes = bytes(4)
+    chaddr: bytes = bytes(16)
+    sname: bytes = bytes(64)
+    file: bytes = bytes(128)
+    htype: int = 1
+    hlen: int = 6
+    hops: int = 0
+    secs: int = 0
+    options: Mapping[int, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, data: bytes) -> Message:
+        """Without the magic cookie it is plain BOOTP: no options. Raises Malformed."""
+        c = Cursor(data, "DHCP")
+        op, htype, hlen, hops, xid, secs, flags, ci, yi, si, gi, chaddr, sname, file = c.unpack(HEADER)
+        if hlen > len(chaddr):
+            raise Malformed("DHCP hardware address length")
+        options: dict[int, bytes] = {}
+        if c.left >= len(COOKIE) and c.take(len(COOKIE)) == COOKIE:
+            _parse_options(c.rest(), options)
+        # Fields that hold options hold no names (RFC 2132, 9.3); `file` is read first.
+        overload = int.from_bytes(options.get(OPT_OVERLOAD, b""), "big")
+        if overload & OVERLOAD_FILE:
+            _parse_options(file, options)
+            file = bytes(128)
+        if overload & OVERLOAD_SNAME:
+            _parse_options(sname, options)
+            sname = bytes(64)
+        return cls(op, xid, flags, ci, yi, si, gi, chaddr, sname, file, htype, hlen, hops, secs, options)
+
+    def emit(self) -> bytes:
+        head = (self.op, self.htype, self.hlen, self.hops, self.xid, self.secs, self.flags)
+        addresses = (self.ciaddr, self.yiaddr, self.siaddr, self.giaddr)
+        header = HEADER.pack(*head, *addresses, self.chaddr, self.sname, self.file)
+        return header + COOKIE + _emit_options(self.options)

@@ -1,0 +1,83 @@
+"""IPv4 (RFC 791) and IPv6 (RFC 8200) headers, and the walk over IPv6 extension headers.
+
+Headers that we write have TTL or hop limit 255, no options, no class of service, and an IPv4 identification of zero.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from .checksum import checksum
+from .cursor import Malformed
+
+# Version and header length, TOS, total length, identification, flags and fragment offset, TTL, protocol, checksum,
+# source, destination (RFC 791, 3.1)
+HEADER4 = Struct("!BBHHHBBH4s4s")
+# Version, traffic class and flow label, payload length, next header, hop limit, source, destination (RFC 8200, 3)
+HEADER6 = Struct("!IHBB16s16s")
+
+VERSION_IHL4 = 0x45  # version 4, five words of header
+VERSION6 = 6 << 28
+DF = 0x4000
+MF = 0x2000
+FRAGMENT_MASK = 0x3FFF  # MF and the offset: not zero in every fragment of a datagram
+FLOW_LABEL_MASK = 0xFFFFF
+TTL = 255
+
+HOP_BY_HOP = 0
+ROUTING = 43
+FRAGMENT = 44
+AUTHENTICATION = 51
+NO_NEXT_HEADER = 59
+DESTINATION_OPTIONS = 60
+
+EXTENSIONS_MAX = 16  # RFC 8200, 4.1 recommends an order with seven; RFC 8504, 5.3 lets a node set a limit
+
+_LENGTH_IN_8 = frozenset((HOP_BY_HOP, ROUTING, DESTINATION_OPTIONS))
+
+
+def header4(src: bytes, dst: bytes, proto: int, length: int) -> bytes:
+    """An IPv4 header, checksum included, for `length` bytes of payload."""
+    fields = (VERSION_IHL4, 0, HEADER4.size + length, 0, 0, TTL, proto)
+    return HEADER4.pack(*fields, checksum(HEADER4.pack(*fields, 0, src, dst)), src, dst)
+
+
+def header6(src: bytes, dst: bytes, next_header: int, length: int, flow_label: int = 0) -> bytes:
+    """An IPv6 header for `length` bytes of payload."""
+    return HEADER6.pack(VERSION6 | flow_label & FLOW_LABEL_MASK, length, next_header, TTL, src, dst)
+
+
+def header(src: bytes, dst: bytes, proto: int, length: int, flow_label: int = 0) -> bytes:
+    """The header of the family of `src` and `dst`."""
+    if len(src) == 4:
+        return header4(src, dst, proto, length)
+    return header6(src, dst, proto, length, flow_label)
+
+
+def skip_extensions(buf: bytes | bytearray | memoryview, offset: int, end: int, next_header: int) -> tuple[int, int]:
+    """Walk the extension headers of `next_header` at `offset` of a packet that ends at `end` (RFC 8200, 4).
+
+    Returns the upper-layer protocol and its offset. A fragment is reported as (FRAGMENT, offset), for the caller to
+    drop; one that is the whole datagram (RFC 6946) is walked over like any other header. What is unknown, and ESP
+    which hides the rest, counts as an upper-layer protocol. Raises Malformed: truncated, no next header, too many.
+    """
+    for _ in range(EXTENSIONS_MAX):
+        if next_header == NO_NEXT_HEADER:
+            raise Malformed("IPv6 no next header")
+        if next_header not in _LENGTH_IN_8 and next_header != FRAGMENT and next_header != AUTHENTICATION:
+            return next_header, offset
+        if offset + 8 > end:
+            raise Malformed("IPv6 extension header truncated")
+        if next_header == FRAGMENT:
+            if buf[offset + 2] | buf[offset + 3] & 0xF9:  # offset or M; the two bits between them are reserved
+                return FRAGMENT, offset
+            size = 8
+        elif next_header == AUTHENTICATION:
+            size = 4 * buf[offset + 1] + 8  # RFC 4302, 2.2: in 4-byte words, minus 2
+        else:
+            size = 8 * buf[offset + 1] + 8
+        next_header = buf[offset]
+        offset += size
+        if offset > end:
+            raise Malformed("IPv6 extension header truncated")
+    raise Malformed("IPv6 too many extension headers")

@@ -1,0 +1,277 @@
+"""Neighbour discovery for IPv6 (RFC 4861) with the options of router advertisements (RFC 4861, 4.6; RFC 8106).
+
+Messages are ICMPv6: type, code and checksum come first. `emit` leaves the checksum zero, `ether.icmp6_frame` fills it
+in. `parse` checks what RFC 4861 (6.1 and 7.1) lets a receiver see in the message itself; what depends on the packet
+around it (hop limit, source, destination) is for the caller.
+
+An option is type, length in units of 8 bytes, value. An option of unknown type is skipped (RFC 4861, 4.6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from struct import Struct
+from typing import TypeVar
+
+from . import domain
+from .cursor import Cursor, Malformed
+
+ROUTER_SOLICITATION = 133
+ROUTER_ADVERTISEMENT = 134
+NEIGHBOUR_SOLICITATION = 135
+NEIGHBOUR_ADVERTISEMENT = 136
+REDIRECT = 137
+
+INFINITE = 0xFFFFFFFF  # lifetimes, in seconds
+
+_HEAD = Struct("!BBH")  # type, code, checksum
+_RESERVED = Struct("!I")
+_OPTION = Struct("!BB")  # type, length in units of 8 bytes
+
+T = TypeVar("T")
+
+
+def _option(kind: int, body: bytes) -> bytes:
+    """An option, padded with as few zero bytes as make it a multiple of 8 long."""
+    size = -(-(_OPTION.size + len(body)) // 8)
+    if size > 255:
+        raise ValueError("NDP option too long")
+    return (_OPTION.pack(kind, size) + body).ljust(8 * size, b"\0")
+
+
+# Options -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAddress:
+    """Source or target link-layer address (RFC 4861, 4.6.1)."""
+
+    SOURCE = 1
+    TARGET = 2
+
+    kind: int  # SOURCE or TARGET
+    mac: bytes
+
+    def emit(self) -> bytes:
+        return _option(self.kind, self.mac)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Prefix information (RFC 4861, 4.6.2): prefix length, flags, lifetimes in seconds, reserved, prefix."""
+
+    KIND = 3
+    LAYOUT = Struct("!BBIII16s")
+    ON_LINK = 0x80
+    AUTONOMOUS = 0x40
+
+    prefix: bytes  # bits beyond the length are zero
+    prefix_len: int
+    flags: int = ON_LINK | AUTONOMOUS
+    valid: int = INFINITE
+    preferred: int = INFINITE
+
+    @classmethod
+    def parse(cls, c: Cursor) -> Prefix:
+        prefix_len, flags, valid, preferred, _, prefix = c.unpack(cls.LAYOUT)
+        return cls(prefix, prefix_len, flags, valid, preferred)
+
+    def emit(self) -> bytes:
+        fields = (self.prefix_len, self.flags, self.valid, self.preferred, 0, self.prefix)
+        return _option(self.KIND, self.LAYOUT.pack(*fields))
+
+
+@dataclass(frozen=True, slots=True)
+class Mtu:
+    """MTU of the link (RFC 4861, 4.6.4): reserved, MTU."""
+
+    KIND = 5
+    LAYOUT = Struct("!HI")
+
+    mtu: int
+
+    @classmethod
+    def parse(cls, c: Cursor) -> Mtu:
+        return cls(c.unpack(cls.LAYOUT)[1])
+
+    def emit(self) -> bytes:
+        return _option(self.KIND, self.LAYOUT.pack(0, self.mtu))
+
+
+@dataclass(frozen=True, slots=True)
+class Rdnss:
+    """Recursive DNS servers (RFC 8106, 5.1): reserved, lifetime in seconds, addresses."""
+
+    KIND = 25
+    LAYOUT = Struct("!HI")
+
+    servers: tuple[bytes, ...]
+    lifetime: int = INFINITE
+
+    @classmethod
+    def parse(cls, c: Cursor) -> Rdnss:
+        _, lifetime = c.unpack(cls.LAYOUT)
+        servers = []
+        while c.left:
+            servers.append(c.take(16))
+        return cls(tuple(servers), lifetime)
+
+    def emit(self) -> bytes:
+        return _option(self.KIND, self.LAYOUT.pack(0, self.lifetime) + b"".join(self.servers))
+
+
+@dataclass(frozen=True, slots=True)
+class Dnssl:
+    """DNS search list (RFC 8106, 5.2): reserved, lifetime in seconds, names without compression, zero padding."""
+
+    KIND = 31
+    LAYOUT = Struct("!HI")
+
+    names: tuple[str, ...]
+    lifetime: int = INFINITE
+
+    @classmethod
+    def parse(cls, c: Cursor) -> Dnssl:
+        _, lifetime = c.unpack(cls.LAYOUT)
+        return cls(domain.decode_list(c.rest()), lifetime)
+
+    def emit(self) -> bytes:
+        return _option(self.KIND, self.LAYOUT.pack(0, self.lifetime) + domain.encode_list(self.names))
+
+
+Option = LinkAddress | Prefix | Mtu | Rdnss | Dnssl
+
+_PARSERS: dict[int, Callable[[Cursor], Option]] = {
+    LinkAddress.SOURCE: lambda c: LinkAddress(LinkAddress.SOURCE, c.take(6)),
+    LinkAddress.TARGET: lambda c: LinkAddress(LinkAddress.TARGET, c.take(6)),
+    Prefix.KIND: Prefix.parse,
+    Mtu.KIND: Mtu.parse,
+    Rdnss.KIND: Rdnss.parse,
+    Dnssl.KIND: Dnssl.parse,
+}
+
+
+def _options(c: Cursor) -> tuple[Option, ...]:
+    """All options up to the end of the message that we know."""
+    found = []
+    while c.left:
+        kind, size = c.unpack(_OPTION)
+        if size == 0:
+            raise Malformed("NDP option of length zero")
+        with c.exactly(8 * size - _OPTION.size):
+            if kind in _PARSERS:
+                found.append(_PARSERS[kind](c))
+            c.rest()  # a known option may have grown since
+    return tuple(found)
+
+
+def option(options: tuple[Option, ...], of: type[T]) -> T | None:
+    """The first of `options` that is a `of`."""
+    return next((o for o in options if isinstance(o, of)), None)
+
+
+# Messages ----------------------------------------------------------------------------------------------------------
+
+
+def _open(data: bytes, kind: int) -> Cursor:
+    """A cursor behind the checksum of an ICMPv6 message of type `kind` and code 0."""
+    c = Cursor(data, "NDP")
+    found, code, _ = c.unpack(_HEAD)
+    if found != kind or code != 0:
+        raise Malformed("NDP type or code")
+    return c
+
+
+def _join(kind: int, body: bytes, options: tuple[Option, ...]) -> bytes:
+    return _HEAD.pack(kind, 0, 0) + body + b"".join(o.emit() for o in options)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSolicitation:
+    """RFC 4861, 4.1: reserved, options."""
+
+    options: tuple[Option, ...] = ()
+
+    @classmethod
+    def parse(cls, data: bytes) -> RouterSolicitation:
+        c = _open(data, ROUTER_SOLICITATION)
+        c.unpack(_RESERVED)
+        return cls(_options(c))
+
+    def emit(self) -> bytes:
+        return _join(ROUTER_SOLICITATION, _RESERVED.pack(0), self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterAdvertisement:
+    """RFC 4861, 4.2: hop limit, flags, router lifetime (s), reachable time (ms), retransmission timer (ms), options."""
+
+    LAYOUT = Struct("!BBHII")
+    MANAGED = 0x80
+    OTHER = 0x40
+
+    hop_limit: int
+    flags: int
+    lifetime: int
+    options: tuple[Option, ...] = ()
+    reachable: int = 0
+    retransmit: int = 0
+
+    @classmethod
+    def parse(cls, data: bytes) -> RouterAdvertisement:
+        c = _open(data, ROUTER_ADVERTISEMENT)
+        hop_limit, flags, lifetime, reachable, retransmit = c.unpack(cls.LAYOUT)
+        return cls(hop_limit, flags, lifetime, _options(c), reachable, retransmit)
+
+    def emit(self) -> bytes:
+        fields = (self.hop_limit, self.flags, self.lifetime, self.reachable, self.retransmit)
+        return _join(ROUTER_ADVERTISEMENT, self.LAYOUT.pack(*fields), self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourSolicitation:
+    """RFC 4861, 4.3: reserved, target, options."""
+
+    LAYOUT = Struct("!I16s")
+
+    target: bytes
+    options: tuple[Option, ...] = ()
+
+    @classmethod
+    def parse(cls, data: bytes) -> NeighbourSolicitation:
+        c = _open(data, NEIGHBOUR_SOLICITATION)
+        _, target = c.unpack(cls.LAYOUT)
+        return cls(_not_multicast(target), _options(c))
+
+    def emit(self) -> bytes:
+        return _join(NEIGHBOUR_SOLICITATION, self.LAYOUT.pack(0, self.target), self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourAdvertisement:
+    """RFC 4861, 4.4: flags and reserved, target, options."""
+
+    LAYOUT = Struct("!I16s")
+    ROUTER = 1 << 31
+    SOLICITED = 1 << 30
+    OVERRIDE = 1 << 29
+
+    flags: int
+    target: bytes
+    options: tuple[Option, ...] = ()
+
+    @classmethod
+    def parse(cls, data: bytes) -> NeighbourAdvertisement:
+        c = _open(data, NEIGHBOUR_ADVERTISEMENT)
+        flags, target = c.unpack(cls.LAYOUT)
+        return cls(flags, _not_multicast(target), _options(c))
+
+    def emit(self) -> bytes:
+        return _join(NEIGHBOUR_ADVERTISEMENT, self.LAYOUT.pack(self.flags, self.target), self.options)
+
+
+def _not_multicast(target: bytes) -> bytes:
+    if target[0] == 0xFF:  # RFC 4861, 7.1.1 and 7.1.2
+        raise Malformed("NDP target multicast")
+    return target
