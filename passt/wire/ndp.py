@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
-from typing import TypeVar
 
 from . import domain
 from .cursor import Cursor, Malformed
@@ -28,8 +27,6 @@ INFINITE = 0xFFFFFFFF  # lifetimes, in seconds
 _HEAD = Struct("!BBH")  # type, code, checksum
 _RESERVED = Struct("!I")
 _OPTION = Struct("!BB")  # type, length in units of 8 bytes
-
-T = TypeVar("T")
 
 
 def _option(kind: int, body: bytes) -> bytes:
@@ -166,9 +163,9 @@ def _options(c: Cursor) -> tuple[Option, ...]:
     return tuple(found)
 
 
-def option(options: tuple[Option, ...], of: type[T]) -> T | None:
-    """The first of `options` that is a `of`."""
-    return next((o for o in options if isinstance(o, of)), None)
+def has_link_address(options: tuple[Option, ...]) -> bool:
+    """Whether a link-layer address is among `options`."""
+    return any(isinstance(o, LinkAddress) for o in options)
 
 
 # Messages ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,137 @@
+"""Neighbour discovery towards the guest (RFC 4861): every neighbour is us, and we are the router.
+
+    from the guest                  answer                                          not if
+    ------------------------------  ----------------------------------------------  ----------------------
+    neighbour solicitation          advertisement: our MAC, whatever the target     --no-ndp
+    the same from :: (a probe for   none: the guest may have any address
+      duplicates, RFC 4862, 5.4)
+    router solicitation             router advertisement to who asked               --no-ndp, --no-ra
+    advertisements, redirects       none
+
+    timer                           value           consequence
+    ------------------------------  --------------  ---------------------------------------------------
+    unsolicited advertisement       200..599 s,     router advertisement to all nodes (RFC 4861,
+                                    drawn each time   6.2.4), and armed again
+
+A router advertisement carries the /64 of the guest's address for autoconfiguration, our MAC, the MTU, resolvers and
+search list; all lifetimes are as long as the format allows. Its M flag is set where our DHCPv6 has an address to give.
+
+Left out: routers' other duties. No redirects, no duplicate detection for our own link-local address (nobody else is
+on the link), no reachability state: the guest's MAC is that of its last frame.
+"""
+
+from __future__ import annotations
+
+import random
+
+from . import addr, log
+from .core.config import Config, Ip6
+from .core.context import Context
+from .wire import ether, ndp
+from .wire.cursor import Malformed
+from .wire.ndp import NeighbourAdvertisement, NeighbourSolicitation, RouterAdvertisement, RouterSolicitation
+
+RA_INTERVAL = 200, 599  # s; RFC 4861, 6.2.1: MinRtrAdvInterval and MaxRtrAdvInterval, 600 by default
+ROUTER_LIFETIME = 65535  # s; RFC 8319, 4
+HOP_LIMIT = 255
+PREFIX_LEN = 64  # what SLAAC takes (RFC 4862, 5.5.3 d, with interface identifiers of 64 bits)
+
+
+def check_source(src: bytes, options: tuple[ndp.Option, ...]) -> None:
+    """A solicitation without a source has no source link-layer address either (RFC 4861, 6.1.1 and 7.1.1)."""
+    if addr.is_unspecified(src) and ndp.has_link_address(options):
+        raise Malformed("NDP link-layer address without source")
+
+
+def ignore(src: bytes, config: Config) -> bool:
+    """Whether a neighbour solicitation from `src` gets no answer."""
+    return config.no_ndp or config.ip6 is None or addr.is_unspecified(src)
+
+
+def advertises(config: Config) -> bool:
+    """Whether we send router advertisements: in answer to any solicitation, and unasked."""
+    return config.ip6 is not None and not config.no_ndp and not config.no_ra
+
+
+def neighbour_advertisement(solicitation: NeighbourSolicitation, config: Config) -> NeighbourAdvertisement:
+    """Our answer: the target is reached at our MAC."""
+    flags = NeighbourAdvertisement.ROUTER | NeighbourAdvertisement.SOLICITED | NeighbourAdvertisement.OVERRIDE
+    target = ndp.LinkAddress(ndp.LinkAddress.TARGET, config.our_mac)
+    return NeighbourAdvertisement(flags, solicitation.target, (target,))
+
+
+def router_advertisement(ip6: Ip6, config: Config) -> RouterAdvertisement:
+    """What a router on this link says; the same to everybody."""
+    options: list[ndp.Option] = []
+    if ip6.addr is not None:
+        half = PREFIX_LEN // 8
+        options.append(ndp.Prefix(ip6.addr[:half] + bytes(16 - half), PREFIX_LEN))
+    options.append(ndp.LinkAddress(ndp.LinkAddress.SOURCE, config.our_mac))
+    if config.mtu:
+        options.append(ndp.Mtu(config.mtu))
+    if config.advertise_dns and ip6.dns:
+        options.append(ndp.Rdnss(ip6.dns))
+    if config.advertise_search and config.dns_search:
+        options.append(ndp.Dnssl(config.dns_search))
+    managed = ip6.addr is not None and not config.no_dhcpv6
+    flags = RouterAdvertisement.MANAGED if managed else 0
+    return RouterAdvertisement(HOP_LIMIT, flags, ROUTER_LIFETIME, tuple(options))
+
+
+class Ndp:
+    """Answers solicitations, and advertises the router from time to time."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._timer = -1
+
+    def start(self, now: float) -> None:
+        """Arm the timer of unsolicited router advertisements, if there are to be any. Raises OSError."""
+        if advertises(self._ctx.config):
+            self._timer = self._ctx.timers.services.new(self._unsolicited)
+            self._arm(now)
+
+    def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, icmp: bytes, now: float) -> None:
+        """An ICMPv6 message of types 133 to 137 from the guest, which came with hop limit 255. Raises Malformed."""
+        if icmp[:1] == bytes((ndp.NEIGHBOUR_SOLICITATION,)):
+            self._neighbour(src_mac, src, icmp)
+        elif icmp[:1] == bytes((ndp.ROUTER_SOLICITATION,)):
+            self._router(src_mac, src, icmp)
+
+    def _neighbour(self, src_mac: bytes, src: bytes, icmp: bytes) -> None:
+        solicitation = NeighbourSolicitation.parse(icmp)
+        check_source(src, solicitation.options)
+        config = self._ctx.config
+        if ignore(src, config):
+            return
+        log.debug("NDP: received NS, sending NA")
+        self._send(src_mac, src, neighbour_advertisement(solicitation, config).emit())
+
+    def _router(self, src_mac: bytes, src: bytes, icmp: bytes) -> None:
+        check_source(src, RouterSolicitation.parse(icmp).options)
+        if not advertises(self._ctx.config):
+            return
+        log.debug("NDP: received RS, sending RA")
+        # Without a source there is nobody to answer to but everybody (RFC 4861, 6.2.6).
+        self._send_ra(src_mac, addr.ALL_NODES6 if addr.is_unspecified(src) else src)
+
+    def _unsolicited(self, now: float) -> None:
+        delay = self._arm(now)
+        log.debug(f"NDP: sending unsolicited RA, next in {delay}s")
+        self._send_ra(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6)
+
+    def _arm(self, now: float) -> int:
+        """Draw the time until the next unsolicited advertisement; returns it, in seconds."""
+        delay = random.randint(*RA_INTERVAL)
+        self._ctx.timers.services.arm(self._timer, now + delay)
+        return delay
+
+    def _send_ra(self, dst_mac: bytes, dst: bytes) -> None:
+        ip6 = self._ctx.config.ip6
+        assert ip6 is not None  # `advertises` said so
+        self._send(dst_mac, dst, router_advertisement(ip6, self._ctx.config).emit())
+
+    def _send(self, dst_mac: bytes, dst: bytes, message: bytes) -> None:
+        config = self._ctx.config
+        assert config.ip6 is not None  # nothing is answered without it
+        self._ctx.link.send_frame(ether.icmp6_frame(dst_mac, config.our_mac, config.ip6.our_ll, dst, message))
