@@ -1,0 +1,36 @@
+"""scapy as the independent oracle for frames that we build: it takes them apart, and computes the same again."""
+
+from __future__ import annotations
+
+from scapy.layers.dhcp import BOOTP
+from scapy.layers.dhcp6 import DHCP6_Advertise
+from scapy.layers.inet import IP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import ARP, Ether
+from scapy.packet import Packet, Raw
+
+LAYERS = (ARP, IP, IPv6, BOOTP, DHCP6_Advertise)  # imported so that Ether and UDP can find what is in them
+
+COMPUTED = ("chksum", "cksum", "len", "plen", "optlen", "ihl", "dataofs")
+
+
+def dissect(frame: bytes) -> Packet:
+    """The frame as scapy sees it; nothing in it is left over or unknown to it."""
+    packet = Ether(frame)
+    assert not packet.haslayer(Raw), packet.show(dump=True)
+    return packet
+
+
+def recomputed(frame: bytes) -> bytes:
+    """The frame as scapy would write it: lengths and checksums left for scapy to fill in."""
+    packet = Ether(frame)
+    layer = packet
+    while layer.payload:
+        for field in COMPUTED:
+            if field in layer.fields:
+                delattr(layer, field)
+        layer = layer.payload
+    for field in COMPUTED:
+        if field in layer.fields:
+            delattr(layer, field)
+    return bytes(packet)
