@@ -35,6 +35,7 @@ Capture = Callable[[bool, bytes], None]
 class Link(Protocol):
     """What protocols may ask of the way out."""
 
+    tso: bool  # whether TCP super-frames may be sent
     uso: bool  # whether UDP super-frames may be sent
 
     def send(self, hdr: bytearray) -> None:
@@ -50,8 +51,9 @@ class Link(Protocol):
 class TapLink:
     """A tap device opened with IFF_VNET_HDR."""
 
-    def __init__(self, fd: int, drops: Counter[str], *, uso: bool) -> None:
+    def __init__(self, fd: int, drops: Counter[str], *, tso: bool = True, uso: bool) -> None:
         self.fd = fd
+        self.tso = tso
         self.uso = uso
         self.frames = 0
         self._drops = drops

@@ -108,8 +108,9 @@ class Reactor:
         self._refs[fd] = self._refs[fd] & ~0xFFFFFFFF | data
 
     def retire(self, fd: int, owner: Closable) -> None:
-        """Forget `fd`, and close `owner` when this turn ends. Closing the last descriptor also leaves the epoll set."""
-        self._refs[fd] = 0
+        """Forget `fd`, watched or not, and close `owner` when this turn ends; closing also leaves the epoll set."""
+        if fd < len(self._refs):
+            self._refs[fd] = 0
         self._retired.append(owner)
 
     def forget(self, fd: int) -> None:

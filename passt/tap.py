@@ -1,0 +1,370 @@
+"""The way in: frames of the guest, read in batches, classified, grouped by flow, handed on.
+
+    tap fd -> packet pool -> Ethernet -> ARP                               -> arp
+                                         IPv4, IPv6 -> ICMP echo           -> icmp
+                                                       ND, RS              -> ndp
+                                                       UDP 67, 547         -> dhcp, dhcpv6
+                                                       UDP, TCP            -> by flow, in order of arrival -> udp, tcp
+
+Only this module writes what was observed of the guest (`ctx.guest`).
+
+Reading. Frames are read one after the other into the packet pool until the tap is empty, the pool is full, or the
+budget is used up. Asking an empty tap costs as much as reading a small frame, so the budget follows what was there
+last time, and grows when it was used up several times running; what is left over is reported by epoll again.
+
+Length fields. A packet ends where its IP header says, at most where the frame ends (frames may be padded). Every
+header is inside the packet before it is read. What fails is dropped and counted, by reason:
+
+    where       check                                              counter
+    ----------  -------------------------------------------------  ---------------------------------
+    frame       at least an Ethernet header                        truncated
+                at most 65535 bytes of packet                      oversized frame
+                IPv4, IPv6 or ARP                                  ethertype
+    IPv4        version and header length, total length            ipv4 header, ipv4 length
+    IPv6        version, payload length, extension headers         ipv6 header, ipv6 length, IPv6 ...
+    fragments   see core/reassembly.py                             fragment: ...
+    TCP         20 bytes of header in the packet                   tcp truncated
+                data offset                                        tcp header length
+    UDP         8 bytes of header, length field in the packet      udp truncated, udp length
+    ICMP        8 bytes                                            icmp truncated
+    ND          hop limit 255 (RFC 4861, 6.1 and 7.1)              ndp hop limit
+    family off  IPv4 or IPv6 is disabled                           ipv4 disabled, ipv6 disabled
+    others      no such protocol here (IGMP, MLD, SCTP ...)        ip protocol, icmp type
+
+Checksums of the guest are not verified: they are partial (the offload), and a namespace's memory does not flip bits.
+A fault in a handler ends the flow that it was about, and is logged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from struct import Struct
+
+from . import addr, log
+from .arp import Arp
+from .core.context import Context
+from .core.link import VNET
+from .core.packet import FRAME_ROOM, VNET_LEN
+from .core.reactor import EPOLLIN, TYPE_TAP, ref_fd
+from .core.reassembly import Reassembly
+from .dhcp import Dhcp
+from .dhcpv6 import Dhcpv6
+from .icmp import Icmp
+from .ndp import Ndp
+from .tcp import Tcp
+from .udp import Udp
+from .wire import ip
+from .wire.checksum import PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP
+from .wire.cursor import Malformed
+from .wire.ether import TYPE_ARP, TYPE_IPV4, TYPE_IPV6
+
+BUDGET_MAX = 512  # frames in one turn, so that sockets get theirs
+PATIENCE = 8  # turns that use up the budget before it doubles
+
+_ETH_IP4 = Struct("!HBBHHHBB")  # from the EtherType: type, version and length, TOS, total, id, fragment, TTL, protocol
+_IP6 = Struct("!IHBB")  # version and flow label, payload length, next header, hop limit
+_UDP = Struct("!HHH")  # ports, length
+_TYPE = Struct("!H")
+_ETH_LEN = 14
+_PORT_DHCP = 67
+_PORT_DHCPV6 = 547
+_ECHO = {PROTO_ICMP: 8, PROTO_ICMPV6: 128}
+_ND_TYPES = range(133, 138)
+Groups = dict[bytes, list[int]]
+
+
+class Tap:
+    """Reads the tap and dispatches. The services are its collaborators, wired by the composition root."""
+
+    def __init__(
+        self, ctx: Context, *, arp: Arp, ndp: Ndp, dhcp: Dhcp, dhcpv6: Dhcpv6, icmp: Icmp, udp: Udp, tcp: Tcp
+    ) -> None:
+        self._ctx = ctx
+        self._arp, self._ndp, self._dhcp, self._dhcpv6 = arp, ndp, dhcp, dhcpv6
+        self._icmp, self._udp, self._tcp = icmp, udp, tcp
+        self._reassembly = Reassembly(ctx.drops)
+        self._budget = 1
+        self._streak = 0
+        self._tcp_groups: Groups = {}
+        self._udp_groups: Groups = {}
+        self.capture: Callable[[bool, bytes], None] | None = None  # capture(to_guest, vnet header + frame)
+        self.on_gone: Callable[[OSError], None] | None = None  # the device does not answer any more
+        ctx.reactor.handle(TYPE_TAP, self.handler)
+
+    def watch(self, fd: int) -> None:
+        """Begin to read frames from the tap device `fd`."""
+        self._ctx.reactor.watch(fd, TYPE_TAP, 0, EPOLLIN)
+
+    # One turn ----------------------------------------------------------------------------------------------------
+
+    def handler(self, ref: int, events: int, now: float) -> None:
+        """Read what the tap has, at most one budget of it, and handle it."""
+        pool = self._ctx.pool
+        mv, fd, readv = pool.mv, ref_fd(ref), os.readv
+        room = pool.size - 2 * FRAME_ROOM  # the last frame's room is kept for reassembled packets
+        offset, left, frames = 0, self._budget, []
+        try:
+            while left and offset <= room:
+                n = readv(fd, (mv[offset : offset + FRAME_ROOM],))
+                left -= 1
+                frames.append(offset)
+                offset += n
+                frames.append(offset)
+        except BlockingIOError:
+            self._budget = max(1, self._budget - left)
+            self._streak = 0
+        except OSError as e:
+            if self.on_gone is None:
+                raise
+            self.on_gone(e)
+        else:
+            self._streak += 1
+            if self._streak >= PATIENCE and self._budget < BUDGET_MAX:
+                self._budget *= 2
+                self._streak = 0
+        if frames:
+            self._batch(frames, now)
+
+    def _batch(self, frames: list[int], now: float) -> None:
+        """Classify frames, a flat list of (start, end), and hand groups of one flow to their protocol."""
+        mac = self._ctx.pool.mv[frames[0] + VNET_LEN + 6 : frames[0] + VNET_LEN + 12]
+        if mac != self._ctx.guest.mac and len(mac) == 6:
+            self._new_mac(mac.tobytes())
+        capture = self.capture
+        for i in range(0, len(frames), 2):
+            if capture is not None:
+                capture(False, self._ctx.pool.copy(frames[i], frames[i + 1]))
+            try:
+                self._frame(frames[i], frames[i + 1], now)
+            except Malformed as e:
+                self._ctx.drops[e.reason] += 1
+            except Exception as e:
+                log.err(f"Handling a frame failed: {e!r}")
+                self._ctx.drops["fault"] += 1
+        if self._tcp_groups:
+            groups, self._tcp_groups = self._tcp_groups, {}
+            for key, segments in groups.items():
+                try:
+                    self._tcp.tap_handler(key, segments, now)
+                except Exception as e:
+                    log.err(f"Handling TCP segments failed, resetting the connection: {e!r}")
+                    self._tcp.fault_key(key)
+        if self._udp_groups:
+            groups, self._udp_groups = self._udp_groups, {}
+            for key, datagrams in groups.items():
+                try:
+                    self._udp.tap_handler(key, datagrams, now)
+                except Exception as e:
+                    log.err(f"Handling UDP datagrams failed: {e!r}")
+                    self._ctx.drops["fault"] += 1
+
+    # One frame ---------------------------------------------------------------------------------------------------
+
+    def _frame(self, start: int, end: int, now: float) -> None:
+        """Classify one frame; TCP and UDP are added to the groups, everything else is handled."""
+        pool = self._ctx.pool
+        if end - start >= FRAME_ROOM:
+            raise Malformed("oversized frame")
+        l3 = start + VNET_LEN + _ETH_LEN
+        if end - l3 < 20:
+            self._short(start, end)
+            return
+        ethertype, vihl, _, total, ident, fragment, _, proto = pool.unpack(_ETH_IP4, l3 - 2, end)
+        if ethertype == TYPE_IPV4:
+            if self._ctx.config.ip4 is None:
+                raise Malformed("ipv4 disabled")
+            if l3 + total > end or total < 20:
+                raise Malformed("ipv4 length")
+            end = l3 + total
+            l4 = l3 + 20
+            if vihl != 0x45:
+                l4 = l3 + (vihl & 0xF) * 4
+                if vihl >> 4 != 4 or l4 < l3 + 20 or l4 > end:
+                    raise Malformed("ipv4 header")
+            addresses = l3 + 12, l3 + 20
+            if fragment & ip.FRAGMENT_MASK:
+                self._fragment4(addresses, proto, ident, fragment, l4, end, now)
+                return
+        elif ethertype == TYPE_IPV6:
+            if self._ctx.config.ip6 is None:
+                raise Malformed("ipv6 disabled")
+            version, length, proto, _ = pool.unpack(_IP6, l3, end)
+            l4 = l3 + 40
+            if version >> 28 != 6:
+                raise Malformed("ipv6 header")
+            if l4 + length > end:
+                raise Malformed("ipv6 length")
+            end = l4 + length
+            addresses = l3 + 8, l4
+            if proto != PROTO_TCP and proto != PROTO_UDP and proto != PROTO_ICMPV6:
+                proto, l4 = ip.skip_extensions(pool.buf, l4, end, proto)
+                if proto == ip.FRAGMENT:
+                    self._fragment6(addresses, l4, end, now)
+                    return
+        elif ethertype == TYPE_ARP:
+            if self._ctx.config.ip4 is None:
+                raise Malformed("ipv4 disabled")
+            self._arp.tap_handler(pool.copy(l3 - 8, l3 - 2), pool.copy(l3, end), now)
+            return
+        else:
+            raise Malformed("ethertype")
+        if proto == PROTO_TCP:
+            if end - l4 < 20:
+                raise Malformed("tcp truncated")
+            key = self._key(addresses, l4)
+            group = self._tcp_groups.get(key)
+            if group is None:
+                self._tcp_groups[key] = [l4, end]
+            else:
+                group.append(l4)
+                group.append(end)
+        elif proto == PROTO_UDP:
+            self._udp_datagram(start, addresses, l4, end, now)
+        else:
+            self._other(addresses, proto, l3, l4, end, now)
+
+    def _key(self, addresses: tuple[int, int], l4: int) -> bytes:
+        """The flow's key: addresses and ports as they stand in the packet, one slice where they are neighbours."""
+        mv, (a, b) = self._ctx.pool.mv, addresses
+        key = mv[a : b + 4].tobytes() if b == l4 else mv[a:b].tobytes() + mv[l4 : l4 + 4].tobytes()
+        if b - a == 8:
+            if key[:4] != self._ctx.guest.addr4:
+                self._seen(key[:4])
+        elif key[:16] != self._ctx.guest.addr6 and key[:16] != self._ctx.guest.addr6_ll:
+            self._seen(key[:16])
+        return key
+
+    def _udp_datagram(self, start: int, addresses: tuple[int, int], l4: int, end: int, now: float) -> None:
+        """Group a datagram, or a super-frame of them, by flow; the configuration services take theirs."""
+        pool = self._ctx.pool
+        if end - l4 < 8:
+            raise Malformed("udp truncated")
+        sport, dport, length = pool.unpack(_UDP, l4, end)
+        if length < 8 or l4 + length > end:
+            raise Malformed("udp length")
+        end = l4 + length
+        v4 = addresses[1] - addresses[0] == 8
+        if (v4 and dport == _PORT_DHCP) or (not v4 and dport == _PORT_DHCPV6):
+            self._configure(start, addresses, sport, l4 + 8, end, now)
+            return
+        key = self._key(addresses, l4)
+        gso_size = pool.unpack(VNET, start, end)[3]
+        group = self._udp_groups.get(key)
+        if group is None:
+            self._udp_groups[key] = [l4 + 8, end, gso_size]
+        else:
+            group += (l4 + 8, end, gso_size)
+
+    def _configure(self, start: int, addresses: tuple[int, int], sport: int, data: int, end: int, now: float) -> None:
+        """A DHCP or DHCPv6 message."""
+        src, dst = self._addresses(addresses)
+        mac = self._ctx.pool.copy(start + VNET_LEN + 6, start + VNET_LEN + 12)
+        payload = self._ctx.pool.copy(data, end)
+        if len(src) == 4:
+            self._dhcp.tap_handler(mac, src, dst, payload, now)
+            return
+        seen = self._dhcpv6.tap_handler(mac, src, dst, sport, payload, now)
+        if seen is not None:
+            self._ctx.guest.addr6 = seen
+
+    def _other(self, addresses: tuple[int, int], proto: int, l3: int, l4: int, end: int, now: float) -> None:
+        """ICMP and neighbour discovery."""
+        pool = self._ctx.pool
+        src, dst = self._addresses(addresses)
+        if proto != (PROTO_ICMP if len(src) == 4 else PROTO_ICMPV6):
+            raise Malformed("ip protocol")
+        if end - l4 < 8:
+            raise Malformed("icmp truncated")
+        kind = pool.buf[l4]
+        if kind == _ECHO[proto]:
+            self._seen(src)
+            self._icmp.tap_handler(src, dst, pool.view(l4, end), now)
+        elif proto == PROTO_ICMPV6 and kind in _ND_TYPES:
+            if pool.buf[l3 + 7] != 255:
+                raise Malformed("ndp hop limit")
+            self._seen(src)
+            self._ndp.tap_handler(pool.copy(l3 - 8, l3 - 2), src, dst, pool.copy(l4, end), now)
+        else:
+            raise Malformed("icmp type")
+
+    def _short(self, start: int, end: int) -> None:
+        """Frames of less than 20 bytes after the Ethernet header hold nothing that we know."""
+        at = start + VNET_LEN + 12
+        ethertype = self._ctx.pool.unpack(_TYPE, at, end)[0]
+        raise Malformed({TYPE_IPV4: "ipv4 length", TYPE_IPV6: "ipv6 length"}.get(ethertype, "truncated"))
+
+    # Fragments ---------------------------------------------------------------------------------------------------
+
+    def _fragment4(
+        self, addresses: tuple[int, int], proto: int, ident: int, fragment: int, l4: int, end: int, now: float
+    ) -> None:
+        """An IPv4 fragment (RFC 791, 3.2)."""
+        key = self._ctx.pool.copy(*addresses) + bytes((proto,)) + ident.to_bytes(2, "big")
+        more = bool(fragment & ip.MF)
+        whole = self._reassembly.add(key, (fragment & 0x1FFF) * 8, more, self._ctx.pool.view(l4, end), now)
+        if whole is not None:
+            self._reassembled(addresses, proto, whole, now)
+
+    def _fragment6(self, addresses: tuple[int, int], l4: int, end: int, now: float) -> None:
+        """An IPv6 fragment: `l4` is where its fragment header stands (RFC 8200, 4.5)."""
+        pool = self._ctx.pool
+        proto, where = pool.buf[l4], int.from_bytes(pool.view(l4 + 2, l4 + 4), "big")
+        key = pool.copy(*addresses) + bytes((proto,)) + pool.copy(l4 + 4, l4 + 8)
+        whole = self._reassembly.add(key, where & 0xFFF8, bool(where & 1), pool.view(l4 + 8, end), now)
+        if whole is not None:
+            self._reassembled(addresses, proto, whole, now)
+
+    def _reassembled(self, addresses: tuple[int, int], proto: int, whole: bytes, now: float) -> None:
+        """Put a reassembled packet into the room behind the batch, in the shape of a frame, and handle it at once."""
+        pool = self._ctx.pool
+        a, b = addresses
+        src_dst = pool.copy(a, b)
+        l4 = pool.size - FRAME_ROOM + VNET_LEN + _ETH_LEN + 40
+        end = l4 + len(whole)
+        pool.buf[l4 - len(src_dst) : l4] = src_dst
+        pool.buf[l4:end] = whole
+        start = pool.size - FRAME_ROOM
+        pool.buf[start : start + VNET_LEN] = bytes(VNET_LEN)
+        addresses = l4 - len(src_dst), l4
+        if proto == PROTO_UDP:
+            held, self._udp_groups = self._udp_groups, {}
+            try:
+                self._udp_datagram(start, addresses, l4, end, now)
+                for key, datagrams in self._udp_groups.items():
+                    self._udp.tap_handler(key, datagrams, now)
+            finally:
+                self._udp_groups = held
+        elif proto in _ECHO and end - l4 >= 8 and pool.buf[l4] == _ECHO[proto]:
+            src, dst = self._addresses(addresses)
+            self._icmp.tap_handler(src, dst, pool.view(l4, end), now)
+        else:
+            raise Malformed("fragment: protocol")
+
+    # What is observed of the guest -------------------------------------------------------------------------------
+
+    def _addresses(self, addresses: tuple[int, int]) -> tuple[bytes, bytes]:
+        """(source, destination), packed."""
+        both = self._ctx.pool.copy(*addresses)
+        n = len(both) // 2
+        return both[:n], both[n:]
+
+    def _seen(self, src: bytes) -> None:
+        """Remember the source address of the guest."""
+        guest = self._ctx.guest
+        if addr.is_loopback(src) or addr.is_multicast(src) or addr.is_unspecified(src):
+            return
+        if len(src) == 4:
+            guest.addr4 = src
+        elif addr.is_link_local(src):
+            guest.addr6_ll = src
+        else:
+            guest.addr6 = src
+
+    def _new_mac(self, mac: bytes) -> None:
+        """The guest sends from another address: frames to it go there from now on."""
+        log.debug(f"Guest MAC address: {addr.mac_text(mac)}")
+        self._ctx.guest.mac = mac
+        self._tcp.set_guest_mac(mac)
+        self._udp.set_guest_mac(mac)
+        self._icmp.set_guest_mac(mac)

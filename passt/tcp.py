@@ -1,0 +1,618 @@
+"""TCP between the guest's frames and sockets of the host.
+
+There is no TCP stack here: the two kernels have one each. Towards the guest we speak for the host peer: sequence
+numbers, window, maximum segment size, FIN and RST are mirrored from one side to the other, and no payload is kept.
+
+Directions
+==========
+
+Guest to host (`tap_handler`). Segments of one read of the tap come grouped by connection. Payload in order goes to
+the socket in one `writev` over views of the packet pool. What the socket took is acknowledged; what it did not take
+is dropped and asked for again, which the window that we promise makes rare: see `tcp_ack.py`.
+
+Host to guest (`sock_handler`, and `tap_handler` when an acknowledgement opens the window). Data is peeked, sent, and
+stays in the socket until the guest has it: see `tcp_buf.py`. Events are edge-triggered.
+
+Events and sequence variables are listed in `tcp_conn.py`.
+
+Timers: one timerfd per connection, from a pool, and one for all delayed acknowledgements
+=========================================================================================
+
+    name        condition                                   value                     on expiry
+    ----------  ------------------------------------------  ------------------------  ------------------------------
+    SYN         SYN,ACK not acknowledged                    1, 2, 4 s; 10 s in all    send again; then RST both ways
+    RTO         data or FIN not acknowledged                1 s doubling, 7 times     send from snd_una; then RST
+    persist     window zero, data waits in the socket       0.2 s doubling to 60 s    send a segment before snd_una
+    keepalive   nothing else, idle                          2 h, then 75 s, 8 times   likewise; then RST both ways
+    ack         acknowledgements wait                       10 ms                     look at TCP_INFO, send them
+
+Not handled, on purpose: SACK, timestamps, ECN and TCP_FASTOPEN (the link to the guest has no use for them; the host
+socket negotiates them with its peer as it likes); urgent pointers, whose byte travels in line.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from struct import Struct
+from typing import Any
+
+from . import addr, log
+from .core.config import Ip4, Ip6
+from .core.context import Context
+from .core.flow import TableFull
+from .core.reactor import (
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLPRI,
+    EPOLLRDHUP,
+    TYPE_TCP,
+    ref_data,
+)
+from .core.siphash import siphash24
+from .linux import tcpinfo
+from .linux.tcpinfo import SO_PEEK_OFF
+from .tcp_ack import ACK_DELAY, INTEREST, PINGPONG_MAX, TcpAck
+from .tcp_buf import TcpOut
+from .tcp_conn import (
+    CLOSED,
+    ESTABLISHED,
+    NEVER,
+    RETRIES_MAX,
+    SOCK_FIN_RCVD,
+    SOCK_FIN_SENT,
+    SYN_TIMEOUT,
+    TAP_FIN_ACKED,
+    TAP_FIN_RCVD,
+    TAP_FIN_SENT,
+    TAP_SYN_ACK_SENT,
+    TAP_SYN_RCVD,
+    WS_OFFERED,
+    TcpConn,
+    set_event,
+    timeout,
+)
+from .wire import ether, icmp, tcp
+from .wire.checksum import PROTO_TCP
+from .wire.cursor import Malformed
+from .wire.tcp import ACK, FIN, RST, SEQ_TO_WINDOW, SYN
+
+CONSUME = 8192  # acknowledged bytes that may lie in the socket: an eighth of the smallest receive window
+KEEPALIVE_PROBES = 8
+IOV_MAX = 1024
+TIMER_SLACK = 0.0005  # s, a timer that fires this early is on time
+REFUSED = frozenset((errno.ECONNREFUSED, errno.ECONNRESET))
+
+UNREACHABLE4 = {
+    errno.ENETUNREACH: icmp.UNREACHABLE_NET,
+    errno.EACCES: icmp.UNREACHABLE_ADMIN,
+    errno.EPERM: icmp.UNREACHABLE_ADMIN,
+}
+UNREACHABLE6 = {
+    errno.ENETUNREACH: icmp.UNREACHABLE6_ROUTE,
+    errno.EACCES: icmp.UNREACHABLE6_ADMIN,
+    errno.EPERM: icmp.UNREACHABLE6_ADMIN,
+}
+
+_RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds: close() sends RST
+_MASK = 0xFFFFFFFF
+_HALF = 1 << 31
+
+
+class Tcp:
+    """All TCP connections through the tap."""
+
+    def __init__(self, ctx: Context, features: tcpinfo.Features | None = None) -> None:
+        self._ctx = ctx
+        self._pool = ctx.pool
+        self._features = features or tcpinfo.probe()
+        self._out = TcpOut(ctx, self._features, tso=ctx.link.tso)
+        self._by_index = ctx.flows.by_index
+        self._conns: dict[bytes, TcpConn] = {}
+        self._secret = os.urandom(16)  # RFC 6528: new at each start
+        self._acks = TcpAck(ctx, self._out, self._features)
+        ctx.reactor.handle(TYPE_TCP, self.sock_handler)
+        ctx.timers.callback = self.timer_handler
+
+    # Guest to host -----------------------------------------------------------------------------------------------
+
+    def tap_handler(self, key: bytes, segments: list[int], now: float) -> None:
+        """Segments of one flow: `segments` is a flat list of (offset of the TCP header, end) in the packet pool."""
+        conn = self._conns.get(key)
+        if conn is None or not conn.events & ESTABLISHED:
+            conn = self._handshake(conn, key, segments, now)
+            if conn is None:
+                return
+        # The hot loop, long on purpose: one pass over the segments with everything in locals.
+        buf, mv, unpack = self._pool.buf, self._pool.mv, SEQ_TO_WINDOW.unpack_from
+        rcv_nxt, una, window = conn.rcv_nxt, conn.snd_una, conn.snd_wnd
+        in_flight = conn.snd_nxt - una
+        payload: list[memoryview] = []
+        later: list[tuple[int, int, int, int]] = []
+        fin = must_ack = duplicate = False
+        for i in range(0, len(segments), 2):
+            offset, end = segments[i], segments[i + 1]
+            seq, ack, bits, win = unpack(buf, offset + 4)
+            data = offset + (bits >> 10 & 0x3C)
+            if data > end or data < offset + 20:
+                self._ctx.drops["tcp header length"] += 1
+                continue
+            if bits & (RST | SYN | ACK) != ACK:
+                if bits & RST:
+                    if (seq - conn.rcv_acked) & _MASK <= conn.rcv_edge - conn.rcv_acked:
+                        self._reset_by_guest(conn)
+                        return
+                    self._ctx.drops["tcp reset out of window"] += 1
+                elif bits & SYN:
+                    must_ack = True  # RFC 5961, 4.2: challenge
+                continue
+            advance = (ack - una) & _MASK
+            n = end - data
+            if 0 < advance <= in_flight:
+                una += advance
+                in_flight -= advance
+                window = win << conn.ws_from
+            elif advance == 0:
+                win <<= conn.ws_from
+                if win == window and in_flight and not n and not bits & FIN:
+                    duplicate = True
+                window = win
+            if seq == rcv_nxt & _MASK:
+                if n:
+                    payload.append(mv[data:end])
+                    rcv_nxt += n
+                if bits & FIN:
+                    fin = True
+                continue
+            gap = (seq - rcv_nxt) & _MASK
+            if gap < _HALF:
+                if n or bits & FIN:
+                    later.append((gap + rcv_nxt, data, end, bits & FIN))
+                continue
+            must_ack = True  # something sent again, a keep-alive or a window probe
+            new = gap + n - (1 << 32)  # bytes beyond rcv_nxt
+            if new > 0:
+                payload.append(mv[end - new : end])
+                rcv_nxt += new
+            if new >= 0 and bits & FIN and n + gap == 1 << 32:
+                fin = True
+        if later:
+            rcv_nxt, fin, hole = self._reorder(rcv_nxt, later, payload, fin)
+            must_ack |= hole
+        if una != conn.snd_una or window != conn.snd_wnd or duplicate or conn.retries:
+            self._acknowledged(conn, una, window, duplicate, now)
+            if conn.sock is None:
+                return
+        if payload or fin:
+            self._to_sock(conn, payload, rcv_nxt, fin, must_ack, now)
+        elif must_ack:
+            self._out.ack(conn)
+
+    def _reorder(
+        self, rcv_nxt: int, later: list[tuple[int, int, int, int]], payload: list[memoryview], fin: bool
+    ) -> tuple[int, bool, bool]:
+        """Append what follows without a hole among segments that came early; returns (rcv_nxt, fin, hole)."""
+        hole = False
+        for seq, data, end, fin_bit in sorted(later):
+            skip = rcv_nxt - seq
+            if skip < 0 or fin:
+                hole = True
+                break
+            if skip < end - data:
+                payload.append(self._pool.view(data + skip, end))
+                rcv_nxt += end - data - skip
+            if fin_bit and rcv_nxt == seq + end - data:
+                fin = True
+        return rcv_nxt, fin, hole
+
+    def _to_sock(
+        self, conn: TcpConn, payload: list[memoryview], rcv_nxt: int, fin: bool, must_ack: bool, now: float
+    ) -> None:
+        """Give the socket the bytes [conn.rcv_nxt, rcv_nxt), and shut it down behind them if `fin`."""
+        if conn.events & TAP_FIN_RCVD:  # nothing new can come after FIN
+            self._out.ack(conn)
+            return
+        wanted = rcv_nxt - conn.rcv_nxt
+        taken = 0
+        try:
+            if len(payload) == 1:
+                taken = conn.sock.send(payload[0])
+            else:
+                for i in range(0, len(payload), IOV_MAX):
+                    part = payload[i : i + IOV_MAX]
+                    n = conn.sock.sendmsg(part)
+                    taken += n
+                    if n < sum(map(len, part)):
+                        break
+        except BlockingIOError:
+            pass  # the send buffer is full; what was taken before counts
+        except OSError as e:
+            self._broken(conn, e.errno or errno.EIO, now)
+            return
+        conn.rcv_nxt += taken
+        conn.t_rx = now
+        if taken < wanted:
+            conn.lost = True
+            self._ctx.drops["tcp send buffer full"] += 1
+            must_ack = True
+        elif fin:
+            conn.rcv_nxt += 1
+            conn.rcv_acked = conn.rcv_nxt
+            self._guest_done(conn, now)
+            return
+        self._acks.owe(conn, taken, must_ack, now)
+
+    def _guest_done(self, conn: TcpConn, now: float) -> None:
+        """The guest's FIN was taken: acknowledge it, and tell the host peer unless closing does so anyway."""
+        set_event(conn, TAP_FIN_RCVD)
+        conn.rcv_edge = max(conn.rcv_edge, conn.rcv_nxt)
+        self._out.ack(conn)
+        if conn.events & CLOSED == CLOSED:
+            self._close(conn)
+            return
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+        except OSError as e:
+            self._broken(conn, e.errno or errno.EIO, now)
+            return
+        set_event(conn, SOCK_FIN_SENT)
+
+    # Host to guest -----------------------------------------------------------------------------------------------
+
+    def sock_handler(self, ref: int, events: int, now: float) -> None:
+        """Something happened on the host socket of flow ref_data(ref)."""
+        conn = self._by_index[ref & _MASK]
+        if not isinstance(conn, TcpConn):
+            return
+        if not conn.events & TAP_SYN_ACK_SENT:
+            self._connected(conn, conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), now)
+            if conn.sock is None or not conn.events & TAP_SYN_ACK_SENT:
+                return
+        if events & EPOLLRDHUP and not conn.events & SOCK_FIN_RCVD:
+            set_event(conn, SOCK_FIN_RCVD)
+        if events & EPOLLPRI:
+            conn.urgent = True
+        if events & (EPOLLIN | EPOLLRDHUP):
+            conn.drained = False
+            if conn.events & ESTABLISHED:
+                self._to_tap(conn, now)
+        if events & (EPOLLERR | EPOLLHUP) and conn.sock is not None:
+            error = conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                self._broken(conn, error, now)
+                return
+        if events & EPOLLOUT and conn.low and conn.sock is not None:
+            self._acks.writable(conn)
+
+    def _to_tap(self, conn: TcpConn, now: float) -> None:
+        """Send what the socket has, and see to the timer."""
+        before = conn.snd_nxt
+        due = conn.ack_due
+        try:
+            self._out.data(conn)
+        except OSError as e:
+            self._broken(conn, e.errno or errno.EIO, now)
+            return
+        if conn.snd_nxt != before:
+            if due or now - conn.t_rx < ACK_DELAY:
+                conn.pingpong = min(conn.pingpong + 1, PINGPONG_MAX)
+            if conn.rcv_acked != conn.rcv_nxt and due:
+                conn.ack_due = True  # the answer did not acknowledge everything: the timer goes on
+        self._schedule(conn, now)
+
+    def _acknowledged(self, conn: TcpConn, una: int, window: int, duplicate: bool, now: float) -> None:
+        """The guest acknowledged everything before `una` and takes `window` bytes after it."""
+        progress = una != conn.snd_una
+        conn.snd_wnd = window
+        if progress:
+            conn.snd_una = una
+            conn.retries = 0
+            if conn.events & TAP_FIN_SENT and una == conn.snd_nxt:
+                set_event(conn, TAP_FIN_ACKED)
+                if conn.events & CLOSED == CLOSED:
+                    self._close(conn)
+                    return
+            if una - conn.base >= CONSUME:
+                self._out.consume(conn)
+        elif window and conn.snd_nxt == una:
+            conn.retries = 0
+        if conn.recover:
+            if una >= conn.recover:
+                conn.recover = 0
+            elif progress:
+                self._out.again(conn)  # a partial acknowledgement: the next hole (RFC 6582, 3.2)
+        elif duplicate and not progress:
+            # The link keeps the order, so one duplicate is a loss, where RFC 5681 waits for three.
+            conn.recover = conn.snd_nxt
+            self._out.again(conn)
+        if conn.drained:
+            self._schedule(conn, now)
+        else:
+            self._to_tap(conn, now)
+
+    # Opening -----------------------------------------------------------------------------------------------------
+
+    def _handshake(self, conn: TcpConn | None, key: bytes, segments: list[int], now: float) -> TcpConn | None:
+        """Handle segments before ESTABLISHED; returns the connection once it is, to go on with the same segments."""
+        buf = self._pool.buf
+        for i in range(0, len(segments), 2):
+            offset, end = segments[i], segments[i + 1]
+            seq, ack, bits, win = SEQ_TO_WINDOW.unpack_from(buf, offset + 4)
+            data = offset + (bits >> 10 & 0x3C)
+            if data > end or data < offset + 20:
+                self._ctx.drops["tcp header length"] += 1
+                continue
+            flags = bits & (SYN | RST | ACK)
+            if conn is not None and flags == SYN and seq != conn.isn_tap:
+                self._abort(conn)  # the guest gave up the old attempt and reuses the port
+                conn = None
+            if conn is None:
+                conn = self._no_connection(key, offset, data, end, now)
+            elif flags == SYN:
+                if conn.events & TAP_SYN_ACK_SENT:
+                    self._out.syn_ack(conn, conn.ws_to != 0)
+            elif bits & RST:
+                self._reset_by_guest(conn)
+                return None
+            elif flags == ACK and conn.events & TAP_SYN_ACK_SENT and ack == conn.snd_nxt & _MASK:
+                conn.snd_una = conn.snd_nxt
+                conn.snd_wnd = win << conn.ws_from
+                conn.retries = 0
+                set_event(conn, ESTABLISHED)
+                if conn.drained:
+                    self._schedule(conn, now)
+                else:
+                    self._to_tap(conn, now)
+                return conn if conn.sock is not None else None
+            elif flags == ACK:
+                self._out.refuse(key, seq, ack, bits, 0)
+        return None
+
+    def _no_connection(self, key: bytes, offset: int, data: int, end: int, now: float) -> TcpConn | None:
+        """A segment of no connection: SYN opens one, anything but RST is answered by RST."""
+        seq, ack, bits, win = self._pool.unpack(SEQ_TO_WINDOW, offset + 4, end)
+        if bits & RST:
+            return None
+        if bits & (SYN | ACK) == SYN:
+            n = (len(key) - 4) // 2
+            ends = key[:n], key[n : 2 * n]
+            if not all(map(_may_connect, ends)) or not any(key[2 * n : 2 * n + 2]) or not any(key[2 * n + 2 :]):
+                self._ctx.drops["tcp endpoint"] += 1
+                return None
+            try:
+                options = tcp.SynOptions.parse(self._pool.copy(offset + 20, data))
+            except Malformed as e:
+                self._ctx.drops[e.reason] += 1
+                return None
+            return self._open(key, seq, win, options, now)
+        length = end - data + (1 if bits & SYN else 0) + (1 if bits & FIN else 0)
+        self._out.refuse(key, seq, ack, bits, length)
+        return None
+
+    def _open(self, key: bytes, isn: int, window: int, options: tcp.SynOptions, now: float) -> TcpConn | None:
+        """The guest connects: so do we, on the host."""
+        conn = TcpConn(key)
+        conn.isn_tap = isn
+        conn.rcv_nxt = conn.rcv_acked = conn.rcv_edge = isn + 1
+        v4 = len(key) == 12
+        conn.mss = options.mss or (tcp.MSS_DEFAULT if v4 else tcp.MSS_DEFAULT6)
+        if options.ws is not None:
+            conn.ws_from, conn.ws_to = options.ws, WS_OFFERED
+        conn.snd_wnd = window
+        try:
+            self._ctx.flows.insert(conn)
+        except TableFull:
+            self._ctx.drops["flow table full"] += 1
+            self._out.refuse(key, isn, 0, SYN, 1)
+            return None
+        conn.snd_una = conn.snd_nxt = self._isn(key, now)
+        conn.base = conn.snd_una + 1
+        self._out.cook(conn)
+        self._conns[key] = conn
+        set_event(conn, TAP_SYN_RCVD)
+        try:
+            error = self._connect(conn)
+        except OSError as e:  # no descriptor, no memory: ours to answer for, so RST
+            log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
+            self._ctx.drops["tcp socket"] += 1
+            self._out.refuse(key, isn, 0, SYN, 1)
+            self._close(conn)
+            return None
+        if error != errno.EINPROGRESS:
+            self._connected(conn, error, now)
+        return conn if conn.sock is not None else None
+
+    def _isn(self, key: bytes, now: float) -> int:
+        """RFC 6528: a keyed hash of the endpoints plus a clock of 4 us."""
+        h = siphash24(self._secret, key)
+        return ((h >> 32 ^ h) + int(now * 250_000)) & _MASK
+
+    def _connect(self, conn: TcpConn) -> int:
+        """Open the host socket and start connecting; returns 0, EINPROGRESS, or what failed. Raises OSError."""
+        fwd, key = self._ctx.fwd, conn.key
+        n = (len(key) - 4) // 2
+        peer, port = key[n : 2 * n], int.from_bytes(key[2 * n + 2 :], "big")
+        dst = fwd.outbound(peer, port)
+        conn.dst = fwd.sockaddr(dst, port)
+        # The C type itself: the subclass in `socket` costs as much as the system call.
+        sock: Any = socket.SocketType(addr.family(dst), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        conn.sock, conn.fd = sock, sock.fileno()
+        if self._features.peek_off:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        ip = fwd.family(dst)
+        conn.near = addr.is_loopback(dst) or not self._features.bytes_acked or (ip is not None and dst == ip.addr)
+        if ip is not None and not addr.is_loopback(dst):
+            self._bind(conn, ip)
+        error: int = sock.connect_ex(conn.dst)
+        if error == errno.EINPROGRESS and conn.near:
+            # Over loopback the handshake is over before connect() returns, which still says EINPROGRESS.
+            error = sock.connect_ex(conn.dst)
+            if error == errno.EALREADY:
+                error = errno.EINPROGRESS
+        pending = EPOLLOUT if error == errno.EINPROGRESS else 0
+        if error in (0, errno.EINPROGRESS):
+            self._ctx.reactor.watch(conn.fd, TYPE_TCP, conn.index, INTEREST | pending)
+        return error
+
+    def _bind(self, conn: TcpConn, ip: Ip4 | Ip6) -> None:
+        """Apply the configured outbound address and interface; the connection goes on without what is refused."""
+        try:
+            if ip.addr_out is not None:
+                conn.sock.bind(self._ctx.fwd.sockaddr(ip.addr_out, 0))
+            if ip.if_out is not None:
+                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, ip.if_out.encode() + b"\0")
+        except OSError as e:
+            log.debug(f"Flow {conn.index} (TCP connection): cannot bind: {e.strerror}")
+
+    def _connected(self, conn: TcpConn, error: int, now: float) -> None:
+        """The host socket is connected, or `error` says why it is not: tell the guest."""
+        if error:
+            self._connect_failed(conn, error)
+            return
+        self._ctx.flows.activate(conn)
+        if log.debug_on:
+            log.debug(f"Flow {conn.index} (TCP connection): {conn.endpoints} => HOST {conn.dst[0]} port {conn.dst[1]}")
+        self._acks.open_window(conn)
+        self._out.syn_ack(conn, conn.ws_to != 0)
+        conn.snd_nxt = conn.snd_una + 1
+        conn.t_rx = now
+        set_event(conn, TAP_SYN_ACK_SENT)
+        self._schedule(conn, now)
+
+    def _unreachable(self, conn: TcpConn, error: int) -> None:
+        """Tell the guest by ICMP that its SYN went nowhere, so that its connect() fails with the error of ours."""
+        n = (len(conn.key) - 4) // 2
+        guest, peer, ports = conn.key[:n], conn.key[n : 2 * n], conn.key[2 * n :]
+        kinds, default = (UNREACHABLE4, icmp.UNREACHABLE_HOST) if n == 4 else (UNREACHABLE6, icmp.UNREACHABLE6_ADDRESS)
+        syn = icmp.quote(guest, peer, PROTO_TCP, ports + conn.isn_tap.to_bytes(4, "big") + bytes(12))
+        kind = icmp.UNREACHABLE if n == 4 else icmp.UNREACHABLE6
+        message = icmp.error(peer, guest, kind, kinds.get(error, default), 0, syn)
+        ctx = self._ctx
+        frame = ether.ip_frame(ctx.guest.mac, ctx.config.our_mac, peer, guest, icmp.protocol(guest), message)
+        ctx.link.send_frame(frame)
+
+    def _connect_failed(self, conn: TcpConn, error: int) -> None:
+        """RST for a refused connection, an ICMP error for an unreachable peer; a time-out stays one."""
+        if error in REFUSED:
+            self._out.reset(conn)
+        elif error != errno.ETIMEDOUT:
+            self._unreachable(conn, error)
+        self._close(conn)
+
+    # Time --------------------------------------------------------------------------------------------------------
+
+    def _schedule(self, conn: TcpConn, now: float) -> None:
+        """Arm the timer for what happens next if nothing happens."""
+        delay = timeout(conn)
+        if delay == NEVER:
+            conn.deadline = NEVER
+            return
+        conn.deadline = now + delay
+        if conn.timer < 0:
+            conn.timer = self._ctx.timers.take(conn.index)
+        self._ctx.timers.at(conn.timer, conn.deadline)
+
+    def timer_handler(self, index: int, now: float) -> None:
+        """The timer of flow `index` fired; the deadline may have moved on since it was armed."""
+        conn = self._by_index[index]
+        if not isinstance(conn, TcpConn) or conn.deadline == NEVER:
+            return
+        if now + TIMER_SLACK < conn.deadline:
+            self._ctx.timers.at(conn.timer, conn.deadline)
+            return
+        conn.retries += 1
+        if not conn.events & ESTABLISHED:
+            if now - conn.t_rx >= SYN_TIMEOUT:
+                self._give_up(conn, "no answer to SYN,ACK")
+                return
+            self._out.syn_ack(conn, conn.ws_to != 0)
+        elif conn.snd_nxt != conn.snd_una:
+            if conn.retries > RETRIES_MAX:
+                self._give_up(conn, "no acknowledgement")
+                return
+            conn.recover = 0
+            self._out.rewind(conn)
+            if conn.snd_wnd:
+                self._to_tap(conn, now)
+                return
+        else:
+            if conn.snd_wnd and conn.retries > KEEPALIVE_PROBES:
+                self._give_up(conn, "no answer to keep-alive")
+                return
+            # RFC 9293, 3.8.4 and 3.8.6.1: an old sequence number makes the guest acknowledge, and tell its window
+            self._out.bare(conn, ACK, conn.snd_una - 1)
+        self._schedule(conn, now)
+
+    # Ending --------------------------------------------------------------------------------------------------------
+
+    def _give_up(self, conn: TcpConn, why: str) -> None:
+        log.debug(f"Flow {conn.index} (TCP connection): {why}, resetting")
+        self._abort(conn)
+
+    def _abort(self, conn: TcpConn) -> None:
+        """RST to both sides."""
+        self._out.reset(conn)
+        self._reset_by_guest(conn)
+
+    def _reset_by_guest(self, conn: TcpConn) -> None:
+        """The guest is done with this connection: RST to the host peer."""
+        if conn.sock is not None:
+            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._release(conn)
+
+    def _broken(self, conn: TcpConn, error: int, now: float) -> None:
+        """The host socket failed. What it still holds goes to the guest first, then RST."""
+        log.debug(f"Flow {conn.index} (TCP connection): {os.strerror(error)}")
+        if not conn.events & TAP_SYN_ACK_SENT:
+            self._connect_failed(conn, error)
+            return
+        self._out.reset(conn)
+        self._release(conn)
+
+    def _close(self, conn: TcpConn) -> None:
+        """Both directions are done. Unread bytes would turn close() into RST, so they are taken out first."""
+        if conn.sock is not None and conn.events & ESTABLISHED:
+            try:
+                self._out.consume(conn)
+            except OSError:
+                pass  # the host peer reset the connection after its end: nothing is left to tell anyone
+        self._release(conn)
+
+    def _release(self, conn: TcpConn) -> None:
+        """Give back everything a connection holds."""
+        del self._conns[conn.key]
+        if conn.timer >= 0:
+            self._ctx.timers.give_back(conn.timer)
+            conn.timer = -1
+        if conn.sock is not None:
+            self._ctx.reactor.retire(conn.fd, conn.sock)
+            conn.sock = None
+        conn.ack_due = False
+        self._ctx.flows.free(conn)
+
+    def fault(self, ref: int) -> None:
+        """A handler failed on flow ref_data(ref): end that flow, and only that."""
+        conn = self._by_index[ref_data(ref)]
+        if isinstance(conn, TcpConn):
+            self._abort(conn)
+
+    def fault_key(self, key: bytes) -> None:
+        """Likewise, when it failed on segments from the guest."""
+        conn = self._conns.get(key)
+        if conn is not None:
+            self._abort(conn)
+
+    def set_guest_mac(self, mac: bytes) -> None:
+        """The guest has another address on the link from now on."""
+        for conn in self._conns.values():
+            conn.hdr[10:16] = mac
+
+
+def _may_connect(a: bytes) -> bool:
+    """Whether `a` may be an end of a connection on the link to the guest."""
+    return addr.is_unicast(a) and not addr.is_loopback(a)

@@ -1,0 +1,208 @@
+"""One TCP connection: its record, its events, its pre-cooked header, and the pure functions that derive from them.
+
+Everything that changes the events of a connection is `set_event` in this file, which also logs the transition.
+
+Events (a bit set, not a state: both directions of both sides progress on their own)
+====================================================================================
+
+    TAP_SYN_RCVD        the guest sent SYN; the host socket connects
+    TAP_SYN_ACK_SENT    the host socket is connected; SYN,ACK went to the guest
+    ESTABLISHED         the guest acknowledged: data flows
+      SOCK_FIN_RCVD       the host peer ended its direction (EPOLLRDHUP)
+      TAP_FIN_SENT        ... everything before it was sent to the guest, and FIN
+      TAP_FIN_ACKED       ... and the guest acknowledged it: this direction is done
+      TAP_FIN_RCVD        the guest ended its direction, and the host socket took everything before it
+      SOCK_FIN_SENT       ... shutdown(SHUT_WR) told the host peer: this direction is done
+
+The indented ones are meaningful only with ESTABLISHED. A connection ends when TAP_FIN_ACKED and TAP_FIN_RCVD meet.
+
+Sequence variables, named as in RFC 9293, 3.3.1, from our side of the link to the guest
+=======================================================================================
+
+They are Python integers that start in 32 bits and never wrap; they are masked when they are written to a header.
+
+    snd_una    oldest byte sent to the guest that it has not acknowledged
+    snd_nxt    next byte to send to the guest
+    snd_wnd    bytes after snd_una that the guest is ready to take
+    base       sequence number of the first byte that still lies in the socket: base <= snd_una
+    recover    snd_nxt when a retransmission began (RFC 6582); acknowledgements below it are partial
+    rcv_nxt    next byte expected from the guest: everything before it is in the host socket
+    rcv_acked  what the next segment to the guest acknowledges (`ack_due`: none has said so yet)
+    rcv_edge   right edge of the window promised to the guest; it never moves left
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any
+
+from . import addr, log
+from .core.flow import Flow
+from .core.link import F_NEEDS_CSUM, GSO_NONE, VNET
+from .wire import tcp
+from .wire.checksum import PROTO_TCP, fold, ones_sum, pseudo_sum
+
+TAP_SYN_RCVD = 1 << 0
+TAP_SYN_ACK_SENT = 1 << 1
+ESTABLISHED = 1 << 2
+SOCK_FIN_RCVD = 1 << 3
+TAP_FIN_SENT = 1 << 4
+TAP_FIN_ACKED = 1 << 5
+TAP_FIN_RCVD = 1 << 6
+SOCK_FIN_SENT = 1 << 7
+EVENT_NAMES = (
+    "TAP_SYN_RCVD", "TAP_SYN_ACK_SENT", "ESTABLISHED", "SOCK_FIN_RCVD",
+    "TAP_FIN_SENT", "TAP_FIN_ACKED", "TAP_FIN_RCVD", "SOCK_FIN_SENT",
+)  # fmt: skip
+CLOSED = TAP_FIN_ACKED | TAP_FIN_RCVD
+
+SYN_TIMEOUT = 10.0  # s, SYN,ACK to the guest until the connection is given up
+RTO_INIT = 1.0  # s, RFC 6298, 2.1; the link's round trip is microseconds, so this only ever meets a loss
+RTO_MAX = 60.0  # s, RFC 6298, 2.5
+RETRIES_MAX = 7  # doubling from 1 s: about two minutes without any acknowledgement
+PROBE_INIT = 0.2  # s, zero-window probes (RFC 9293, 3.8.6.1), doubling up to RTO_MAX, without end
+KEEPALIVE_IDLE = 7200.0  # s, RFC 9293, 3.8.4: no less than two hours
+KEEPALIVE_INTERVAL = 75.0  # s, between probes once the guest was idle for so long
+WINDOW_DEFAULT = 29200  # bytes promised with SYN,ACK: twice the initial window of RFC 6928, any socket can take it
+WINDOW_MAX = 1 << 24  # bytes
+WS_OFFERED = 8  # 65535 << 8 is WINDOW_MAX
+
+_IP4 = Struct("!BBHHHBBH4s4s")
+_IP6 = Struct("!IHBB16s16s")
+_ETH = Struct("!6s6sH")
+L2 = VNET.size  # offset of the Ethernet header in a pre-cooked frame
+L3 = L2 + _ETH.size
+TTL = 255
+NEVER = float("inf")
+
+
+class TcpConn(Flow):
+    """A connection. Created by `tcp.Tcp`; `hdr` is built by `cook`."""
+
+    __slots__ = (
+        "ack_due",  # data from the guest waits for its acknowledgement to ride on an answer
+        "base",
+        "chunk",  # most payload bytes in one frame to the guest, a multiple of the MSS
+        "deadline",  # time.monotonic() at which `Tcp.timer_handler` has something to do
+        "drained",  # a peek came back short: nothing to read until the socket says so
+        "dst",  # host side address and port
+        "events",
+        "gso",  # whether `hdr` has segmentation fields set
+        "hdr",  # pre-cooked frame: vnet, Ethernet, IP, TCP headers
+        "ip_sum",  # folded sum of the IPv4 header without total length and checksum
+        "isn_tap",  # the guest's initial sequence number
+        "l4",  # offset of the TCP header in `hdr`
+        "lost",  # payload of the guest that the socket did not take was dropped: ask for it when there is room
+        "low",  # the send buffer is nearly full: EPOLLOUT will say when it is not
+        "mss",  # the guest's
+        "near",  # the host peer is so close that an acknowledgement need not wait for it
+        "pingpong",  # how often an answer followed within the delay of an acknowledgement (0..PINGPONG_MAX)
+        "queued",  # the timer of delayed acknowledgements will look at this connection
+        "rcv_acked",
+        "rcv_edge",
+        "rcv_full",  # window when it was last computed: it is computed again when half of it is used up
+        "rcv_nxt",
+        "recover",
+        "retries",
+        "snd_nxt",
+        "snd_una",
+        "snd_wnd",
+        "t_rx",  # when data of the guest last came
+        "tcp_sum",  # folded sum of the pseudo-header without length
+        "timer",  # descriptor from the timer pool, or -1
+        "unpolled",  # bytes given to the socket since TCP_INFO was last asked
+        "urgent",  # urgent data was seen: a short peek may be cut at its mark
+        "ws_from",  # guest's window scale
+        "ws_to",  # ours
+    )
+    kind = "TCP connection"
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key)
+        self.events = 0
+        self.dst: tuple[Any, ...] = ()
+        self.hdr = bytearray()
+        self.l4 = self.ip_sum = self.tcp_sum = 0
+        self.mss = tcp.MSS_DEFAULT
+        self.chunk = self.ws_from = self.ws_to = 0
+        self.isn_tap = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_full = 0
+        self.snd_una = self.snd_nxt = self.snd_wnd = self.base = self.recover = 0
+        self.gso = self.near = self.low = self.lost = self.ack_due = False
+        self.queued = self.urgent = False
+        self.drained = True
+        self.pingpong = self.retries = self.unpolled = 0
+        self.timer = -1
+        self.deadline = self.t_rx = 0.0
+
+    @property
+    def endpoints(self) -> str:
+        """[guest]:port -> [peer]:port, for the log."""
+        n = (len(self.key) - 4) // 2
+        ports = self.key[2 * n :]
+        guest = addr.endpoint(self.key[:n], int.from_bytes(ports[:2], "big"))
+        peer = addr.endpoint(self.key[n : 2 * n], int.from_bytes(ports[2:], "big"))
+        return f"TAP {guest} -> {peer}"
+
+
+def event_text(events: int) -> str:
+    """TAP_SYN_RCVD|ESTABLISHED, or "none"."""
+    return "|".join(name for i, name in enumerate(EVENT_NAMES) if events >> i & 1) or "none"
+
+
+def set_event(conn: TcpConn, bits: int, clear: int = 0) -> None:
+    """The only writer of `conn.events`."""
+    old = conn.events
+    conn.events = old & ~clear | bits
+    if log.debug_on and conn.events != old:
+        log.debug(f"Flow {conn.index} (TCP connection): {event_text(old)} -> {event_text(conn.events)}")
+
+
+def timeout(conn: TcpConn) -> float:
+    """Seconds until something must be done if nothing happens (the table in `tcp.py`); inf: nothing."""
+    events = conn.events
+    if not events & TAP_SYN_ACK_SENT:
+        return NEVER  # the host's connect() has its own time-out
+    if conn.snd_nxt != conn.snd_una:
+        return min(RTO_INIT * (1 << conn.retries), RTO_MAX)
+    if not conn.snd_wnd and not conn.drained:
+        return min(PROBE_INIT * (1 << min(conn.retries, 10)), RTO_MAX)
+    return KEEPALIVE_INTERVAL if conn.retries else KEEPALIVE_IDLE
+
+
+def cook(conn: TcpConn, guest_mac: bytes, our_mac: bytes, mtu: int, *, tso: bool) -> None:
+    """Build the pre-cooked header of a connection from its key: what does not change is written here, once.
+
+        0        10         24            44|64       64|84
+        | vnet   | Ethernet | IPv4|IPv6   | TCP       |
+
+    IPv4: TTL 255, id 0, DF clear. IPv6: a flow label of 20 bits from the flow's index, never 0 (RFC 6437, 3).
+    The MSS must be known. `mtu` 0: unknown, the guest's MSS alone limits a segment.
+    """
+    v4 = len(conn.key) == 12
+    n = 4 if v4 else 16
+    guest, peer, ports = conn.key[:n], conn.key[n : 2 * n], conn.key[2 * n :]
+    conn.l4 = L3 + (20 if v4 else 40)
+    hdr = conn.hdr = bytearray(conn.l4 + tcp.HEADER_LEN)
+    _ETH.pack_into(hdr, L2, guest_mac, our_mac, 0x0800 if v4 else 0x86DD)
+    if v4:
+        _IP4.pack_into(hdr, L3, 0x45, 0, 0, 0, 0, TTL, PROTO_TCP, 0, peer, guest)
+        conn.ip_sum = ones_sum(hdr[L3 : conn.l4])
+    else:
+        label = conn.index + 1 & 0xFFFFF or 1
+        _IP6.pack_into(hdr, L3, 6 << 28 | label, 0, PROTO_TCP, TTL, peer, guest)
+    hdr[conn.l4 : conn.l4 + 4] = ports[2:] + ports[:2]
+    conn.tcp_sum = fold(pseudo_sum(peer, guest, PROTO_TCP, 0))
+    overhead = conn.l4 - L3 + tcp.HEADER_LEN
+    if mtu:
+        conn.mss = min(conn.mss, mtu - overhead)
+    longest = 65535 - (overhead if v4 else tcp.HEADER_LEN)  # IPv4's total length counts its header, IPv6's does not
+    conn.mss = min(conn.mss, longest)
+    conn.chunk = longest // conn.mss * conn.mss if tso else conn.mss
+    set_segmentation(conn, gso_type=GSO_NONE)
+
+
+def set_segmentation(conn: TcpConn, gso_type: int) -> None:
+    """Write the vnet header: the kernel completes the checksum; with a `gso_type`, it also cuts at the MSS."""
+    conn.gso = gso_type != GSO_NONE
+    hdr_len, gso_size = (conn.l4 - L2 + tcp.HEADER_LEN, conn.mss) if conn.gso else (0, 0)
+    VNET.pack_into(conn.hdr, 0, F_NEEDS_CSUM, gso_type, hdr_len, gso_size, conn.l4 - L2, 16)
