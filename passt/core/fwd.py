@@ -46,8 +46,19 @@ class Forwarding:
             return ip.addr
         return dst
 
+    def source(self, target: bytes) -> tuple[bytes | None, str | None]:
+        """Address and interface that a socket to the host-side address `target` is bound to; None: the kernel's choice.
+
+        The host's loopback is reached from no other interface, so there the configured ones do not apply.
+        """
+        ip = self.family(target)
+        if ip is None or addr.is_loopback(target):
+            return None, None
+        return ip.addr_out, ip.if_out
+
     def sockaddr(self, a: bytes, port: int) -> SockAddr:
-        """For connect() and bind(): link-local IPv6 goes through the template interface."""
+        """For connect() and bind(): what has the scope of a link (RFC 4007, 4) goes through the template interface."""
         if len(a) == 4:
             return addr.text(a), port
-        return addr.text(a), port, 0, self._config.scope_id if addr.is_link_local(a) else NO_SCOPE
+        link_scope = addr.is_link_local(a) or (a[0] == 0xFF and a[1] & 0xF in (1, 2))
+        return addr.text(a), port, 0, self._config.scope_id if link_scope else NO_SCOPE

@@ -1,0 +1,140 @@
+"""Flows that nobody closes: UDP and ping end by being idle, or by making room.
+
+    event                                    consequence
+    ---------------------------------------  -----------------------------------------------------------
+    nothing sent or received for `timeout`   closed by the next sweep
+    more than `limit` flows, or table full   the longest idle sixteenth is closed
+    no descriptor left (EMFILE, ENFILE)      the longest idle one is closed, and the socket asked for again
+
+A protocol writes `flow.last = now` on each packet, and that is all it pays. One timer serves all flows of a protocol;
+it is armed only while there are flows, never before one could be due, and re-armed by the sweep that it causes.
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from .flow import Flow, TableFull
+from .reactor import EPOLLERR, EPOLLIN
+from .timers import NEVER
+
+if TYPE_CHECKING:
+    from .context import Context
+
+SWEEP_MIN = 5.0  # s between sweeps, at least
+EVICT_SHARE = 16
+NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
+
+
+class IdleFlow(Flow):
+    """A flow with the time of its last packet and how long it may be silent, both in seconds."""
+
+    __slots__ = ("last", "timeout")
+
+    def __init__(self, key: bytes, timeout: float, now: float) -> None:
+        super().__init__(key)
+        self.timeout = timeout
+        self.last = now
+
+
+F = TypeVar("F", bound=IdleFlow)
+
+
+def flow_limit(most: int, share: int) -> int:
+    """`most`, or fewer: one in `share` of the descriptors that the process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if soft == resource.RLIM_INFINITY else max(1, min(most, soft // share))
+
+
+class IdleFlows(Generic[F]):
+    """The flows of one protocol, by key. `kind` is the type of their epoll references."""
+
+    def __init__(self, ctx: Context, kind: int, limit: int) -> None:
+        self._ctx = ctx
+        self._kind = kind
+        self.limit = limit
+        self.by_key: dict[bytes, F] = {}
+        self._timer = ctx.timers.services.new(self.sweep)
+        self._due = NEVER
+
+    def open(self, make: Callable[[], socket.socket]) -> socket.socket:
+        """The socket that `make` opens; if descriptors ran out, at the cost of the longest idle flow.
+
+        Raises what `make` raises.
+        """
+        try:
+            return make()
+        except OSError as e:
+            if e.errno not in NO_DESCRIPTORS or not self.by_key:
+                raise
+        self._close_at_once(min(self.by_key.values(), key=_last))
+        return make()
+
+    def add(self, flow: F, sock: socket.socket, now: float) -> None:
+        """Take `flow` into the tables and watch its socket. Raises TableFull or OSError, with the flow left out."""
+        ctx = self._ctx
+        if len(self.by_key) >= self.limit:
+            self.evict()
+        try:
+            ctx.flows.insert(flow)
+        except TableFull:
+            self.evict()
+            ctx.flows.insert(flow)
+        fd = sock.fileno()
+        try:
+            ctx.reactor.watch(fd, self._kind, flow.index, EPOLLIN | EPOLLERR)
+        except OSError:
+            ctx.flows.free(flow)
+            raise
+        flow.sock, flow.fd = sock, fd
+        self.by_key[flow.key] = flow
+        ctx.flows.activate(flow)
+        self._arm(now + flow.timeout)
+
+    def close(self, flow: F) -> None:
+        """Forget `flow`; its socket closes when the turn ends."""
+        del self.by_key[flow.key]
+        self._ctx.reactor.retire(flow.fd, flow.sock)
+        self._ctx.flows.free(flow)
+
+    def _close_at_once(self, flow: F) -> None:
+        """Forget `flow` and give its descriptor back now. Its number goes to the socket that is opened next, which may
+        so get an event meant for this one in the same turn: the handlers of idle flows bear being called for nothing.
+        """
+        del self.by_key[flow.key]
+        self._ctx.reactor.forget(flow.fd)
+        flow.sock.close()
+        self._ctx.flows.free(flow)
+
+    def evict(self) -> None:
+        """Close the longest idle sixteenth, so that the sorting is paid for by many new flows."""
+        by_age = sorted(self.by_key.values(), key=_last)
+        for flow in by_age[: len(by_age) // EVICT_SHARE + 1]:
+            self._ctx.drops[f"{flow.kind}: closed to make room"] += 1
+            self.close(flow)
+
+    def sweep(self, now: float) -> None:
+        """Close what has been idle for too long, and come back when the next flow may be due."""
+        self._due = NEVER
+        earliest = NEVER
+        for flow in list(self.by_key.values()):
+            due = flow.last + flow.timeout
+            if due <= now:
+                self.close(flow)
+            elif due < earliest:
+                earliest = due
+        if self.by_key:
+            self._arm(max(earliest, now + SWEEP_MIN))
+
+    def _arm(self, deadline: float) -> None:
+        if deadline < self._due:
+            self._due = deadline
+            self._ctx.timers.services.arm(self._timer, deadline)
+
+
+def _last(flow: IdleFlow) -> float:
+    return flow.last

@@ -1,0 +1,359 @@
+"""Ping, both ways and both families, and ICMP error messages to the guest.
+
+Echo. Each (guest address, destination, identifier) is a flow with a ping socket of its own (SOCK_DGRAM, IPPROTO_ICMP or
+IPPROTO_ICMPV6), which needs no privilege where net.ipv4.ping_group_range (it rules IPv6, too) has one of our groups.
+
+    guest -> host   the request is sent as it is: the kernel writes the socket's identifier and the checksum
+    host -> guest   the reply gets the guest's identifier back; sequence number and data stay
+
+The socket's identifier is the guest's when nobody else on the host has it, else the kernel's choice. A ping socket
+takes replies from anybody who knows its identifier: those that are not from the destination are dropped, unless the
+destination is a group, whose members answer each for itself. In a namespace, a reply with the sequence number of the
+one before is a duplicate and dropped, until the guest asks with that number again.
+
+Errors (`Errors`) are what the host's kernel reports on sockets with IP_RECVERR, or what it says when it refuses to
+connect or send. They go to the guest as the message that a router would have sent, quoting what the guest itself had
+sent: addresses, ports and identifiers are its own again. UDP and TCP use the same class.
+
+    who complains                                 source address that the guest sees
+    --------------------------------------------  -----------------------------------------------
+    a router or host out there                    its own
+    our own kernel, the loopback, a mapped host   the destination that the guest had written to
+
+    time       condition                          consequence
+    ---------  ---------------------------------  --------------------------------
+    60 s       no request and no reply            the flow ends
+    1 s        more than ERRORS_PER_SECOND        errors are counted, not sent (RFC 1812, 4.3.2.8; RFC 4443, 2.4 f)
+
+Never answered by an error: what went to a group or to the broadcast address (RFC 1122, 3.2.2; RFC 4443, 2.4 e).
+Left out: ICMP messages of the guest other than echo requests; there is no socket that could send them.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import socket
+from typing import Any
+
+from . import addr, log
+from .core.config import PASTA
+from .core.context import Context
+from .core.flow import TableFull
+from .core.fwd import Forwarding
+from .core.idle import IdleFlow, IdleFlows, flow_limit
+from .core.link import F_NEEDS_CSUM, GSO_NONE, VNET
+from .core.reactor import EPOLLERR, EPOLLIN, TYPE_PING
+from .linux.sockopt import ORIGIN_ICMP, ORIGIN_ICMP6, ExtendedError, hops_option, read_errors, recverr
+from .wire import ether, icmp, ip
+from .wire.checksum import pseudo_sum
+from .wire.fragment import fragments
+
+PING_TIMEOUT = 60.0  # s
+PING_FLOWS_MAX = 1024
+DESCRIPTOR_SHARE = 8  # of the descriptors that the process may have, at most one in so many
+REPLIES_PER_EVENT = 32
+ERRORS_PER_SECOND = 200
+NO_SEQUENCE = -1
+
+_SIZE_MAX = 65536
+
+# (type, code) that tells the guest about an errno, IPv4 (RFC 792, RFC 1812) and IPv6 (RFC 4443)
+_UNREACHABLE4 = {
+    errno.ECONNREFUSED: icmp.UNREACHABLE_PORT,
+    errno.ENETUNREACH: icmp.UNREACHABLE_NET,
+    errno.EAFNOSUPPORT: icmp.UNREACHABLE_NET,
+    errno.ENOPROTOOPT: icmp.UNREACHABLE_PROTOCOL,
+    errno.EACCES: icmp.UNREACHABLE_ADMIN,
+    errno.EPERM: icmp.UNREACHABLE_ADMIN,
+}
+_UNREACHABLE6 = {
+    errno.ECONNREFUSED: icmp.UNREACHABLE6_PORT,
+    errno.ENETUNREACH: icmp.UNREACHABLE6_ROUTE,
+    errno.EAFNOSUPPORT: icmp.UNREACHABLE6_ROUTE,
+    errno.EACCES: icmp.UNREACHABLE6_ADMIN,
+    errno.EPERM: icmp.UNREACHABLE6_ADMIN,
+}
+
+
+def from_errno(number: int, mtu: int, *, v4: bool) -> tuple[int, int, int]:
+    """(type, code, word) of the message that says what `number` says; any other errno is an unreachable host."""
+    if number == errno.EMSGSIZE:
+        return (icmp.UNREACHABLE, icmp.UNREACHABLE_FRAGMENTATION, mtu) if v4 else (icmp.PACKET_TOO_BIG6, 0, mtu)
+    if v4:
+        return icmp.UNREACHABLE, _UNREACHABLE4.get(number, icmp.UNREACHABLE_HOST), 0
+    return icmp.UNREACHABLE6, _UNREACHABLE6.get(number, icmp.UNREACHABLE6_ADDRESS), 0
+
+
+def from_extended(error: ExtendedError, *, v4: bool) -> tuple[int, int, int]:
+    """(type, code, word) of the message that the host's kernel got, or of one that says as much."""
+    if error.origin != (ORIGIN_ICMP if v4 else ORIGIN_ICMP6):
+        return from_errno(error.errno, error.info, v4=v4)
+    # What the kernel hands on of the word: the MTU (next hop's, 16 bits in IPv4) or, for a parameter problem, a pointer
+    # that points into a packet which is not the guest's.
+    too_big = (icmp.UNREACHABLE, icmp.UNREACHABLE_FRAGMENTATION) if v4 else (icmp.PACKET_TOO_BIG6, 0)
+    word = error.info if (error.type, error.code) == too_big else 0
+    return error.type, error.code, word
+
+
+class Errors:
+    """Error messages to the guest, at a bounded rate. One per protocol, so that none starves another."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._second = 0.0
+        self._left = 0
+
+    def refused(self, number: int, guest: bytes, dst: bytes, packet: bytes, now: float) -> None:
+        """The host's kernel would not send `packet` of `guest` to `dst`, and said errno `number`."""
+        self._send(dst, guest, *from_errno(number, 0, v4=len(dst) == 4), packet, now)
+
+    def reported(self, error: ExtendedError, guest: bytes, dst: bytes, host: bytes, packet: bytes, now: float) -> None:
+        """`error` came for `packet`, which `guest` had sent to `dst` and we to the host-side address `host`."""
+        src = self._source(error.offender, dst, host)
+        self._send(src, guest, *from_extended(error, v4=len(dst) == 4), packet, now)
+
+    def _source(self, offender: bytes | None, dst: bytes, host: bytes) -> bytes:
+        """The offender as the guest may know it."""
+        if offender is None or len(offender) != len(dst) or offender == host or not addr.is_unicast(offender):
+            return dst
+        settings = self._ctx.fwd.family(dst)
+        ours = addr.is_loopback(offender) or (settings is not None and offender == settings.addr)
+        return dst if ours else offender
+
+    def _send(self, src: bytes, dst: bytes, kind: int, code: int, word: int, packet: bytes, now: float) -> None:
+        ctx = self._ctx
+        if not addr.is_unicast(src) or not self._allowed(now):
+            ctx.drops["icmp: error not sent"] += 1
+            return
+        message = icmp.error(src, dst, kind, code, word, packet)
+        ctx.link.send_frame(ether.ip_frame(ctx.guest.mac, ctx.config.our_mac, src, dst, icmp.protocol(src), message))
+
+    def _allowed(self, now: float) -> bool:
+        if now - self._second >= 1:
+            self._second, self._left = now, ERRORS_PER_SECOND
+        self._left -= 1
+        return self._left >= 0
+
+
+class PingFlow(IdleFlow):
+    """Echo requests of one identifier from the guest to one destination."""
+
+    __slots__ = ("dst", "echo_id", "hops", "host", "last_seq", "src")
+    kind = "ping"
+
+    def __init__(self, key: bytes, host: bytes, now: float) -> None:
+        super().__init__(key, PING_TIMEOUT, now)
+        half = (len(key) - 4) // 2
+        self.src = key[:half]
+        self.dst = key[half : 2 * half]
+        self.host = host
+        self.echo_id = key[-4:-2]
+        self.last_seq = NO_SEQUENCE  # of the last reply
+        self.hops = 0  # TTL or hop limit set on the socket, 0: the system's
+
+
+def refuse(src: bytes, dst: bytes, echo: memoryview) -> str | None:
+    """Why an echo message of the guest is not for us, None if it is."""
+    if len(echo) < icmp.ECHO.size:
+        return "icmp: truncated"
+    if echo[0] != (icmp.ECHO_REQUEST if len(src) == 4 else icmp.ECHO_REQUEST6) or echo[1] != 0:
+        return "icmp: not an echo request"
+    if not addr.is_unicast(src) or addr.is_unspecified(dst):
+        return "icmp: no address to answer or to ask"
+    return None
+
+
+class PingNotAllowed(Exception):
+    """None of our groups is in net.ipv4.ping_group_range."""
+
+
+def open_socket(fwd: Forwarding, host: bytes, ident: int) -> socket.socket:
+    """A non-blocking ping socket connected to `host`, with identifier `ident` if it is free.
+
+    Raises OSError, PingNotAllowed.
+    """
+    v4 = len(host) == 4
+    family = addr.family(host)
+    proto = socket.IPPROTO_ICMP if v4 else socket.IPPROTO_ICMPV6
+    try:
+        sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, proto)
+    except PermissionError:
+        raise PingNotAllowed from None
+    try:
+        sock.setsockopt(*recverr(family), 1)
+        source, interface = fwd.source(host)
+        if interface is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        if source is None:
+            source = addr.ANY4 if v4 else addr.ANY6
+        try:
+            sock.bind(fwd.sockaddr(source, ident))
+        except OSError as e:
+            if e.errno != errno.EADDRINUSE:
+                raise
+            sock.bind(fwd.sockaddr(source, 0))
+        if v4:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.connect(fwd.sockaddr(host, 0))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Icmp:
+    """Ping flows."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._flows: IdleFlows[PingFlow] = IdleFlows(ctx, TYPE_PING, flow_limit(PING_FLOWS_MAX, DESCRIPTOR_SHARE))
+        self._errors = Errors(ctx)
+        self._warned = False
+        self._ident = random.getrandbits(32)  # of the next fragmented reply
+        self._buf = bytearray(_SIZE_MAX)
+        self._mv = memoryview(self._buf)
+        ctx.reactor.handle(TYPE_PING, self.sock_handler)
+
+    def tap_handler(self, src: bytes, dst: bytes, echo: memoryview, now: float, hops: int = 0) -> None:
+        """An echo request of the guest, from its type byte on. `hops` is its TTL or hop limit, 0: not known."""
+        ctx = self._ctx
+        reason = "icmp: disabled" if ctx.config.no_icmp else refuse(src, dst, echo)
+        if reason is not None:
+            ctx.drops[reason] += 1
+            return
+        flow = self._flows.by_key.get(src + dst + bytes(echo[4:6]) + b"\0\0") or self._new_flow(src, dst, echo, now)
+        if flow is None:
+            return
+        flow.last = now
+        if int.from_bytes(echo[6:8], "big") == flow.last_seq:
+            flow.last_seq = NO_SEQUENCE
+        try:
+            if hops and hops != flow.hops:
+                # Kept, so that `ping -t` and `traceroute -I` find the routers on the way
+                flow.sock.setsockopt(*hops_option(flow.host), hops)
+                flow.hops = hops
+            try:
+                flow.sock.send(echo)
+            except OSError:
+                self._report(flow, now)  # an error of an earlier request may be in the way of this one
+                flow.sock.send(echo)
+        except BlockingIOError:
+            ctx.drops["icmp: send buffer full"] += 1
+        except OSError as e:
+            self._refused(e, src, dst, echo, now)
+
+    def _new_flow(self, src: bytes, dst: bytes, echo: memoryview, now: float) -> PingFlow | None:
+        """A flow for a request that passed `refuse`; None, counted and told to the guest, if there can be none."""
+        ctx = self._ctx
+        if ctx.fwd.family(dst) is None:
+            ctx.drops["icmp: address family is off"] += 1
+            return None
+        host = ctx.fwd.outbound(dst, 0, dns=False)
+        ident = int.from_bytes(echo[4:6], "big")
+        try:
+            sock = self._flows.open(lambda: open_socket(ctx.fwd, host, ident))
+        except PingNotAllowed:
+            self._not_allowed()
+            return None
+        except OSError as e:
+            self._refused(e, src, dst, echo, now)
+            return None
+        flow = PingFlow(src + dst + bytes(echo[4:6]) + b"\0\0", host, now)
+        try:
+            self._flows.add(flow, sock, now)
+        except (TableFull, OSError) as e:
+            sock.close()
+            ctx.drops[f"icmp: no flow ({e or 'table full'})"] += 1
+            return None
+        if log.debug_on:
+            ends = f"TAP [{addr.text(src)}] -> [{addr.text(dst)}] => HOST [{addr.text(host)}]"
+            log.debug(f"Flow {flow.index} (ACTIVE|ping): {ends} id {ident}")
+        return flow
+
+    def _refused(self, e: OSError, src: bytes, dst: bytes, echo: memoryview, now: float) -> None:
+        """Opening, connecting or sending failed: the guest gets to know what a router would tell it."""
+        self._ctx.drops[f"icmp: {errno.errorcode.get(e.errno or 0, e.errno)}"] += 1
+        if addr.is_unicast(dst):
+            packet = icmp.quote(src, dst, icmp.protocol(dst), bytes(echo))
+            self._errors.refused(e.errno or 0, src, dst, packet, now)
+
+    def _not_allowed(self) -> None:
+        """The host keeps ping sockets from us: say what to do, once, and go on without them."""
+        self._ctx.drops["icmp: no ping sockets"] += 1
+        if not self._warned:
+            self._warned = True
+            log.warn(
+                "Cannot open ping sockets: echo requests will not be answered. As root, allow them to every group: "
+                'sysctl -w net.ipv4.ping_group_range="0 2147483647"'
+            )
+
+    def sock_handler(self, ref: int, events: int, now: float) -> None:
+        """Errors first: they are about requests that came before what can be read."""
+        flow: Any = self._ctx.flows.by_index[ref & 0xFFFFFFFF]
+        if events & EPOLLERR:
+            self._report(flow, now)
+        if events & EPOLLIN:
+            self._receive(flow, now)
+
+    def _report(self, flow: PingFlow, now: float) -> None:
+        """Hand what is in the error queue to the guest, quoting the request with its own identifier."""
+        for error, quoted in read_errors(flow.sock):
+            if log.debug_on:
+                log.debug(f"Flow {flow.index} (ACTIVE|ping): error on socket {flow.fd}: {error}")
+            if addr.is_unicast(flow.dst):
+                request = quoted[:4] + flow.echo_id + quoted[6:]
+                packet = icmp.quote(flow.src, flow.dst, icmp.protocol(flow.dst), request)
+                self._errors.reported(error, flow.src, flow.dst, flow.host, packet, now)
+
+    def _receive(self, flow: PingFlow, now: float) -> None:
+        """Replies of the socket, a bounded number, to the guest."""
+        for _ in range(REPLIES_PER_EVENT):
+            try:
+                n, sender = flow.sock.recvfrom_into(self._buf)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._report(flow, now)
+                return
+            self._reply(flow, addr.packed(sender[0]), n, now)
+
+    def _reply(self, flow: PingFlow, sender: bytes, n: int, now: float) -> None:
+        """One reply: `n` bytes in the buffer."""
+        buf, ctx = self._buf, self._ctx
+        if n < icmp.ECHO.size or buf[0] != (icmp.ECHO_REPLY if len(flow.src) == 4 else icmp.ECHO_REPLY6):
+            ctx.drops["icmp: not an echo reply"] += 1
+            return
+        group = not addr.is_unicast(flow.host)
+        if not group and sender != flow.host:
+            ctx.drops["icmp: reply from elsewhere"] += 1
+            return
+        sequence = int.from_bytes(buf[6:8], "big")
+        if ctx.config.mode == PASTA and sequence == flow.last_seq and not group:
+            ctx.drops["icmp: duplicate reply"] += 1
+            return
+        flow.last_seq, flow.last = sequence, now
+        buf[2:4] = b"\0\0"
+        buf[4:6] = flow.echo_id
+        self._send_reply(sender if group else flow.dst, flow.src, self._mv[:n])
+
+    def _send_reply(self, src: bytes, dst: bytes, message: memoryview) -> None:
+        """Frame an echo reply; its checksum is left to the guest's kernel, unless it must be cut into fragments."""
+        ctx = self._ctx
+        proto, mtu = icmp.protocol(src), ctx.config.mtu
+        ip_header = ip.header(src, dst, proto, len(message))
+        ether_header = ether.HEADER.pack(
+            ctx.guest.mac, ctx.config.our_mac, ether.TYPE_IPV4 if len(src) == 4 else ether.TYPE_IPV6
+        )
+        if mtu and len(ip_header) + len(message) > mtu:
+            self._ident += 1
+            whole = icmp.complete(src, dst, bytes(message))
+            for packet in fragments(src, dst, proto, whole, mtu, self._ident):
+                ctx.link.send_frame(ether_header + packet)
+            return
+        start = len(ether_header) + len(ip_header)
+        if len(src) == 16:
+            message[2:4] = pseudo_sum(src, dst, proto, len(message)).to_bytes(2, "big")
+        vnet = VNET.pack(F_NEEDS_CSUM, GSO_NONE, start + icmp.ECHO.size, 0, start, 2)
+        ctx.link.send_payload((vnet + ether_header + ip_header, message))
+

@@ -1,0 +1,166 @@
+"""Socket options that CPython 3.11 has no name for, what the kernel says in error queues, and probes of what it can do.
+
+Numbers are those of include/uapi/linux/{udp,in,in6,errqueue}.h and asm-generic/socket.h (all architectures that Debian
+supports use the generic ones for the options named here). A probe tries the option on a socket of its own: what a
+kernel can do is asked, never inferred from its version.
+
+    option              since   what for
+    ------------------  ------  -----------------------------------------------------------------
+    UDP_SEGMENT         4.18    one send of a run of equal-sized datagrams
+    UDP_GRO             5.0     one receive of such a run; a control message tells the size
+    IP(V6)_RECVERR      2.2     ICMP errors, with their offender and what they quote
+    SO_PEEK_OFF (TCP)   6.9     peeking goes on where it stopped
+    SO_MEMINFO          4.6     how full a socket's buffers are
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass
+from struct import Struct
+
+from .. import addr
+from ..wire.cursor import Cursor
+
+SOL_UDP = socket.IPPROTO_UDP
+UDP_SEGMENT = 103
+UDP_GRO = 104
+
+IP_RECVERR = 11
+IPV6_RECVERR = 25
+IP_BIND_ADDRESS_NO_PORT = 24
+
+SO_PEEK_OFF = 42
+SO_MEMINFO = 55
+
+# (level, option) that sets the TTL or hop limit, by length of the destination and whether it is a group
+_HOPS = {
+    (4, False): (socket.IPPROTO_IP, socket.IP_TTL),
+    (4, True): (socket.IPPROTO_IP, socket.IP_MULTICAST_TTL),
+    (16, False): (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS),
+    (16, True): (socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS),
+}
+
+# Origins of an extended error: who says so (struct sock_extended_err.ee_origin).
+ORIGIN_LOCAL = 1
+ORIGIN_ICMP = 2
+ORIGIN_ICMP6 = 3
+
+ERRORS_PER_DRAIN = 64  # what one call of read_errors takes at most; epoll reports the rest
+QUOTE_MAX = 1280  # no ICMP error quotes more (RFC 4443, 2.4 (c); RFC 1812, 4.3.2.3 stops at 576)
+_CONTROL_SIZE = 256
+
+
+def recverr(family: int) -> tuple[int, int]:
+    """(level, option) that turns a socket's error queue on."""
+    return (socket.IPPROTO_IP, IP_RECVERR) if family == socket.AF_INET else (socket.IPPROTO_IPV6, IPV6_RECVERR)
+
+
+_LAYOUT = Struct("=IBBBxII")
+_FAMILY = Struct("=H")
+
+
+def hops_option(dst: bytes) -> tuple[int, int]:
+    """(level, option) of the TTL or hop limit of what is sent to `dst`, a packed address."""
+    return _HOPS[len(dst), addr.is_multicast(dst)]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendedError:
+    """struct sock_extended_err and the address of who reported it.
+
+    errno u32 | origin u8 | type u8 | code u8 | pad u8 | info u32 | data u32 | struct sockaddr offender
+    """
+
+    errno: int
+    origin: int
+    type: int
+    code: int
+    info: int  # the next hop's MTU, when the error is about a datagram that is too big
+    offender: bytes | None  # packed address, None when the kernel itself complains
+
+    @classmethod
+    def parse(cls, data: bytes) -> ExtendedError:
+        """From the payload of an IP_RECVERR or IPV6_RECVERR control message; raises Malformed."""
+        c = Cursor(data, "extended error")
+        number, origin, kind, code, info, _ = c.unpack(_LAYOUT)
+        return cls(number, origin, kind, code, info, cls._offender(c))
+
+    @classmethod
+    def _offender(cls, c: Cursor) -> bytes | None:
+        """The address in a struct sockaddr_in (port 2, address 4) or sockaddr_in6 (port 2, flow 4, address 16)."""
+        if c.left < 2:
+            return None
+        (family,) = c.unpack(_FAMILY)
+        if family == socket.AF_INET:
+            c.take(2)
+            return c.take(4)
+        if family == socket.AF_INET6:
+            c.take(6)
+            return c.take(16)
+        return None  # AF_UNSPEC: a local error
+
+    def emit(self) -> bytes:
+        """The control message's payload, as the kernel writes it."""
+        head = _LAYOUT.pack(self.errno, self.origin, self.type, self.code, self.info, 0)
+        if self.offender is None:
+            return head + _FAMILY.pack(socket.AF_UNSPEC) + bytes(14)
+        if len(self.offender) == 4:
+            return head + _FAMILY.pack(socket.AF_INET) + bytes(2) + self.offender + bytes(8)
+        return head + _FAMILY.pack(socket.AF_INET6) + bytes(6) + self.offender + bytes(4)
+
+    def __str__(self) -> str:
+        return f"{errno.errorcode.get(self.errno, self.errno)} (type {self.type}, code {self.code})"
+
+
+def read_errors(sock: socket.socket) -> list[tuple[ExtendedError, bytes]]:
+    """Empty the error queue of `sock`: each error and the payload of the datagram that caused it, as far as quoted.
+
+    A bounded number per call. Ends with the socket's pending error cleared, so that EPOLLERR is off unless more waits.
+    """
+    found: list[tuple[ExtendedError, bytes]] = []
+    for _ in range(ERRORS_PER_DRAIN):
+        try:
+            quoted, control, _, _ = sock.recvmsg(QUOTE_MAX, _CONTROL_SIZE, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            break
+        for level, kind, data in control:
+            if (level, kind) in _RECVERR:
+                found.append((ExtendedError.parse(data), quoted))
+    sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return found
+
+
+_RECVERR = frozenset((recverr(socket.AF_INET), recverr(socket.AF_INET6)))
+
+
+def default_hops() -> dict[int, int]:
+    """TTL and hop limit of unicast packets unless a socket says otherwise, by length of the address; 0 if not known."""
+    hops = {4: 0, 16: 0}
+    for family, dst in ((socket.AF_INET, addr.LOOPBACK4), (socket.AF_INET6, addr.LOOPBACK6)):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as s:
+                hops[len(dst)] = s.getsockopt(*hops_option(dst))
+        except OSError:
+            pass  # this host does without the family, so nothing will be sent in it
+    return hops
+
+
+def _accepts(kind: int, level: int, option: int, value: int) -> bool:
+    with socket.socket(socket.AF_INET, kind) as s:
+        try:
+            s.setsockopt(level, option, value)
+        except OSError:
+            return False  # ENOPROTOOPT: this kernel does not know it
+        return True
+
+
+def probe_udp_gro() -> bool:
+    """Whether UDP sockets deliver runs of datagrams in one piece."""
+    return _accepts(socket.SOCK_DGRAM, SOL_UDP, UDP_GRO, 1)
+
+
+def probe_udp_segment() -> bool:
+    """Whether UDP sockets cut what is sent into datagrams."""
+    return _accepts(socket.SOCK_DGRAM, SOL_UDP, UDP_SEGMENT, 1000)

@@ -1,0 +1,272 @@
+"""UDP: datagrams between the guest and connected sockets of the host, in runs of equal size wherever a kernel allows.
+
+Guest -> host (`tap_handler`, once per flow and batch)
+    The key finds the flow, or makes one: host address by the forwarding rules, a socket connected to it. The datagrams
+    of the batch are joined to runs (`udp_run.py`) and each run is one write with UDP_SEGMENT. The option belongs to the
+    socket and is set only when the size changes. A kernel or a path that refuses (no UDP_SEGMENT, datagrams above the
+    path's MTU, IPsec) gets single datagrams from then on, for this flow.
+
+Host -> guest (`sock_handler`, on EPOLLIN)
+    If the guest has sent since we last received, one datagram is likely and one plain receive takes it. Everything else
+    is recvmmsg: up to 64 messages for one system call. A flow that gets several at once has UDP_GRO turned on, and then
+    a message may itself be a run. Runs go to the guest as UDP super-frames if it takes them, else frame by frame. What
+    is longer than the guest's MTU is fragmented, with its checksum complete (`_send_fragments`).
+
+Errors (EPOLLERR, or a send or receive that reports what an earlier datagram met)
+    The error queue is emptied; each ICMP error goes on to the guest, quoting its own datagram (`icmp.Errors`). A failed
+    send is tried once more, since the errno may have been that of an earlier datagram. What the kernel refuses by
+    itself (no route, prohibited) is told to the guest in the same way.
+
+    time    condition                              consequence
+    ------  -------------------------------------  -------------------------
+    180 s   nothing sent or received               the flow ends
+    30 s    the same, peer's port is 53            the flow ends
+
+What is left out: datagrams from anybody but the peer the guest wrote to (so answers to multicast queries that come
+from single hosts), flows begun by the host, send queues: a full socket buffer is a drop, as on any link.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from typing import Any
+
+from . import addr, log
+from .core.context import Context
+from .core.flow import TableFull
+from .core.idle import IdleFlows, flow_limit
+from .core.link import VNET
+from .core.reactor import EPOLLERR, EPOLLIN, TYPE_UDP
+from .icmp import Errors
+from .linux.mmsg import SLOT, Receiver
+from .linux.sockopt import SOL_UDP, UDP_GRO, default_hops, probe_udp_gro, probe_udp_segment, read_errors
+from .udp_flow import UdpFlow, open_socket
+from .udp_run import SEGMENTS_MAX, runs
+from .wire import ether, icmp, udp
+from .wire.checksum import PROTO_UDP
+from .wire.fragment import fragments
+
+UDP_FLOWS_MAX = 16384
+DESCRIPTOR_SHARE = 2  # of the descriptors that the process may have, at most one in so many
+GRO_WORTH = 4  # datagrams in one receive that make a flow worth a system call to have them joined
+
+_CONGESTED = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM))
+# What a kernel says to a segmented send that it cannot do: sizes, transformations, checksums
+_NO_SEGMENTS = frozenset((errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.ENOPROTOOPT, errno.EOPNOTSUPP))
+
+
+def refuse(src: bytes, dst: bytes, key: bytes) -> str | None:
+    """Why a datagram of the guest cannot begin a flow, None if it can."""
+    if not addr.is_unicast(src) or addr.is_unspecified(dst):
+        return "udp: no address to answer or to send to"
+    if not any(key[-4:-2]) or not any(key[-2:]):
+        return "udp: port 0"
+    return None
+
+
+class Udp:
+    """All UDP flows."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._drops = ctx.drops
+        self._mv = ctx.pool.mv
+        self._by_index: list[Any] = ctx.flows.by_index
+        self._flows: IdleFlows[UdpFlow] = IdleFlows(ctx, TYPE_UDP, flow_limit(UDP_FLOWS_MAX, DESCRIPTOR_SHARE))
+        self._by_key = self._flows.by_key
+        self._errors = Errors(ctx)
+        self._receiver = Receiver()
+        self._ident = random.getrandbits(32)  # of the next fragmented datagram
+        self._segments = SEGMENTS_MAX if probe_udp_segment() else 1
+        self._gro = probe_udp_gro()
+        log.debug(f"UDP: UDP_SEGMENT {'on' if self._segments > 1 else 'off'}, UDP_GRO {'on' if self._gro else 'off'}")
+        self._hops = default_hops()
+        ctx.reactor.handle(TYPE_UDP, self.sock_handler)
+
+    # Guest -> host ---------------------------------------------------------------------------------------------------
+
+    def tap_handler(self, key: bytes, frames: list[int], now: float, hops: int = 0) -> None:
+        """Datagrams of one flow in the packet pool: [payload start, payload end, size of the datagrams in it or 0]*.
+
+        `hops` is the TTL or hop limit of the first, 0: not known. The lengths were checked by the caller.
+        """
+        flow = self._by_key.get(key) or self._new_flow(key, frames, now)
+        if flow is None:
+            return
+        flow.last = now
+        flow.asked = True
+        if hops and hops != flow.hops:
+            flow.set_hops(hops)
+        if len(frames) == 3 and not frames[2]:
+            size = frames[1] - frames[0]
+            self._send(flow, size, size, [self._mv[frames[0] : frames[1]]], now)
+            return
+        for size, total, views in runs(self._mv, frames, flow.segments):
+            self._send(flow, size, total, views, now)
+
+    def _send(self, flow: UdpFlow, size: int, total: int, views: list[memoryview], now: float) -> None:
+        """Send one run, and see to what comes of it."""
+        try:
+            _transmit(flow, size, total, views)
+        except OSError as e:
+            self._send_again(flow, size, total, views, e, now)
+
+    def _send_again(
+        self, flow: UdpFlow, size: int, total: int, views: list[memoryview], e: OSError, now: float
+    ) -> None:
+        """A send failed: because of its buffer, of an earlier datagram, of segmentation, or for good."""
+        if e.errno not in _CONGESTED:
+            self._report(flow, now)
+            try:
+                _transmit(flow, size, total, views)
+                return
+            except OSError as again:
+                e = again
+        if e.errno in _NO_SEGMENTS and (flow.segment or total > size):
+            flow.segments = 1
+            flow.set_segment(0)
+            joined = memoryview(b"".join(views))
+            for start in range(0, max(total, 1), size or 1):
+                one = joined[start : start + size]
+                self._send(flow, len(one), len(one), [one], now)
+            return
+        self._drops[f"udp: send: {errno.errorcode.get(e.errno or 0, e.errno)}"] += -(-total // size) if size else 1
+        if e.errno not in _CONGESTED:
+            self._refused(e, flow.key, flow.src, flow.dst, views[0], now)
+
+    def _new_flow(self, key: bytes, frames: list[int], now: float) -> UdpFlow | None:
+        """A flow for `key`; None, counted and told to the guest, if there can be none."""
+        ctx = self._ctx
+        half = (len(key) - 4) // 2
+        src, dst = key[:half], key[half : 2 * half]
+        reason = "udp: disabled" if ctx.config.no_udp else refuse(src, dst, key)
+        if reason is None and ctx.fwd.family(dst) is None:
+            reason = "udp: address family is off"
+        if reason is not None:
+            self._drops[reason] += len(frames) // 3
+            return None
+        sport, dport = int.from_bytes(key[-4:-2], "big"), int.from_bytes(key[-2:], "big")
+        host = ctx.fwd.outbound(dst, dport)
+        flow = UdpFlow(key, host, now, 0 if addr.is_multicast(host) else self._hops[len(host)])
+        try:
+            sock = self._flows.open(lambda: open_socket(ctx.fwd, host, sport, dport))
+        except OSError as e:
+            self._drops[f"udp: no socket: {errno.errorcode.get(e.errno or 0, e.errno)}"] += len(frames) // 3
+            self._refused(e, key, src, dst, self._mv[frames[0] : frames[1]], now)
+            return None
+        try:
+            self._flows.add(flow, sock, now)
+        except (TableFull, OSError) as e:
+            sock.close()
+            self._drops[f"udp: no flow: {e or 'table full'}"] += len(frames) // 3
+            return None
+        flow.segments = self._segments
+        flow.cook(ctx.guest.mac, ctx.config.our_mac, ctx.config.mtu)
+        if log.debug_on:
+            ends = f"TAP {addr.endpoint(src, sport)} -> {addr.endpoint(dst, dport)}"
+            log.debug(f"Flow {flow.index} (ACTIVE|UDP flow): {ends} => HOST {addr.endpoint(flow.host, dport)}")
+        return flow
+
+    def _refused(self, e: OSError, key: bytes, src: bytes, dst: bytes, payload: memoryview, now: float) -> None:
+        """Tell the guest what the host's kernel said to one of its datagrams."""
+        if addr.is_unicast(dst):
+            self._errors.refused(e.errno or 0, src, dst, _quote(key, src, dst, payload[: icmp.QUOTE_MAX6]), now)
+
+    # Host -> guest ---------------------------------------------------------------------------------------------------
+
+    def sock_handler(self, ref: int, events: int, now: float) -> None:
+        """Errors first: they are about datagrams sent before what can be read. May be called for nothing."""
+        flow: UdpFlow = self._by_index[ref & 0xFFFFFFFF]
+        if events & EPOLLERR:
+            self._report(flow, now)
+        if events & EPOLLIN:
+            try:
+                if flow.asked and not flow.gro:
+                    flow.asked = False
+                    self._receive_one(flow)
+                else:
+                    self._receive(flow)
+                flow.last = now
+            except BlockingIOError:
+                pass  # the event was meant for an earlier owner of the descriptor
+            except OSError:
+                self._report(flow, now)
+
+    def _receive_one(self, flow: UdpFlow) -> None:
+        receiver = self._receiver
+        n = flow.sock.recv_into(receiver.mv, SLOT)
+        if n > flow.payload_max:
+            self._send_fragments(flow, receiver.mv[:n])
+        else:
+            self._ctx.link.send_payload((flow.header(n, n), receiver.mv[:n]))
+
+    def _receive(self, flow: UdpFlow) -> None:
+        """A batch. When all datagrams are of one size, no loop is run over them."""
+        receiver, link = self._receiver, self._ctx.link
+        lengths, sizes = receiver.receive(flow.fd)
+        n = len(lengths)
+        if n >= GRO_WORTH and self._gro and not flow.gro:
+            flow.sock.setsockopt(SOL_UDP, UDP_GRO, 1)
+            flow.gro = True
+        frames: list[int] = []
+        start = 0
+        for length, size in zip(lengths, sizes, strict=True):
+            frames += (start, start + length, size)
+            start += SLOT
+        for size, total, views in runs(receiver.mv, frames, SEGMENTS_MAX if link.uso else 1):
+            if size > flow.payload_max:
+                self._fragment_run(flow, size, views)
+            else:
+                link.send_payload((flow.header(total, size), *views))
+
+    def _fragment_run(self, flow: UdpFlow, size: int, views: list[memoryview]) -> None:
+        """Each datagram of a run in fragments, as far as it needs them."""
+        joined = memoryview(b"".join(views))
+        for start in range(0, len(joined), size):
+            payload = joined[start : start + size]
+            if len(payload) > flow.payload_max:
+                self._send_fragments(flow, payload)
+            else:
+                self._ctx.link.send_payload((flow.header(len(payload), len(payload)), payload))
+
+    def _send_fragments(self, flow: UdpFlow, payload: memoryview) -> None:
+        """A datagram that is longer than the guest's MTU."""
+        message = udp.datagram(flow.dst, flow.src, flow.dport, flow.sport, bytes(payload))
+        ether_header = bytes(flow.hdr[VNET.size : VNET.size + ether.HEADER.size])
+        self._ident += 1
+        for packet in fragments(flow.dst, flow.src, PROTO_UDP, message, self._ctx.config.mtu, self._ident):
+            self._ctx.link.send_frame(ether_header + packet)
+
+    # Errors, and the guest's hardware address ------------------------------------------------------------------------
+
+    def _report(self, flow: UdpFlow, now: float) -> None:
+        """Hand what is in the flow's error queue to the guest."""
+        for error, quoted in read_errors(flow.sock):
+            if log.debug_on:
+                log.debug(f"Flow {flow.index} (ACTIVE|UDP flow): error on socket {flow.fd}: {error}")
+            if addr.is_unicast(flow.dst):
+                packet = _quote(flow.key, flow.src, flow.dst, quoted)
+                self._errors.reported(error, flow.src, flow.dst, flow.host, packet, now)
+
+    def set_guest_mac(self, mac: bytes) -> None:
+        """The guest has another hardware address: all pre-cooked headers get it."""
+        for flow in self._by_key.values():
+            flow.set_guest_mac(mac)
+
+
+def _transmit(flow: UdpFlow, size: int, total: int, views: list[memoryview]) -> None:
+    """Send `total` bytes as datagrams of `size`. The option does not cut what is not longer. Raises OSError."""
+    if total > size:
+        if size != flow.segment:
+            flow.set_segment(size)
+    elif size > flow.segment and flow.segment:
+        flow.set_segment(0)
+    os.writev(flow.fd, views)
+
+
+def _quote(key: bytes, src: bytes, dst: bytes, payload: bytes | memoryview) -> bytes:
+    """The guest's datagram, as an ICMP error quotes it."""
+    sport, dport = int.from_bytes(key[-4:-2], "big"), int.from_bytes(key[-2:], "big")
+    return icmp.quote_udp(src, dst, sport, dport, bytes(payload))
