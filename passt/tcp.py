@@ -35,11 +35,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from struct import Struct
-from typing import Any
 
-from . import addr, log
-from .core.config import Ip4, Ip6
+from . import addr, log, tcp_sock
 from .core.context import Context
 from .core.flow import TableFull
 from .core.reactor import (
@@ -54,8 +51,7 @@ from .core.reactor import (
 )
 from .core.siphash import siphash24
 from .linux import tcpinfo
-from .linux.tcpinfo import SO_PEEK_OFF
-from .tcp_ack import ACK_DELAY, INTEREST, PINGPONG_MAX, TcpAck
+from .tcp_ack import ACK_DELAY, PINGPONG_MAX, TcpAck
 from .tcp_buf import TcpOut
 from .tcp_conn import (
     CLOSED,
@@ -75,8 +71,7 @@ from .tcp_conn import (
     set_event,
     timeout,
 )
-from .wire import ether, icmp, tcp
-from .wire.checksum import PROTO_TCP
+from .wire import tcp
 from .wire.cursor import Malformed
 from .wire.tcp import ACK, FIN, RST, SEQ_TO_WINDOW, SYN
 
@@ -86,18 +81,6 @@ IOV_MAX = 1024
 TIMER_SLACK = 0.0005  # s, a timer that fires this early is on time
 REFUSED = frozenset((errno.ECONNREFUSED, errno.ECONNRESET))
 
-UNREACHABLE4 = {
-    errno.ENETUNREACH: icmp.UNREACHABLE_NET,
-    errno.EACCES: icmp.UNREACHABLE_ADMIN,
-    errno.EPERM: icmp.UNREACHABLE_ADMIN,
-}
-UNREACHABLE6 = {
-    errno.ENETUNREACH: icmp.UNREACHABLE6_ROUTE,
-    errno.EACCES: icmp.UNREACHABLE6_ADMIN,
-    errno.EPERM: icmp.UNREACHABLE6_ADMIN,
-}
-
-_RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds: close() sends RST
 _MASK = 0xFFFFFFFF
 _HALF = 1 << 31
 
@@ -414,7 +397,7 @@ class Tcp:
         self._conns[key] = conn
         set_event(conn, TAP_SYN_RCVD)
         try:
-            error = self._connect(conn)
+            error = tcp_sock.connect(self._ctx, self._features, conn)
         except OSError as e:  # no descriptor, no memory: ours to answer for, so RST
             log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
             self._ctx.drops["tcp socket"] += 1
@@ -429,45 +412,6 @@ class Tcp:
         """RFC 6528: a keyed hash of the endpoints plus a clock of 4 us."""
         h = siphash24(self._secret, key)
         return ((h >> 32 ^ h) + int(now * 250_000)) & _MASK
-
-    def _connect(self, conn: TcpConn) -> int:
-        """Open the host socket and start connecting; returns 0, EINPROGRESS, or what failed. Raises OSError."""
-        fwd, key = self._ctx.fwd, conn.key
-        n = (len(key) - 4) // 2
-        peer, port = key[n : 2 * n], int.from_bytes(key[2 * n + 2 :], "big")
-        dst = fwd.outbound(peer, port)
-        conn.dst = fwd.sockaddr(dst, port)
-        # The C type itself: the subclass in `socket` costs as much as the system call.
-        sock: Any = socket.SocketType(addr.family(dst), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        conn.sock, conn.fd = sock, sock.fileno()
-        if self._features.peek_off:
-            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        ip = fwd.family(dst)
-        conn.near = addr.is_loopback(dst) or not self._features.bytes_acked or (ip is not None and dst == ip.addr)
-        if ip is not None and not addr.is_loopback(dst):
-            self._bind(conn, ip)
-        error: int = sock.connect_ex(conn.dst)
-        if error == errno.EINPROGRESS and conn.near:
-            # Over loopback the handshake is over before connect() returns, which still says EINPROGRESS.
-            error = sock.connect_ex(conn.dst)
-            if error == errno.EALREADY:
-                error = errno.EINPROGRESS
-        pending = EPOLLOUT if error == errno.EINPROGRESS else 0
-        if error in (0, errno.EINPROGRESS):
-            self._ctx.reactor.watch(conn.fd, TYPE_TCP, conn.index, INTEREST | pending)
-        return error
-
-    def _bind(self, conn: TcpConn, ip: Ip4 | Ip6) -> None:
-        """Apply the configured outbound address and interface; the connection goes on without what is refused."""
-        try:
-            if ip.addr_out is not None:
-                conn.sock.bind(self._ctx.fwd.sockaddr(ip.addr_out, 0))
-            if ip.if_out is not None:
-                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, ip.if_out.encode() + b"\0")
-        except OSError as e:
-            log.debug(f"Flow {conn.index} (TCP connection): cannot bind: {e.strerror}")
 
     def _connected(self, conn: TcpConn, error: int, now: float) -> None:
         """The host socket is connected, or `error` says why it is not: tell the guest."""
@@ -484,24 +428,12 @@ class Tcp:
         set_event(conn, TAP_SYN_ACK_SENT)
         self._schedule(conn, now)
 
-    def _unreachable(self, conn: TcpConn, error: int) -> None:
-        """Tell the guest by ICMP that its SYN went nowhere, so that its connect() fails with the error of ours."""
-        n = (len(conn.key) - 4) // 2
-        guest, peer, ports = conn.key[:n], conn.key[n : 2 * n], conn.key[2 * n :]
-        kinds, default = (UNREACHABLE4, icmp.UNREACHABLE_HOST) if n == 4 else (UNREACHABLE6, icmp.UNREACHABLE6_ADDRESS)
-        syn = icmp.quote(guest, peer, PROTO_TCP, ports + conn.isn_tap.to_bytes(4, "big") + bytes(12))
-        kind = icmp.UNREACHABLE if n == 4 else icmp.UNREACHABLE6
-        message = icmp.error(peer, guest, kind, kinds.get(error, default), 0, syn)
-        ctx = self._ctx
-        frame = ether.ip_frame(ctx.guest.mac, ctx.config.our_mac, peer, guest, icmp.protocol(guest), message)
-        ctx.link.send_frame(frame)
-
     def _connect_failed(self, conn: TcpConn, error: int) -> None:
         """RST for a refused connection, an ICMP error for an unreachable peer; a time-out stays one."""
         if error in REFUSED:
             self._out.reset(conn)
         elif error != errno.ETIMEDOUT:
-            self._unreachable(conn, error)
+            self._out.unreachable(conn, error)
         self._close(conn)
 
     # Time --------------------------------------------------------------------------------------------------------
@@ -562,7 +494,7 @@ class Tcp:
     def _reset_by_guest(self, conn: TcpConn) -> None:
         """The guest is done with this connection: RST to the host peer."""
         if conn.sock is not None:
-            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            tcp_sock.reset_on_close(conn.sock)
         self._release(conn)
 
     def _broken(self, conn: TcpConn, error: int, now: float) -> None:

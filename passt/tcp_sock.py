@@ -1,0 +1,77 @@
+"""Host sockets of TCP connections: opened, set up, connected.
+
+    option          why
+    --------------  ---------------------------------------------------------------------------------------------
+    SO_PEEK_OFF     each peek goes on where the last one ended (kernel 6.9; `tcp_buf.py` has the other way)
+    TCP_NODELAY     the guest has cut its stream already; waiting for more would only delay it
+    SO_OOBINLINE    the urgent byte is one of the stream, here as on the guest's side
+    SO_LINGER       on, 0 s: close() sends RST instead of FIN, when the guest did
+
+The guest's port is not kept: it may be in use here, and no peer may rely on it.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from struct import Struct
+from typing import Any
+
+from . import addr, log
+from .core.config import Ip4, Ip6
+from .core.context import Context
+from .core.reactor import EPOLLOUT, TYPE_TCP
+from .linux.tcpinfo import SO_PEEK_OFF, Features
+from .tcp_ack import INTEREST
+from .tcp_conn import TcpConn
+
+new_socket = socket.SocketType  # the C type itself: making its subclass `socket.socket` costs as much again
+_RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
+
+
+def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
+    """Open the host socket and start connecting; returns 0, EINPROGRESS, or what failed.
+
+    Raises OSError when no socket can be had.
+    """
+    fwd, key = ctx.fwd, conn.key
+    n = (len(key) - 4) // 2
+    peer, port = key[n : 2 * n], int.from_bytes(key[2 * n + 2 :], "big")
+    dst = fwd.outbound(peer, port)
+    conn.dst = fwd.sockaddr(dst, port)
+    sock: Any = new_socket(addr.family(dst), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    conn.sock, conn.fd = sock, sock.fileno()
+    if features.peek_off:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    ip = fwd.family(dst)
+    conn.near = addr.is_loopback(dst) or not features.bytes_acked or (ip is not None and dst == ip.addr)
+    if ip is not None and not addr.is_loopback(dst):
+        _bind(ctx, conn, ip)
+    error: int = sock.connect_ex(conn.dst)
+    if error == errno.EINPROGRESS and conn.near:
+        # Over loopback the handshake is over before connect() returns, which still says EINPROGRESS.
+        error = sock.connect_ex(conn.dst)
+        if error == errno.EALREADY:
+            error = errno.EINPROGRESS
+    pending = EPOLLOUT if error == errno.EINPROGRESS else 0
+    if error in (0, errno.EINPROGRESS):
+        ctx.reactor.watch(conn.fd, TYPE_TCP, conn.index, INTEREST | pending)
+    return error
+
+
+def _bind(ctx: Context, conn: TcpConn, ip: Ip4 | Ip6) -> None:
+    """Apply the configured outbound address and interface; the connection goes on without what is refused."""
+    try:
+        if ip.addr_out is not None:
+            conn.sock.bind(ctx.fwd.sockaddr(ip.addr_out, 0))
+        if ip.if_out is not None:
+            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, ip.if_out.encode() + b"\0")
+    except OSError as e:
+        log.debug(f"Flow {conn.index} (TCP connection): cannot bind: {e.strerror}")
+
+
+def reset_on_close(sock: Any) -> None:
+    """Have close() send RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
