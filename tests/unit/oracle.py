@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from scapy.layers.dhcp import BOOTP
 from scapy.layers.dhcp6 import DHCP6_Advertise
-from scapy.layers.inet import IP
-from scapy.layers.inet6 import IPv6
+from scapy.layers.inet import IP, IPerror
+from scapy.layers.inet6 import IPerror6, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
 
 LAYERS = (ARP, IP, IPv6, BOOTP, DHCP6_Advertise)  # imported so that Ether and UDP can find what is in them
 
+QUOTED = (IPerror, IPerror6)
 COMPUTED = ("chksum", "cksum", "len", "plen", "optlen", "ihl", "dataofs")
 
 
@@ -22,15 +23,12 @@ def dissect(frame: bytes) -> Packet:
 
 
 def recomputed(frame: bytes) -> bytes:
-    """The frame as scapy would write it: lengths and checksums left for scapy to fill in."""
+    """The frame with lengths and checksums filled in by scapy, but for those in what an error message quotes."""
     packet = Ether(frame)
     layer = packet
-    while layer.payload:
+    while layer and not isinstance(layer, QUOTED):
         for field in COMPUTED:
             if field in layer.fields:
                 delattr(layer, field)
         layer = layer.payload
-    for field in COMPUTED:
-        if field in layer.fields:
-            delattr(layer, field)
     return bytes(packet)

@@ -1,8 +1,7 @@
 """What unit tests share: a context whose link, reactor and timers record what is asked of them, and never wait.
 
-    ctx = make_context(mtu=1500)          Config fields by name; the rest are the values below
-    Arp(ctx).tap_handler(..., now=T0)
-    assert link(ctx).take() == [frame]    what went to the guest, vnet headers taken off
+A test begins with `ctx = make_context(mtu=1500)`, naming what differs from the configuration below; it calls a
+handler with T0 or later as `now`, and finds in `link(ctx).take()` what went to the guest, vnet headers taken off.
 """
 
 from __future__ import annotations
@@ -39,7 +38,8 @@ CONFIG = Config(ip4=IP4, ip6=IP6, our_mac=OUR_MAC)
 class FakeLink:
     """Records frames. `vnet[i]` is the vnet header that `frames[i]` was sent with, b"" for a finished frame."""
 
-    def __init__(self, *, uso: bool = True) -> None:
+    def __init__(self, *, tso: bool = True, uso: bool = True) -> None:
+        self.tso = tso
         self.uso = uso
         self.frames: list[bytes] = []
         self.vnet: list[bytes] = []

@@ -1,0 +1,129 @@
+"""DHCP messages and options."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scapy.layers.dhcp import BOOTP, DHCP
+
+from passt.addr import packed
+from passt.wire import dhcp
+from passt.wire.cursor import Malformed
+from passt.wire.dhcp import Message
+
+CHADDR = bytes.fromhex("525400123456") + bytes(10)
+HEAD = "0101 06 00 deadbeef 0003 8000 00000000 00000000 00000000 00000000" + CHADDR.hex() + "00" * 192
+COOKIE = "63825363"
+
+DISCOVER = bytes.fromhex(HEAD + COOKIE + "35 01 01" + "37 04 01 03 06 0f" + "50 00" + "ff" + "00" * 48)
+MESSAGE = Message(
+    dhcp.BOOTREQUEST,
+    0xDEADBEEF,
+    flags=dhcp.BROADCAST,
+    chaddr=CHADDR,
+    secs=3,
+    options={dhcp.OPT_TYPE: b"\1", dhcp.OPT_PARAMETERS: b"\1\3\6\x0f", dhcp.OPT_RAPID_COMMIT: b""},
+)
+
+
+def parse(options: str, head: str = HEAD) -> Message:
+    return Message.parse(bytes.fromhex(head + COOKIE + options))
+
+
+def test_both_ways() -> None:
+    assert Message.parse(DISCOVER) == MESSAGE
+    assert MESSAGE.emit() == DISCOVER
+
+
+def test_never_shorter_than_bootp() -> None:
+    """300 bytes (RFC 951, 3): 328 with IP and UDP headers."""
+    assert len(Message(dhcp.BOOTREPLY, 1).emit()) == 300
+
+
+def test_scapy_agrees() -> None:
+    packet = BOOTP(DISCOVER)
+    assert (packet.op, packet.xid, packet.secs, packet.flags) == (1, 0xDEADBEEF, 3, 0x8000)
+    assert packet[DHCP].options[:2] == [("message-type", 1), ("param_req_list", [1, 3, 6, 15])]
+    theirs = BOOTP(op=2, xid=7, yiaddr="192.0.2.2", chaddr=CHADDR) / DHCP(
+        options=[("message-type", "offer"), ("subnet_mask", "255.255.255.0"), ("lease_time", 0xFFFFFFFF), "end"]
+    )
+    ours = Message(
+        dhcp.BOOTREPLY,
+        7,
+        yiaddr=packed("192.0.2.2"),
+        chaddr=CHADDR,
+        options={dhcp.OPT_TYPE: b"\2", dhcp.OPT_MASK: packed("255.255.255.0"), dhcp.OPT_LEASE: b"\xff" * 4},
+    )
+    assert ours.emit().rstrip(b"\0") == bytes(theirs).rstrip(b"\0")
+    assert Message.parse(bytes(theirs)) == ours
+
+
+def test_order_is_kept() -> None:
+    assert list(parse("350101 370101 330400000001 ff").options) == [53, 55, 51]
+
+
+def test_padding_between_options() -> None:
+    assert parse("0000 350101 00 ff").options == {53: b"\1"}
+
+
+def test_nothing_after_the_end() -> None:
+    assert parse("350101 ff 3601").options == {53: b"\1"}
+
+
+def test_end_may_be_missing() -> None:
+    assert parse("350101").options == {53: b"\1"}
+
+
+def test_long_option_in_pieces() -> None:
+    """RFC 3396: pieces of one option are joined, and written when longer than 255 bytes."""
+    assert parse("7702 0161 350101 7701 00 ff").options == {119: b"\1a\0", 53: b"\1"}
+    data = Message(dhcp.BOOTREPLY, 1, options={119: bytes(300), 1: b"abcd"}).emit()
+    assert data[240:242] == bytes((119, 255))
+    assert data[497:499] == bytes((119, 45))
+    assert Message.parse(data).options == {119: bytes(300), 1: b"abcd"}
+
+
+def test_bootp_without_cookie_has_no_options() -> None:
+    plain = bytes.fromhex(HEAD) + bytes(64)
+    assert Message.parse(plain).options == {}
+    assert Message.parse(bytes.fromhex(HEAD)).options == {}
+
+
+@pytest.mark.parametrize(
+    ("overload", "found", "file_left", "sname_left"),
+    [(1, {50: b"file"}, False, True), (2, {61: b"name"}, True, False), (3, {50: b"file", 61: b"name"}, False, False)],
+)
+def test_overload(overload: int, found: dict[int, bytes], file_left: bool, sname_left: bool) -> None:
+    sname = b"\x3d\4name\xff".ljust(64, b"\0")
+    file = b"\x32\4file\xff".ljust(128, b"\0")
+    message = Message(1, 1, sname=sname, file=file, options={52: bytes((overload,)), 53: b"\3"})
+    parsed = Message.parse(message.emit())
+    assert parsed.options == {52: bytes((overload,)), 53: b"\3", **found}
+    assert parsed.file == (file if file_left else bytes(128))
+    assert parsed.sname == (sname if sname_left else bytes(64))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "DHCP truncated"),
+        (DISCOVER[:235], "DHCP truncated"),
+        (DISCOVER[:2] + b"\x11" + DISCOVER[3:], "hardware address length"),
+        (DISCOVER[:240] + b"\x35", "DHCP option truncated"),
+        (DISCOVER[:240] + b"\x35\2\1", "DHCP option truncated"),
+        (DISCOVER[:240] + b"\x35\xff" + bytes(200), "DHCP option truncated"),
+    ],
+)
+def test_malformed(data: bytes, reason: str) -> None:
+    with pytest.raises(Malformed, match=reason):
+        Message.parse(data)
+
+
+@given(st.binary(max_size=300) | st.binary(max_size=80).map(lambda b: DISCOVER[:240] + b))
+def test_parses_or_malformed(data: bytes) -> None:
+    try:
+        message = Message.parse(data)
+    except Malformed:
+        return
+    assert Message.parse(message.emit()).emit() == message.emit()
