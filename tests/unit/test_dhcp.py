@@ -1,0 +1,298 @@
+"""DHCP: one lease for whoever asks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from passt import addr, log
+from passt.addr import packed
+from passt.core.context import Context
+from passt.dhcp import Dhcp, ignore, ordered
+from passt.wire import dhcp, domain
+from passt.wire.cursor import Malformed
+from passt.wire.dhcp import Message
+
+from .oracle import dissect, recomputed
+from .support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, IP4, OUR_MAC, T0, link, make_context
+
+CHADDR = GUEST_MAC + bytes(10)
+MASK = packed("255.255.255.0")
+DNS = packed("192.0.2.53"), packed("198.51.100.53")
+
+
+def request(kind: int | None = dhcp.DISCOVER, flags: int = 0, **options: bytes) -> Message:
+    """A request; options by the names of wire.dhcp without OPT_."""
+    named = {getattr(dhcp, f"OPT_{name}"): value for name, value in options.items()}
+    typed = {} if kind is None else {dhcp.OPT_TYPE: bytes((kind,))}
+    return Message(dhcp.BOOTREQUEST, 0xDEADBEEF, flags=flags, chaddr=CHADDR, secs=7, options={**typed, **named})
+
+
+def send(ctx: Context, message: Message) -> bytes | None:
+    """The frame that answers `message`, checked by scapy."""
+    Dhcp(ctx).tap_handler(GUEST_MAC, addr.ANY4, addr.BROADCAST4, message.emit(), T0)
+    frames = link(ctx).take()
+    if not frames:
+        return None
+    (frame,) = frames
+    assert frame == recomputed(frame)
+    assert "DHCP" in dissect(frame)
+    return frame
+
+
+def ask(ctx: Context, message: Message) -> Message:
+    frame = send(ctx, message)
+    assert frame is not None
+    return Message.parse(frame[14 + 20 + 8 :])
+
+
+# Who is answered ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        (dhcp.DISCOVER, dhcp.OFFER),
+        (dhcp.REQUEST, dhcp.ACK),
+        (None, dhcp.ACK),
+        (dhcp.OFFER, None),
+        (dhcp.DECLINE, None),
+        (dhcp.ACK, None),
+        (dhcp.NAK, None),
+        (dhcp.RELEASE, None),
+        (dhcp.INFORM, None),
+        (0, None),
+        (255, None),
+    ],
+)
+def test_message_types(ctx: Context, kind: int | None, answer: int | None) -> None:
+    message = request(kind)
+    assert ignore(message, CONFIG) is (answer is None)
+    if answer is None:
+        assert send(ctx, message) is None
+    else:
+        assert ask(ctx, message).options[dhcp.OPT_TYPE] == bytes((answer,))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"no_dhcp": True}, {"ip4": None}, {"ip4": replace(IP4, gateway=None)}],
+    ids=["off", "no v4", "no gateway"],
+)
+def test_off(change: dict[str, object]) -> None:
+    ctx = make_context(**change)
+    assert ignore(request(), ctx.config)
+    assert send(ctx, request()) is None
+
+
+def test_replies_are_not_answered(ctx: Context) -> None:
+    assert send(ctx, replace(request(), op=dhcp.BOOTREPLY)) is None
+
+
+# What they are told ------------------------------------------------------------------------------------------------
+
+
+def test_offer(ctx: Context) -> None:
+    frame = send(ctx, request())
+    assert frame is not None
+    packet = dissect(frame)
+    assert (packet.src, packet.dst) == ("9a:55:9a:55:9a:55", "52:54:00:12:34:56")
+    assert (packet["IP"].src, packet["IP"].dst, packet["IP"].ttl) == ("192.0.2.1", "192.0.2.2", 255)
+    assert (packet["UDP"].sport, packet["UDP"].dport) == (67, 68)
+    assert packet["IP"].len == 328
+    assert (packet["BOOTP"].op, packet["BOOTP"].xid, packet["BOOTP"].yiaddr) == (2, 0xDEADBEEF, "192.0.2.2")
+    assert packet["DHCP"].options[:7] == [
+        ("subnet_mask", "255.255.255.0"),
+        ("router", "192.0.2.1"),
+        ("interface-mtu", 65520),
+        ("lease_time", 0xFFFFFFFF),
+        ("message-type", 2),
+        ("server_id", "192.0.2.1"),
+        "end",
+    ]
+
+
+def test_fields_of_the_request_come_back(ctx: Context) -> None:
+    message = replace(
+        request(dhcp.REQUEST),
+        ciaddr=GUEST4,
+        siaddr=packed("192.0.2.9"),
+        giaddr=packed("192.0.2.8"),
+        sname=b"server".ljust(64, b"\0"),
+        file=b"boot".ljust(128, b"\0"),
+        hops=3,
+        flags=0x8001,
+    )
+    answer = ask(ctx, message)
+    for name in ("xid", "ciaddr", "siaddr", "giaddr", "chaddr", "sname", "file", "htype", "hlen", "flags"):
+        assert getattr(answer, name) == getattr(message, name), name
+    assert (answer.op, answer.secs, answer.hops, answer.yiaddr) == (dhcp.BOOTREPLY, 0, 0, GUEST4)
+
+
+def test_fields_that_hold_options_do_not(ctx: Context) -> None:
+    message = replace(request(OVERLOAD=b"\3"), sname=b"\xff".ljust(64, b"\0"), file=b"\xff".ljust(128, b"\0"))
+    answer = ask(ctx, message)
+    assert (answer.sname, answer.file) == (bytes(64), bytes(128))
+
+
+def test_broadcast_flag(ctx: Context) -> None:
+    frame = send(ctx, request(flags=dhcp.BROADCAST))
+    assert frame is not None
+    assert frame[30:34] == addr.BROADCAST4
+    assert frame[:6] == GUEST_MAC
+
+
+def test_asked_for_another_address(ctx: Context) -> None:
+    """Never a NAK: the client is told what there is."""
+    message = request(dhcp.REQUEST)
+    message = replace(message, options={**message.options, 50: packed("10.0.0.1"), 54: packed("10.0.0.2")})
+    answer = ask(ctx, message)
+    assert (answer.yiaddr, answer.options[dhcp.OPT_TYPE]) == (GUEST4, bytes((dhcp.ACK,)))
+
+
+def test_rapid_commit(ctx: Context) -> None:
+    answer = ask(ctx, request(RAPID_COMMIT=b""))
+    assert answer.options[dhcp.OPT_TYPE] == bytes((dhcp.ACK,))
+    assert answer.options[dhcp.OPT_RAPID_COMMIT] == b""
+    assert dhcp.OPT_RAPID_COMMIT not in ask(ctx, request(dhcp.REQUEST, RAPID_COMMIT=b"")).options
+    assert dhcp.OPT_RAPID_COMMIT not in ask(ctx, request()).options
+
+
+FULL = {
+    "ip4": replace(IP4, dns=DNS),
+    "mtu": 1500,
+    "advertise_dns": True,
+    "advertise_search": True,
+    "dns_search": ("example.com", "a.example.com"),
+}
+
+
+def test_all_options() -> None:
+    options = ask(make_context(**FULL), request()).options
+    assert options == {
+        1: MASK,
+        3: GATEWAY4,
+        6: DNS[0] + DNS[1],
+        26: (1500).to_bytes(2, "big"),
+        51: b"\xff" * 4,
+        53: bytes((dhcp.OFFER,)),
+        54: GATEWAY4,
+        119: b"\x07example\x03com\0\x01a\xc0\0",
+    }
+    assert list(options) == sorted(options)
+
+
+@pytest.mark.parametrize(
+    ("change", "absent"),
+    [
+        ({"mtu": 0}, dhcp.OPT_MTU),
+        ({"advertise_dns": False}, dhcp.OPT_DNS),
+        ({"ip4": IP4}, dhcp.OPT_DNS),
+        ({"advertise_search": False}, dhcp.OPT_SEARCH),
+        ({"dns_search": ()}, dhcp.OPT_SEARCH),
+    ],
+)
+def test_an_option_less(change: dict[str, object], absent: int) -> None:
+    whole = ask(make_context(**FULL), request()).options
+    assert whole.keys() - ask(make_context(**{**FULL, **change}), request()).options.keys() == {absent}
+
+
+@pytest.mark.parametrize(
+    ("gateway", "prefix_len", "routes"),
+    [
+        ("192.0.2.1", 24, None),
+        ("192.0.2.1", 32, "20 c0000201 00000000 00 c0000201"),
+        ("198.51.100.1", 24, "20 c6336401 00000000 00 c6336401"),
+        ("198.51.100.1", 0, None),
+    ],
+)
+def test_gateway_outside_the_subnet(gateway: str, prefix_len: int, routes: str | None) -> None:
+    ip4 = replace(IP4, gateway=packed(gateway), our_addr=packed(gateway), prefix_len=prefix_len)
+    options = ask(make_context(ip4=ip4), request()).options
+    assert options.get(dhcp.OPT_ROUTES) == (bytes.fromhex(routes) if routes else None)
+    assert options[dhcp.OPT_ROUTER] == packed(gateway)
+    assert options[dhcp.OPT_MASK] == addr.netmask(prefix_len)
+
+
+# Order -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "order"),
+    [
+        (b"", [1, 3, 26, 51, 53, 54]),
+        (b"\x03\x01", [53, 3, 1, 26, 51, 54]),
+        (b"\x03\x35\x01", [3, 53, 1, 26, 51, 54]),
+        (b"\x36\x03\x03\x36\x0c\xff\x00", [53, 54, 3, 1, 26, 51]),
+    ],
+)
+def test_order(ctx: Context, wanted: bytes, order: list[int]) -> None:
+    assert list(ask(ctx, request(PARAMETERS=wanted)).options) == order
+
+
+@given(st.dictionaries(st.integers(1, 254), st.binary(max_size=4)), st.binary(max_size=40))
+def test_order_loses_nothing(options: dict[int, bytes], wanted: bytes) -> None:
+    assert ordered(options, wanted) == options
+
+
+# Size --------------------------------------------------------------------------------------------------------------
+
+
+def names(count: int, length: int = 60) -> tuple[str, ...]:
+    return tuple(f"{i:0{length}}.example" for i in range(count))
+
+
+@pytest.mark.parametrize("limit", [None, 300, 576, 700, 1500, 65535])
+def test_never_longer_than_the_client_takes(limit: int | None) -> None:
+    search = names(12)
+    ctx = make_context(**{**FULL, "dns_search": search})
+    message = request() if limit is None else request(MAX_SIZE=limit.to_bytes(2, "big"))
+    frame = send(ctx, message)
+    assert frame is not None
+    assert len(frame) - 14 <= max(576, limit or 0)
+    options = Message.parse(frame[42:]).options
+    told = domain.decode_list(options[dhcp.OPT_SEARCH])
+    assert told == search[: len(told)]
+    assert told == search if limit and limit >= 1500 else 0 < len(told) < 12
+
+
+def test_a_name_that_does_not_fit() -> None:
+    servers = replace(IP4, dns=tuple(packed(f"192.0.2.{i}") for i in range(60)))
+    answer = ask(make_context(**{**FULL, "ip4": servers, "dns_search": names(1)}), request())
+    assert dhcp.OPT_SEARCH not in answer.options
+    assert len(answer.options[dhcp.OPT_DNS]) == 240
+
+
+# Logs, and bad input -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (request(), "DHCP: offer to discover"),
+        (request(RAPID_COMMIT=b""), "DHCP: ack to discover (Rapid Commit)"),
+        (request(dhcp.REQUEST), "DHCP: ack to request"),
+        (request(None), "BOOTP: ack to request"),
+    ],
+)
+def test_log(ctx: Context, monkeypatch: pytest.MonkeyPatch, message: Message, line: str) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(log, "info", lines.append)
+    send(ctx, message)
+    assert lines == [line, "    from 52:54:00:12:34:56"]
+
+
+@given(st.binary(max_size=80))
+def test_answers_or_malformed(tail: bytes) -> None:
+    ctx = make_context(**FULL)
+    try:
+        Dhcp(ctx).tap_handler(GUEST_MAC, GUEST4, GATEWAY4, request(None).emit()[:240] + tail, T0)
+    except Malformed:
+        assert link(ctx).take() == []
+        return
+    for frame in link(ctx).take():
+        assert frame == recomputed(frame)
+        assert frame[6:12] == OUR_MAC

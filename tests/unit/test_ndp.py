@@ -1,0 +1,242 @@
+"""Neighbour discovery: solicitations answered, the router advertised."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from passt import addr
+from passt.addr import ANY6, packed
+from passt.core.context import Context
+from passt.ndp import RA_INTERVAL, Ndp, advertises, ignore, router_advertisement
+from passt.wire import ndp
+from passt.wire.cursor import Malformed
+from passt.wire.ndp import (
+    Dnssl,
+    LinkAddress,
+    Mtu,
+    NeighbourAdvertisement,
+    NeighbourSolicitation,
+    Prefix,
+    Rdnss,
+    RouterAdvertisement,
+    RouterSolicitation,
+)
+
+from .oracle import dissect, recomputed
+from .support import CONFIG, GATEWAY6, GUEST6, GUEST_LL, GUEST_MAC, IP6, OUR_MAC, T0, link, make_context, timers
+
+ALL_ROUTERS = packed("ff02::2")
+SOURCE = LinkAddress(LinkAddress.SOURCE, GUEST_MAC)
+DNS = packed("2001:db8::53")
+
+
+def parts(frame: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    """Destination MAC, source, destination and ICMPv6 message of a frame that scapy finds sound."""
+    assert frame == recomputed(frame)
+    dissect(frame)
+    assert frame[6:12] == OUR_MAC
+    assert frame[21] == 255  # hop limit, or the guest ignores it (RFC 4861, 6.1.2 and 7.1.2)
+    return frame[:6], frame[22:38], frame[38:54], frame[54:]
+
+
+def solicit(ctx: Context, target: bytes, src: bytes = GUEST_LL) -> None:
+    Ndp(ctx).tap_handler(
+        GUEST_MAC, src, target, NeighbourSolicitation(target, (SOURCE,) if any(src) else ()).emit(), T0
+    )
+
+
+def ask_for_router(ctx: Context, src: bytes = GUEST_LL) -> None:
+    Ndp(ctx).tap_handler(GUEST_MAC, src, ALL_ROUTERS, RouterSolicitation((SOURCE,) if any(src) else ()).emit(), T0)
+
+
+# Neighbours --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [GATEWAY6, packed("2001:db8::99"), GUEST6])
+@pytest.mark.parametrize("src", [GUEST_LL, GUEST6])
+def test_any_neighbour_is_us(ctx: Context, target: bytes, src: bytes) -> None:
+    solicit(ctx, target, src)
+    dst_mac, source, destination, message = parts(link(ctx).take_one())
+    assert (dst_mac, source, destination) == (GUEST_MAC, GATEWAY6, src)
+    flags = NeighbourAdvertisement.ROUTER | NeighbourAdvertisement.SOLICITED | NeighbourAdvertisement.OVERRIDE
+    ours = LinkAddress(LinkAddress.TARGET, OUR_MAC)
+    assert NeighbourAdvertisement.parse(message) == NeighbourAdvertisement(flags, target, (ours,))
+
+
+def test_probe_for_duplicates(ctx: Context) -> None:
+    solicit(ctx, GUEST6, ANY6)
+    assert link(ctx).take() == []
+
+
+def test_ignore() -> None:
+    assert not ignore(GUEST_LL, CONFIG)
+    assert ignore(ANY6, CONFIG)
+    assert ignore(GUEST_LL, replace(CONFIG, no_ndp=True))
+    assert ignore(GUEST_LL, replace(CONFIG, ip6=None))
+    assert not ignore(GUEST_LL, replace(CONFIG, no_ra=True))
+
+
+def test_no_ra_leaves_neighbours() -> None:
+    ctx = make_context(no_ra=True)
+    solicit(ctx, GATEWAY6)
+    assert len(link(ctx).take()) == 1
+    ask_for_router(ctx)
+    assert link(ctx).take() == []
+
+
+@pytest.mark.parametrize("change", [{"no_ndp": True}, {"ip6": None}])
+def test_all_off(change: dict[str, object]) -> None:
+    ctx = make_context(**change)
+    solicit(ctx, GATEWAY6)
+    ask_for_router(ctx)
+    Ndp(ctx).start(T0)
+    assert link(ctx).take() == []
+    assert timers(ctx).services.deadlines == []
+
+
+@pytest.mark.parametrize("kind", [ndp.ROUTER_ADVERTISEMENT, ndp.NEIGHBOUR_ADVERTISEMENT, ndp.REDIRECT])
+def test_others_are_ignored(ctx: Context, kind: int) -> None:
+    Ndp(ctx).tap_handler(GUEST_MAC, GUEST_LL, GATEWAY6, bytes((kind,)) + bytes(39), T0)
+    assert link(ctx).take() == []
+
+
+@pytest.mark.parametrize("message", [NeighbourSolicitation(GATEWAY6, (SOURCE,)), RouterSolicitation((SOURCE,))])
+def test_no_link_address_without_source(ctx: Context, message: NeighbourSolicitation | RouterSolicitation) -> None:
+    with pytest.raises(Malformed, match="without source"):
+        Ndp(ctx).tap_handler(GUEST_MAC, ANY6, ALL_ROUTERS, message.emit(), T0)
+    assert link(ctx).take() == []
+
+
+# The router --------------------------------------------------------------------------------------------------------
+
+
+def test_router_advertisement(ctx: Context) -> None:
+    ask_for_router(ctx)
+    dst_mac, source, destination, message = parts(link(ctx).take_one())
+    assert (dst_mac, source, destination) == (GUEST_MAC, GATEWAY6, GUEST_LL)
+    wanted = RouterAdvertisement(
+        255,
+        RouterAdvertisement.MANAGED,
+        65535,
+        (Prefix(packed("2001:db8::"), 64), LinkAddress(LinkAddress.SOURCE, OUR_MAC), Mtu(65520)),
+    )
+    assert RouterAdvertisement.parse(message) == wanted
+
+
+def test_all_options_in_order() -> None:
+    ip6 = replace(IP6, dns=(DNS, GATEWAY6))
+    ctx = make_context(ip6=ip6, mtu=1500, advertise_dns=True, advertise_search=True, dns_search=("example.com", "a."))
+    ask_for_router(ctx)
+    options = RouterAdvertisement.parse(parts(link(ctx).take_one())[3]).options
+    assert [type(o) for o in options] == [Prefix, LinkAddress, Mtu, Rdnss, Dnssl]
+    assert options[2:] == (Mtu(1500), Rdnss((DNS, GATEWAY6)), Dnssl(("example.com", "a")))
+
+
+@pytest.mark.parametrize(
+    ("change", "absent"),
+    [
+        ({"mtu": 0}, Mtu),
+        ({"ip6": replace(IP6, dns=())}, Rdnss),
+        ({"advertise_dns": False}, Rdnss),
+        ({"dns_search": ()}, Dnssl),
+        ({"advertise_search": False}, Dnssl),
+        ({"ip6": replace(IP6, addr=None)}, Prefix),
+    ],
+)
+def test_an_option_less(change: dict[str, object], absent: type[ndp.Option]) -> None:
+    """Each option depends on nothing but what it says: no resolver does not mean no search list."""
+    full = replace(
+        CONFIG, ip6=replace(IP6, dns=(DNS,)), advertise_dns=True, advertise_search=True, dns_search=("example.com",)
+    )
+    config = replace(full, **change)
+    assert config.ip6 is not None
+    found = {type(o) for o in router_advertisement(config.ip6, config).options}
+    expected = {Prefix, LinkAddress, Mtu, Rdnss, Dnssl} - {absent}
+    if change.get("ip6") == replace(IP6, addr=None):
+        expected -= {Rdnss}  # and this one has no resolver either
+    assert found == expected
+
+
+@pytest.mark.parametrize("label_length", range(1, 20))
+def test_search_list_of_any_length_is_sound(label_length: int) -> None:
+    ctx = make_context(advertise_search=True, dns_search=("a" * label_length,))
+    ask_for_router(ctx)
+    assert RouterAdvertisement.parse(parts(link(ctx).take_one())[3]).options[-1] == Dnssl(("a" * label_length,))
+
+
+@pytest.mark.parametrize("change", [{"no_dhcpv6": True}, {"ip6": replace(IP6, addr=None)}])
+def test_managed_only_where_dhcpv6_answers(change: dict[str, object]) -> None:
+    config = replace(CONFIG, **change)
+    assert config.ip6 is not None
+    assert router_advertisement(config.ip6, config).flags == 0
+
+
+def test_who_has_no_address_yet_is_answered_by_multicast(ctx: Context) -> None:
+    ask_for_router(ctx, ANY6)
+    dst_mac, _, destination, _ = parts(link(ctx).take_one())
+    assert (dst_mac, destination) == (GUEST_MAC, addr.ALL_NODES6)
+
+
+def test_advertises() -> None:
+    assert advertises(CONFIG)
+    for change in ({"no_ra": True}, {"no_ndp": True}, {"ip6": None}):
+        assert not advertises(replace(CONFIG, **change))
+
+
+# Unsolicited -------------------------------------------------------------------------------------------------------
+
+
+def test_unsolicited(ctx: Context) -> None:
+    Ndp(ctx).start(T0)
+    assert link(ctx).take() == []  # the first one comes after the first interval
+    service = timers(ctx).services
+    now = T0
+    for _ in range(20):
+        (deadline,) = service.deadlines
+        assert deadline is not None
+        assert RA_INTERVAL[0] <= deadline - now <= RA_INTERVAL[1]
+        now = deadline + 0.25  # the loop is late, and counts from when it was
+        service.fire(0, now)
+        dst_mac, source, destination, message = parts(link(ctx).take_one())
+        assert (dst_mac, source, destination) == (bytes.fromhex("333300000001"), GATEWAY6, addr.ALL_NODES6)
+        assert RouterAdvertisement.parse(message) == router_advertisement(IP6, CONFIG)
+
+
+def test_interval_is_drawn_each_time(ctx: Context) -> None:
+    Ndp(ctx).start(T0)
+    service = timers(ctx).services
+    seen = set()
+    for _ in range(50):
+        before = service.deadlines[0]
+        service.fire(0)
+        assert before is not None
+        assert service.deadlines[0] is not None
+        seen.add(service.deadlines[0] - before)
+    assert len(seen) > 5
+
+
+def test_no_timer_without_advertisements() -> None:
+    ctx = make_context(no_ra=True)
+    Ndp(ctx).start(T0)
+    assert timers(ctx).services.deadlines == []
+
+
+@given(st.sampled_from([133, 134, 135, 136, 137, 255]), st.binary(max_size=64), st.sampled_from([GUEST_LL, ANY6]))
+def test_answers_or_malformed(kind: int, rest: bytes, src: bytes) -> None:
+    ctx = make_context()
+    try:
+        Ndp(ctx).tap_handler(GUEST_MAC, src, GATEWAY6, bytes((kind, 0)) + rest, T0)
+    except Malformed:
+        assert link(ctx).take() == []
+        return
+    for frame in link(ctx).take():
+        parts(frame)
+
+
+def test_empty_message(ctx: Context) -> None:
+    Ndp(ctx).tap_handler(GUEST_MAC, GUEST_LL, GATEWAY6, b"", T0)
+    assert link(ctx).take() == []
