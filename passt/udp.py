@@ -263,7 +263,10 @@ def _transmit(flow: UdpFlow, size: int, total: int, views: list[memoryview]) -> 
             flow.set_segment(size)
     elif size > flow.segment and flow.segment:
         flow.set_segment(0)
-    os.writev(flow.fd, views)
+    if total:
+        os.writev(flow.fd, views)
+    else:
+        flow.sock.send(b"")  # writev of nothing does nothing
 
 
 def _quote(key: bytes, src: bytes, dst: bytes, payload: bytes | memoryview) -> bytes:
