@@ -40,10 +40,9 @@ EPOLLPRI = select.EPOLLPRI
 EPOLLET = select.EPOLLET
 
 # Reference types. One line per kind of watched descriptor; TYPE_NAMES is what --trace prints.
-TYPE_NAMES = ("none", "tap", "tcp", "tcp timer", "tcp ack timer", "udp", "ping", "timer", "signal", "netns", "child")
-(TYPE_NONE, TYPE_TAP, TYPE_TCP, TYPE_TCP_TIMER, TYPE_TCP_ACK, TYPE_UDP, TYPE_PING, TYPE_TIMER, TYPE_SIGNAL, TYPE_NETNS, TYPE_CHILD) = range(
-    len(TYPE_NAMES)
-)
+TYPE_NAMES = ("none", "tap", "tcp", "tcp timer", "udp", "ping", "timer", "signal", "netns", "child")
+TYPE_NONE, TYPE_TAP, TYPE_TCP, TYPE_TCP_TIMER, TYPE_UDP, TYPE_PING, TYPE_TIMER = range(7)
+TYPE_SIGNAL, TYPE_NETNS, TYPE_CHILD = range(7, len(TYPE_NAMES))
 
 MAX_EVENTS = 256  # per wait; more stay in the kernel until the next turn
 

@@ -99,7 +99,8 @@ class FakeReactor:
         self.refs[fd] = self.refs[fd] & ~0xFFFFFFFF | data
 
     def retire(self, fd: int, owner: Closable) -> None:
-        del self.refs[fd], self.events[fd]
+        self.refs.pop(fd, None)  # watched or not
+        self.events.pop(fd, None)
         self.retired.append(owner)
 
     def forget(self, fd: int) -> None:

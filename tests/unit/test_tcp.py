@@ -1,0 +1,694 @@
+"""TCP: opening, data both ways, loss, windows, closing, time; see tcp_support.py for how to read a conversation."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scapy.all import IP, TCP, Ether, IPv6
+
+from passt import addr
+from passt.core.flow import FlowTable
+from passt.core.reactor import EPOLLIN, EPOLLOUT, EPOLLPRI, make_ref
+from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
+from tests.unit.support import GATEWAY4, link, reactor
+from tests.unit.tcp_support import ALL, GUEST_ISN, FakeSocket, Talk, fake_sockets, open_connection
+
+__all__ = ["fake_sockets"]
+NO_PEEK_OFF = replace(ALL, peek_off=False)
+
+
+def near(**how: Any) -> Talk:
+    """A connection to the host's own loopback, through the gateway address."""
+    return open_connection(peer=GATEWAY4, **how)
+
+
+# Opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_handshake_offers_what_the_link_can_carry() -> None:
+    talk = Talk(config={"mtu": 1500})
+    talk.syn(mss=1460, ws=7)
+    s = talk.expect(SYN | ACK, b"", seq=0, ack=1)
+    assert s.options.mss == 1460 and s.options.ws == 8
+    assert talk.sock.peer == ("198.51.100.7", 80)
+    assert s.window == 65535  # never scaled in a SYN
+
+
+def test_no_window_scale_without_the_guests() -> None:
+    talk = Talk()
+    talk.syn(ws=None)
+    assert talk.expect(SYN | ACK).options.ws is None
+    talk.guest(ACK)
+    talk.guest(ACK | PSH, b"x")
+    assert talk.expect(ACK).window == 65535
+
+
+def test_gateway_address_is_the_hosts_loopback() -> None:
+    assert near().sock.peer == ("127.0.0.1", 80)
+
+
+def test_connection_over_loopback_is_complete_at_once() -> None:
+    FakeSocket.connect_results = [errno.EINPROGRESS, 0]
+    talk = Talk(peer=GATEWAY4)
+    talk.syn()
+    talk.expect(SYN | ACK)
+
+
+def test_the_guest_hears_nothing_before_the_host_is_connected() -> None:
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    talk = Talk()
+    talk.syn()
+    talk.expect_nothing()
+    talk.syn()  # sent again: the attempt goes on
+    talk.expect_nothing()
+    assert len(FakeSocket.made) == 1
+    talk.writable()
+    talk.expect(SYN | ACK, seq=0, ack=1)
+
+
+@pytest.mark.parametrize("immediately", [True, False])
+def test_refused_connection_is_reset_with_ack(immediately: bool) -> None:
+    FakeSocket.connect_results = [errno.ECONNREFUSED if immediately else errno.EINPROGRESS]
+    talk = Talk()
+    talk.syn()
+    if not immediately:
+        talk.host(error=errno.ECONNREFUSED)
+    talk.expect(RST | ACK, ack=1)
+    assert talk.gone
+
+
+@pytest.mark.parametrize(
+    ("error", "v6", "kind", "code"),
+    [
+        (errno.ENETUNREACH, False, 3, 0),
+        (errno.EHOSTUNREACH, False, 3, 1),
+        (errno.EACCES, False, 3, 13),
+        (errno.ENETUNREACH, True, 1, 0),
+        (errno.EHOSTUNREACH, True, 1, 3),
+        (errno.EPERM, True, 1, 1),
+    ],
+)
+def test_unreachable_peer_is_told_by_icmp(error: int, v6: bool, kind: int, code: int) -> None:
+    FakeSocket.connect_results = [error]
+    talk = Talk(v6=v6)
+    talk.syn()
+    (frame,) = link(talk.ctx).take()
+    at = 14 + (40 if v6 else 20)
+    assert (frame[at], frame[at + 1]) == (kind, code)
+    quoted = (IPv6 if v6 else IP)(frame[at + 8 :])
+    assert quoted[TCP].sport == 40000 and quoted[TCP].dport == 80 and quoted[TCP].seq == GUEST_ISN
+    assert talk.gone
+
+
+def test_connect_time_out_stays_silence() -> None:
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    talk = Talk()
+    talk.syn()
+    talk.host(error=errno.ETIMEDOUT)
+    talk.expect_nothing()
+    assert talk.gone
+
+
+def test_guest_gives_up_while_connecting() -> None:
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    talk = Talk()
+    talk.syn()
+    talk.guest(RST)
+    talk.expect_nothing()
+    assert talk.gone and talk.sock.resets_on_close
+
+
+def test_syn_ack_is_repeated_then_given_up() -> None:
+    talk = Talk()
+    talk.syn()
+    talk.expect(SYN | ACK)
+    talk.wait(1.0)
+    talk.expect(SYN | ACK, seq=0, ack=1)
+    talk.wait(2.0)
+    talk.expect(SYN | ACK)
+    talk.wait(4.0)
+    talk.expect(SYN | ACK)
+    talk.wait(8.0)
+    talk.expect(RST | ACK)
+    assert talk.gone and talk.sock.resets_on_close
+
+
+def test_repeated_syn_gets_the_syn_ack_again() -> None:
+    talk = Talk()
+    talk.syn()
+    talk.expect(SYN | ACK)
+    talk.syn()
+    talk.expect(SYN | ACK, seq=0, ack=1)
+
+
+def test_another_syn_on_a_half_open_connection_starts_over() -> None:
+    talk = Talk()
+    talk.syn()
+    talk.expect(SYN | ACK)
+    talk.put((SYN, GUEST_ISN + 5000, 0, b"", 1000, b""))
+    flags = [s.flags for s in talk.taken()]
+    assert flags == [RST | ACK, SYN | ACK] and len(FakeSocket.made) == 2
+
+
+def test_syn_on_an_established_connection_is_challenged() -> None:
+    talk = open_connection()
+    talk.guest(SYN, seq=5000)
+    talk.expect(ACK, seq=1, ack=1)
+
+
+def test_wrong_acknowledgement_in_the_handshake_is_reset() -> None:
+    talk = Talk()
+    talk.syn()
+    talk.expect(SYN | ACK)
+    talk.guest(ACK, ack=77)
+    s = talk.taken()
+    assert [x.flags for x in s] == [RST] and s[0].seq == 77
+
+
+@pytest.mark.parametrize("flags", [ACK, ACK | PSH, FIN | ACK, SYN | ACK])
+def test_segment_without_connection_is_reset(flags: int) -> None:
+    talk = Talk()
+    talk.guest(flags, ack=1234)
+    (s,) = talk.taken()
+    assert s.flags == RST and s.seq == 1234
+
+
+def test_fin_without_ack_and_connection_is_reset_behind_it() -> None:
+    talk = Talk()
+    talk.guest(FIN, b"abc", seq=10)
+    (s,) = talk.taken()
+    assert s.flags == RST | ACK and s.seq == 0 and s.ack == 14
+
+
+def test_reset_without_connection_is_ignored() -> None:
+    talk = Talk()
+    talk.guest(RST)
+    talk.expect_nothing()
+
+
+@pytest.mark.parametrize("peer", ["224.0.0.1", "255.255.255.255", "0.0.0.0", "127.0.0.1"])
+def test_endpoints_that_cannot_have_a_connection(peer: str) -> None:
+    talk = Talk(peer=addr.packed(peer))
+    talk.syn()
+    talk.expect_nothing()
+    assert talk.ctx.drops["tcp endpoint"] == 1 and not FakeSocket.made
+
+
+def test_full_table_refuses() -> None:
+    talk = Talk()
+    talk.ctx.flows = FlowTable(limit=0)
+    talk.syn()
+    talk.expect(RST | ACK, ack=1)
+    assert talk.ctx.drops["flow table full"] == 1
+
+
+def test_no_descriptor_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from passt import tcp_sock
+
+    def fail(*_: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(tcp_sock, "new_socket", fail)
+    talk = Talk()
+    talk.syn()
+    talk.expect(RST | ACK, ack=1)
+    assert talk.ctx.drops["tcp socket"] == 1 and talk.ctx.flows.count == 0
+
+
+def test_initial_sequence_numbers_differ_by_endpoint_and_grow_with_time() -> None:
+    talk = Talk()
+    other = talk.key[:-1] + b"\x51"
+    first = talk.tcp._isn(talk.key, 1000.0)
+    assert first != talk.tcp._isn(other, 1000.0)
+    assert talk.tcp._isn(talk.key, 1000.1) - first & 0xFFFFFFFF == 25_000
+    assert first != Talk().tcp._isn(talk.key, 1000.0)  # another start, another secret
+
+
+# Guest to host -----------------------------------------------------------------------------------------------------
+
+
+def test_payload_reaches_the_socket_in_one_call_and_is_acknowledged() -> None:
+    talk = near()
+    talk.put(talk.segment(ACK, b"abc"), talk.segment(ACK, b"def"), talk.segment(ACK | PSH, b"g"))
+    assert talk.sock.sent == b"abcdefg"
+    talk.expect(ACK, b"", seq=1, ack=8)
+
+
+def test_segments_out_of_order_in_one_batch_are_put_in_order() -> None:
+    talk = near()
+    a, b, c = talk.segment(ACK, b"aaa"), talk.segment(ACK, b"bb"), talk.segment(ACK, b"c")
+    talk.put(c, a, b)
+    assert talk.sock.sent == b"aaabbc"
+    talk.expect(ACK, ack=7)
+
+
+def test_a_hole_is_asked_for() -> None:
+    talk = near()
+    lost, later = talk.segment(ACK, b"lost"), talk.segment(ACK, b"later")
+    talk.put(later)
+    assert talk.sock.sent == b""
+    talk.expect(ACK, ack=1)
+    talk.put(lost, later)
+    assert talk.sock.sent == b"lostlater"
+    talk.expect(ACK, ack=10)
+
+
+def test_overlap_is_taken_once() -> None:
+    talk = near()
+    talk.guest(ACK, b"abcd")
+    talk.expect(ACK, ack=5)
+    talk.guest(ACK, b"cdef", seq=3)
+    assert talk.sock.sent == b"abcdef"
+    talk.expect(ACK, ack=7)
+    talk.guest(ACK, b"abcdef", seq=1)
+    assert talk.sock.sent == b"abcdef"
+    talk.expect(ACK, ack=7)
+
+
+def test_keep_alive_and_window_probe_are_answered() -> None:
+    talk = near()
+    talk.guest(ACK, b"data")
+    talk.expect(ACK)
+    talk.guest(ACK, seq=4)
+    talk.expect(ACK, ack=5)
+    talk.guest(ACK, b"a", seq=4)
+    talk.expect(ACK, ack=5)
+    assert talk.sock.sent == b"data"
+
+
+def test_full_send_buffer_is_waited_for_and_the_rest_asked_for() -> None:
+    talk = near()
+    talk.sock.room = 4
+    talk.sock.wmem = talk.sock.sndbuf
+    talk.guest(ACK, b"abcdefgh")
+    assert talk.sock.sent == b"abcd"
+    talk.expect(ACK, ack=5)
+    assert reactor(talk.ctx).events[talk.sock.fd] & EPOLLOUT
+    talk.sock.room, talk.sock.wmem = 100, 0
+    talk.writable()
+    acks = talk.taken()
+    assert [s.ack for s in acks] == [5] * 4 and acks[0].window > 0  # an update and three duplicates
+    talk.guest(ACK, b"efgh", seq=5)
+    assert talk.sock.sent == b"abcdefgh"
+    talk.expect(ACK, ack=9)
+
+
+def test_peer_reset_while_sending_reaches_the_guest() -> None:
+    talk = near()
+    talk.sock.error = errno.EPIPE
+    talk.guest(ACK, b"x")
+    talk.expect(RST | ACK)
+    assert talk.gone
+
+
+@pytest.mark.parametrize("bits", [0x4000, 0x0000, 0xF000])
+def test_lying_data_offset_is_counted(bits: int) -> None:
+    talk = near()
+    start = 64
+    raw = bytearray(20)
+    raw[12:14] = (bits | ACK).to_bytes(2, "big")
+    talk.ctx.pool.buf[start : start + 20] = raw
+    talk.tcp.tap_handler(talk.key, [start, start + 20], talk.now)
+    assert talk.ctx.drops["tcp header length"] == 1
+    talk.expect_nothing()
+
+
+# Host to guest ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [ALL, NO_PEEK_OFF])
+def test_data_is_peeked_sent_and_dropped_when_acknowledged(features: Any) -> None:
+    talk = open_connection(features=features)
+    data = os.urandom(20000)
+    talk.host(data)
+    s = talk.expect(ACK | PSH, data, seq=1)
+    assert s.gso_size == 1460
+    assert talk.sock.incoming == data  # still there: the guest may lose it
+    talk.guest(ACK)
+    assert talk.sock.incoming == b""
+    talk.host(b"more")
+    talk.expect(ACK | PSH, b"more", seq=20001)
+
+
+@pytest.mark.parametrize("v6", [False, True])
+def test_frames_are_what_scapy_would_build(v6: bool) -> None:
+    talk = open_connection(v6=v6)
+    talk.host(b"hello")
+    frame = Ether(link(talk.ctx).take()[0])
+    length = frame[TCP].chksum
+    # The checksum is partial: the pseudo-header's. Completed over the segment it must be what scapy computes.
+    segment = bytes(frame[TCP])
+    total = sum(int.from_bytes(segment[i : i + 2].ljust(2, b"\0"), "big") for i in range(0, len(segment), 2))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    rebuilt = frame.copy()
+    del rebuilt[TCP].chksum
+    if v6:
+        assert frame[IPv6].hlim == 255 and frame[IPv6].fl != 0 and frame[IPv6].plen == 25
+    else:
+        del rebuilt[IP].chksum
+    rebuilt = Ether(bytes(rebuilt))
+    assert rebuilt[TCP].chksum == 0xFFFF - total, length
+    if not v6:
+        assert rebuilt[IP].chksum == frame[IP].chksum and frame[IP].len == 45
+
+
+def test_super_frames_are_cut_at_a_multiple_of_the_mss() -> None:
+    talk = open_connection()
+    talk.window = 65535
+    talk.guest(ACK)
+    data = os.urandom(200_000)
+    talk.host(data)
+    frames = talk.taken()
+    assert b"".join(s.payload for s in frames) == data
+    assert all(len(s.payload) % 1460 == 0 for s in frames[:-1])
+    assert [bool(s.flags & PSH) for s in frames] == [False] * (len(frames) - 1) + [True]
+    assert max(len(s.payload) for s in frames) <= 65495
+
+
+def test_no_more_than_the_guests_window() -> None:
+    talk = open_connection()
+    talk.guest(ACK, window=16)  # scaled by 7
+    talk.host(bytes(5000))
+    s = talk.expect(ACK | PSH)
+    assert len(s.payload) == 2048
+    talk.guest(ACK, window=16)
+    s = talk.expect(ACK | PSH, seq=2049)
+    assert len(s.payload) == 2048
+
+
+def test_a_silly_window_is_not_used_while_data_is_in_flight() -> None:
+    talk = open_connection()
+    talk.guest(ACK, window=12)  # 1536 bytes
+    talk.host(bytes(5000))
+    assert len(talk.expect(ACK | PSH).payload) == 1536
+    talk.guest(ACK, ack=1001, window=12)  # opens by 1000 bytes, less than a segment
+    talk.expect_nothing()
+    talk.guest(ACK, ack=1537, window=12)
+    assert len(talk.expect(ACK | PSH).payload) == 1536
+
+
+def test_a_short_peek_is_not_repeated() -> None:
+    talk = open_connection()
+    talk.host(b"x" * 100)
+    talk.expect(ACK | PSH)
+    peeks = talk.sock.peeks
+    talk.guest(ACK)
+    assert talk.sock.peeks == peeks
+
+
+def test_urgent_data_is_part_of_the_stream() -> None:
+    talk = open_connection()
+    talk.sock.incoming += b"abc"
+    reactor(talk.ctx).fire(talk.sock.fd, EPOLLIN | EPOLLPRI, talk.now)
+    talk.expect(ACK | PSH, b"abc")
+    assert talk.sock.options[socket.SOL_SOCKET, socket.SO_OOBINLINE] == 1
+    talk.sock.incoming += b"d"
+    talk.sock.ended = True
+    talk.host(end=True)
+    frames = talk.taken()
+    assert frames[0].payload == b"d" and frames[-1].flags & FIN
+
+
+@pytest.mark.parametrize("features", [ALL, NO_PEEK_OFF])
+def test_duplicate_acknowledgement_resends_one_frame_and_partial_ones_the_next(features: Any) -> None:
+    talk = open_connection(features=features)
+    talk.guest(ACK)
+    data = os.urandom(150_000)
+    talk.host(data)
+    first, second, third = talk.taken()
+    talk.guest(ACK, ack=1)
+    again = talk.expect(ACK | PSH, first.payload, seq=1)
+    talk.guest(ACK, ack=1)  # one repair at a time
+    talk.expect_nothing()
+    talk.guest(ACK, ack=1 + len(again.payload))
+    talk.expect(ACK | PSH, second.payload, seq=second.seq)
+    talk.guest(ACK, ack=150_001)
+    talk.expect_nothing()
+    assert talk.sock.incoming == b""
+    talk.host(b"on")
+    talk.expect(ACK | PSH, b"on", seq=150_001)
+    assert third.seq > second.seq
+
+
+@pytest.mark.parametrize("features", [ALL, NO_PEEK_OFF])
+def test_unanswered_data_is_sent_again_with_backoff_then_given_up(features: Any) -> None:
+    talk = open_connection(features=features)
+    talk.host(b"lost")
+    talk.expect(ACK | PSH, b"lost")
+    for delay in (1, 2, 4, 8, 16, 32, 60):
+        talk.wait(delay - 0.01)
+        talk.expect_nothing()
+        talk.wait(0.01)
+        talk.expect(ACK | PSH, b"lost", seq=1)
+    talk.wait(60)
+    talk.expect(RST | ACK)
+    assert talk.gone and talk.sock.resets_on_close
+
+
+def test_acknowledgement_ends_the_backoff() -> None:
+    talk = open_connection()
+    talk.host(b"a")
+    talk.expect(ACK | PSH)
+    talk.wait(3.0)
+    talk.taken()
+    talk.guest(ACK)
+    talk.host(b"b")
+    talk.expect(ACK | PSH, b"b", seq=2)
+    talk.wait(1.0)
+    talk.expect(ACK | PSH, b"b", seq=2)
+
+
+def test_zero_window_is_probed_without_end() -> None:
+    talk = open_connection()
+    talk.guest(ACK, window=0)
+    talk.host(b"waiting")
+    talk.expect_nothing()
+    sent = 0
+    for _ in range(40):
+        talk.wait(60.0)
+        for s in talk.taken():
+            assert (s.flags, s.seq, s.payload) == (ACK, 0, b"")  # one before snd_una
+            sent += 1
+            talk.guest(ACK, window=0)
+    assert 35 < sent < 60 and not talk.sock.closed
+    talk.guest(ACK, window=100)
+    talk.expect(ACK | PSH, b"waiting", seq=1)
+
+
+def test_idle_connection_is_kept_while_the_guest_answers() -> None:
+    talk = open_connection()
+    talk.wait(7199)
+    talk.expect_nothing()
+    talk.wait(1)
+    talk.expect(ACK, b"", seq=0)
+    talk.guest(ACK)
+    talk.wait(7199)
+    talk.expect_nothing()
+    talk.wait(1 + 75 * 8)
+    s = talk.taken()
+    assert [x.flags for x in s] == [ACK] * 8 + [RST | ACK]
+    assert talk.gone
+
+
+# Closing -----------------------------------------------------------------------------------------------------------
+
+
+def test_host_ends_first_and_data_still_flows_the_other_way() -> None:
+    talk = near()
+    talk.host(b"bye", end=True)
+    talk.expect(FIN | ACK | PSH, b"bye", seq=1)
+    talk.guest(ACK)
+    for _ in range(3):
+        talk.guest(ACK | PSH, b"still here")
+        talk.expect(ACK, seq=5)
+    assert talk.sock.sent == b"still here" * 3
+    talk.guest(FIN | ACK)
+    talk.expect(ACK, ack=32)
+    assert talk.gone and talk.sock.incoming == b"" and not talk.sock.resets_on_close
+
+
+def test_guest_ends_first_and_data_still_flows_the_other_way() -> None:
+    talk = near()
+    talk.guest(FIN | ACK, b"request")
+    assert talk.sock.sent == b"request" and talk.sock.shut
+    talk.expect(ACK, ack=9)
+    for i in range(3):
+        talk.host(b"answer")
+        talk.expect(ACK | PSH, b"answer", seq=1 + 6 * i)
+        talk.guest(ACK)
+    talk.host(end=True)
+    talk.expect(FIN | ACK, b"", seq=19)
+    talk.guest(ACK)
+    assert talk.gone and talk.sock.incoming == b""
+
+
+def test_both_end_at_once() -> None:
+    talk = near()
+    talk.host(end=True)
+    talk.expect(FIN | ACK)
+    talk.guest(FIN | ACK, ack=1)
+    talk.expect(ACK, ack=2)
+    assert not talk.sock.closed
+    talk.guest(ACK, ack=2)
+    assert talk.gone
+
+
+def test_fin_is_sent_again_and_only_after_all_data() -> None:
+    talk = open_connection()
+    talk.host(b"abc", end=True)
+    talk.expect(FIN | ACK | PSH, b"abc")
+    talk.wait(1.0)
+    talk.expect(FIN | ACK | PSH, b"abc", seq=1)
+    talk.guest(ACK, ack=4)  # the data, not the FIN
+    talk.wait(1.0)
+    talk.expect(FIN | ACK, b"", seq=4)
+
+
+def test_fin_waits_for_the_window() -> None:
+    talk = open_connection()
+    talk.guest(ACK, window=16)
+    talk.host(bytes(3000), end=True)
+    assert not talk.expect(ACK | PSH).flags & FIN
+    talk.guest(ACK, window=16)
+    s = talk.expect(FIN | ACK | PSH)
+    assert len(s.payload) == 952
+
+
+def test_fin_of_the_guest_is_not_taken_before_its_data() -> None:
+    talk = near()
+    talk.sock.room, talk.sock.wmem = 3, talk.sock.sndbuf
+    talk.guest(FIN | ACK, b"abcdef")
+    assert not talk.sock.shut
+    talk.expect(ACK, ack=4)
+    talk.sock.room = 100
+    talk.guest(FIN | ACK, b"def", seq=4)
+    assert talk.sock.shut and talk.sock.sent == b"abcdef"
+    talk.expect(ACK, ack=8)
+
+
+def test_repeated_fin_is_acknowledged_and_data_behind_it_ignored() -> None:
+    talk = near()
+    talk.guest(FIN | ACK)
+    talk.expect(ACK, ack=2)
+    talk.guest(FIN | ACK, seq=1)
+    talk.expect(ACK, ack=2)
+    talk.guest(ACK, b"nonsense")
+    talk.expect(ACK, ack=2)
+    assert talk.sock.sent == b""
+
+
+def test_reset_by_the_guest_resets_the_host_peer() -> None:
+    talk = near()
+    talk.guest(RST | ACK)
+    talk.expect_nothing()
+    assert talk.gone and talk.sock.resets_on_close
+
+
+def test_reset_out_of_the_window_is_ignored() -> None:
+    talk = near()
+    talk.guest(RST, seq=0x40000000)
+    assert talk.ctx.drops["tcp reset out of window"] == 1 and not talk.sock.closed
+    talk.guest(ACK, b"alive")
+    talk.expect(ACK, ack=6)
+
+
+def test_reset_by_the_host_peer_comes_after_its_last_data() -> None:
+    talk = open_connection()
+    talk.sock.incoming += b"last words"
+    talk.host(b"", end=True, error=errno.ECONNRESET)
+    frames = talk.taken()
+    assert frames[0].payload == b"last words" and frames[-1].flags == RST | ACK
+    assert talk.gone
+
+
+def test_late_event_of_a_closed_connection_is_harmless() -> None:
+    talk = near()
+    fd = talk.sock.fd
+    talk.guest(RST | ACK)
+    reactor(talk.ctx).handlers[2](make_ref(2, fd, 0), EPOLLIN, talk.now)
+    talk.expect_nothing()
+
+
+def test_a_fault_ends_one_flow() -> None:
+    talk = near()
+    talk.tcp.fault_key(talk.key)
+    talk.expect(RST | ACK)
+    assert talk.gone
+    talk.tcp.fault_key(talk.key)  # gone already
+    other = near()
+    other.tcp.fault(make_ref(2, other.sock.fd, 0))
+    assert other.gone
+
+
+def test_guest_moves_to_another_mac() -> None:
+    talk = near()
+    talk.tcp.set_guest_mac(b"\x02abcde")
+    talk.host(b"x")
+    assert link(talk.ctx).take()[0][:6] == b"\x02abcde"
+
+
+# Everything at once ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.binary(min_size=1, max_size=3000),
+    st.lists(st.tuples(st.integers(0, 2999), st.integers(1, 700)), max_size=12),
+    st.randoms(use_true_random=False),
+)
+def test_any_order_of_segments_delivers_each_byte_once(data: bytes, extra: list[tuple[int, int]], random: Any) -> None:
+    """Whatever the guest repeats, overlaps or reorders: what the socket got is a prefix, in the end all of it."""
+    FakeSocket.made.clear()
+    talk = near()
+    pieces = [(i, data[i : i + 500]) for i in range(0, len(data), 500)]
+    pieces += [(a, data[a : a + n]) for a, n in extra if a < len(data)]
+    random.shuffle(pieces)
+    for a, piece in pieces:
+        talk.guest(ACK, piece, seq=1 + a)
+        assert data.startswith(bytes(talk.sock.sent))
+    for a in range(0, len(data), 500):
+        talk.guest(ACK, data[a : a + 500], seq=1 + a)
+    assert talk.sock.sent == data
+    assert talk.taken()[-1].ack == 1 + len(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["host", "ack", "part", "dup", "time", "zero"]), max_size=40), st.booleans())
+def test_any_acknowledgements_deliver_each_byte_once(steps: list[str], peek_off: bool) -> None:
+    """Whatever the guest acknowledges or loses: what it could have assembled is a prefix of what the host sent."""
+    FakeSocket.made.clear()
+    talk = open_connection(features=ALL if peek_off else NO_PEEK_OFF)
+    talk.guest(ACK)
+    sent = b""
+    got: dict[int, int] = {}
+    acked = 0
+    for i, step in enumerate([*steps, *["host", "ack", "time", "ack"] * 12]):
+        if step == "host":
+            data = bytes((i & 0xFF,)) * (700 * (i % 7) + 1)
+            sent += data
+            talk.host(data)
+        elif step in ("ack", "part"):
+            have = 0
+            while have in got:
+                have += 1
+            acked = have if step == "ack" else max(acked, have // 2)
+            talk.guest(ACK, ack=1 + acked)
+        elif step == "dup":
+            talk.guest(ACK, ack=1 + acked)
+        elif step == "zero":
+            talk.guest(ACK, ack=1 + acked, window=0)
+            talk.guest(ACK, ack=1 + acked)
+        else:
+            talk.wait(1.0)
+        for s in talk.taken():
+            for j, byte in enumerate(s.payload):
+                assert got.setdefault(s.seq - 1 + j, byte) == byte == sent[s.seq - 1 + j]
+    assert acked == len(sent)

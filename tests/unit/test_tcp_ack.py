@@ -1,0 +1,240 @@
+"""Acknowledgements and windows: what waits, what follows the host peer, what is promised, and each missing field."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from passt.core.reactor import EPOLLOUT
+from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, SND_WND
+from passt.wire.tcp import ACK, PSH
+from tests.unit.support import GATEWAY4, reactor
+from tests.unit.tcp_support import ALL, Talk, fake_sockets, open_connection
+
+__all__ = ["fake_sockets"]
+
+
+def near() -> Talk:
+    return open_connection(peer=GATEWAY4)
+
+
+def round_trip(talk: Talk, n: int = 1) -> None:
+    """A request and its answer, 1 ms later."""
+    for _ in range(n):
+        talk.guest(ACK | PSH, b"q")
+        talk.now += 0.001
+        talk.host(b"a")
+        talk.taken()
+        talk.ack += 1
+
+
+# Riding on an answer ---------------------------------------------------------------------------------------------
+
+
+def test_first_request_is_acknowledged_at_once() -> None:
+    talk = near()
+    talk.guest(ACK | PSH, b"q")
+    talk.expect(ACK, ack=2)
+
+
+def test_after_two_answers_in_time_an_acknowledgement_rides() -> None:
+    talk = near()
+    round_trip(talk, 2)
+    talk.guest(ACK | PSH, b"q")
+    talk.expect_nothing()
+    talk.now += 0.001
+    talk.host(b"a")
+    talk.expect(ACK | PSH, b"a", ack=4)
+    talk.wait(1.0)
+    assert all(s.payload == b"a" for s in talk.taken())  # nothing but the answer is ever repeated
+
+
+def test_a_wait_in_vain_ends_the_habit() -> None:
+    talk = near()
+    round_trip(talk, 2)
+    talk.guest(ACK | PSH, b"q")
+    talk.wait(0.0099)
+    talk.expect_nothing()
+    talk.wait(0.0002)
+    talk.expect(ACK, ack=4)
+    talk.guest(ACK | PSH, b"q")
+    talk.expect(ACK, ack=5)
+
+
+def test_bulk_does_not_wait() -> None:
+    talk = near()
+    round_trip(talk, 3)
+    talk.guest(ACK, bytes(10000))
+    talk.expect(ACK, ack=10004)
+
+
+def test_one_timer_serves_many_waits() -> None:
+    talk = near()
+    round_trip(talk, 2)
+    armed = list(talk.timers.services.deadlines)
+    for _ in range(5):
+        round_trip(talk)
+    assert sum(d is not None for d in talk.timers.services.deadlines) <= 1 + sum(d is not None for d in armed)
+    talk.wait(1.0)
+    talk.guest(ACK)
+    talk.taken()
+
+
+def test_reset_connection_leaves_the_waiting_list() -> None:
+    talk = near()
+    round_trip(talk, 2)
+    talk.guest(ACK | PSH, b"q")
+    talk.guest(0x04)  # RST
+    talk.wait(0.1)
+    talk.expect_nothing()
+
+
+# Following a peer elsewhere ------------------------------------------------------------------------------------------
+
+
+def test_few_bytes_are_acknowledged_at_once() -> None:
+    talk = open_connection()
+    talk.guest(ACK | PSH, b"hello")
+    talk.expect(ACK, ack=6)
+
+
+def test_many_bytes_are_acknowledged_as_the_peer_does() -> None:
+    talk = open_connection()
+    talk.guest(ACK, bytes(60000))
+    talk.expect(ACK, ack=60001)
+    talk.sock.info[BYTES_ACKED] = 1 + 60000 + 20000
+    talk.guest(ACK, bytes(60000))
+    talk.expect(ACK, ack=80001)
+    talk.wait(0.0101)  # nothing new: nothing to say
+    talk.expect_nothing()
+    talk.sock.info[BYTES_ACKED] = 1 + 100000
+    talk.wait(0.0101)
+    talk.expect(ACK, ack=100001)
+    talk.sock.info[BYTES_ACKED] = 1 + 120000
+    talk.wait(0.0101)
+    talk.expect(ACK, ack=120001)
+    talk.wait(1.0)
+    talk.expect_nothing()
+
+
+def test_peer_found_to_be_near_is_not_followed() -> None:
+    talk = open_connection()
+    talk.sock.info[MIN_RTT] = 50
+    talk.guest(ACK, bytes(60000))
+    talk.guest(ACK, bytes(60000))
+    assert talk.taken()[-1].ack == 120001
+
+
+def test_without_bytes_acked_everything_taken_is_acknowledged() -> None:
+    talk = open_connection(features=replace(ALL, bytes_acked=False))
+    talk.guest(ACK, bytes(60000))
+    talk.guest(ACK, bytes(60000))
+    assert talk.taken()[-1].ack == 120001
+
+
+def test_without_min_rtt_the_peer_is_followed() -> None:
+    talk = open_connection(features=replace(ALL, min_rtt=False))
+    talk.sock.info[MIN_RTT] = 1
+    talk.guest(ACK, bytes(60000))
+    talk.guest(ACK, bytes(60000))
+    assert talk.taken()[-1].ack == 60001
+
+
+def test_answer_carries_what_the_peer_acknowledged_and_the_rest_follows() -> None:
+    talk = open_connection()
+    talk.guest(ACK, bytes(60000))
+    talk.guest(ACK, bytes(60000))
+    talk.taken()
+    talk.host(b"early answer")
+    talk.expect(ACK | PSH, b"early answer", ack=60001)
+    talk.sock.info[BYTES_ACKED] = 1 + 120000
+    talk.wait(0.0101)
+    talk.expect(ACK, ack=120001)
+
+
+# The window --------------------------------------------------------------------------------------------------------
+
+
+def edge(talk: Talk) -> int:
+    """Right edge of the window in the last segment, relative, as the guest computes it."""
+    s = talk.taken()[-1]
+    return s.ack + (s.window << 8)
+
+
+def test_window_is_what_the_send_buffer_can_take() -> None:
+    talk = near()
+    talk.sock.sndbuf, talk.sock.wmem = 400_000, 200_000
+    talk.guest(ACK, bytes(60000))
+    talk.guest(ACK, bytes(60000))  # more than half of what SYN,ACK promised is used
+    assert edge(talk) > 120_000
+
+
+def test_window_respects_the_peers_and_has_a_floor() -> None:
+    talk = Talk(peer=GATEWAY4)
+    talk.syn()
+    talk.taken()
+    talk.sock.info[SND_WND] = 10
+    conn = talk.tcp._conns[talk.key]
+    conn.rcv_edge = conn.rcv_nxt
+    talk.tcp._acks.open_window(conn)
+    assert conn.rcv_edge - conn.rcv_nxt == 65536
+    talk.sock.info[SND_WND] = 300_000
+    talk.tcp._acks.open_window(conn)
+    assert conn.rcv_edge - conn.rcv_nxt == 300_000
+
+
+@pytest.mark.parametrize("hidden", ["snd_wnd", "meminfo"])
+def test_window_without_a_field(hidden: str) -> None:
+    talk = open_connection(peer=GATEWAY4, features=replace(ALL, **{hidden: False}))
+    conn = talk.tcp._conns[talk.key]
+    conn.rcv_edge = conn.rcv_nxt
+    talk.sock.info[SND_WND] = 1 << 20
+    talk.tcp._acks.open_window(conn)
+    # All of the free buffer; or half of the buffer is taken as used, and the peer's window is smaller than the rest.
+    assert conn.rcv_edge - conn.rcv_nxt == ((4 << 20) * 3 // 4 if hidden == "snd_wnd" else 1 << 20)
+
+
+def test_right_edge_never_moves_left() -> None:
+    talk = near()
+    conn = talk.tcp._conns[talk.key]
+    before = conn.rcv_edge
+    talk.sock.wmem = talk.sock.sndbuf
+    talk.tcp._acks.open_window(conn)
+    assert conn.rcv_edge == before
+
+
+def test_low_buffer_is_waited_for_and_then_promised() -> None:
+    talk = near()
+    conn = talk.tcp._conns[talk.key]
+    talk.sock.wmem = talk.sock.sndbuf * 3 // 4
+    promised = conn.rcv_edge - conn.rcv_nxt
+    talk.window = 65535
+    talk.guest(ACK, bytes(60000))
+    while conn.rcv_edge - conn.rcv_nxt > promised // 2:
+        talk.guest(ACK, bytes(60000))
+    talk.taken()
+    talk.guest(ACK, bytes(60000))
+    talk.taken()
+    assert conn.low
+    assert reactor(talk.ctx).events[talk.sock.fd] & EPOLLOUT
+    talk.sock.wmem = 0
+    talk.writable()
+    assert not conn.low
+    assert edge(talk) == 1 + len(talk.sock.sent) + (1 << 20)
+
+
+def test_window_is_not_computed_for_every_segment() -> None:
+    talk = near()
+    asked = 0
+    original = talk.sock.getsockopt
+
+    def counting(*args: int) -> object:
+        nonlocal asked
+        asked += 1
+        return original(*args)
+
+    talk.sock.getsockopt = counting  # type: ignore[method-assign]
+    for _ in range(100):
+        round_trip(talk)
+    assert asked == 0
