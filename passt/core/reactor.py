@@ -132,7 +132,8 @@ class Reactor:
 
     def _signal_handler(self, ref: int, events: int, now: float) -> None:
         for number in set(os.read(ref_fd(ref), 512)):
-            self._signals[number](now)
+            if number in self._signals:  # any signal with a handler in Python wakes up, other people's too
+                self._signals[number](now)
 
     def stop(self) -> None:
         """Leave `run` after the current turn."""

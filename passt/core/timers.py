@@ -18,12 +18,16 @@ NEVER = float("inf")
 NO_OWNER = 0xFFFFFFFF
 
 
-def _drain(fd: int) -> None:
-    """Read the expiration count, so that the descriptor stops being readable."""
+def _drain(fd: int) -> bool:
+    """Read the expiration count, so that the descriptor stops being readable.
+
+    False if there is none: it was re-armed, or disarmed, by somebody who was handled before it in the same turn.
+    """
     try:
         os.read(fd, 8)
     except BlockingIOError:
-        pass  # it was re-armed for later between the wake-up and now
+        return False
+    return True
 
 
 class Timers:
@@ -49,8 +53,8 @@ class Timers:
         timerfd_settime(timer, 0)
 
     def _fired(self, ref: int, events: int, now: float) -> None:
-        _drain(ref_fd(ref))
-        self._callbacks[ref_data(ref)](now)
+        if _drain(ref_fd(ref)):
+            self._callbacks[ref_data(ref)](now)
 
 
 class TimerPool:
@@ -88,7 +92,8 @@ class TimerPool:
 
     def _fired(self, ref: int, events: int, now: float) -> None:
         fd = ref_fd(ref)
-        _drain(fd)
+        if not _drain(fd):
+            return  # still armed, for `_expiry`
         self._expiry[fd] = NEVER
         index = ref_data(ref)
         if index != NO_OWNER:
