@@ -36,6 +36,8 @@ LAYERS = {
     "pasta": 5,
     "isolation": 5,
     "seccomp": 5,
+    "terminal": 5,
+    "trace": 5,
     "conf": 6,
     "daemon": 6,
     "cli": 7,
@@ -54,9 +56,12 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 
 
 def layer(name: str) -> int:
-    """The layer of a module; KeyError if it has no place yet."""
+    """The layer of a module; LookupError if it has no place yet."""
     first = name.split(".")[1] if "." in name else "__init__"
-    return LAYERS[first] if first in LAYERS else LAYERS[first.split("_")[0]]
+    for known in (first, first.split("_")[0]):
+        if known in LAYERS:
+            return LAYERS[known]
+    raise LookupError(f"{name} has no layer: give it one in LAYERS")
 
 
 def _is_type_checking(node: ast.AST) -> bool:
@@ -161,5 +166,5 @@ def test_checker_knows_layers_by_prefix() -> None:
     assert layer("passt.tcp_conn") == layer("passt.tcp") == 3
     assert layer("passt.wire.tcp") == 0
     assert layer("passt") == 0
-    with pytest.raises(KeyError):
+    with pytest.raises(LookupError, match="no layer"):
         layer("passt.surprise")
