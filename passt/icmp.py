@@ -43,7 +43,7 @@ from .core.flow import TableFull
 from .core.fwd import Forwarding
 from .core.idle import IdleFlow, IdleFlows, flow_limit
 from .core.link import F_NEEDS_CSUM, GSO_NONE, VNET
-from .core.reactor import EPOLLERR, EPOLLIN, TYPE_PING
+from .core.reactor import EPOLLERR, EPOLLIN, TYPE_PING, ref_data
 from .linux.sockopt import ORIGIN_ICMP, ORIGIN_ICMP6, ExtendedError, hops_option, read_errors, recverr
 from .wire import ether, icmp, ip
 from .wire.checksum import pseudo_sum
@@ -295,6 +295,10 @@ class Icmp:
             self._report(flow, now)
         if events & EPOLLIN:
             self._receive(flow, now)
+
+    def fault(self, ref: int) -> None:
+        """A handler failed on flow ref_data(ref): end that flow, and only that."""
+        self._flows.fault(ref_data(ref))
 
     def _report(self, flow: PingFlow, now: float) -> None:
         """Hand what is in the error queue to the guest, quoting the request with its own identifier."""

@@ -13,6 +13,8 @@ import sys
 import time
 from typing import TextIO
 
+from . import __version__
+
 ERR, WARNING, INFO, DEBUG, TRACE = 3, 4, 6, 7, 8
 
 _START = time.monotonic()
@@ -24,6 +26,8 @@ _ident = "pasta"
 _stderr: TextIO | None = sys.stderr
 _timestamps = False
 _syslog: socket.socket | None = None
+_file = -1
+_PREFIX = {ERR: "ERROR:", WARNING: "WARNING:", INFO: "info:", DEBUG: "", TRACE: ""}
 _last: dict[str, tuple[float, int]] = {}
 
 
@@ -31,14 +35,28 @@ class Fatal(Exception):
     """The program cannot go on: one line saying what failed, why, and what to do. Exit status 1."""
 
 
-def setup(ident: str, level: int, *, syslog: bool) -> None:
-    """Set the name, the level (ERR..TRACE) and whether messages go to /dev/log as well. Called once, after parsing."""
+def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None) -> None:
+    """Set the name, the level (ERR..TRACE), and where messages go beside standard error. Called once, after parsing.
+
+    That is `log_file`, or else /dev/log if `syslog`. Raises Fatal when the file cannot be opened.
+    """
     global _ident, _level, debug_on, trace_on, _timestamps, _syslog
     _ident, _level = ident, level
     debug_on, trace_on = level >= DEBUG, level >= TRACE
     _timestamps = debug_on
-    if syslog and not debug_on:
+    if log_file is not None:
+        _open_file(log_file)
+    elif syslog and not debug_on:
         _syslog = _open_syslog()
+
+
+def _open_file(path: str) -> None:
+    global _file
+    try:
+        _file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.write(_file, f"{_ident} {__version__}: {sys.executable} ({os.getpid()})\n".encode())
+    except OSError as e:
+        raise Fatal(f"Couldn't open log file {path}: {e.strerror}") from None
 
 
 def _open_syslog() -> socket.socket | None:
@@ -57,9 +75,10 @@ def stop_stderr() -> None:
     _stderr = None
 
 
-def fileno() -> int:
-    """Descriptor of the syslog socket, or -1: whoever closes descriptors spares it."""
-    return _syslog.fileno() if _syslog else -1
+def start_stderr() -> None:
+    """Write to standard error again: the program ends, and whoever started it must see why."""
+    global _stderr
+    _stderr = sys.stderr
 
 
 def _write(level: int, text: str) -> None:
@@ -69,6 +88,12 @@ def _write(level: int, text: str) -> None:
             os.write(_stderr.fileno(), f"{prefix}{text}\n".encode(errors="backslashreplace"))
         except OSError:
             pass  # standard error is gone (closed terminal, full pipe): there is nowhere to say so
+    if _file >= 0:
+        try:
+            line = f"{time.monotonic() - _START:.4f}: {_PREFIX[level]:<9}{text}\n"
+            os.write(_file, line.encode(errors="backslashreplace"))
+        except OSError:
+            pass  # the disk is full: a log line is not worth ending for
     if _syslog is not None:
         try:
             _syslog.send(f"<{min(level, DEBUG)}> {_ident}: {text}".encode(errors="backslashreplace"))

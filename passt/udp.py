@@ -38,7 +38,7 @@ from .core.context import Context
 from .core.flow import TableFull
 from .core.idle import IdleFlows, flow_limit
 from .core.link import VNET
-from .core.reactor import EPOLLERR, EPOLLIN, TYPE_UDP
+from .core.reactor import EPOLLERR, EPOLLIN, TYPE_UDP, ref_data
 from .icmp import Errors
 from .linux.mmsg import SLOT, Receiver
 from .linux.sockopt import SOL_UDP, UDP_GRO, default_hops, probe_udp_gro, probe_udp_segment, read_errors
@@ -249,6 +249,10 @@ class Udp:
             if addr.is_unicast(flow.dst):
                 packet = _quote(flow.key, flow.src, flow.dst, quoted)
                 self._errors.reported(error, flow.src, flow.dst, flow.host, packet, now)
+
+    def fault(self, ref: int) -> None:
+        """A handler failed on flow ref_data(ref): end that flow, and only that."""
+        self._flows.fault(ref_data(ref))
 
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another hardware address: all pre-cooked headers get it."""

@@ -101,6 +101,12 @@ class IdleFlows(Generic[F]):
         self._ctx.reactor.retire(flow.fd, flow.sock)
         self._ctx.flows.free(flow)
 
+    def fault(self, index: int) -> None:
+        """Close flow `index`, if it is one of these."""
+        flow = self._ctx.flows.by_index[index]
+        if flow is not None and (own := self.by_key.get(flow.key)) is flow:
+            self.close(own)
+
     def _close_at_once(self, flow: F) -> None:
         """Forget `flow` and give its descriptor back now. Its number goes to the socket that is opened next, which may
         so get an event meant for this one in the same turn: the handlers of idle flows bear being called for nothing.

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
+from struct import Struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -20,7 +22,7 @@ def check(result: int, what: str) -> int:
     return result
 
 
-# timerfd_create(2) -----------------------------------------------------------------------------------------------
+# timerfd_create(2) -------------------------------------------------------------------------------------------------
 
 TFD_TIMER_ABSTIME = 1
 TFD_NONBLOCK = os.O_NONBLOCK
@@ -38,7 +40,7 @@ class _Itimerspec(ctypes.Structure):
     )
 
 
-if hasattr(os, "timerfd_create"):
+if sys.version_info >= (3, 13):
 
     def timerfd_create() -> int:
         """A non-blocking timer descriptor on CLOCK_MONOTONIC."""
@@ -65,3 +67,83 @@ else:
         _spec.value_nsec = int((deadline - sec) * 1e9)
         if _settime(fd, TFD_TIMER_ABSTIME, _spec_p, None) < 0:
             check(-1, "timerfd_settime")
+
+
+# setns(2), unshare(2) ----------------------------------------------------------------------------------------------
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+if sys.version_info >= (3, 12):
+    setns = os.setns
+    unshare = os.unshare
+else:
+
+    def setns(fd: int, nstype: int = 0) -> None:
+        """Move the calling thread (CLONE_NEWUSER: the whole, single-threaded process) into the namespace of `fd`."""
+        check(_libc.setns(fd, nstype), "setns")
+
+    def unshare(flags: int) -> None:
+        """Give the calling thread new namespaces of the kinds in `flags`."""
+        check(_libc.unshare(flags), "unshare")
+
+
+# mount(2), prctl(2) ------------------------------------------------------------------------------------------------
+
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x2, 0x4, 0x8
+MS_REC = 0x4000
+MS_SLAVE = 0x80000
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def mount(source: str, target: str, fstype: str, flags: int) -> None:
+    """Mount without data; `fstype` is empty when only the propagation of `target` changes."""
+    args = source.encode(), os.fsencode(target), fstype.encode() or None, ctypes.c_ulong(flags), None
+    check(_libc.mount(*args), "mount")
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2) for options that take one number."""
+    zero = ctypes.c_ulong(0)
+    check(_libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl")
+
+
+# inotify(7) --------------------------------------------------------------------------------------------------------
+
+IN_DELETE = 0x200
+IN_DELETE_SELF = 0x400
+_INOTIFY_EVENT = Struct("=iIII")
+
+
+def inotify_watch(directory: str, mask: int) -> int:
+    """A non-blocking descriptor that reports events of `mask` in `directory`."""
+    fd = check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1")
+    try:
+        check(_libc.inotify_add_watch(fd, os.fsencode(directory), ctypes.c_uint32(mask)), "inotify_add_watch")
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def inotify_read(fd: int) -> list[tuple[int, str]]:
+    """What happened since the last call: (event mask, name of the entry)."""
+    try:
+        data = os.read(fd, 65536)
+    except BlockingIOError:
+        return []
+    events = []
+    pos = 0
+    while pos + _INOTIFY_EVENT.size <= len(data):
+        _, mask, _, length = _INOTIFY_EVENT.unpack_from(data, pos)
+        pos += _INOTIFY_EVENT.size
+        events.append((mask, os.fsdecode(data[pos : pos + length].rstrip(b"\0"))))
+        pos += length
+    return events

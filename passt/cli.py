@@ -1,0 +1,72 @@
+"""The command: `pasta`, also called `passt4netns`, or `python -m passt`.
+
+Only what parsing needs is imported here, so that --help, --version and errors are quick.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from . import log
+from .conf import Done, parse
+from .linux.proc import inherited_fds
+from .log import Fatal
+
+PROGRAM = "pasta"
+HASH_SEED = "PYTHONHASHSEED"
+SAVED_HASH_SEED = "PASST_SAVED_PYTHONHASHSEED"
+VM_MODE = "passt"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, return the exit status. `argv` is sys.argv by default."""
+    name, *words = sys.argv if argv is None else argv
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback when interrupted at start
+    inherited = inherited_fds()
+    try:
+        if os.path.basename(name) == VM_MODE:
+            raise Fatal("Connecting virtual machines (passt) is not part of this version: call pasta")
+        options = parse(words, PROGRAM)
+        _want_random_hashes()
+        env = _command_environment()
+        log.setup(PROGRAM, options.level, syslog=options.log_file is None, log_file=options.log_file)
+
+        from . import daemon
+
+        return daemon.run(options, env, inherited)
+    except Done as e:
+        sys.stdout.write(str(e))
+        sys.stdout.flush()
+        return 0
+    except Fatal as e:
+        return _fail(str(e))
+    except OSError as e:
+        return _fail(e.strerror or str(e))
+
+
+def _fail(text: str) -> int:
+    """One line on standard error, even where messages go elsewhere by now."""
+    log.start_stderr()
+    log.err(text)
+    return 1
+
+
+def _want_random_hashes() -> None:
+    """Start over without PYTHONHASHSEED: with a key that is known, a guest could make the flow table slow."""
+    if os.environ.get(HASH_SEED, "random") == "random" or sys.flags.ignore_environment:
+        return
+    env = dict(os.environ)
+    env[SAVED_HASH_SEED] = env.pop(HASH_SEED)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
+
+
+def _command_environment() -> dict[str, str]:
+    """The environment for the command, as it was before `_want_random_hashes`."""
+    env = dict(os.environ)
+    if SAVED_HASH_SEED in env:
+        env[HASH_SEED] = env.pop(SAVED_HASH_SEED)
+    return env

@@ -1,0 +1,373 @@
+"""Options and the host's configuration -> what the guest sees (Config) and what is set up in the namespace (NsPlan).
+
+Pure: the host's tables and the text of /etc/resolv.conf come in as values, decisions go out, remarks are logged.
+Nothing here refuses to start because of what the host has; a family is judged by itself:
+
+    the host has                            the guest gets
+    --------------------------------------  -----------------------------------------------------------------------
+    an interface with an address            that address, the interface's routes, its gateway if there is one
+    an address but no default route         the address; no gateway, hence no DHCP (IPv4) and no mapping of the host
+    nothing usable                          local mode: 169.254.2.1/16 and 169.254.2.2; fe80::1 as IPv6 gateway
+    a kernel without the family             the family is off
+
+What -a, -g, -n, -I say replaces what was found, in local mode too. An interface that the user named (-i,
+--outbound-if4/6) and that has no address in any wanted family is an error: it would not do what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from . import addr, log
+from .conf_table import DNS_MAX, SEARCH_MAX, Options
+from .core.config import Config, Ip4, Ip6
+from .linux import routes
+from .linux.routes import Address, Host, Link, NsPlan, Route
+from .linux.tun import MTU_MAX as TAP_MTU_MAX
+from .log import Fatal
+
+LOCAL_ADDR4 = bytes((169, 254, 2, 1))
+LOCAL_GATEWAY4 = bytes((169, 254, 2, 2))
+LOCAL_PREFIX4 = 16
+LOCAL_LL6 = addr.packed("fe80::1")
+LOCAL_IFNAME = "tap0"
+PREFIX6 = 64
+MTU_MIN6 = 1280  # RFC 8200, 5
+
+WINDOW_MAX = 1 << 24  # bytes that a TCP sender in the namespace may have on the way to us
+HEADERS = 52  # IPv4, TCP, timestamps
+SEGMENT = 1500 - HEADERS
+TXQLEN_MAX = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Resolvers:
+    """What /etc/resolv.conf says."""
+
+    servers: tuple[bytes, ...] = ()
+    search: tuple[str, ...] = ()
+
+
+def parse_resolv_conf(text: str) -> Resolvers:
+    """Nameservers and the first search list; lines that make no sense are left out, as the resolver does."""
+    servers: list[bytes] = []
+    search: tuple[str, ...] = ()
+    for line in text.splitlines():
+        keyword, *words = line.split() or [""]
+        if keyword == "nameserver" and words:
+            try:
+                servers.append(addr.packed(words[0].partition("%")[0]))
+            except ValueError:
+                log.debug(f"/etc/resolv.conf: {line.strip()}: not an address, left out")
+        elif keyword == "search" and not search:
+            search = tuple(words[:SEARCH_MAX])
+    return Resolvers(tuple(servers), search)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The outcome: for the data plane, for the namespace, and for the print-out."""
+
+    config: Config
+    plan: NsPlan
+    template4: Link | None
+    template6: Link | None
+
+
+def decide(options: Options, host: Host, resolvers: Resolvers, *, have_v6: bool = True) -> Decision:
+    """Everything that follows from the command line and the host. Raises Fatal."""
+    mtu = min(options.mtu, TAP_MTU_MAX)
+    if mtu != options.mtu:
+        log.warn(f"A tap device takes at most {mtu} bytes: using MTU {mtu}, not {options.mtu}")
+    template4 = _template(options, host, v6=False) if options.use.v4 else None
+    template6 = _template(options, host, v6=True) if options.use.v6 and have_v6 else None
+    _check_named(options, host, template4, template6)
+    ip4 = _ip4(options, host, template4, resolvers) if options.use.v4 else None
+    ip6 = _ip6(options, host, template6, resolvers) if _want_v6(options, mtu, have_v6) else None
+    if ip4 is None and ip6 is None:
+        raise Fatal("No address family left: IPv6 is not possible and IPv4 was not asked for (leave out -6)")
+    template = template4 if template4 and ip4 else template6 if template6 and ip6 else None
+    plan = NsPlan(
+        ifname=options.ns_ifname or (template.name if template else LOCAL_IFNAME),
+        mac=options.ns_mac,
+        mtu=mtu,
+        txqlen=queue_length(mtu),
+        configure=options.config_net,
+        addresses=(*_addresses(options, host, template4, ip4), *_addresses(options, host, template6, ip6)),
+        routes=(*_routes(options, host, template4, ip4), *_routes(options, host, template6, ip6)),
+    )
+    config = _config(options, mtu, ip4, ip6, resolvers, template6 or template4)
+    return Decision(config, plan, template4 if ip4 else None, template6 if ip6 else None)
+
+
+def queue_length(mtu: int) -> int:
+    """Packets that the tap must hold so that a window's worth of them (at MTU 1500 or less) is not dropped there."""
+    payload = min(mtu - HEADERS, SEGMENT) if mtu else SEGMENT
+    return min(WINDOW_MAX // payload + 1, TXQLEN_MAX)
+
+
+def _config(
+    options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, resolvers: Resolvers, scope: Link | None
+) -> Config:
+    if not any(ip.dns for ip in (ip4, ip6) if ip) and not options.dns_none:
+        log.warn("Couldn't get any nameserver address")
+    if options.dhcp_dns and ip4 and not ip4.dns:
+        log.warn("No IPv4 nameserver available for DHCP")
+    if options.dhcp_dns and ip6 and not ip6.dns:
+        log.warn("No IPv6 nameserver available for NDP/DHCPv6")
+    return Config(
+        ip4=ip4,
+        ip6=ip6,
+        our_mac=options.our_mac,
+        mtu=mtu,
+        scope_id=scope.index if scope else 0,
+        dns_search=() if options.search_none else options.search or resolvers.search,
+        advertise_dns=options.dhcp_dns,
+        advertise_search=options.dhcp_search,
+        no_tcp=options.no_tcp,
+        no_udp=options.no_udp,
+        no_icmp=options.no_icmp,
+        no_dhcp=options.no_dhcp or ip4 is None or ip4.gateway is None,
+        no_dhcpv6=options.no_dhcpv6 or ip6 is None or ip6.addr is None,
+        no_ndp=options.no_ndp or ip6 is None,
+        no_ra=options.no_ra or ip6 is None,
+    )
+
+
+# Template interface ------------------------------------------------------------------------------------------------
+
+
+def _template(options: Options, host: Host, v6: bool) -> Link | None:
+    """The interface that a family is modelled on; None when there is none with a usable address."""
+    outbound = options.outbound_if.get(v6)
+    if options.interface is not None:
+        link = host.named(options.interface)
+        if link is None:
+            raise Fatal(f"Invalid interface name {options.interface}: No such device")
+    elif outbound and (named := host.named(outbound)):
+        link = named
+    else:
+        index, remark = routes.pick_interface(host, v6)
+        if remark:
+            log.info(remark)
+        link = host.link(index)
+    if link and routes.pick_address(host, link.index, v6) is None and options.address.get(v6) is None:
+        return None
+    return link
+
+
+def _check_named(options: Options, host: Host, template4: Link | None, template6: Link | None) -> None:
+    """An interface that the user insists on must be usable."""
+    if options.interface is not None and template4 is None and template6 is None:
+        raise Fatal(f"Interface {options.interface} is not usable: no address in the families wanted (see -i, -a)")
+    for v6, template in ((False, template4), (True, template6)):
+        name = options.outbound_if.get(v6)
+        if name and host.named(name) is None:
+            raise Fatal(f"External interface not usable: {name}: No such device (--outbound-if{6 if v6 else 4})")
+        if name and template is None and options.use.get(v6):
+            raise Fatal(f"External interface not usable: {name} has no {'IPv6' if v6 else 'IPv4'} address")
+
+
+def _want_v6(options: Options, mtu: int, have_v6: bool) -> bool:
+    if not options.use.v6:
+        return False
+    if not have_v6:
+        log.info("IPv6 is not available on this host: disabled")
+        return False
+    if 0 < mtu < MTU_MIN6:
+        log.warn(f"MTU {mtu} is too small for IPv6, which needs {MTU_MIN6}: disabling IPv6")
+        return False
+    return True
+
+
+# One family --------------------------------------------------------------------------------------------------------
+
+
+def _ip4(options: Options, host: Host, template: Link | None, resolvers: Resolvers) -> Ip4:
+    found = routes.pick_address(host, template.index, v6=False) if template else None
+    address, gateway = options.address.v4, options.gateway.v4
+    if found:
+        address = address or found.addr
+    if template:
+        gateway = gateway or routes.pick_gateway(host, template.index, v6=False)
+    else:
+        _remark_local("IPv4", options, v6=False)
+        address, gateway = address or LOCAL_ADDR4, gateway or LOCAL_GATEWAY4
+    prefix_len = options.prefix_len.v4 or options.netmask or (found.prefix_len if found else _usual_prefix(address))
+    loopback = _mapped(options, gateway, v6=False)
+    dns, match, target = _dns(options, resolvers, loopback, v6=False)
+    return Ip4(
+        addr=address,
+        prefix_len=prefix_len,
+        gateway=gateway,
+        our_addr=gateway,
+        map_host_loopback=loopback,
+        map_guest_addr=options.map_guest_addr.v4 or None,
+        dns=dns,
+        dns_match=match,
+        dns_host=target,
+        addr_out=options.outbound.v4,
+        if_out=options.outbound_if.v4,
+    )
+
+
+def _ip6(options: Options, host: Host, template: Link | None, resolvers: Resolvers) -> Ip6:
+    found = routes.pick_address(host, template.index, v6=True) if template else None
+    address, gateway = options.address.v6, options.gateway.v6
+    our_ll = None
+    if found:
+        address = address or found.addr
+    if template:
+        gateway = gateway or routes.pick_gateway(host, template.index, v6=True)
+        our_ll = routes.pick_link_local(host, template.index)
+    else:
+        _remark_local("IPv6", options, v6=True)
+        gateway = gateway or LOCAL_LL6
+    if gateway and addr.is_link_local(gateway):
+        our_ll = gateway
+    prefix_len = options.prefix_len.v6 or (found.prefix_len if found and not options.address.v6 else PREFIX6)
+    loopback = _mapped(options, gateway, v6=True)
+    dns, match, target = _dns(options, resolvers, loopback, v6=True)
+    return Ip6(
+        addr=address,
+        prefix_len=prefix_len,
+        gateway=gateway,
+        our_ll=our_ll or LOCAL_LL6,
+        map_host_loopback=loopback,
+        map_guest_addr=options.map_guest_addr.v6 or None,
+        dns=dns,
+        dns_match=match,
+        dns_host=target,
+        addr_out=options.outbound.v6,
+        if_out=options.outbound_if.v6,
+    )
+
+
+def _remark_local(family: str, options: Options, v6: bool) -> None:
+    if options.address.get(v6) is None or options.gateway.get(v6) is None:
+        log.info(f"{family}: no external interface as template, using local mode")
+
+
+def _usual_prefix(address: bytes) -> int:
+    """The prefix length of an address that nothing says more about: that of its class (RFC 791, 3.2)."""
+    if address[:2] == LOCAL_ADDR4[:2]:
+        return LOCAL_PREFIX4
+    return 8 if address[0] < 128 else 16 if address[0] < 192 else 24 if address[0] < 224 else 32
+
+
+def _mapped(options: Options, gateway: bytes | None, v6: bool) -> bytes | None:
+    """The address that stands for the host's loopback: the one asked for, or the gateway's."""
+    asked: bytes | bool | None = options.map_host_loopback.get(v6)
+    if asked is None:
+        return gateway if options.map_gw else None
+    return asked or None  # type: ignore[return-value]  # False is `none`, True does not occur
+
+
+def _dns(
+    options: Options, resolvers: Resolvers, loopback: bytes | None, v6: bool
+) -> tuple[tuple[bytes, ...], bytes | None, bytes | None]:
+    """(resolvers to tell the guest, address whose queries are forwarded, resolver on the host they go to).
+
+    A resolver on the host's loopback is told as the address that maps to it, and queries to that one are forwarded;
+    the same goes for a resolver whose address is the mapped one (a gateway that is resolver, too).
+    """
+    length = 16 if v6 else 4
+    found = [s for s in resolvers.servers if len(s) == length]
+    match: bytes | None = options.dns_forward.get(v6)
+    target: bytes | None = options.dns_host.get(v6) or next(iter(found), None)
+    told = [s for s in options.dns if len(s) == length]
+    if not told and not options.dns_none:
+        for server in found[:DNS_MAX]:
+            shown = loopback if addr.is_loopback(server) else server
+            if shown is not None:
+                told.append(shown)
+                if shown == loopback:
+                    match = match or loopback
+    if match is not None and target is None:
+        if options.dns_forward.get(v6):
+            log.warn(f"Nothing to forward queries to {addr.text(match)} to: no nameserver known (give --dns-host)")
+        match = None
+    return tuple(told), match, target
+
+
+# The namespace -----------------------------------------------------------------------------------------------------
+
+
+def _addresses(options: Options, host: Host, template: Link | None, ip: Ip4 | Ip6 | None) -> tuple[Address, ...]:
+    if ip is None or ip.addr is None:
+        return ()
+    v6 = isinstance(ip, Ip6)
+    if template is None or options.address.get(v6) is not None or not options.copy_addrs:
+        return (Address(0, ip.addr, ip.prefix_len),)
+    copied = routes.addresses_to_copy(host, template.index, v6)
+    if v6 or not options.netmask:
+        return copied
+    return tuple(replace(a, prefix_len=ip.prefix_len, peer=None) if a.addr == ip.addr else a for a in copied)
+
+
+def _routes(options: Options, host: Host, template: Link | None, ip: Ip4 | Ip6 | None) -> tuple[Route, ...]:
+    if ip is None:
+        return ()
+    v6 = isinstance(ip, Ip6)
+    if template is not None and options.gateway.get(v6) is None and options.copy_routes:
+        return routes.routes_to_copy(host, template.index, v6)
+    return routes.single_routes(ip.gateway, ip.addr, ip.prefix_len) if ip.gateway else ()
+
+
+# Print-out ---------------------------------------------------------------------------------------------------------
+
+
+def describe(decision: Decision) -> Iterator[str]:
+    """The lines that say at start what was chosen."""
+    c, ip4, ip6 = decision.config, decision.config.ip4, decision.config.ip6
+    names = [f"{link.name} ({v})" for link, v in ((decision.template4, "IPv4"), (decision.template6, "IPv6")) if link]
+    if names:
+        yield f"Template interface: {', '.join(names)}"
+    out = [f"{ip.if_out} ({v})" for ip, v in ((ip4, "IPv4"), (ip6, "IPv6")) if ip and ip.if_out]
+    if out:
+        yield f"Outbound interface: {', '.join(out)}"
+    out = [addr.text(ip.addr_out) for ip in (ip4, ip6) if ip and ip.addr_out]
+    if out:
+        yield f"Outbound address: {', '.join(out)}"
+    yield f"Namespace interface: {decision.plan.ifname}"
+    yield "MAC:"
+    yield f"    host: {addr.mac_text(c.our_mac)}"
+    if ip4:
+        yield from _describe4(c, ip4)
+    if ip6:
+        yield from _describe6(c, ip6)
+
+
+def _describe4(c: Config, ip: Ip4) -> Iterator[str]:
+    if ip.map_host_loopback:
+        yield f"    NAT to host 127.0.0.1: {addr.text(ip.map_host_loopback)}"
+    if not c.no_dhcp and ip.gateway:
+        yield "DHCP:"
+        yield f"    assign: {addr.text(ip.addr)}"
+        yield f"    mask: {addr.text(addr.netmask(ip.prefix_len))}"
+        yield f"    router: {addr.text(ip.gateway)}"
+    yield from _describe_dns(c, ip.dns)
+
+
+def _describe6(c: Config, ip: Ip6) -> Iterator[str]:
+    if ip.map_host_loopback:
+        yield f"    NAT to host ::1: {addr.text(ip.map_host_loopback)}"
+    services = [name for name, off in (("NDP", c.no_ndp), ("DHCPv6", c.no_dhcpv6)) if not off]
+    if services:
+        yield f"{'/'.join(services)}:"
+        if ip.addr:
+            yield f"    assign: {addr.text(ip.addr)}"
+        if ip.gateway:
+            yield f"    router: {addr.text(ip.gateway)}"
+        yield f"    our link-local: {addr.text(ip.our_ll)}"
+    yield from _describe_dns(c, ip.dns)
+
+
+def _describe_dns(c: Config, servers: tuple[bytes, ...]) -> Iterator[str]:
+    if servers:
+        yield "DNS:"
+        yield from (f"    {addr.text(s)}" for s in servers)
+    if c.dns_search:
+        yield "DNS search list:"
+        yield from (f"    {name}" for name in c.dns_search)

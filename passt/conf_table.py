@@ -1,0 +1,366 @@
+"""The options: one table, from which both the parser and --help are made.
+
+An entry says how an option is written and what it does to the fields of `Options`, a dictionary while the command line
+is read. Its action is a function of the dictionary and the argument; there are few kinds of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from . import conf_values as values
+from . import log
+from .conf_values import NONE
+from .core.config import MTU_DEFAULT, OUR_MAC
+from .log import Fatal
+
+DNS_MAX = 3  # per family, as in resolv.conf(5)
+SEARCH_MAX = 6
+
+Fields = dict[str, Any]
+Action = Callable[[Fields, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A setting that exists once per family."""
+
+    v4: Any = None
+    v6: Any = None
+
+    def get(self, v6: bool) -> Any:
+        return self.v6 if v6 else self.v4
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line asks for; nothing here was compared with the host yet."""
+
+    level: int = log.INFO
+    foreground: bool = False
+    log_file: str | None = None
+    runas: str | None = None
+    pcap: str | None = None
+    pid_file: str | None = None
+
+    use: Pair = Pair(True, True)
+    mtu: int = MTU_DEFAULT
+    address: Pair = Pair()
+    prefix_len: Pair = Pair(0, 0)
+    netmask: int = 0
+    gateway: Pair = Pair()
+    interface: str | None = None
+    our_mac: bytes = OUR_MAC
+    outbound: Pair = Pair()
+    outbound_if: Pair = Pair()
+
+    dns: tuple[bytes, ...] = ()
+    dns_none: bool = False
+    dns_forward: Pair = Pair()
+    dns_host: Pair = Pair()
+    dhcp_dns: bool = False
+    search: tuple[str, ...] = ()
+    search_none: bool = False
+    dhcp_search: bool = False
+
+    no_tcp: bool = False
+    no_udp: bool = False
+    no_icmp: bool = False
+    no_dhcp: bool = False
+    no_ndp: bool = False
+    no_dhcpv6: bool = False
+    no_ra: bool = False
+    map_gw: bool = True
+    map_host_loopback: Pair = Pair()  # False: mapped to nothing
+    map_guest_addr: Pair = Pair()  # the same
+
+    ns_ifname: str | None = None
+    ns_mac: bytes | None = None
+    config_net: bool = False
+    copy_routes: bool = True
+    copy_addrs: bool = True
+    userns: str | None = None
+    netns: str | None = None
+    netns_only: bool = False
+    netns_quit: bool = True
+    pid: int | None = None
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One entry. `short` and `arg` are empty when there is none; `help` lines are separated by newlines."""
+
+    name: str
+    short: str
+    arg: str
+    action: Action
+    help: str
+
+
+class Done(Exception):
+    """--help and --version: print the text on standard output, exit status 0."""
+
+
+# Kinds of actions --------------------------------------------------------------------------------------------------
+
+
+def _set(field: str, value: Any) -> Action:
+    def action(fields: Fields, _: str) -> None:
+        fields[field] = value
+
+    return action
+
+
+def _value(field: str, parse: Callable[[str], Any]) -> Action:
+    def action(fields: Fields, text: str) -> None:
+        fields[field] = parse(text)
+
+    return action
+
+
+def _put(fields: Fields, field: str, value: Any, v6: bool) -> None:
+    pair = fields.get(field, Options.__dataclass_fields__[field].default)
+    fields[field] = Pair(pair.v4, value) if v6 else Pair(value, pair.v6)
+
+
+def _per_family(field: str, parse: Callable[[str], bytes]) -> Action:
+    """Once per family, the last wins."""
+
+    def action(fields: Fields, text: str) -> None:
+        value = parse(text)
+        _put(fields, field, value, len(value) == 16)
+
+    return action
+
+
+def _mapping(field: str) -> Action:
+    """Like _per_family, or `none` for both."""
+
+    def action(fields: Fields, text: str) -> None:
+        if text == NONE:
+            fields[field] = Pair(False, False)
+        else:
+            _per_family(field, values.mapped)(fields, text)
+
+    return action
+
+
+def _outbound_if(v6: bool) -> Action:
+    return lambda fields, text: _put(fields, "outbound_if", values.interface(text), v6)
+
+
+def _ports(option: str) -> Action:
+    return lambda _, text: values.ports(option, text)
+
+
+# Single ones -------------------------------------------------------------------------------------------------------
+
+
+def _address(fields: Fields, text: str) -> None:
+    value, prefix_len = values.address(text)
+    _put(fields, "address", value, len(value) == 16)
+    _put(fields, "prefix_len", prefix_len, len(value) == 16)
+
+
+def _dns(fields: Fields, text: str) -> None:
+    """Adds to the list. `none` clears it, and what was said about forwarding; a later -D starts anew."""
+    if text == NONE:
+        fields.update(dns=(), dns_none=True, dns_forward=Pair(), dns_host=Pair())
+        return
+    value = values.dns(text)
+    servers = (*fields.get("dns", ()), value)
+    if len([s for s in servers if len(s) == len(value)]) > DNS_MAX:
+        raise Fatal(f"Cannot use DNS address {text} (at most {DNS_MAX} per family)")
+    fields.update(dns=servers, dns_none=False)
+
+
+def _search(fields: Fields, text: str) -> None:
+    if text == NONE:
+        fields.update(search=(), search_none=True)
+        return
+    domains = (*fields.get("search", ()), values.domain(text))
+    if len(domains) > SEARCH_MAX:
+        raise Fatal(f"Cannot use DNS search domain {text} (at most {SEARCH_MAX})")
+    fields.update(search=domains, search_none=False)
+
+
+def _userns(fields: Fields, text: str) -> None:
+    fields.update(userns=values.path(text), netns_only=False)
+
+
+def _netns_only(fields: Fields, _: str) -> None:
+    fields.update(userns=None, netns_only=True)
+
+
+def _config_net(fields: Fields, _: str) -> None:
+    fields.update(config_net=True, no_ra=True)
+
+
+def _deprecated_copy(name: str, field: str) -> Action:
+    def action(fields: Fields, _: str) -> None:
+        log.warn(f"--{name} will be dropped soon")
+        fields[field] = False
+
+    return action
+
+
+def _help(_: Fields, __: str) -> None:
+    raise Done(usage())
+
+
+def _version(_: Fields, __: str) -> None:
+    from . import __version__
+
+    raise Done(f"pasta {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n")
+
+
+def _nothing(_: Fields, __: str) -> None:
+    """Accepted because clients give it."""
+
+
+# Name, short name, argument, action, help ---------------------------------------------------------------------------
+
+TABLE = (
+    Option("debug", "d", "", _set("level", log.DEBUG),
+           "Be verbose, log to standard error only"),
+    Option("trace", "", "", _set("level", log.TRACE),
+           "Be extra verbose: one line for each packet; implies --debug"),
+    Option("quiet", "q", "", _set("level", log.WARNING),
+           "Print warnings and errors only"),
+    Option("foreground", "f", "", _set("foreground", True),
+           "Don't run in background"),
+    Option("stderr", "e", "", _nothing,
+           "No effect: kept for compatibility"),
+    Option("log-file", "l", "PATH", _value("log_file", values.path),
+           "Log to file PATH, not to syslog"),
+    Option("runas", "", "UID|UID:GID", _value("runas", str),
+           "Run as given UID and GID, or LOGIN and GROUP\n"
+           "default: as who started it, user nobody if that is root"),
+    Option("help", "h", "", _help,
+           "Display this help and exit"),
+    Option("version", "", "", _version,
+           "Show version and exit"),
+    Option("pcap", "p", "FILE", _value("pcap", values.path),
+           "Save all packets to pcap file"),
+    Option("pid", "P", "FILE", _value("pid_file", values.path),
+           "Write own PID to FILE once ready"),
+    Option("mtu", "m", "MTU", _value("mtu", values.mtu),
+           f"Assign MTU, 0: don't assign any; default: {MTU_DEFAULT}"),
+    Option("address", "a", "ADDR[/PREFIX]", _address,
+           "Assign IPv4 or IPv6 address; once for IPv4, once for IPv6\n"
+           "default: from the interface with the default route"),
+    Option("netmask", "n", "MASK", _value("netmask", values.netmask),
+           "Assign IPv4 netmask, dotted or number of bits\n"
+           "default: that of the interface with the default route"),
+    Option("mac-addr", "M", "ADDR", _value("our_mac", values.guest_mac),
+           "Use ADDR as our MAC address; default: 9a:55:9a:55:9a:55"),
+    Option("gateway", "g", "ADDR", _per_family("gateway", values.gateway),
+           "Use ADDR as gateway; once for IPv4, once for IPv6\n"
+           "default: that of the default route"),
+    Option("interface", "i", "NAME", _value("interface", values.interface),
+           "Take addresses and routes from interface NAME\n"
+           "default: the one with the default route"),
+    Option("outbound", "o", "ADDR", _per_family("outbound", values.outbound),
+           "Bind outbound sockets to ADDR; once for IPv4, once for IPv6"),
+    Option("outbound-if4", "", "NAME", _outbound_if(False),
+           "Bind outbound IPv4 sockets to interface NAME"),
+    Option("outbound-if6", "", "NAME", _outbound_if(True),
+           "Bind outbound IPv6 sockets to interface NAME"),
+    Option("dns", "D", "ADDR", _dns,
+           "Tell the namespace this resolver, up to three per family\n"
+           "'none': tell none; default: from /etc/resolv.conf"),
+    Option("dns-forward", "", "ADDR", _per_family("dns_forward", values.dns_forward),
+           "Forward queries sent to ADDR to the host's resolver\n"
+           "once for IPv4, once for IPv6; default: none"),
+    Option("dns-host", "", "ADDR", _per_family("dns_host", values.dns_host),
+           "Resolver on the host to forward queries to\n"
+           "default: the first in /etc/resolv.conf"),
+    Option("search", "S", "DOMAIN", _search,
+           "Tell the namespace this search domain, up to six\n"
+           "'none': tell none; default: from /etc/resolv.conf"),
+    Option("dhcp-dns", "", "", _set("dhcp_dns", True),
+           "Pass resolvers by DHCP, DHCPv6 and NDP"),
+    Option("dhcp-search", "", "", _set("dhcp_search", True),
+           "Pass search domains by DHCP, DHCPv6 and NDP"),
+    Option("no-tcp", "", "", _set("no_tcp", True),
+           "Disable TCP"),
+    Option("no-udp", "", "", _set("no_udp", True),
+           "Disable UDP"),
+    Option("no-icmp", "", "", _set("no_icmp", True),
+           "Disable ICMP and ICMPv6 echo"),
+    Option("no-dhcp", "", "", _set("no_dhcp", True),
+           "Disable the DHCP server"),
+    Option("no-ndp", "", "", _set("no_ndp", True),
+           "Disable NDP responses"),
+    Option("no-dhcpv6", "", "", _set("no_dhcpv6", True),
+           "Disable the DHCPv6 server"),
+    Option("no-ra", "", "", _set("no_ra", True),
+           "Disable router advertisements"),
+    Option("map-host-loopback", "", "ADDR", _mapping("map_host_loopback"),
+           "Translate ADDR to the host's loopback address\n"
+           "once for IPv4, once for IPv6; 'none': neither\n"
+           "default: the gateway's address"),
+    Option("no-map-gw", "", "", _set("map_gw", False),
+           "Don't map the gateway's address to the host"),
+    Option("map-guest-addr", "", "ADDR", _mapping("map_guest_addr"),
+           "Translate ADDR to the host's own address\n"
+           "once for IPv4, once for IPv6; 'none': neither; default: none"),
+    Option("ipv4-only", "4", "", _set("use", Pair(True, False)),
+           "Enable IPv4 operation only"),
+    Option("ipv6-only", "6", "", _set("use", Pair(False, True)),
+           "Enable IPv6 operation only"),
+    Option("tcp-ports", "t", "SPEC", _ports("-t"),
+           "Inbound TCP port forwarding: 'none' in this version"),
+    Option("udp-ports", "u", "SPEC", _ports("-u"),
+           "Inbound UDP port forwarding: 'none' in this version"),
+    Option("tcp-ns", "T", "SPEC", _ports("-T"),
+           "TCP ports from the namespace's loopback: 'none' in this version"),
+    Option("udp-ns", "U", "SPEC", _ports("-U"),
+           "UDP ports from the namespace's loopback: 'none' in this version"),
+    Option("ns-ifname", "I", "NAME", _value("ns_ifname", values.interface),
+           "Name of the interface in the namespace\n"
+           "default: that of the interface with the default route"),
+    Option("userns", "", "PATH", _userns,
+           "Join this user namespace; default: that of the PID"),
+    Option("netns", "", "PATH|NAME", _value("netns", values.path),
+           "Join this network namespace; NAME is one of ip-netns(8)"),
+    Option("netns-only", "", "", _netns_only,
+           "Don't join or create a user namespace\n"
+           "implied by --netns without --userns"),
+    Option("no-netns-quit", "", "", _set("netns_quit", False),
+           "Don't quit when the network namespace goes away"),
+    Option("config-net", "", "", _config_net,
+           "Configure the interface in the namespace"),
+    Option("no-copy-routes", "", "", _deprecated_copy("no-copy-routes", "copy_routes"),
+           "With --config-net: only set a default route (deprecated)"),
+    Option("no-copy-addrs", "", "", _deprecated_copy("no-copy-addrs", "copy_addrs"),
+           "With --config-net: only set one address (deprecated)"),
+    Option("ns-mac-addr", "", "ADDR", _value("ns_mac", values.guest_mac),
+           "Set MAC address of the interface in the namespace"),
+)  # fmt: skip
+
+_COLUMN = 32
+
+
+def usage() -> str:
+    """The text of --help."""
+    lines = [
+        "Usage: pasta [OPTION]... [COMMAND] [ARGS]...",
+        "       pasta [OPTION]... PID",
+        "       pasta [OPTION]... --netns PATH|NAME",
+        "",
+        "Without PID or --netns, run COMMAND or a login shell in new user and network",
+        "namespaces, and connect them. Otherwise connect an existing namespace.",
+        "",
+        "Options:",
+    ]
+    for option in TABLE:
+        short = f"-{option.short}, " if option.short else "    "
+        head = f"  {short}--{option.name} {option.arg}".rstrip()
+        first, *rest = option.help.split("\n")
+        lines.append(f"{head:<{_COLUMN}}{first}" if len(head) < _COLUMN else f"{head}\n{'':<{_COLUMN}}{first}")
+        lines += [f"{'':<{_COLUMN}}  {line}" for line in rest]
+    return "\n".join(lines) + "\n"

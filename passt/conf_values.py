@@ -1,0 +1,163 @@
+"""Values of options: text -> value, each with its range and its one-line error. No file is read, no name looked up.
+
+A number is a whole number in decimal, 0x.. or 0.. (octal), and nothing else: no trailing text.
+"""
+
+from __future__ import annotations
+
+import re
+
+from . import addr
+from .core.config import MTU_MAX, MTU_MIN
+from .log import Fatal
+
+IFNAME_MAX = 15  # IFNAMSIZ less the final NUL
+NAME_MAX = 253  # RFC 1035, 3.1: 255 octets in wire form
+LABEL_MAX = 63
+NONE = "none"
+
+_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
+_NUMBER = re.compile(r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z", re.ASCII)
+
+
+def number(text: str) -> int:
+    """Whole number as strtoul(3) with base 0 reads it, strictly. Raises ValueError."""
+    if not _NUMBER.match(text):
+        raise ValueError(text)
+    if text[:2] in ("0x", "0X"):
+        return int(text, 16)
+    return int(text, 8) if text[0] == "0" else int(text)
+
+
+def mtu(text: str) -> int:
+    try:
+        value = number(text)
+    except ValueError:
+        value = -1
+    if value != 0 and not MTU_MIN <= value <= MTU_MAX:
+        raise Fatal(f"Invalid MTU: {text} (give {MTU_MIN} to {MTU_MAX}, or 0 to assign none)")
+    return value
+
+
+def mac(text: str) -> bytes:
+    if not _MAC.match(text):
+        raise Fatal(f"Invalid MAC address: {text} (give six pairs of hexadecimal digits with colons between)")
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def guest_mac(text: str) -> bytes:
+    """A MAC address that an interface can have: not a group address, not zero."""
+    value = mac(text)
+    if value[0] & 1 or not any(value):
+        raise Fatal(f"Invalid MAC address: {text} (an interface needs a unicast address)")
+    return value
+
+
+def interface(text: str) -> str:
+    """An interface name as the kernel allows it."""
+    if not text or len(text.encode()) > IFNAME_MAX or text in (".", "..") or re.search(r"[/:\s%]", text):
+        raise Fatal(f"Invalid interface name: {text} (1 to {IFNAME_MAX} characters, no blanks, '/', ':' or '%')")
+    return text
+
+
+def netmask(text: str) -> int:
+    """Prefix length from a number of bits or a contiguous dotted mask; 0 leaves the choice to us."""
+    try:
+        if "." in text:
+            bits = int.from_bytes(_packed4(text), "big")
+            length = bits.bit_count()
+            valid = addr.netmask(length) == bits.to_bytes(4, "big")
+        else:
+            length = number(text)
+            valid = length <= 32
+    except ValueError:
+        valid = False
+    if not valid:
+        raise Fatal(f"Invalid netmask: {text} (give 1 to 32 bits or a contiguous dotted mask)")
+    return length
+
+
+def _packed4(text: str) -> bytes:
+    value = addr.packed(text)
+    if len(value) != 4:
+        raise ValueError(text)
+    return value
+
+
+def _checked(text: str, refuse: str, message: str) -> bytes:
+    """An address that is none of the kinds named in `refuse`."""
+    try:
+        value = addr.packed(text)
+    except ValueError:
+        raise Fatal(f"{message}: {text} (not an IPv4 or IPv6 address)") from None
+    kinds = {
+        "unspecified": addr.is_unspecified(value),
+        "loopback": addr.is_loopback(value),
+        "multicast": addr.is_multicast(value),
+        "broadcast": value == addr.BROADCAST4,
+        "IPv4-mapped": value[:12] == addr.V4_MAPPED_PREFIX and len(value) == 16,
+        "IPv4-compatible": len(value) == 16 and not any(value[:12]) and any(value[12:14]),
+    }
+    for kind in refuse.split():
+        if kinds[kind]:
+            raise Fatal(f"{message}: {text} (is {kind})")
+    return value
+
+
+def address(text: str) -> tuple[bytes, int]:
+    """ADDR or ADDR/PREFIX; the prefix length is 0 when not given."""
+    plain, slash, prefix = text.partition("/")
+    value = _checked(
+        plain, "unspecified loopback multicast broadcast IPv4-mapped IPv4-compatible", "Invalid address"
+    )
+    if not slash:
+        return value, 0
+    bits = len(value) * 8
+    if not prefix.isdecimal() or not 1 <= int(prefix) <= bits:
+        raise Fatal(f"Invalid address: {text} (the prefix length is 1 to {bits})")
+    return value, int(prefix)
+
+
+def gateway(text: str) -> bytes:
+    return _checked(text, "unspecified loopback multicast broadcast", "Invalid gateway address")
+
+
+def outbound(text: str) -> bytes:
+    return _checked(text, "unspecified multicast broadcast", "Invalid outbound address")
+
+
+def dns(text: str) -> bytes:
+    return _checked(text, "unspecified multicast broadcast", "Cannot use DNS address")
+
+
+def dns_forward(text: str) -> bytes:
+    return _checked(text, "unspecified loopback multicast broadcast", "Invalid DNS forwarding address")
+
+
+def dns_host(text: str) -> bytes:
+    return _checked(text, "unspecified multicast broadcast", "Invalid host nameserver address")
+
+
+def mapped(text: str) -> bytes:
+    return _checked(text, "unspecified loopback multicast broadcast", "Invalid address to remap to host")
+
+
+def domain(text: str) -> str:
+    """A domain for the search list; a final dot is allowed."""
+    labels = text.removesuffix(".").split(".")
+    valid = len(text) <= NAME_MAX and all(0 < len(label.encode()) <= LABEL_MAX for label in labels)
+    if not valid or re.search(r"\s", text):
+        raise Fatal(f"Cannot use DNS search domain {text} (one name, labels of 1 to {LABEL_MAX} characters)")
+    return text
+
+
+def path(text: str) -> str:
+    if not text or "\0" in text:
+        raise Fatal("An empty file name was given (options -P, -p, -l, --netns and --userns need one)")
+    return text
+
+
+def ports(option: str, text: str) -> None:
+    """Nothing is forwarded inwards yet, so `none` is the only specification there is."""
+    if text != NONE:
+        raise Fatal(f"{option} {text}: inbound port forwarding is not part of this version (give 'none')")

@@ -1,0 +1,131 @@
+"""Who we are: giving up root, joining and making user namespaces, closing what others left open.
+
+1. descriptors from 3 up that were open when we were started are closed, once what the command line names by
+   /proc/self/fd/N was opened
+2. started as root on the machine itself (not in a user namespace): what needs root is done (opening and configuring
+   other people's namespaces), then we become `nobody`, or what --runas says, for good
+3. started as anyone else: nothing is dropped; rights come from the user namespace that we make or join
+
+Mustn't: change ids and lose access to /proc/self. A process that changed its ids is marked not dumpable, whereupon
+its own /proc files belong to root and writing uid_map fails; so the mark is taken away again.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from . import log
+from .linux import proc
+from .linux.syscall import CLONE_NEWUSER, PR_SET_DUMPABLE, prctl, setns
+from .log import Fatal
+
+ID_MAX = 2**32 - 2  # 2**32 - 1 means "no change" to setresuid(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A user and a group to run as."""
+
+    uid: int
+    gid: int
+
+
+def is_machine_root() -> bool:
+    """Whether we are root where root may do everything, and not in a user namespace."""
+    return os.geteuid() == 0 and proc.in_init_userns()
+
+
+def choose_identity(runas: str | None) -> Identity:
+    """Whom to run as: --runas, else `nobody` for root, else who we are. Raises Fatal."""
+    if runas is not None:
+        return _parse_runas(runas)
+    if not is_machine_root():
+        return Identity(os.geteuid(), os.getegid())
+    log.warn("Started as root, will change to nobody.")
+    try:
+        nobody = pwd.getpwnam("nobody")
+    except KeyError:
+        raise Fatal("There is no user nobody to change to from root: give --runas UID") from None
+    return Identity(nobody.pw_uid, nobody.pw_gid)
+
+
+def _parse_runas(text: str) -> Identity:
+    """UID[:GID] or LOGIN[:GROUP]; a number alone is both ids, a login brings its group. A name must not mean root."""
+    user, colon, group = text.partition(":")
+    try:
+        if user.isascii() and user.isdecimal():
+            uid = gid = int(user)
+        else:
+            entry = pwd.getpwnam(user)
+            uid, gid = entry.pw_uid, entry.pw_gid
+            if uid == 0:
+                raise ValueError("a login name of root is refused, give the number 0")
+        if colon:
+            gid = int(group) if group.isascii() and group.isdecimal() else grp.getgrnam(group).gr_gid
+        if max(uid, gid) > ID_MAX:
+            raise ValueError("out of range")
+    except (KeyError, ValueError) as e:
+        raise Fatal(f"Invalid --runas option: {text} ({e.args[0]})") from None
+    return Identity(uid, gid)
+
+
+def become(identity: Identity) -> None:
+    """Change to `identity` for good, without supplementary groups; nothing happens if we are that already."""
+    if (os.geteuid(), os.getegid()) == (identity.uid, identity.gid):
+        return
+    try:
+        os.setgroups([])
+        os.setresgid(identity.gid, identity.gid, identity.gid)
+        os.setresuid(identity.uid, identity.uid, identity.uid)
+    except OSError as e:
+        ids = f"UID {identity.uid}, GID {identity.gid}"
+        raise Fatal(f"Couldn't change to {ids}: {e.strerror} (--runas needs root)") from None
+    prctl(PR_SET_DUMPABLE, 1)
+
+
+def map_ids(identity: Identity) -> None:
+    """In a new user namespace: make `identity` outside uid 0, gid 0 inside. A failure is only a warning."""
+    try:
+        for name, text in (
+            ("uid_map", f"0 {identity.uid} 1"),
+            ("setgroups", "deny"),
+            ("gid_map", f"0 {identity.gid} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as f:
+                f.write(text)
+    except OSError as e:
+        log.warn(f"Couldn't configure user mappings: {e.strerror}: the command will not be root in its namespace")
+
+
+def join_userns(fd: int) -> None:
+    """Enter the user namespace `fd` with all rights there. The process must be single-threaded. Raises OSError."""
+    setns(fd, CLONE_NEWUSER)
+
+
+def close_fds(fds: Iterable[int]) -> None:
+    """Close descriptors that were inherited."""
+    for fd in fds:
+        try:
+            os.close(fd)
+        except OSError as e:
+            if e.errno != errno.EBADF:
+                raise
+
+
+def namespace_hint(e: OSError) -> str:
+    """What to do when unshare(2) fails."""
+    if e.errno in (errno.ENOSPC, errno.EUSERS):
+        return "user namespaces are forbidden or used up: raise sysctl user.max_user_namespaces"
+    if e.errno == errno.EPERM:
+        return (
+            "user namespaces are forbidden to ordinary users: see sysctl kernel.unprivileged_userns_clone and "
+            "kernel.apparmor_restrict_unprivileged_userns, or the container's seccomp profile"
+        )
+    if e.errno == errno.EINVAL:
+        return "this kernel has no user namespaces (CONFIG_USER_NS)"
+    return "the kernel refused"

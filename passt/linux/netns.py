@@ -1,0 +1,89 @@
+"""Network namespaces: opening them, and running a function inside one.
+
+setns(CLONE_NEWNET) moves one thread. The main thread therefore never leaves the host's namespace: what must be done
+in the other one (create the tap, configure it, open a socket) is done by a thread that enters, does it, and ends.
+What it opened belongs to the process and stays usable. Returning to the host's namespace would need rights there
+that an ordinary user does not have; ending does not.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .syscall import CLONE_NEWNET, setns
+
+T = TypeVar("T")
+
+NETNS_RUN_DIR = "/run/netns"
+_GONE_TIMEOUT = 5.0  # seconds; an ended thread needs microseconds to leave the process
+
+
+def run_in(netns: int, function: Callable[[], T]) -> T:
+    """function() in the network namespace of descriptor `netns`, by a thread that has ended when this returns.
+
+    Its result is returned, its exception raised. Raises NoEntry when the namespace may not be entered.
+    """
+    outcome: list[Any] = []
+
+    def body() -> None:
+        try:
+            _enter(netns)
+            outcome.extend((True, function()))
+        except BaseException as e:  # handed to the caller's thread, which raises it
+            outcome.extend((False, e))
+
+    before = _thread_count()
+    thread = threading.Thread(target=body, name="netns")
+    thread.start()
+    thread.join()
+    _wait_for_threads(before)
+    ok, value = outcome
+    if ok:
+        return value  # type: ignore[no-any-return]
+    raise value
+
+
+class NoEntry(OSError):
+    """The namespace may not be entered, or is none."""
+
+
+def _enter(netns: int) -> None:
+    try:
+        setns(netns, CLONE_NEWNET)
+    except OSError as e:
+        raise NoEntry(e.errno, os.strerror(e.errno or 0)) from None
+
+
+def _thread_count() -> int:
+    with open("/proc/self/stat", "rb") as f:
+        return int(f.read().rpartition(b")")[2].split()[17])  # field 20, num_threads (proc(5))
+
+
+def _wait_for_threads(count: int) -> None:
+    """Wait until the kernel has let go of ended threads.
+
+    join() returns a moment before; setns(CLONE_NEWUSER) refuses, and fork() warns, as long as there are several.
+    """
+    deadline = time.monotonic() + _GONE_TIMEOUT
+    while _thread_count() > count and time.monotonic() < deadline:
+        time.sleep(0)
+
+
+def path_of(name: str) -> str:
+    """The file of --netns NAME|PATH: a bare name lies where ip-netns(8) keeps it."""
+    return name if "/" in name else f"{NETNS_RUN_DIR}/{name}"
+
+
+def open_ns(path: str) -> int:
+    """A descriptor of the namespace file `path`. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def same_ns(fd: int, path: str) -> bool:
+    """Whether `fd` is the namespace that `path` (for instance /proc/self/ns/user) refers to."""
+    a, b = os.fstat(fd), os.stat(path)
+    return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)

@@ -1,0 +1,41 @@
+"""Facts about processes, from /proc: who we are mapped to, whether a PID exists, what is open."""
+
+from __future__ import annotations
+
+import os
+
+INIT_USERNS_MAP = ["0", "0", "4294967295"]  # the identity over all 32-bit ids
+
+
+def in_init_userns(uid_map: str = "/proc/self/uid_map") -> bool:
+    """Whether user ids mean what they mean on the machine: we are not inside a user namespace."""
+    try:
+        with open(uid_map) as f:
+            return f.read().split() == INIT_USERNS_MAP
+    except FileNotFoundError:
+        return True  # a kernel without user namespaces
+
+
+def exists(pid: int) -> bool:
+    """Whether there is a process `pid`."""
+    return os.path.isdir(f"/proc/{pid}")
+
+
+def inherited_fds() -> list[int]:
+    """Descriptors from 3 up that are open now: what whoever started us left open, when asked first thing."""
+    # The directory itself is open during the listing, under a number that is free again afterwards.
+    return [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2 and _is_open(fd)]
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def pid_of_path(path: str) -> int | None:
+    """PID in a path under /proc/PID/, else None: such a path goes away with the process."""
+    parts = path.split("/")
+    return int(parts[2]) if len(parts) > 3 and parts[:2] == ["", "proc"] and parts[2].isdecimal() else None

@@ -1,0 +1,239 @@
+"""Routes, addresses and links as plain values, and every decision about them: pure functions, no socket.
+
+What a host's tables look like varies without end (a /32 with an on-link gateway, equal-cost paths, next-hop objects,
+tunnels without addresses, several defaults, none). So nothing here refuses: each function takes what it can use and
+leaves the rest, and the caller says in one line what was left.
+
+    template interface   that of the best default route of a family, else that of its first route beyond link-local
+    addresses            all of it, but those of link scope (the namespace makes its own) and deprecated ones
+    routes               unicast, main table, through that interface; hops through others are left out
+
+Routes are put in an order in which each gateway is reachable when its route is added: on-link ones first. Lifetimes,
+preferred sources and metrics of the host's link (path MTU, windows) are not copied: they belong to that link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from .. import addr
+
+RT_SCOPE_UNIVERSE = 0
+RT_SCOPE_LINK = 253
+RT_SCOPE_HOST = 254
+RTPROT_BOOT = 3
+COPY_LIMIT = 4096  # a host with a full Internet table has nothing in it that the namespace needs
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network interface."""
+
+    index: int
+    name: str
+    mac: bytes  # 6 bytes; empty where the link has none (tunnels)
+    mtu: int
+    loopback: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An address of an interface; `peer` is the far end of a point-to-point link."""
+
+    index: int
+    addr: bytes
+    prefix_len: int
+    scope: int = RT_SCOPE_UNIVERSE
+    peer: bytes | None = None
+    deprecated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One way of a route. A gateway of the other family (RFC 5549) has the other length."""
+
+    index: int
+    gateway: bytes | None = None
+    weight: int = 1
+    onlink: bool = False  # the gateway is on the link although no prefix says so
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A unicast route of the main table; the family is that of `dst`."""
+
+    dst: bytes
+    prefix_len: int
+    hops: tuple[Hop, ...]
+    metric: int = 0
+    scope: int = RT_SCOPE_UNIVERSE
+    proto: int = RTPROT_BOOT
+    tos: int = 0
+
+    @property
+    def default(self) -> bool:
+        return self.prefix_len == 0
+
+    def __str__(self) -> str:
+        ways = " ".join(f"via {addr.text(h.gateway)}" for h in self.hops if h.gateway)
+        return f"{'default' if self.default else f'{addr.text(self.dst)}/{self.prefix_len}'} {ways}".rstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What netlink told about the host, once, at start."""
+
+    links: tuple[Link, ...] = ()
+    addresses: tuple[Address, ...] = ()
+    routes4: tuple[Route, ...] = ()
+    routes6: tuple[Route, ...] = ()
+
+    def link(self, index: int) -> Link | None:
+        return next((link for link in self.links if link.index == index), None)
+
+    def named(self, name: str) -> Link | None:
+        return next((link for link in self.links if link.name == name), None)
+
+    def routes(self, v6: bool) -> tuple[Route, ...]:
+        return self.routes6 if v6 else self.routes4
+
+
+@dataclass(frozen=True, slots=True)
+class NsPlan:
+    """What the tap in the namespace should become."""
+
+    ifname: str
+    mac: bytes | None = None  # None: the one that the kernel drew
+    mtu: int = 0  # 0: left alone
+    txqlen: int = 1000
+    configure: bool = False  # the rest only applies then
+    addresses: tuple[Address, ...] = ()
+    routes: tuple[Route, ...] = ()
+
+
+# Choosing ----------------------------------------------------------------------------------------------------------
+
+
+def pick_interface(host: Host, v6: bool) -> tuple[int, str]:
+    """Index of the template interface of a family (0: none), and a remark for the log, or "".
+
+    The default route with the lowest metric decides, the first of equals; else the first route beyond link-local.
+    """
+    family = "IPv6" if v6 else "IPv4"
+    loopback = {link.index for link in host.links if link.loopback}
+    usable = [r for r in host.routes(v6) if _first_index(r, loopback)]
+    defaults = [r for r in usable if r.default]
+    if defaults:
+        best = min(defaults, key=lambda r: r.metric)
+        several = len({_first_index(r, loopback) for r in defaults}) > 1
+        remark = f"Multiple default {family} routes, picked {_name(host, best, loopback)}" if several else ""
+        return _first_index(best, loopback), remark
+    usable = [r for r in usable if not addr.is_link_local(r.dst) and not addr.is_multicast(r.dst)]
+    if usable:
+        first = usable[0]
+        several = len({_first_index(r, loopback) for r in usable}) > 1
+        remark = f"Multiple interfaces with {family} routes, picked {_name(host, first, loopback)}" if several else ""
+        return _first_index(first, loopback), remark
+    return 0, f"No interfaces with usable {family} routes"
+
+
+def _first_index(route: Route, loopback: set[int]) -> int:
+    return next((h.index for h in route.hops if h.index and h.index not in loopback), 0)
+
+
+def _name(host: Host, route: Route, loopback: set[int]) -> str:
+    link = host.link(_first_index(route, loopback))
+    return link.name if link else "first"
+
+
+def pick_address(host: Host, index: int, v6: bool) -> Address | None:
+    """The address that stands for interface `index`: longest prefix, first among equals, not deprecated."""
+    candidates = [
+        a
+        for a in host.addresses
+        if a.index == index and (len(a.addr) == 16) == v6 and not a.deprecated and a.scope < RT_SCOPE_LINK
+    ]
+    return max(candidates, key=lambda a: a.prefix_len, default=None)
+
+
+def pick_link_local(host: Host, index: int) -> bytes | None:
+    """The IPv6 link-local address of interface `index`."""
+    candidates = (a.addr for a in host.addresses if a.index == index and len(a.addr) == 16)
+    return next((a for a in candidates if addr.is_link_local(a)), None)
+
+
+def pick_gateway(host: Host, index: int, v6: bool) -> bytes | None:
+    """Gateway of the default route through `index`; of several paths that with the highest weight, first of equals.
+
+    An IPv4 route through an IPv6 gateway has none that could be told to a DHCP client.
+    """
+    through = [r for r in host.routes(v6) if r.default and any(h.index == index for h in r.hops)]
+    for route in sorted(through, key=lambda r: r.metric):
+        hops = [h for h in route.hops if h.index == index and h.gateway and (len(h.gateway) == 16) == v6]
+        if hops:
+            return max(hops, key=lambda h: h.weight).gateway
+    return None
+
+
+# Copying -----------------------------------------------------------------------------------------------------------
+
+
+def addresses_to_copy(host: Host, index: int, v6: bool) -> tuple[Address, ...]:
+    """All addresses of the template interface that make sense in the namespace."""
+    return tuple(
+        a
+        for a in host.addresses
+        if a.index == index and (len(a.addr) == 16) == v6 and a.scope < RT_SCOPE_LINK and not a.deprecated
+    )
+
+
+def routes_to_copy(host: Host, index: int, v6: bool) -> tuple[Route, ...]:
+    """The routes through the template interface, each once, in the order in which they can be added."""
+    unique: dict[tuple[object, ...], Route] = {}
+    for route in host.routes(v6):
+        hops = tuple(h for h in route.hops if h.index == index)
+        if hops:
+            unique.setdefault((route.dst, route.prefix_len, route.metric, route.tos, hops), replace(route, hops=hops))
+    return tuple(sorted(unique.values(), key=_dependence))[:COPY_LIMIT]
+
+
+def _dependence(route: Route) -> tuple[bool, int]:
+    """On-link routes first, then more specific ones: a gateway may itself be reached by a route via another."""
+    return any(h.gateway for h in route.hops), -route.prefix_len
+
+
+def single_routes(gateway: bytes, address: bytes | None, prefix_len: int) -> tuple[Route, ...]:
+    """The default route via `gateway`, which is declared to be on the link where the prefix does not contain it."""
+    any_ = bytes(len(gateway))
+    near = addr.is_link_local(gateway) if len(gateway) == 16 else False
+    onlink = not near and not (address and addr.in_subnet(gateway, address, prefix_len))
+    return (Route(any_, 0, (Hop(0, gateway, onlink=onlink),)),)
+
+
+def add_in_passes(routes: Iterable[Route], add: Callable[[Route], None]) -> list[tuple[Route, OSError]]:
+    """add(route) for all, repeating those that fail until a pass makes no progress; returns the rest and why.
+
+    What still fails is tried once more with its gateways declared on-link: that is how a gateway outside every
+    prefix was reachable on the host.
+    """
+    pending = list(routes)
+    while True:
+        failed = _one_pass(pending, add)
+        if not failed or len(failed) == len(pending):
+            break
+        pending = [route for route, _ in failed]
+    onlink = [replace(r, hops=tuple(replace(h, onlink=h.gateway is not None) for h in r.hops)) for r, _ in failed]
+    return _one_pass(onlink, add)
+
+
+def _one_pass(routes: Sequence[Route], add: Callable[[Route], None]) -> list[tuple[Route, OSError]]:
+    failed = []
+    for route in routes:
+        try:
+            add(route)
+        except FileExistsError:
+            continue  # the kernel made it itself, together with an address
+        except OSError as e:
+            failed.append((route, e))
+    return failed

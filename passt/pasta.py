@@ -1,0 +1,247 @@
+"""The namespace that is connected: a new one with a command in it, that of a PID, or one given by path or name.
+
+Both kinds end in the same `Target`: a descriptor of the network namespace, one of the user namespace that gives us
+rights in it, and what to wait for. Spawning is making a child and then attaching to it.
+
+                     rights to enter the network namespace come from      then
+    ---------------  ---------------------------------------------------  --------------------------------------------
+    ordinary user    the user namespace, which is joined first            stays there
+    root             being root                                           becomes nobody (--runas), joins that of its
+                                                                          own child, if there is one
+
+The tap is created by a thread inside (`linux/netns.py`). If somebody deletes it later, it can be created anew as long
+as there are rights; root that became nobody has none in other people's namespaces.
+
+Gone: a namespace bound to a file is watched by inotify (deletion in its directory), one under /proc by a pidfd of its
+process and by looking once per second, since procfs reports nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from dataclasses import dataclass
+
+from . import isolation, log, pasta_init
+from .isolation import Identity
+from .linux import netlink, netns, proc, tun
+from .linux.routes import NsPlan
+from .linux.syscall import IN_DELETE, PR_SET_CHILD_SUBREAPER, inotify_read, inotify_watch, prctl
+from .log import Fatal
+from .pasta_init import Command
+
+
+class Init:
+    """Our side of the first process of a spawned namespace (`pasta_init.py`)."""
+
+    def __init__(self, pid: int, control: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._control = control
+
+    def start(self) -> None:
+        """The network is ready: let the command begin."""
+        self._tell(pasta_init.START)
+
+    def signal(self, number: int) -> None:
+        """Send the command a signal."""
+        self._tell(number)
+
+    def _tell(self, value: int) -> None:
+        try:
+            os.write(self._control, bytes((value,)))
+        except BrokenPipeError:
+            pass  # it has just ended: its exit status is on the way and says all there is to say
+
+    def wait(self) -> int:
+        """Wait for the end of the command; its status as a shell gives it."""
+        _, status = os.waitpid(self.pid, 0)
+        return pasta_init.shell_status(status)
+
+    def abandon(self) -> None:
+        """The start failed: the namespace and its processes go, and are gone when this returns."""
+        os.close(self._control)
+        os.waitpid(self.pid, 0)
+
+
+@dataclass(slots=True)
+class Target:
+    """The namespaces to work in."""
+
+    netns: int
+    userns: int | None  # gives rights over `netns`; None: we have them, or must do without
+    path: str | None = None  # the file whose end is that of the namespace
+    init: Init | None = None  # of a namespace that was spawned
+
+
+# Attaching ---------------------------------------------------------------------------------------------------------
+
+
+def open_target(pid: int | None, netns_path: str | None, userns_path: str | None, netns_only: bool) -> Target:
+    """Open the namespaces of a PID, or those given by path or name. Raises Fatal."""
+    if pid is not None:
+        if not proc.exists(pid):
+            raise Fatal(f"Couldn't find process {pid}: there is no such PID")
+        path = f"/proc/{pid}/ns/net"
+        if userns_path is None and not netns_only:
+            userns_path = f"/proc/{pid}/ns/user"
+    else:
+        path = netns.path_of(netns_path or "")
+    net = _open("network", path)
+    user = _open("user", userns_path) if userns_path else None
+    return Target(net, user, os.path.abspath(path))
+
+
+def _open(kind: str, path: str) -> int:
+    try:
+        return netns.open_ns(path)
+    except OSError as e:
+        hint = " (you must own it, or be root)" if e.errno in (errno.EACCES, errno.EPERM) else ""
+        raise Fatal(f"Couldn't open {kind} namespace {path}: {e.strerror}{hint}") from None
+
+
+def join_userns(target: Target) -> None:
+    """Enter the user namespace of `target`, unless we are in it. Raises Fatal."""
+    if target.userns is None or netns.same_ns(target.userns, "/proc/self/ns/user"):
+        return
+    try:
+        isolation.join_userns(target.userns)
+    except OSError as e:
+        hint = "it is not a user namespace" if e.errno == errno.EINVAL else "you must own it, or be root"
+        raise Fatal(f"Couldn't join user namespace: {e.strerror} ({hint})") from None
+
+
+# Spawning ----------------------------------------------------------------------------------------------------------
+
+
+def spawn(command: Command, identity: Identity, userns_path: str | None, netns_only: bool) -> Target:
+    """Make namespaces with a process that waits in them to start `command`. Raises Fatal."""
+    join = _open("user", userns_path) if userns_path else None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control_reader, control = os.pipe2(os.O_CLOEXEC)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        os.close(control)
+        _helper(command, identity, join, not netns_only and join is None, theirs, control_reader)
+    theirs.close()
+    os.close(control_reader)
+    message, fds, _, _ = socket.recv_fds(ours, 4096, 2)
+    ours.close()
+    os.waitpid(pid, 0)
+    prctl(PR_SET_CHILD_SUBREAPER, 0)
+    if not fds:
+        raise Fatal(message.decode() or "Failed to create namespaces: the helper process died")
+    user, net = fds
+    if join is not None:
+        os.close(join)
+    return Target(net, None if netns_only else user, init=Init(int(message), control))
+
+
+def _helper(
+    command: Command, identity: Identity, join: int | None, new_userns: bool, report: socket.socket, control: int
+) -> None:
+    """The forked helper: reports descriptors, or why there are none, and ends."""
+    try:
+        isolation.become(identity)
+        if join is not None:
+            isolation.join_userns(join)
+        pasta_init.helper(new_userns, lambda: isolation.map_ids(identity), command, report, control)
+    except Fatal as e:
+        report.send(str(e).encode())
+    except OSError as e:
+        report.send(f"Couldn't create namespaces: {e.strerror} ({isolation.namespace_hint(e)})".encode())
+    finally:
+        os._exit(0)
+
+
+# The tap -----------------------------------------------------------------------------------------------------------
+
+
+def create_tap(target: Target, plan: NsPlan) -> tuple[tun.Tap, bytes, list[str]]:
+    """Create and set up the tap inside; returns it, its MAC address, and what could not be set up. Raises Fatal."""
+
+    def inside() -> tuple[tun.Tap, bytes, list[str]]:
+        tap = tun.open_tap(plan.ifname)
+        try:
+            return tap, *netlink.configure(plan)
+        except BaseException:
+            os.close(tap.fd)
+            raise
+
+    try:
+        return netns.run_in(target.netns, inside)
+    except netns.NoEntry as e:
+        raise Fatal(f"Couldn't enter the network namespace: {e.strerror} (give its --userns, or be root)") from None
+    except OSError as e:
+        raise Fatal(e.strerror) from None
+
+
+# Watching ----------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Notices that the file of a namespace is gone. Made while we may still look; `gone` says so later.
+
+    `fds` are to be watched for input; `poll` says that somebody must ask `gone` now and then as well.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fds: list[int] = []
+        self.poll = False
+        self._pidfd = self._inotify = -1
+        pid = proc.pid_of_path(path)
+        if pid is not None:
+            self._watch_process(pid)
+        if pid is None or not self._below_ns(path):
+            self._watch_directory()
+        self.fds = [fd for fd in (self._pidfd, self._inotify) if fd >= 0]
+
+    @staticmethod
+    def _below_ns(path: str) -> bool:
+        """/proc/PID/ns/* ends with its process and not before."""
+        return path.split("/")[3] == "ns"
+
+    def _watch_process(self, pid: int) -> None:
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as e:
+            log.debug(f"Watching {self.path} by looking at it: {e}")
+            self.poll = True
+
+    def _watch_directory(self) -> None:
+        if stat.S_ISLNK(os.lstat(self.path).st_mode) and self.path.startswith("/proc/"):
+            log.debug(f"{self.path} is a descriptor: it cannot be watched")
+            return
+        try:
+            self._inotify = inotify_watch(os.path.dirname(self.path), IN_DELETE)
+        except OSError as e:
+            log.debug(f"Watching {self.path} by looking at it: {e}")
+            self.poll = True
+
+    @property
+    def name(self) -> str:
+        """What a message calls it."""
+        return self.path if self.path.startswith("/proc/") else os.path.basename(self.path)
+
+    def gone(self, fd: int | None = None) -> bool:
+        """Whether the namespace is gone, `fd` being readable (None: look at the path)."""
+        if fd is None:
+            return not self._exists()
+        if fd == self._pidfd:
+            return True
+        name = os.path.basename(self.path)
+        return any(entry == name for _, entry in inotify_read(fd)) and not self._exists()
+
+    def _exists(self) -> bool:
+        try:
+            os.close(os.open(self.path, os.O_PATH | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # it is there, and none of our business any more
+        return True
