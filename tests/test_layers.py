@@ -40,6 +40,7 @@ LAYERS = {
     "trace": 5,
     "conf": 6,
     "daemon": 6,
+    "wiring": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -17,13 +17,15 @@ _INIT = 0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279
 
 def siphash24(key: bytes, data: bytes) -> int:
     """The 64-bit hash of `data` under a key of 16 bytes."""
+    k0: int
+    k1: int
     k0, k1 = _KEY.unpack(key)
     v0, v1, v2, v3 = k0 ^ _INIT[0], k1 ^ _INIT[1], k0 ^ _INIT[2], k1 ^ _INIT[3]
     n = len(data)
     blocks = n // 8 + 1
     # The last block is what is left, zeros, and the length modulo 256 as its last byte (section 2.2).
     padded = data + bytes(8 * blocks - 1 - n) + bytes((n & 0xFF,))
-    words = Struct(f"<{blocks}Q").unpack(padded)
+    words: tuple[int, ...] = Struct(f"<{blocks}Q").unpack(padded)
     # The four rounds of the end are two more "blocks" of zero, but that 0xff goes into v2 before them; written as
     # one loop, since a call per round would cost as much as the round.
     for m, final in (*((word, 0) for word in words), (0, 0xFF), (0, 0)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -82,7 +83,7 @@ def test_message_types(ctx: Context, kind: int | None, answer: int | None) -> No
     [{"no_dhcp": True}, {"ip4": None}, {"ip4": replace(IP4, gateway=None)}],
     ids=["off", "no v4", "no gateway"],
 )
-def test_off(change: dict[str, object]) -> None:
+def test_off(change: dict[str, Any]) -> None:
     ctx = make_context(**change)
     assert ignore(request(), ctx.config)
     assert send(ctx, request()) is None
@@ -161,7 +162,7 @@ def test_rapid_commit(ctx: Context) -> None:
     assert dhcp.OPT_RAPID_COMMIT not in ask(ctx, request()).options
 
 
-FULL = {
+FULL: dict[str, Any] = {
     "ip4": replace(IP4, dns=DNS),
     "mtu": 1500,
     "advertise_dns": True,
@@ -195,7 +196,7 @@ def test_all_options() -> None:
         ({"dns_search": ()}, dhcp.OPT_SEARCH),
     ],
 )
-def test_an_option_less(change: dict[str, object], absent: int) -> None:
+def test_an_option_less(change: dict[str, Any], absent: int) -> None:
     whole = ask(make_context(**FULL), request()).options
     assert whole.keys() - ask(make_context(**{**FULL, **change}), request()).options.keys() == {absent}
 

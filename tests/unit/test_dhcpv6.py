@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ CODE = {
 class Talk:
     """A client and the server."""
 
-    def __init__(self, **changes: object) -> None:
+    def __init__(self, **changes: Any) -> None:
         self.ctx: Context = make_context(**changes)
         self.server = Dhcpv6(self.ctx)
         self.seen: bytes | None = None
@@ -132,7 +133,7 @@ def test_information_request_asks_for_no_address(ia: dhcpv6.Option) -> None:
 
 
 @pytest.mark.parametrize("change", [{"no_dhcpv6": True}, {"ip6": None}, {"ip6": replace(IP6, addr=None)}])
-def test_off(change: dict[str, object]) -> None:
+def test_off(change: dict[str, Any]) -> None:
     assert Talk(**change).send(dhcpv6.SOLICIT, ASKED) is None
 
 
@@ -161,7 +162,7 @@ def test_server_identifier_is_a_duid_llt() -> None:
     assert server_id[8:] == OUR_MAC
 
 
-FULL = {
+FULL: dict[str, Any] = {
     "ip6": replace(IP6, dns=DNS),
     "advertise_dns": True,
     "advertise_search": True,
@@ -189,7 +190,7 @@ def test_options_in_order() -> None:
         ({"dns_search": ()}, dhcpv6.OPT_SEARCH),
     ],
 )
-def test_an_option_less(change: dict[str, object], absent: int) -> None:
+def test_an_option_less(change: dict[str, Any], absent: int) -> None:
     whole = {code for code, _ in Talk(**FULL).ask(dhcpv6.SOLICIT).options}
     assert whole - {code for code, _ in Talk(**{**FULL, **change}).ask(dhcpv6.SOLICIT).options} == {absent}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -89,7 +90,7 @@ def test_no_ra_leaves_neighbours() -> None:
 
 
 @pytest.mark.parametrize("change", [{"no_ndp": True}, {"ip6": None}])
-def test_all_off(change: dict[str, object]) -> None:
+def test_all_off(change: dict[str, Any]) -> None:
     ctx = make_context(**change)
     solicit(ctx, GATEWAY6)
     ask_for_router(ctx)
@@ -147,7 +148,7 @@ def test_all_options_in_order() -> None:
         ({"ip6": replace(IP6, addr=None)}, Prefix),
     ],
 )
-def test_an_option_less(change: dict[str, object], absent: type[ndp.Option]) -> None:
+def test_an_option_less(change: dict[str, Any], absent: type[ndp.Option]) -> None:
     """Each option depends on nothing but what it says: no resolver does not mean no search list."""
     full = replace(
         CONFIG, ip6=replace(IP6, dns=(DNS,)), advertise_dns=True, advertise_search=True, dns_search=("example.com",)
@@ -169,7 +170,7 @@ def test_search_list_of_any_length_is_sound(label_length: int) -> None:
 
 
 @pytest.mark.parametrize("change", [{"no_dhcpv6": True}, {"ip6": replace(IP6, addr=None)}])
-def test_managed_only_where_dhcpv6_answers(change: dict[str, object]) -> None:
+def test_managed_only_where_dhcpv6_answers(change: dict[str, Any]) -> None:
     config = replace(CONFIG, **change)
     assert config.ip6 is not None
     assert router_advertisement(config.ip6, config).flags == 0

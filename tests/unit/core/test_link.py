@@ -81,7 +81,7 @@ def test_transient(monkeypatch: pytest.MonkeyPatch, tap: Tap, code: int) -> None
     def fail(fd: int, data: object) -> int:
         raise OSError(code, "")
 
-    monkeypatch.setattr(link.os, "write", fail)
+    monkeypatch.setattr(os, "write", fail)
     tap.link.send(HEADER)
     assert tap.drops == {f"tap write: {errno.errorcode[code]}": 1}
 
@@ -90,7 +90,7 @@ def test_device_gone(monkeypatch: pytest.MonkeyPatch, tap: Tap) -> None:
     def fail(fd: int, data: object) -> int:
         raise OSError(errno.EBADFD, "")
 
-    monkeypatch.setattr(link.os, "write", fail)
+    monkeypatch.setattr(os, "write", fail)
     with pytest.raises(OSError, match="77"):
         tap.link.send(HEADER)
     errors: list[OSError] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
@@ -13,6 +14,7 @@ import pytest
 from passt.core import timers as module
 from passt.core.reactor import EPOLLIN, TYPE_TCP, Reactor
 from passt.core.timers import NEVER, TimerPool
+from passt.linux.syscall import timerfd_settime
 
 SOON = 0.001
 LATER = 3600.0
@@ -27,7 +29,7 @@ class Clock:
         self.fired: list[int] = []
         self.settings: list[tuple[int, float]] = []
         self.pool.callback = lambda index, now: self.fired.append(index)
-        real: Callable[[int, float], None] = module.timerfd_settime
+        real: Callable[[int, float], None] = timerfd_settime
 
         def settime(fd: int, deadline: float) -> None:
             self.settings.append((fd, deadline))
@@ -45,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     yield clock
     clock.reactor.close()
     for fd in clock.pool._expiry:
-        module.os.close(fd)
+        os.close(fd)
 
 
 # Single timers -----------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def test_single_timer(clock: Clock) -> None:
     clock.turn()
     assert len(fired) == 2
     for fd in (one, other):
-        module.os.close(fd)
+        os.close(fd)
 
 
 def test_disarm(clock: Clock) -> None:
@@ -79,7 +81,7 @@ def test_disarm(clock: Clock) -> None:
     services.arm(timer, time.monotonic() - 1)
     services.disarm(timer)
     clock.turn(0)
-    module.os.close(timer)
+    os.close(timer)
 
 
 @pytest.mark.parametrize("change", ["arm", "disarm"])
@@ -106,7 +108,7 @@ def test_no_longer_due_when_its_turn_comes(clock: Clock, change: str) -> None:
     clock.turn()
     assert len(fired) == 1
     for fd in timers:
-        module.os.close(fd)
+        os.close(fd)
 
 
 # The pool ----------------------------------------------------------------------------------------------------------
@@ -224,4 +226,4 @@ def test_descriptors_do_not_block(clock: Clock) -> None:
     fd = clock.pool.take(1)
     assert select.select([fd], [], [], 0)[0] == []
     with pytest.raises(BlockingIOError):
-        module.os.read(fd, 8)
+        os.read(fd, 8)

@@ -35,7 +35,7 @@ RDNSS = "1903 0000 ffffffff 20010db8000000000000000000000053"
 DNSSL = "1f03 0000 ffffffff 076578616d706c6503636f6d00 000000"
 
 SOURCE = LinkAddress(LinkAddress.SOURCE, GUEST_MAC)
-OPTIONS = {
+OPTIONS: dict[str, ndp.Option] = {
     SOURCE_LL: SOURCE,
     TARGET_LL: LinkAddress(LinkAddress.TARGET, MAC),
     PREFIX: Prefix(packed("2001:db8::"), 64),

@@ -1,0 +1,220 @@
+"""Messages: levels, targets, rate limits."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from passt import log
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The file that stands for standard error; the module as it is at start."""
+    path = tmp_path / "stderr"
+    with path.open("w") as f:
+        set_up(monkeypatch, f)
+        yield path
+
+
+def set_up(monkeypatch: pytest.MonkeyPatch, stderr: TextIO | None) -> None:
+    start = {
+        "_level": log.INFO,
+        "_ident": "pasta",
+        "_stderr": stderr,
+        "_timestamps": False,
+        "_syslog": None,
+        "_file": -1,
+    }
+    for name, value in {**start, "debug_on": False, "trace_on": False, "_last": {}}.items():
+        monkeypatch.setattr(log, name, value)
+
+
+def say_everything() -> None:
+    for say in (log.err, log.warn, log.info, log.debug, log.trace):
+        say(say.__name__)
+
+
+@pytest.mark.parametrize(
+    ("level", "said"),
+    [
+        (log.ERR, ["err"]),
+        (log.WARNING, ["err", "warn"]),
+        (log.INFO, ["err", "warn", "info"]),
+        (log.DEBUG, ["err", "warn", "info", "debug"]),
+        (log.TRACE, ["err", "warn", "info", "debug", "trace"]),
+    ],
+)
+def test_levels(stderr: Path, level: int, said: list[str]) -> None:
+    log.setup("pasta", level, syslog=False)
+    say_everything()
+    assert [line.split()[-1] for line in stderr.read_text().splitlines()] == said
+    assert (log.debug_on, log.trace_on) == (level >= log.DEBUG, level >= log.TRACE)
+
+
+def test_before_setup(stderr: Path) -> None:
+    say_everything()
+    assert stderr.read_text() == "err\nwarn\ninfo\n"
+
+
+def test_debug_has_the_time(stderr: Path) -> None:
+    log.setup("pasta", log.DEBUG, syslog=True)
+    log.info("text")
+    assert re.fullmatch(r"\d+\.\d{4}: text\n", stderr.read_text())
+    assert log._syslog is None  # and nothing goes to syslog
+
+
+def test_stderr_left(stderr: Path) -> None:
+    log.stop_stderr()
+    log.err("nobody hears")
+    assert stderr.read_text() == ""
+
+
+def test_stderr_again(monkeypatch: pytest.MonkeyPatch, stderr: Path, tmp_path: Path) -> None:
+    log.stop_stderr()
+    with (tmp_path / "again").open("w") as f:
+        monkeypatch.setattr(sys, "stderr", f)
+        log.start_stderr()
+        log.err("why it ended")
+    assert (tmp_path / "again").read_text() == "why it ended\n"
+    assert stderr.read_text() == ""
+
+
+def test_no_stderr_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up(monkeypatch, None)
+    log.err("nobody hears")
+
+
+def test_broken_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that went away does not take the program with it: Python ignores SIGPIPE, EPIPE is swallowed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as f:
+        set_up(monkeypatch, f)
+        log.err("nobody hears")
+
+
+def test_any_text(stderr: Path) -> None:
+    log.err("name \udcff")
+    assert stderr.read_text() == "name \\udcff\n"
+
+
+# syslog ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def syslog(monkeypatch: pytest.MonkeyPatch, stderr: Path) -> Iterator[socket.socket]:
+    """The daemon's end of a connected syslog socket."""
+    daemon, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    daemon.setblocking(False)
+    ours.setblocking(False)
+    monkeypatch.setattr(log, "_open_syslog", lambda: ours)
+    with daemon, ours:
+        yield daemon
+
+
+def test_syslog(syslog: socket.socket, stderr: Path) -> None:
+    log.setup("passt", log.INFO, syslog=True)
+    log.err("bad")
+    log.warn("odd")
+    log.info("fine")
+    assert [syslog.recv(100) for _ in range(3)] == [b"<3> passt: bad", b"<4> passt: odd", b"<6> passt: fine"]
+    assert stderr.read_text() == "bad\nodd\nfine\n"
+
+
+def test_syslog_that_stalls(syslog: socket.socket) -> None:
+    """A full queue loses lines; it does not stop us."""
+    log.setup("passt", log.INFO, syslog=True)
+    for _ in range(5000):
+        log.err("again")
+    assert syslog.recv(100) == b"<3> passt: again"
+
+
+def test_syslog_that_went_away(syslog: socket.socket) -> None:
+    log.setup("passt", log.INFO, syslog=True)
+    syslog.close()
+    log.err("nobody hears")
+
+
+def test_no_syslog_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(socket.socket):
+        def connect(self, address: object) -> None:
+            assert address == "/dev/log"
+            raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "socket", Refused)
+    assert log._open_syslog() is None
+
+
+# Log file ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log_file(stderr: Path, tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "log"
+    if log._file >= 0:
+        os.close(log._file)
+
+
+def test_log_file(log_file: Path, stderr: Path) -> None:
+    log_file.write_text("of the run before\n")
+    log.setup("pasta", log.DEBUG, syslog=True, log_file=str(log_file))
+    say_everything()
+    first, *lines = log_file.read_text().splitlines()
+    assert re.fullmatch(rf"pasta \S+: {re.escape(sys.executable)} \({os.getpid()}\)", first)
+    assert all(re.match(r"\d+\.\d{4}: ", line) for line in lines)
+    assert [line.split(": ", 1)[1] for line in lines] == [
+        "ERROR:   err",
+        "WARNING: warn",
+        "info:    info",
+        f"{'':9}debug",
+    ]
+    assert len(stderr.read_text().splitlines()) == 4
+    assert log._syslog is None, "a file takes the place of syslog"
+
+
+def test_log_file_is_private(log_file: Path) -> None:
+    log.setup("pasta", log.INFO, syslog=False, log_file=str(log_file))
+    assert log_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_log_file_that_cannot_be_opened(stderr: Path, tmp_path: Path) -> None:
+    with pytest.raises(log.Fatal, match=r"^Couldn't open log file .*/no/log: No such file or directory$"):
+        log.setup("pasta", log.INFO, syslog=False, log_file=str(tmp_path / "no" / "log"))
+
+
+def test_full_disk(stderr: Path) -> None:
+    log.setup("pasta", log.INFO, syslog=False)
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        log._file = full
+        log.err("still on standard error")
+    finally:
+        os.close(full)
+    assert stderr.read_text() == "still on standard error\n"
+
+
+# Rate limit --------------------------------------------------------------------------------------------------------
+
+
+def test_rate_limit(stderr: Path) -> None:
+    for now in (0.0, 1.0, 9.9, 10.0, 10.1, 30.0):
+        log.warn_ratelimited("fragments", "no fragments", now)
+    log.warn_ratelimited("other", "something else", 10.2)
+    assert stderr.read_text().splitlines() == [
+        "no fragments",
+        "no fragments (2 similar messages held back)",
+        "no fragments (1 similar messages held back)",
+        "something else",
+    ]
+
+
+def test_fatal_is_one_line() -> None:
+    assert str(log.Fatal("cannot open X: no such file: create it")) == "cannot open X: no such file: create it"
