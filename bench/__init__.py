@@ -1,0 +1,13 @@
+"""The benchmark: this project side by side with the C original, slirp4netns and bare loopback, in one run.
+
+    lab         namespaces: a host, a peer behind a veth, guests; nothing of the machine's own is touched
+    contenders  who is measured, and how each is started for a guest
+    load        generators of round trips, connections and datagrams, run by path in a namespace
+    rows        what is measured, and how a sample comes about
+    report      medians, ratios, tables, JSON
+    plot        the figure of the README, from the JSON
+    demo        the whole thing on one screen
+
+Samples are short, and contenders take turns within each round, so that a machine that is slow for a while is slow for
+all of them. The table shows medians; the JSON keeps every sample.
+"""

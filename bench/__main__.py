@@ -1,0 +1,142 @@
+"""`python -m bench`: run the benchmark, print its table, write its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import lab as laboratory
+from .contenders import CONTENDERS, Contender, seated
+from .lab import Lab, LabError, Placement, placements
+from .report import Line, Report, markdown, read, save, show
+from .rows import ROWS, Bench, Row
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line, parsed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="pasta beside the C original and others")
+    parser.add_argument("--quick", action="store_true", help="one round of one second for everything")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="samples of each cell (3)")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="length of a sample (3)")
+    parser.add_argument("--only", metavar="PATTERN", help="rows by name, e.g. 'tcp-out-*,udp-*'")
+    parser.add_argument("--contenders", metavar="LIST", help="those only, by name, separated by commas")
+    parser.add_argument("--placement", choices=placements(), help="where processes run, instead of as each row says")
+    parser.add_argument("--list", action="store_true", help="list rows and contenders")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of an earlier run, measure nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.rounds, args.seconds = 1, 1.0
+    if args.rounds < 1 or not 0.2 <= args.seconds <= 60:
+        parser.error("at least one round, of 0.2 to 60 seconds")
+    return args
+
+
+def chosen(args: argparse.Namespace) -> tuple[list[Row], list[Contender]]:
+    """Rows and contenders that the command line asks for; LabError names an unknown one."""
+    patterns = args.only.split(",") if args.only else ["*"]
+    rows = [row for row in ROWS if any(fnmatch.fnmatch(row.name, p) for p in patterns)]
+    if not rows:
+        raise LabError(f"no row is called {args.only}; --list names them")
+    names = args.contenders.split(",") if args.contenders else [c.name for c in CONTENDERS]
+    if unknown := set(names) - {c.name for c in CONTENDERS}:
+        raise LabError(f"no contender is called {', '.join(sorted(unknown))}; --list names them")
+    return rows, [c for c in CONTENDERS if c.name in names]
+
+
+def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placement, seconds: float) -> None:
+    """Take one sample into `line`; a failure is kept as such and does not end the run."""
+    cell = line.cell(contender.name)
+    try:
+        with seated(lab, contender, row.mtu, place.daemon) as seat:
+            result = row.measure(Bench(lab, contender, seat, place, seconds))
+            if not seat.alive():
+                raise LabError("the daemon ended meanwhile")
+    except (LabError, OSError, json.JSONDecodeError, KeyError) as e:
+        cell.error = f"{type(e).__name__}: {e}" if not isinstance(e, LabError) else str(e)
+        return
+    cell.values.append(result.value)
+    if result.cpu is not None:
+        cell.cpu.append(result.cpu)
+
+
+def takes_part(row: Row, contender: Contender) -> bool:
+    """Whether the row means anything for the contender."""
+    if row.name == "start":
+        return bool(contender.start)
+    return not row.daemon_only or contender.command is not None
+
+
+def placed(args: argparse.Namespace, row: Row, contender: Contender) -> Placement:
+    """Where the processes of a sample run: without a daemon its processor is the server's."""
+    name = args.placement or row.placement
+    return placements()["spread" if name == "apart" and contender.command is None else name]
+
+
+def run(args: argparse.Namespace, console: Console) -> Report:
+    """All rounds of all rows, contenders interleaved within a round."""
+    rows, contenders = chosen(args)
+    for contender in list(contenders):
+        if reason := contender.missing():
+            console.print(f"left out: {reason}", style="red")
+            contenders.remove(contender)
+    report = Report.new(args.seconds, args.rounds)
+    lines = {row.name: Line.of(row) for row in rows}
+    report.lines = list(lines.values())
+    plan = [(row, c) for _ in range(args.rounds) for row in rows for c in contenders if takes_part(row, c)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Lab() as lab, Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(plan))
+        try:
+            for row, contender in plan:
+                progress.update(task, description=f"{row.title}: {contender.label}")
+                place = placed(args, row, contender)
+                sample(lab, row, contender, lines[row.name], place, args.seconds)
+                progress.advance(task)
+        except KeyboardInterrupt:
+            console.print("stopped: the table has what was measured so far", style="yellow")
+    return report
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0, or 1 when something could not be measured."""
+    args = arguments(argv)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if args.list:
+        for row in ROWS:
+            print(f"{row.name:22} {row.title}")
+        for contender in CONTENDERS:
+            print(f"{contender.name:22} {contender.label}")
+        return 0
+    began = time.monotonic()
+    try:
+        chosen(args)
+        if args.show:
+            report = read(args.show)
+        else:
+            laboratory.enter("bench", argv)
+            report = run(args, console)
+    except LabError as e:
+        print(f"bench: {e}", file=sys.stderr)
+        return 1
+    if args.markdown:
+        print(markdown(report))
+    else:
+        show(report, console)
+    if args.json:
+        save(report, args.json)
+    if not args.show:
+        console.print(f"{time.monotonic() - began:.0f} s")
+    return 1 if any(cell.error for line in report.lines for cell in line.cells.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

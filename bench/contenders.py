@@ -1,0 +1,122 @@
+"""What is compared: each contender starts for a guest namespace and says where the host is found from there.
+
+| name        | what it is                                                                                      |
+|-------------|-------------------------------------------------------------------------------------------------|
+| ours        | this project, `python -m passt`                                                                 |
+| ours-wmem   | the same with the host's net.ipv4.tcp_wmem raised                                               |
+| pasta       | the C original of Debian's package passt                                                        |
+| pasta-wmem  | the same with tcp_wmem raised: there it is at its best                                          |
+| slirp4netns | TCP/IP in user space, the older way                                                             |
+| loopback    | no daemon: the load runs in the host namespace, to 127.0.0.1 or straight over the veth          |
+
+All daemons run with the same limits, as the user of the benchmark, in the foreground, with port forwarding off where
+they have it, so that scanning for ports does not count.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .lab import DEFAULT_WMEM, GATEWAY, PEER, RAISED_WMEM, Lab, LabError, Namespace, Placement, set_sysctl
+
+READY_TIMEOUT = 10.0
+
+Command = Callable[[int, int], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One column of the table. `command` gives argv for a guest's PID and an MTU; None is bare loopback."""
+
+    name: str
+    label: str
+    command: Command | None
+    gateway: str = GATEWAY
+    wmem: str = DEFAULT_WMEM
+    start: tuple[str, ...] = ()  # command line that brings up a namespace, runs true(1) in it and ends
+
+    def missing(self) -> str | None:
+        """Why it cannot take part, or None."""
+        if self.command is None:
+            return None
+        program = self.command(0, 0)[0]
+        return None if shutil.which(program) else f"{program} is not installed"
+
+
+@dataclass(slots=True)
+class Seat:
+    """A contender at work: the namespace the load runs in, the daemon, and the addresses of the two servers."""
+
+    guest: Namespace
+    daemon: subprocess.Popen[str] | None
+    to_host: str
+    to_peer: str
+
+    def alive(self) -> bool:
+        """Whether its daemon still runs."""
+        return self.daemon is None or self.daemon.poll() is None
+
+
+_NO_PORTS = ["-t", "none", "-u", "none", "-T", "none", "-U", "none"]
+_OURS = [sys.executable, "-m", "passt"]
+_C = "/usr/bin/pasta"
+
+
+def _ours(pid: int, mtu: int) -> list[str]:
+    return [*_OURS, "-q", "-f", "--config-net", "-m", str(mtu), str(pid)]
+
+
+def _c(pid: int, mtu: int) -> list[str]:
+    return [_C, "-q", "-f", *_NO_PORTS, "--config-net", "-m", str(mtu), str(pid)]
+
+
+def _slirp(pid: int, mtu: int) -> list[str]:
+    return ["slirp4netns", "--configure", f"--mtu={mtu}", str(pid), "tap0"]
+
+
+CONTENDERS = (
+    Contender("ours", "ours", _ours, start=(*_OURS, "-q", "--config-net", "--", "true")),
+    Contender("ours-wmem", "ours, tcp_wmem raised", _ours, wmem=RAISED_WMEM),
+    Contender("pasta", "C pasta", _c, start=(_C, "-q", *_NO_PORTS, "--config-net", "--", "true")),
+    Contender("pasta-wmem", "C pasta, tcp_wmem raised", _c, wmem=RAISED_WMEM),
+    Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2"),
+    Contender("loopback", "bare loopback", None),
+)
+
+
+@contextmanager
+def seated(lab: Lab, contender: Contender, mtu: int, cpu: int | None = None) -> Iterator[Seat]:
+    """`contender` at work for a new guest that has a default route, until the context ends; on processor `cpu`.
+
+    Every sample has a daemon of its own: daemons keep sockets in stock, and those have the send buffer of the time when
+    they were made, which may have been another contender's turn.
+    """
+    set_sysctl("ipv4/tcp_wmem", contender.wmem)
+    if contender.command is None:
+        yield Seat(lab.host, None, "127.0.0.1", PEER)
+        return
+    with lab.guest() as guest:
+        assert guest.pid is not None
+        daemon = lab.spawn([*Placement.argv(cpu), *contender.command(guest.pid, mtu)])
+        try:
+            _wait_for_route(contender, guest, daemon)
+            yield Seat(guest, daemon, contender.gateway, PEER)
+        finally:
+            lab.stop(daemon)
+
+
+def _wait_for_route(contender: Contender, guest: Namespace, daemon: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT
+    while "default" not in guest.run(["ip", "route"]):
+        if daemon.poll() is not None:
+            _, said = daemon.communicate()
+            raise LabError(f"{contender.name} ended with status {daemon.returncode}: {said.strip()[-200:]}")
+        if time.monotonic() > deadline:
+            raise LabError(f"{contender.name} did not configure its namespace")
+        time.sleep(0.02)
