@@ -264,7 +264,8 @@ class Icmp:
             self._flows.add(flow, sock, now)
         except (TableFull, OSError) as e:
             sock.close()
-            ctx.drops[f"icmp: no flow ({e or 'table full'})"] += 1
+            reason = errno.errorcode.get(e.errno or 0) if isinstance(e, OSError) else "table full"
+            ctx.drops[f"icmp: no flow: {reason}"] += 1
             return None
         if log.debug_on:
             ends = f"TAP [{addr.text(src)}] -> [{addr.text(dst)}] => HOST [{addr.text(host)}]"

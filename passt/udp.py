@@ -160,7 +160,8 @@ class Udp:
             self._flows.add(flow, sock, now)
         except (TableFull, OSError) as e:
             sock.close()
-            self._drops[f"udp: no flow: {e or 'table full'}"] += len(frames) // 3
+            reason = errno.errorcode.get(e.errno or 0) if isinstance(e, OSError) else "table full"
+            self._drops[f"udp: no flow: {reason}"] += len(frames) // 3
             return None
         flow.segments = self._segments
         flow.cook(ctx.guest.mac, ctx.config.our_mac, ctx.config.mtu)

@@ -46,7 +46,7 @@ def runs(mv: memoryview, frames: Sequence[int], segments: int = SEGMENTS_MAX) ->
             out.append((s, most, [mv[end - n : end - n + most]]))
             n -= most
         views = [mv[end - n : end]]
-        size, total = s, n
+        size, total = min(s, n), n
         room = min(most, RUN_MAX) - n if n and n % s == 0 else 0
     if views:
         out.append((size, total, views))

@@ -76,7 +76,7 @@ class Receiver:
         self._sizes = self._control_mv.cast("i")[_CONTROL_DATA // 4 :: _CONTROL // 4]
 
     def receive(self, fd: int) -> tuple[list[int], list[int]]:
-        """What waits on `fd`, at most `count` messages: their lengths, and the size of the datagrams in each, 0: single.
+        """Up to `count` messages that wait on `fd`: their lengths, and the size of the datagrams in each, 0: single.
 
         Raises OSError; BlockingIOError when nothing waits.
         """
