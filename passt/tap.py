@@ -367,4 +367,3 @@ class Tap:
         self._ctx.guest.mac = mac
         self._tcp.set_guest_mac(mac)
         self._udp.set_guest_mac(mac)
-        self._icmp.set_guest_mac(mac)
