@@ -232,9 +232,11 @@ class Recorder(socket.socket):
 
     bound: tuple[tuple[str, int], str] = (("", 0), "")
 
-    def setsockopt(self, *args: object) -> None:  # type: ignore[override]
-        if args[:2] == (socket.SOL_SOCKET, socket.SO_BINDTODEVICE):
-            Recorder.bound = Recorder.bound[0], args[2].decode()
+    def setsockopt(self, *args: object) -> None:
+        level, option, value = args
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_BINDTODEVICE):
+            assert isinstance(value, bytes)
+            Recorder.bound = Recorder.bound[0], value.decode()
 
     def bind(self, address: tuple[str, int]) -> None:  # type: ignore[override]
         Recorder.bound = address, Recorder.bound[1]
