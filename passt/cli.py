@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *words = sys.argv if argv is None else argv
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback when interrupted at start
+    _fill_stdio()
     inherited = inherited_fds()
     try:
         if os.path.basename(name) == VM_MODE:
@@ -46,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(e))
     except OSError as e:
         return _fail(e.strerror or str(e))
+
+
+def _fill_stdio() -> None:
+    """Where standard input, output or error is closed, put /dev/null, lest something that we open take its number."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
 
 
 def _fail(text: str) -> int:

@@ -1,6 +1,6 @@
 """Options and the host's configuration -> what the guest sees (Config) and what is set up in the namespace (NsPlan).
 
-Pure: the host's tables and the text of /etc/resolv.conf come in as values, decisions go out, remarks are logged.
+Pure: the host's tables and the text of /etc/resolv.conf come in as values, decisions go out, remarks with them.
 Nothing here refuses to start because of what the host has; a family is judged by itself:
 
     the host has                            the guest gets
@@ -65,6 +65,24 @@ def parse_resolv_conf(text: str) -> Resolvers:
     return Resolvers(tuple(servers), search)
 
 
+class Remarks:
+    """What is worth saying about a choice; said once the start has succeeded, so that an error stands alone."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, str]] = []
+
+    def info(self, text: str) -> None:
+        self.lines.append((log.INFO, text))
+
+    def warn(self, text: str) -> None:
+        self.lines.append((log.WARNING, text))
+
+    def say(self) -> None:
+        """Log them."""
+        for level, text in self.lines:
+            log.say(level, text)
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """The outcome: for the data plane, for the namespace, and for the print-out."""
@@ -73,18 +91,20 @@ class Decision:
     plan: NsPlan
     template4: Link | None
     template6: Link | None
+    remarks: Remarks
 
 
 def decide(options: Options, host: Host, resolvers: Resolvers, *, have_v6: bool = True) -> Decision:
     """Everything that follows from the command line and the host. Raises Fatal."""
+    remarks = Remarks()
     mtu = min(options.mtu, TAP_MTU_MAX)
     if mtu != options.mtu:
-        log.warn(f"A tap device takes at most {mtu} bytes: using MTU {mtu}, not {options.mtu}")
-    template4 = _template(options, host, v6=False) if options.use.v4 else None
-    template6 = _template(options, host, v6=True) if options.use.v6 and have_v6 else None
+        remarks.warn(f"A tap device takes at most {mtu} bytes: using MTU {mtu}, not {options.mtu}")
+    template4 = _template(options, host, remarks, v6=False) if options.use.v4 else None
+    template6 = _template(options, host, remarks, v6=True) if options.use.v6 and have_v6 else None
     _check_named(options, host, template4, template6)
-    ip4 = _ip4(options, host, template4, resolvers) if options.use.v4 else None
-    ip6 = _ip6(options, host, template6, resolvers) if _want_v6(options, mtu, have_v6) else None
+    ip4 = _ip4(options, host, template4, resolvers, remarks) if options.use.v4 else None
+    ip6 = _ip6(options, host, template6, resolvers, remarks) if _want_v6(options, mtu, have_v6, remarks) else None
     if ip4 is None and ip6 is None:
         raise Fatal("No address family left: IPv6 is not possible and IPv4 was not asked for (leave out -6)")
     template = template4 if template4 and ip4 else template6 if template6 and ip6 else None
@@ -98,7 +118,8 @@ def decide(options: Options, host: Host, resolvers: Resolvers, *, have_v6: bool 
         routes=(*_routes(options, host, template4, ip4), *_routes(options, host, template6, ip6)),
     )
     config = _config(options, mtu, ip4, ip6, resolvers, template6 or template4)
-    return Decision(config, plan, template4 if ip4 else None, template6 if ip6 else None)
+    _remark_dns(options, ip4, ip6, remarks)
+    return Decision(config, plan, template4 if ip4 else None, template6 if ip6 else None, remarks)
 
 
 def queue_length(mtu: int) -> int:
@@ -110,12 +131,6 @@ def queue_length(mtu: int) -> int:
 def _config(
     options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, resolvers: Resolvers, scope: Link | None
 ) -> Config:
-    if not any(ip.dns for ip in (ip4, ip6) if ip) and not options.dns_none:
-        log.warn("Couldn't get any nameserver address")
-    if options.dhcp_dns and ip4 and not ip4.dns:
-        log.warn("No IPv4 nameserver available for DHCP")
-    if options.dhcp_dns and ip6 and not ip6.dns:
-        log.warn("No IPv6 nameserver available for NDP/DHCPv6")
     return Config(
         ip4=ip4,
         ip6=ip6,
@@ -135,10 +150,19 @@ def _config(
     )
 
 
+def _remark_dns(options: Options, ip4: Ip4 | None, ip6: Ip6 | None, remarks: Remarks) -> None:
+    if not any(ip.dns for ip in (ip4, ip6) if ip) and not options.dns_none:
+        remarks.warn("Couldn't get any nameserver address")
+    if options.dhcp_dns and ip4 and not ip4.dns:
+        remarks.warn("No IPv4 nameserver available for DHCP")
+    if options.dhcp_dns and ip6 and not ip6.dns:
+        remarks.warn("No IPv6 nameserver available for NDP/DHCPv6")
+
+
 # Template interface ------------------------------------------------------------------------------------------------
 
 
-def _template(options: Options, host: Host, v6: bool) -> Link | None:
+def _template(options: Options, host: Host, remarks: Remarks, v6: bool) -> Link | None:
     """The interface that a family is modelled on; None when there is none with a usable address."""
     outbound = options.outbound_if.get(v6)
     if options.interface is not None:
@@ -150,7 +174,7 @@ def _template(options: Options, host: Host, v6: bool) -> Link | None:
     else:
         index, remark = routes.pick_interface(host, v6)
         if remark:
-            log.info(remark)
+            remarks.info(remark)
         link = host.link(index)
     if link and routes.pick_address(host, link.index, v6) is None and options.address.get(v6) is None:
         return None
@@ -169,14 +193,14 @@ def _check_named(options: Options, host: Host, template4: Link | None, template6
             raise Fatal(f"External interface not usable: {name} has no {'IPv6' if v6 else 'IPv4'} address")
 
 
-def _want_v6(options: Options, mtu: int, have_v6: bool) -> bool:
+def _want_v6(options: Options, mtu: int, have_v6: bool, remarks: Remarks) -> bool:
     if not options.use.v6:
         return False
     if not have_v6:
-        log.info("IPv6 is not available on this host: disabled")
+        remarks.info("IPv6 is not available on this host: disabled")
         return False
     if 0 < mtu < MTU_MIN6:
-        log.warn(f"MTU {mtu} is too small for IPv6, which needs {MTU_MIN6}: disabling IPv6")
+        remarks.warn(f"MTU {mtu} is too small for IPv6, which needs {MTU_MIN6}: disabling IPv6")
         return False
     return True
 
@@ -184,7 +208,9 @@ def _want_v6(options: Options, mtu: int, have_v6: bool) -> bool:
 # One family --------------------------------------------------------------------------------------------------------
 
 
-def _ip4(options: Options, host: Host, template: Link | None, resolvers: Resolvers) -> Ip4:
+def _ip4(
+    options: Options, host: Host, template: Link | None, resolvers: Resolvers, remarks: Remarks
+) -> Ip4:
     found = routes.pick_address(host, template.index, v6=False) if template else None
     address, gateway = options.address.v4, options.gateway.v4
     if found:
@@ -192,11 +218,11 @@ def _ip4(options: Options, host: Host, template: Link | None, resolvers: Resolve
     if template:
         gateway = gateway or routes.pick_gateway(host, template.index, v6=False)
     else:
-        _remark_local("IPv4", options, v6=False)
+        _remark_local(options, remarks, v6=False)
         address, gateway = address or LOCAL_ADDR4, gateway or LOCAL_GATEWAY4
     prefix_len = options.prefix_len.v4 or options.netmask or (found.prefix_len if found else _usual_prefix(address))
     loopback = _mapped(options, gateway, v6=False)
-    dns, match, target = _dns(options, resolvers, loopback, v6=False)
+    dns, match, target = _dns(options, resolvers, loopback, remarks, v6=False)
     return Ip4(
         addr=address,
         prefix_len=prefix_len,
@@ -212,7 +238,9 @@ def _ip4(options: Options, host: Host, template: Link | None, resolvers: Resolve
     )
 
 
-def _ip6(options: Options, host: Host, template: Link | None, resolvers: Resolvers) -> Ip6:
+def _ip6(
+    options: Options, host: Host, template: Link | None, resolvers: Resolvers, remarks: Remarks
+) -> Ip6:
     found = routes.pick_address(host, template.index, v6=True) if template else None
     address, gateway = options.address.v6, options.gateway.v6
     our_ll = None
@@ -222,13 +250,13 @@ def _ip6(options: Options, host: Host, template: Link | None, resolvers: Resolve
         gateway = gateway or routes.pick_gateway(host, template.index, v6=True)
         our_ll = routes.pick_link_local(host, template.index)
     else:
-        _remark_local("IPv6", options, v6=True)
+        _remark_local(options, remarks, v6=True)
         gateway = gateway or LOCAL_LL6
     if gateway and addr.is_link_local(gateway):
         our_ll = gateway
     prefix_len = options.prefix_len.v6 or (found.prefix_len if found and not options.address.v6 else PREFIX6)
     loopback = _mapped(options, gateway, v6=True)
-    dns, match, target = _dns(options, resolvers, loopback, v6=True)
+    dns, match, target = _dns(options, resolvers, loopback, remarks, v6=True)
     return Ip6(
         addr=address,
         prefix_len=prefix_len,
@@ -244,9 +272,9 @@ def _ip6(options: Options, host: Host, template: Link | None, resolvers: Resolve
     )
 
 
-def _remark_local(family: str, options: Options, v6: bool) -> None:
+def _remark_local(options: Options, remarks: Remarks, v6: bool) -> None:
     if options.address.get(v6) is None or options.gateway.get(v6) is None:
-        log.info(f"{family}: no external interface as template, using local mode")
+        remarks.info(f"{'IPv6' if v6 else 'IPv4'}: no external interface as template, using local mode")
 
 
 def _usual_prefix(address: bytes) -> int:
@@ -265,7 +293,7 @@ def _mapped(options: Options, gateway: bytes | None, v6: bool) -> bytes | None:
 
 
 def _dns(
-    options: Options, resolvers: Resolvers, loopback: bytes | None, v6: bool
+    options: Options, resolvers: Resolvers, loopback: bytes | None, remarks: Remarks, v6: bool
 ) -> tuple[tuple[bytes, ...], bytes | None, bytes | None]:
     """(resolvers to tell the guest, address whose queries are forwarded, resolver on the host they go to).
 
@@ -286,7 +314,7 @@ def _dns(
                     match = match or loopback
     if match is not None and target is None:
         if options.dns_forward.get(v6):
-            log.warn(f"Nothing to forward queries to {addr.text(match)} to: no nameserver known (give --dns-host)")
+            remarks.warn(f"Nothing to forward queries to {addr.text(match)} to: no nameserver known (give --dns-host)")
         match = None
     return tuple(told), match, target
 

@@ -41,7 +41,7 @@ from .log import Fatal
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from .conf_net import Resolvers
+    from .conf_net import Decision, Resolvers
     from .core.context import Context
     from .core.link import Capture, TapLink
     from .linux.routes import NsPlan
@@ -137,20 +137,17 @@ def build(options: Options, target: Target, identity: Identity) -> tuple[Context
     if log.trace_on:
         from . import trace  # noqa: F401
     decision = conf_net.decide(options, netlink.read_host(), _resolvers(), have_v6=os.path.exists(IF_INET6))
-    if target.init is None or log.debug_on:
-        for line in conf_net.describe(decision):
-            log.info(line)
     root = isolation.is_machine_root()
     if not root:
+        isolation.become(identity)
         pasta.join_userns(target)
     device, mac, problems = pasta.create_tap(target, decision.plan)
-    for problem in problems:
-        log.warn(problem)
     if root:
         isolation.become(identity)
-        if target.init is not None:
-            pasta.join_userns(target)
+        if target.init is not None and identity.uid != 0:
+            pasta.join_userns(target)  # which brings back the rights over our own child's namespace
     _raise_descriptor_limit()
+    _report(identity, decision, problems, quiet=target.init is not None and not log.debug_on)
     return *wiring.wire(decision, device, mac), replace(decision.plan, mac=mac)
 
 
@@ -163,6 +160,20 @@ def _resolvers() -> Resolvers:
     except OSError as e:
         log.debug(f"{RESOLV_CONF}: {e.strerror}")
         return Resolvers()
+
+
+def _report(identity: Identity, decision: Decision, problems: list[str], *, quiet: bool) -> None:
+    """Say what was chosen, and what could not be done; `quiet` leaves the former out."""
+    from .conf_net import describe
+
+    if identity.warning:
+        log.warn(identity.warning)
+    decision.remarks.say()
+    if not quiet:
+        for line in describe(decision):
+            log.info(line)
+    for problem in problems:
+        log.warn(problem)
 
 
 def _raise_descriptor_limit() -> None:

@@ -29,10 +29,11 @@ ID_MAX = 2**32 - 2  # 2**32 - 1 means "no change" to setresuid(2)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A user and a group to run as."""
+    """A user and a group to run as, and a warning about the choice."""
 
     uid: int
     gid: int
+    warning: str = ""
 
 
 def is_machine_root() -> bool:
@@ -46,12 +47,11 @@ def choose_identity(runas: str | None) -> Identity:
         return _parse_runas(runas)
     if not is_machine_root():
         return Identity(os.geteuid(), os.getegid())
-    log.warn("Started as root, will change to nobody.")
     try:
         nobody = pwd.getpwnam("nobody")
     except KeyError:
         raise Fatal("There is no user nobody to change to from root: give --runas UID") from None
-    return Identity(nobody.pw_uid, nobody.pw_gid)
+    return Identity(nobody.pw_uid, nobody.pw_gid, "Started as root, will change to nobody.")
 
 
 def _parse_runas(text: str) -> Identity:

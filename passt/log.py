@@ -101,6 +101,12 @@ def _write(level: int, text: str) -> None:
             pass  # the syslog daemon went away or is too slow: a log line is not worth stalling traffic
 
 
+def say(level: int, text: str) -> None:
+    """A message whose level is a value."""
+    if _level >= level:
+        _write(level, text)
+
+
 def err(text: str) -> None:
     _write(ERR, text)
 

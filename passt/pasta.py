@@ -28,7 +28,15 @@ from . import isolation, log, pasta_init
 from .isolation import Identity
 from .linux import netlink, netns, proc, tun
 from .linux.routes import NsPlan
-from .linux.syscall import IN_DELETE, PR_SET_CHILD_SUBREAPER, inotify_read, inotify_watch, prctl
+from .linux.syscall import (
+    CLONE_NEWNET,
+    CLONE_NEWUSER,
+    IN_DELETE,
+    PR_SET_CHILD_SUBREAPER,
+    inotify_read,
+    inotify_watch,
+    prctl,
+)
 from .log import Fatal
 from .pasta_init import Command
 
@@ -96,7 +104,7 @@ def open_target(pid: int | None, netns_path: str | None, userns_path: str | None
 
 def _open(kind: str, path: str) -> int:
     try:
-        return netns.open_ns(path)
+        return netns.open_ns(path, CLONE_NEWNET if kind == "network" else CLONE_NEWUSER)
     except OSError as e:
         hint = " (you must own it, or be root)" if e.errno in (errno.EACCES, errno.EPERM) else ""
         raise Fatal(f"Couldn't open {kind} namespace {path}: {e.strerror}{hint}") from None
@@ -109,8 +117,7 @@ def join_userns(target: Target) -> None:
     try:
         isolation.join_userns(target.userns)
     except OSError as e:
-        hint = "it is not a user namespace" if e.errno == errno.EINVAL else "you must own it, or be root"
-        raise Fatal(f"Couldn't join user namespace: {e.strerror} ({hint})") from None
+        raise Fatal(f"Couldn't join user namespace: {e.strerror} (you must own it, or be root)") from None
 
 
 # Spawning ----------------------------------------------------------------------------------------------------------

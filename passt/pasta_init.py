@@ -82,11 +82,14 @@ def helper(
     unshare(NAMESPACES | (CLONE_NEWUSER if new_userns else 0))
     if new_userns:
         map_ids()
+    # Before init, which lives in the same mount namespace, mounts a /proc that does not know us.
+    fds = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("user", "net")]
     pid = os.fork()
     if pid == 0:
         report.close()
+        for fd in fds:
+            os.close(fd)
         _init(command, control)
-    fds = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("user", "net")]
     socket.send_fds(report, [b"%d" % pid], fds)
 
 

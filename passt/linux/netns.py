@@ -8,16 +8,19 @@ that an ordinary user does not have; ending does not.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .syscall import CLONE_NEWNET, setns
+from .syscall import CLONE_NEWNET, ioctl_number, setns
 
 T = TypeVar("T")
 
+NS_GET_NSTYPE = ioctl_number("\xb7", 3)
 NETNS_RUN_DIR = "/run/netns"
 _GONE_TIMEOUT = 5.0  # seconds; an ended thread needs microseconds to leave the process
 
@@ -78,9 +81,16 @@ def path_of(name: str) -> str:
     return name if "/" in name else f"{NETNS_RUN_DIR}/{name}"
 
 
-def open_ns(path: str) -> int:
-    """A descriptor of the namespace file `path`. Raises OSError."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def open_ns(path: str, kind: int) -> int:
+    """A descriptor of the file `path`, a namespace of a kind (CLONE_NEWNET ...). Raises OSError, EINVAL if not one."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if fcntl.ioctl(fd, NS_GET_NSTYPE) == kind:
+            return fd
+    except OSError:
+        pass  # ENOTTY: no namespace at all
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a namespace of that kind")
 
 
 def same_ns(fd: int, path: str) -> bool:

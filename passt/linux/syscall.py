@@ -69,6 +69,16 @@ else:
             check(-1, "timerfd_settime")
 
 
+# ioctl(2) ----------------------------------------------------------------------------------------------------------
+
+
+def ioctl_number(kind: str, number: int, write_size: int = 0) -> int:
+    """_IO(kind, number), or _IOW with an argument of `write_size` bytes. The direction bits vary by architecture."""
+    odd = os.uname().machine.startswith(("alpha", "mips", "ppc", "sparc"))
+    direction = (4 if write_size else 1) << 29 if odd else (1 if write_size else 0) << 30
+    return direction | write_size << 16 | ord(kind) << 8 | number
+
+
 # setns(2), unshare(2) ----------------------------------------------------------------------------------------------
 
 CLONE_NEWNS = 0x00020000

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from struct import Struct
 
 from .. import log
+from .syscall import ioctl_number
 
 TUN_DEVICE = "/dev/net/tun"
 IFNAMSIZ = 16
@@ -46,16 +47,9 @@ OFFLOAD_SETS = (
 )
 
 
-def _iow(number: int) -> int:
-    """_IOW('T', number, int): the direction bits of ioctl numbers differ between architectures."""
-    odd = os.uname().machine.startswith(("alpha", "mips", "ppc", "sparc"))
-    write = 4 << 29 if odd else 1 << 30
-    return write | 4 << 16 | ord("T") << 8 | number
-
-
-TUNSETIFF = _iow(202)
-TUNSETOFFLOAD = _iow(208)
-TUNSETVNETHDRSZ = _iow(216)
+TUNSETIFF = ioctl_number("T", 202, 4)
+TUNSETOFFLOAD = ioctl_number("T", 208, 4)
+TUNSETVNETHDRSZ = ioctl_number("T", 216, 4)
 
 _IFREQ = Struct("=16sH22x")
 _INT = Struct("=i")
