@@ -88,6 +88,7 @@ class Tap:
         self._streak = 0
         self._tcp_groups: Groups = {}
         self._udp_groups: Groups = {}
+        self._udp_hops: dict[bytes, int] = {}  # TTL or hop limit of the first datagram of a group
         self.capture: Callable[[bool, bytes], None] | None = None  # capture(to_guest, vnet header + frame)
         self.on_gone: Callable[[OSError], None] | None = None  # the device does not answer any more
         ctx.reactor.handle(TYPE_TAP, self.handler)
@@ -152,9 +153,10 @@ class Tap:
                     self._tcp.fault_key(key)
         if self._udp_groups:
             groups, self._udp_groups = self._udp_groups, {}
+            hops, self._udp_hops = self._udp_hops, {}
             for key, datagrams in groups.items():
                 try:
-                    self._udp.tap_handler(key, datagrams, now)
+                    self._udp.tap_handler(key, datagrams, now, hops[key])
                 except Exception as e:
                     log.err(f"Handling UDP datagrams failed: {e!r}")
                     self._ctx.drops["fault"] += 1
@@ -170,7 +172,7 @@ class Tap:
         if end - l3 < 20:
             self._short(start, end)
             return
-        ethertype, vihl, _, total, ident, fragment, _, proto = pool.unpack(_ETH_IP4, l3 - 2, end)
+        ethertype, vihl, _, total, ident, fragment, hops, proto = pool.unpack(_ETH_IP4, l3 - 2, end)
         if ethertype == TYPE_IPV4:
             if self._ctx.config.ip4 is None:
                 raise Malformed("ipv4 disabled")
@@ -189,7 +191,7 @@ class Tap:
         elif ethertype == TYPE_IPV6:
             if self._ctx.config.ip6 is None:
                 raise Malformed("ipv6 disabled")
-            version, length, proto, _ = pool.unpack(_IP6, l3, end)
+            version, length, proto, hops = pool.unpack(_IP6, l3, end)
             l4 = l3 + 40
             if version >> 28 != 6:
                 raise Malformed("ipv6 header")
@@ -220,9 +222,9 @@ class Tap:
                 group.append(l4)
                 group.append(end)
         elif proto == PROTO_UDP:
-            self._udp_datagram(start, addresses, l4, end, now)
+            self._udp_datagram(start, addresses, hops, l4, end, now)
         else:
-            self._other(addresses, proto, l3, l4, end, now)
+            self._other(addresses, proto, hops, l3, l4, end, now)
 
     def _key(self, addresses: tuple[int, int], l4: int) -> bytes:
         """The flow's key: addresses and ports as they stand in the packet, one slice where they are neighbours."""
@@ -235,7 +237,9 @@ class Tap:
             self._seen(key[:16])
         return key
 
-    def _udp_datagram(self, start: int, addresses: tuple[int, int], l4: int, end: int, now: float) -> None:
+    def _udp_datagram(
+        self, start: int, addresses: tuple[int, int], hops: int, l4: int, end: int, now: float
+    ) -> None:
         """Group a datagram, or a super-frame of them, by flow; the configuration services take theirs."""
         pool = self._ctx.pool
         if end - l4 < 8:
@@ -253,6 +257,7 @@ class Tap:
         group = self._udp_groups.get(key)
         if group is None:
             self._udp_groups[key] = [l4 + 8, end, gso_size]
+            self._udp_hops[key] = hops
         else:
             group += (l4 + 8, end, gso_size)
 
@@ -268,7 +273,9 @@ class Tap:
         if seen is not None:
             self._ctx.guest.addr6 = seen
 
-    def _other(self, addresses: tuple[int, int], proto: int, l3: int, l4: int, end: int, now: float) -> None:
+    def _other(
+        self, addresses: tuple[int, int], proto: int, hops: int, l3: int, l4: int, end: int, now: float
+    ) -> None:
         """ICMP and neighbour discovery."""
         pool = self._ctx.pool
         src, dst = self._addresses(addresses)
@@ -279,9 +286,9 @@ class Tap:
         kind = pool.buf[l4]
         if kind == _ECHO[proto]:
             self._seen(src)
-            self._icmp.tap_handler(src, dst, pool.view(l4, end), now)
+            self._icmp.tap_handler(src, dst, pool.view(l4, end), now, hops)
         elif proto == PROTO_ICMPV6 and kind in _ND_TYPES:
-            if pool.buf[l3 + 7] != 255:
+            if hops != 255:
                 raise Malformed("ndp hop limit")
             self._seen(src)
             self._ndp.tap_handler(pool.copy(l3 - 8, l3 - 2), src, dst, pool.copy(l4, end), now)
@@ -330,7 +337,7 @@ class Tap:
         if proto == PROTO_UDP:
             held, self._udp_groups = self._udp_groups, {}
             try:
-                self._udp_datagram(start, addresses, l4, end, now)
+                self._udp_datagram(start, addresses, 0, l4, end, now)
                 for key, datagrams in self._udp_groups.items():
                     self._udp.tap_handler(key, datagrams, now)
             finally:

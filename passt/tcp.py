@@ -416,7 +416,7 @@ class Tcp:
     def _connected(self, conn: TcpConn, error: int, now: float) -> None:
         """The host socket is connected, or `error` says why it is not: tell the guest."""
         if error:
-            self._connect_failed(conn, error)
+            self._connect_failed(conn, error, now)
             return
         self._ctx.flows.activate(conn)
         if log.debug_on:
@@ -428,12 +428,12 @@ class Tcp:
         set_event(conn, TAP_SYN_ACK_SENT)
         self._schedule(conn, now)
 
-    def _connect_failed(self, conn: TcpConn, error: int) -> None:
+    def _connect_failed(self, conn: TcpConn, error: int, now: float) -> None:
         """RST for a refused connection, an ICMP error for an unreachable peer; a time-out stays one."""
         if error in REFUSED:
             self._out.reset(conn)
         elif error != errno.ETIMEDOUT:
-            self._out.unreachable(conn, error)
+            self._out.unreachable(conn, error, now)
         self._close(conn)
 
     # Time --------------------------------------------------------------------------------------------------------
@@ -501,7 +501,7 @@ class Tcp:
         """The host socket failed. What it still holds goes to the guest first, then RST."""
         log.debug(f"Flow {conn.index} (TCP connection): {os.strerror(error)}")
         if not conn.events & TAP_SYN_ACK_SENT:
-            self._connect_failed(conn, error)
+            self._connect_failed(conn, error, now)
             return
         self._out.reset(conn)
         self._release(conn)

@@ -18,13 +18,13 @@ If the peer's FIN was reported before the peek, a short one ends the stream, and
 
 from __future__ import annotations
 
-import errno
 import mmap
 import socket
 from struct import Struct
 
 from .core.context import Context
 from .core.link import GSO_NONE, GSO_TCPV4, GSO_TCPV6
+from .icmp import Errors
 from .linux.tcpinfo import SO_PEEK_OFF, Features
 from .tcp_conn import (
     L3,
@@ -38,7 +38,7 @@ from .tcp_conn import (
     set_event,
     set_segmentation,
 )
-from .wire import ether, icmp, tcp
+from .wire import icmp, tcp
 from .wire.checksum import PROTO_TCP, fold
 
 PEEK_MAX = 1 << 18  # bytes in one peek: four super-frames, small enough for the second-level cache
@@ -47,17 +47,6 @@ _TCP_VARIABLE = Struct("!IIHHH")  # seq, ack, offset and flags, window, checksum
 _IP4_VARIABLE = Struct("!HHHHH")  # total length, id, fragment, TTL and protocol, checksum: at offset 2
 _U16 = Struct("!H")
 _TTL_PROTO = TTL << 8 | PROTO_TCP
-UNREACHABLE4 = {
-    errno.ENETUNREACH: icmp.UNREACHABLE_NET,
-    errno.EACCES: icmp.UNREACHABLE_ADMIN,
-    errno.EPERM: icmp.UNREACHABLE_ADMIN,
-}
-UNREACHABLE6 = {
-    errno.ENETUNREACH: icmp.UNREACHABLE6_ROUTE,
-    errno.EACCES: icmp.UNREACHABLE6_ADMIN,
-    errno.EPERM: icmp.UNREACHABLE6_ADMIN,
-}
-
 _MASK = 0xFFFFFFFF
 _OFFSET_5 = 5 << 12
 MSG_PEEK = socket.MSG_PEEK
@@ -70,6 +59,7 @@ class TcpOut:
     def __init__(self, ctx: Context, features: Features, *, tso: bool) -> None:
         self._link = ctx.link
         self._guest = ctx.guest
+        self._errors = Errors(ctx)
         self._config = ctx.config
         self._tso = tso
         self._peek_off = features.peek_off
@@ -141,16 +131,12 @@ class TcpOut:
             stray.rcv_acked = stray.rcv_edge = seq + length
             self.bare(stray, tcp.RST | tcp.ACK, 0)
 
-    def unreachable(self, conn: TcpConn, error: int) -> None:
-        """Tell the guest by ICMP that its SYN went nowhere, so that its connect() fails with the error of ours."""
+    def unreachable(self, conn: TcpConn, error: int, now: float) -> None:
+        """Tell the guest by ICMP that its SYN went nowhere, so that its connect() fails with the errno of ours."""
         n = (len(conn.key) - 4) // 2
         guest, peer, ports = conn.key[:n], conn.key[n : 2 * n], conn.key[2 * n :]
-        kinds, default = (UNREACHABLE4, icmp.UNREACHABLE_HOST) if n == 4 else (UNREACHABLE6, icmp.UNREACHABLE6_ADDRESS)
         syn = icmp.quote(guest, peer, PROTO_TCP, ports + conn.isn_tap.to_bytes(4, "big") + bytes(12))
-        kind = icmp.UNREACHABLE if n == 4 else icmp.UNREACHABLE6
-        message = icmp.error(peer, guest, kind, kinds.get(error, default), 0, syn)
-        mac, our_mac = self._guest.mac, self._config.our_mac
-        self._link.send_frame(ether.ip_frame(mac, our_mac, peer, guest, icmp.protocol(guest), message))
+        self._errors.refused(error, guest, peer, syn, now)
 
     def data(self, conn: TcpConn) -> None:
         """Send what the socket has and the guest's window takes, and FIN after the last byte. Raises OSError."""

@@ -18,7 +18,6 @@ from struct import Struct
 from typing import Any
 
 from . import addr, log
-from .core.config import Ip4, Ip6
 from .core.context import Context
 from .core.reactor import EPOLLOUT, TYPE_TCP
 from .linux.tcpinfo import SO_PEEK_OFF, Features
@@ -47,8 +46,7 @@ def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     ip = fwd.family(dst)
     conn.near = addr.is_loopback(dst) or not features.bytes_acked or (ip is not None and dst == ip.addr)
-    if ip is not None and not addr.is_loopback(dst):
-        _bind(ctx, conn, ip)
+    _bind(ctx, conn, dst)
     error: int = sock.connect_ex(conn.dst)
     if error == errno.EINPROGRESS and conn.near:
         # Over loopback the handshake is over before connect() returns, which still says EINPROGRESS.
@@ -61,13 +59,14 @@ def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
     return error
 
 
-def _bind(ctx: Context, conn: TcpConn, ip: Ip4 | Ip6) -> None:
+def _bind(ctx: Context, conn: TcpConn, dst: bytes) -> None:
     """Apply the configured outbound address and interface; the connection goes on without what is refused."""
+    source, interface = ctx.fwd.source(dst)
     try:
-        if ip.addr_out is not None:
-            conn.sock.bind(ctx.fwd.sockaddr(ip.addr_out, 0))
-        if ip.if_out is not None:
-            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, ip.if_out.encode() + b"\0")
+        if source is not None:
+            conn.sock.bind(ctx.fwd.sockaddr(source, 0))
+        if interface is not None:
+            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
     except OSError as e:
         log.debug(f"Flow {conn.index} (TCP connection): cannot bind: {e.strerror}")
 
