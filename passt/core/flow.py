@@ -77,7 +77,12 @@ class FlowTable:
         self._set(flow, ACTIVE)
 
     def free(self, flow: Flow) -> None:
-        """Any state -> FREE; the index may be used again at once. The caller has retired the socket."""
+        """Any state but FREE -> FREE; the index may be used again at once. The caller has retired the socket.
+
+        Raises RuntimeError for a flow that is not in the table: a second time would give its index to two others.
+        """
+        if flow.state == FREE:
+            raise RuntimeError(f"flow {flow.index} ({flow.kind}) is not in the table")
         self.by_index[flow.index] = None
         self._free.append(flow.index)
         self.count -= 1

@@ -55,7 +55,6 @@ class TapLink:
         self.fd = fd
         self.tso = tso
         self.uso = uso
-        self.frames = 0
         self._drops = drops
         self.capture: Capture | None = None  # capture(to_guest, vnet header + frame)
         self.on_error: Callable[[OSError], None] | None = None  # the device is gone

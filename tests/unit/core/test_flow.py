@@ -54,6 +54,21 @@ def test_full() -> None:
     assert flows[2].index == 0
 
 
+def test_index_is_given_back_once() -> None:
+    table = FlowTable()
+    flows = [Flow(bytes((i,))) for i in range(3)]
+    table.insert(flows[0])
+    table.free(flows[0])
+    with pytest.raises(RuntimeError, match="not in the table"):
+        table.free(flows[0])
+    with pytest.raises(RuntimeError, match="not in the table"):
+        table.free(flows[2])  # was never in it
+    table.insert(flows[1])
+    table.insert(flows[2])
+    assert (flows[1].index, flows[2].index, table.count) == (0, 1, 2)
+    assert table.by_index == flows[1:]
+
+
 def test_names() -> None:
     assert [STATE_NAMES[s] for s in (FREE, NEW, ACTIVE)] == ["FREE", "NEW", "ACTIVE"]
     assert len(STATE_NAMES) == 3
