@@ -1,0 +1,40 @@
+"""Fixtures of the traffic tests: one host and one guest for as many tests as possible, since starting takes longest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ..support import User
+from .support import Guest, Lan, new_lan, root_user
+
+
+@pytest.fixture(scope="session")
+def lan() -> Iterator[Lan]:
+    """A host with both families, and a peer."""
+    with new_lan(root_user()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=["user", "root"])
+def someone(request: pytest.FixtureRequest) -> User:
+    """As `anyone`, for a whole module."""
+    user: User = request.getfixturevalue("ordinary_user" if request.param == "user" else "root")
+    return user
+
+
+@pytest.fixture(scope="module")
+def standing_guest(lan: Lan, someone: User) -> Iterator[Guest]:
+    """One guest of `pasta --config-net` for a whole module."""
+    with lan.pasta(someone, "-q", "--config-net") as made:
+        yield made
+
+
+@pytest.fixture
+def guest(standing_guest: Guest, lan: Lan) -> Iterator[Guest]:
+    """The module's guest, which must have outlived the test; sockets of the test end with it."""
+    yield standing_guest
+    for namespace in (standing_guest, lan.host, lan.peer):
+        namespace.close_sockets()
+    assert standing_guest.alive(), standing_guest.said()
