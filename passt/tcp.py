@@ -75,7 +75,8 @@ from .wire import tcp
 from .wire.cursor import Malformed
 from .wire.tcp import ACK, FIN, RST, SEQ_TO_WINDOW, SYN
 
-CONSUME = 8192  # acknowledged bytes that may lie in the socket: an eighth of the smallest receive window
+CONSUME = 8192  # acknowledged bytes that are dropped from the socket at once
+LAZY_MAX = 32  # acknowledgements of fewer bytes after which they are, too; none waits longer than ACK_DELAY
 KEEPALIVE_PROBES = 8
 IOV_MAX = 1024
 TIMER_SLACK = 0.0005  # s, a timer that fires this early is on time
@@ -298,8 +299,13 @@ class Tcp:
                 if conn.events & CLOSED == CLOSED:
                     self._close(conn)
                     return
-            if una - conn.base >= CONSUME:
+            n = una - conn.base
+            if n >= CONSUME or conn.eager or conn.lazy >= LAZY_MAX:
                 self._out.consume(conn)
+                conn.eager, conn.lazy = n >= CONSUME, 0
+            else:
+                conn.lazy += 1
+                self._acks.look_later(conn, now)
         elif window and conn.snd_nxt == una:
             conn.retries = 0
         if conn.recover:
@@ -320,6 +326,9 @@ class Tcp:
 
     def _handshake(self, conn: TcpConn | None, key: bytes, segments: list[int], now: float) -> TcpConn | None:
         """Handle segments before ESTABLISHED; returns the connection once it is, to go on with the same segments."""
+        if self._ctx.config.no_tcp:
+            self._ctx.drops["tcp disabled"] += len(segments) // 2
+            return None
         buf = self._pool.buf
         for i in range(0, len(segments), 2):
             offset, end = segments[i], segments[i + 1]
@@ -381,7 +390,7 @@ class Tcp:
         conn.isn_tap = isn
         conn.rcv_nxt = conn.rcv_acked = conn.rcv_edge = isn + 1
         v4 = len(key) == 12
-        conn.mss = options.mss or (tcp.MSS_DEFAULT if v4 else tcp.MSS_DEFAULT6)
+        conn.mss = max(options.mss or (tcp.MSS_DEFAULT if v4 else tcp.MSS_DEFAULT6), tcp.MSS_MIN)
         if options.ws is not None:
             conn.ws_from, conn.ws_to = options.ws, WS_OFFERED
         conn.snd_wnd = window
@@ -509,10 +518,7 @@ class Tcp:
     def _close(self, conn: TcpConn) -> None:
         """Both directions are done. Unread bytes would turn close() into RST, so they are taken out first."""
         if conn.sock is not None and conn.events & ESTABLISHED:
-            try:
-                self._out.consume(conn)
-            except OSError:
-                pass  # the host peer reset the connection after its end: nothing is left to tell anyone
+            self._out.consume(conn)
         self._release(conn)
 
     def _release(self, conn: TcpConn) -> None:

@@ -8,6 +8,10 @@ header and a view, handed to the link together; only lengths, checksums, sequenc
     receive queue  |  acknowledged |  sent          |  not sent yet
                    '- dropped late, by MSG_TRUNC    '- SO_PEEK_OFF points here
 
+Acknowledged bytes cost nothing while they lie in the socket, but they pin the kernel's buffers: a few bytes left of a
+large one can close the receive window, and then nothing happens any more. So large amounts, and the rest that follows
+them, are dropped at once; small ones may add up for as long as an acknowledgement may be delayed.
+
 SO_PEEK_OFF (TCP: kernel 6.9) lets the kernel keep the offset of the next peek. Without it every peek starts at `base`,
 and what was sent already lands in a buffer nobody reads.
 
@@ -227,11 +231,14 @@ class TcpOut:
         """Take what the guest acknowledged out of the socket, without copying it. The peek offset follows."""
         left = conn.snd_una - conn.base - (1 if conn.events & TAP_FIN_ACKED else 0)
         while left > 0:
-            n = conn.sock.recv_into(self._discard, min(left, DISCARD_MAX), MSG_TRUNC)
+            try:
+                n = conn.sock.recv_into(self._discard, min(left, DISCARD_MAX), MSG_TRUNC)
+            except OSError:
+                return  # the host peer reset the connection: its error event ends it
             left -= n
             conn.base += n
             if not n:
-                return  # the socket was reset underneath: its error event ends the connection
+                return  # likewise
 
     def _seek(self, conn: TcpConn, seq: int) -> None:
         """Point the next peek at the byte with sequence number `seq`."""

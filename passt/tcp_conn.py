@@ -86,12 +86,14 @@ class TcpConn(Flow):
         "deadline",  # time.monotonic() at which `Tcp.timer_handler` has something to do
         "drained",  # a peek came back short: nothing to read until the socket says so
         "dst",  # host side address and port
+        "eager",  # much was dropped from the socket last time: what is left may pin a large buffer, drop it at once
         "events",
         "gso",  # whether `hdr` has segmentation fields set
         "hdr",  # pre-cooked frame: vnet, Ethernet, IP, TCP headers
         "ip_sum",  # folded sum of the IPv4 header without total length and checksum
         "isn_tap",  # the guest's initial sequence number
         "l4",  # offset of the TCP header in `hdr`
+        "lazy",  # acknowledgements since anything was dropped from the socket
         "lost",  # payload of the guest that the socket did not take was dropped: ask for it when there is room
         "low",  # the send buffer is nearly full: EPOLLOUT will say when it is not
         "mss",  # the guest's
@@ -128,9 +130,9 @@ class TcpConn(Flow):
         self.isn_tap = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_full = 0
         self.snd_una = self.snd_nxt = self.snd_wnd = self.base = self.recover = 0
         self.gso = self.near = self.low = self.lost = self.ack_due = False
-        self.queued = self.urgent = False
+        self.queued = self.urgent = self.eager = False
         self.drained = True
-        self.pingpong = self.retries = self.unpolled = 0
+        self.pingpong = self.retries = self.unpolled = self.lazy = 0
         self.timer = -1
         self.deadline = self.t_rx = 0.0
 

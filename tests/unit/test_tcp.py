@@ -395,6 +395,29 @@ def test_a_silly_window_is_not_used_while_data_is_in_flight() -> None:
     assert len(talk.expect(ACK | PSH).payload) == 1536
 
 
+def test_the_rest_of_a_large_amount_is_dropped_at_once() -> None:
+    """It would pin the kernel's buffer, keep the receive window closed, and so the host peer silent."""
+    talk = open_connection()
+    talk.host(bytes(30000))
+    talk.guest(ACK, ack=20001)
+    talk.guest(ACK, ack=30001)
+    assert talk.sock.incoming == b""
+
+
+def test_small_amounts_are_dropped_together_and_soon() -> None:
+    talk = open_connection()
+    for i in range(10):
+        talk.host(b"x")
+        talk.guest(ACK, ack=2 + i)
+    assert len(talk.sock.incoming) == 10
+    talk.wait(0.011)
+    assert talk.sock.incoming == b""
+    for i in range(100):
+        talk.host(b"x")
+        talk.guest(ACK, ack=12 + i)
+        assert len(talk.sock.incoming) <= 33
+
+
 def test_a_short_peek_is_not_repeated() -> None:
     talk = open_connection()
     talk.host(b"x" * 100)

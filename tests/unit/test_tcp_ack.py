@@ -54,9 +54,9 @@ def test_a_wait_in_vain_ends_the_habit() -> None:
     talk = near()
     round_trip(talk, 2)
     talk.guest(ACK | PSH, b"q")
-    talk.wait(0.0099)
+    talk.wait(0.0049)
     talk.expect_nothing()
-    talk.wait(0.0002)
+    talk.wait(0.0102)
     talk.expect(ACK, ack=4)
     talk.guest(ACK | PSH, b"q")
     talk.expect(ACK, ack=5)
@@ -79,6 +79,17 @@ def test_one_timer_serves_many_waits() -> None:
     talk.wait(1.0)
     talk.guest(ACK)
     talk.taken()
+
+
+def test_another_connections_timer_does_not_end_the_habit() -> None:
+    talk = near()
+    round_trip(talk, 2)
+    talk.wait(0.0079)
+    talk.guest(ACK | PSH, b"q")
+    talk.wait(0.001)
+    talk.expect_nothing()
+    talk.host(b"a")
+    talk.expect(ACK | PSH, b"a", ack=4)
 
 
 def test_reset_connection_leaves_the_waiting_list() -> None:
