@@ -29,6 +29,7 @@ FLAG_MASK = 0x3F
 OPT_END, OPT_NOP, OPT_MSS, OPT_WS = 0, 1, 2, 3
 MSS_DEFAULT = 536  # RFC 9293, 3.7.1: assumed when the option is absent, IPv4; 1220 for IPv6
 MSS_DEFAULT6 = 1220
+MSS_MIN = 28  # fits into the 68 bytes that any link takes (RFC 791, 3.2); less would cost a frame for each byte
 WS_MAX = 14  # RFC 7323, 2.3: larger values are treated as 14
 
 _MSS = Struct("!BBH")

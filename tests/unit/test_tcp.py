@@ -201,6 +201,23 @@ def test_endpoints_that_cannot_have_a_connection(peer: str) -> None:
     assert talk.ctx.drops["tcp endpoint"] == 1 and not FakeSocket.made
 
 
+@pytest.mark.parametrize("flags", [SYN, ACK, FIN | ACK, RST])
+def test_silence_when_disabled(flags: int) -> None:
+    talk = Talk(config={"no_tcp": True})
+    talk.guest(flags)
+    talk.expect_nothing()
+    assert talk.ctx.drops == {"tcp disabled": 1} and not FakeSocket.made
+
+
+def test_absurd_mss_does_not_cost_a_frame_for_each_byte() -> None:
+    talk = Talk()
+    talk.syn(mss=1)
+    talk.expect(SYN | ACK)
+    talk.guest(ACK)
+    talk.host(bytes(280))
+    assert talk.expect(ACK | PSH).gso_size == 28
+
+
 def test_full_table_refuses() -> None:
     talk = Talk()
     talk.ctx.flows = FlowTable(limit=0)
