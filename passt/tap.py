@@ -32,7 +32,8 @@ header is inside the packet before it is read. What fails is dropped and counted
     others      no such protocol here (IGMP, MLD, SCTP ...)        ip protocol, icmp type
 
 Checksums of the guest are not verified: they are partial (the offload), and a namespace's memory does not flip bits.
-A fault in a handler ends the flow that it was about, and is logged.
+A fault in a handler costs the frame, and ends the TCP connection or UDP flow that it was about; it is counted as
+"fault" and logged.
 """
 
 from __future__ import annotations
@@ -121,17 +122,18 @@ class Tap:
             self.on_gone(e)
         else:
             self._streak += 1
-            if self._streak >= PATIENCE and self._budget < BUDGET_MAX:
-                self._budget *= 2
+            if self._streak >= PATIENCE:
+                self._budget = min(self._budget * 2, BUDGET_MAX)
                 self._streak = 0
         if frames:
             self._batch(frames, now)
 
     def _batch(self, frames: list[int], now: float) -> None:
         """Classify frames, a flat list of (start, end), and hand groups of one flow to their protocol."""
-        mac = self._ctx.pool.mv[frames[0] + VNET_LEN + 6 : frames[0] + VNET_LEN + 12]
-        if mac != self._ctx.guest.mac and len(mac) == 6:
-            self._new_mac(mac.tobytes())
+        if frames[1] - frames[0] >= VNET_LEN + _ETH_LEN:
+            mac = self._ctx.pool.mv[frames[0] + VNET_LEN + 6 : frames[0] + VNET_LEN + 12]
+            if mac != self._ctx.guest.mac:
+                self._new_mac(mac.tobytes())
         capture = self.capture
         for i in range(0, len(frames), 2):
             if capture is not None:
@@ -141,25 +143,33 @@ class Tap:
             except Malformed as e:
                 self._ctx.drops[e.reason] += 1
             except Exception as e:
-                log.err(f"Handling a frame failed: {e!r}")
-                self._ctx.drops["fault"] += 1
+                self._fault("a frame", e, now)
         if self._tcp_groups:
             groups, self._tcp_groups = self._tcp_groups, {}
             for key, segments in groups.items():
                 try:
                     self._tcp.tap_handler(key, segments, now)
                 except Exception as e:
-                    log.err(f"Handling TCP segments failed, resetting the connection: {e!r}")
+                    self._fault("TCP segments", e, now)
                     self._tcp.fault_key(key)
         if self._udp_groups:
-            groups, self._udp_groups = self._udp_groups, {}
-            hops, self._udp_hops = self._udp_hops, {}
-            for key, datagrams in groups.items():
-                try:
-                    self._udp.tap_handler(key, datagrams, now, hops[key])
-                except Exception as e:
-                    log.err(f"Handling UDP datagrams failed: {e!r}")
-                    self._ctx.drops["fault"] += 1
+            self._hand_over_udp(now)
+
+    def _hand_over_udp(self, now: float) -> None:
+        """Hand the datagrams that were classified so far to their flows."""
+        groups, self._udp_groups = self._udp_groups, {}
+        hops, self._udp_hops = self._udp_hops, {}
+        for key, datagrams in groups.items():
+            try:
+                self._udp.tap_handler(key, datagrams, now, hops[key])
+            except Exception as e:
+                self._fault("UDP datagrams", e, now)
+                self._udp.fault_key(key)
+
+    def _fault(self, what: str, e: Exception, now: float) -> None:
+        """A handler failed on `what`: a defect of ours, which must not become one of the whole guest."""
+        self._ctx.drops["fault"] += 1
+        log.warn_ratelimited(f"fault {what}", f"Handling {what} failed: {e!r}", now, 1.0)
 
     # One frame ---------------------------------------------------------------------------------------------------
 
@@ -237,9 +247,7 @@ class Tap:
             self._seen(key[:16])
         return key
 
-    def _udp_datagram(
-        self, start: int, addresses: tuple[int, int], hops: int, l4: int, end: int, now: float
-    ) -> None:
+    def _udp_datagram(self, start: int, addresses: tuple[int, int], hops: int, l4: int, end: int, now: float) -> None:
         """Group a datagram, or a super-frame of them, by flow; the configuration services take theirs."""
         pool = self._ctx.pool
         if end - l4 < 8:
@@ -273,9 +281,7 @@ class Tap:
         if seen is not None:
             self._ctx.guest.addr6 = seen
 
-    def _other(
-        self, addresses: tuple[int, int], proto: int, hops: int, l3: int, l4: int, end: int, now: float
-    ) -> None:
+    def _other(self, addresses: tuple[int, int], proto: int, hops: int, l3: int, l4: int, end: int, now: float) -> None:
         """ICMP and neighbour discovery."""
         pool = self._ctx.pool
         src, dst = self._addresses(addresses)
@@ -323,27 +329,29 @@ class Tap:
             self._reassembled(addresses, proto, whole, now)
 
     def _reassembled(self, addresses: tuple[int, int], proto: int, whole: bytes, now: float) -> None:
-        """Put a reassembled packet into the room behind the batch, in the shape of a frame, and handle it at once."""
+        """Put a reassembled packet into the room behind the batch, in the shape of a frame, and handle it at once.
+
+        The Ethernet header is that of the last fragment to come.
+        """
         pool = self._ctx.pool
         a, b = addresses
         src_dst = pool.copy(a, b)
-        l4 = pool.size - FRAME_ROOM + VNET_LEN + _ETH_LEN + 40
+        ether_at = a - (12 if b - a == 8 else 8) - _ETH_LEN
+        start = pool.size - FRAME_ROOM
+        l3 = start + VNET_LEN + _ETH_LEN
+        pool.buf[start:l3] = bytes(VNET_LEN) + pool.copy(ether_at, ether_at + _ETH_LEN)
+        l4 = l3 + 40
         end = l4 + len(whole)
         pool.buf[l4 - len(src_dst) : l4] = src_dst
         pool.buf[l4:end] = whole
-        start = pool.size - FRAME_ROOM
-        pool.buf[start : start + VNET_LEN] = bytes(VNET_LEN)
         addresses = l4 - len(src_dst), l4
         if proto == PROTO_UDP:
-            held, self._udp_groups = self._udp_groups, {}
-            try:
-                self._udp_datagram(start, addresses, 0, l4, end, now)
-                for key, datagrams in self._udp_groups.items():
-                    self._udp.tap_handler(key, datagrams, now)
-            finally:
-                self._udp_groups = held
-        elif proto in _ECHO and end - l4 >= 8 and pool.buf[l4] == _ECHO[proto]:
+            self._hand_over_udp(now)  # what came before it
+            self._udp_datagram(start, addresses, 0, l4, end, now)
+            self._hand_over_udp(now)  # before its room is used again
+        elif proto == (PROTO_ICMP if len(src_dst) == 8 else PROTO_ICMPV6) and whole[:1] == bytes((_ECHO[proto],)):
             src, dst = self._addresses(addresses)
+            self._seen(src)
             self._icmp.tap_handler(src, dst, pool.view(l4, end), now)
         else:
             raise Malformed("fragment: protocol")
@@ -359,7 +367,7 @@ class Tap:
     def _seen(self, src: bytes) -> None:
         """Remember the source address of the guest."""
         guest = self._ctx.guest
-        if addr.is_loopback(src) or addr.is_multicast(src) or addr.is_unspecified(src):
+        if addr.is_loopback(src) or not addr.is_unicast(src):
             return
         if len(src) == 4:
             guest.addr4 = src

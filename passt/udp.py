@@ -255,6 +255,12 @@ class Udp:
         """A handler failed on flow ref_data(ref): end that flow, and only that."""
         self._flows.fault(ref_data(ref))
 
+    def fault_key(self, key: bytes) -> None:
+        """Likewise, when it failed on datagrams from the guest."""
+        flow = self._by_key.get(key)
+        if flow is not None:
+            self._flows.close(flow)
+
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another hardware address: all pre-cooked headers get it."""
         for flow in self._by_key.values():
