@@ -56,8 +56,10 @@ from .tcp_buf import TcpOut
 from .tcp_conn import (
     CLOSED,
     ESTABLISHED,
+    KEEPALIVE_IDLE,
     NEVER,
     RETRIES_MAX,
+    RTO_INIT,
     SOCK_FIN_RCVD,
     SOCK_FIN_SENT,
     SYN_TIMEOUT,
@@ -317,10 +319,12 @@ class Tcp:
             # The link keeps the order, so one duplicate is a loss, where RFC 5681 waits for three.
             conn.recover = conn.snd_nxt
             self._out.again(conn)
-        if conn.drained:
-            self._schedule(conn, now)
-        else:
+        if not conn.drained:
             self._to_tap(conn, now)
+        elif conn.snd_nxt == una and window and not conn.retries:
+            conn.deadline = now + KEEPALIVE_IDLE  # as `_schedule` would; the timer, armed for earlier, finds it there
+        else:
+            self._schedule(conn, now)
 
     # Opening -----------------------------------------------------------------------------------------------------
 
@@ -449,7 +453,8 @@ class Tcp:
 
     def _schedule(self, conn: TcpConn, now: float) -> None:
         """Arm the timer for what happens next if nothing happens."""
-        delay = timeout(conn)
+        # Data in flight for the first time is what nearly every call is about.
+        delay = timeout(conn) if conn.retries or conn.snd_nxt == conn.snd_una else RTO_INIT
         if delay == NEVER:
             conn.deadline = NEVER
             return
