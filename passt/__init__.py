@@ -1,3 +1,46 @@
-"""passt and pasta in pure Python: user-mode networking by kernel offloads."""
+"""passt and pasta in pure Python: user-mode networking for namespaces and virtual machines.
+
+One process, one `select.epoll` loop. It translates between the Ethernet frames of a guest and ordinary sockets of the
+host, without privileges. The work per byte is left to kernels: frames of up to 64 KiB cross the tap with their
+checksums unfinished and their segments uncut (vnet header, TSO, USO), payload stays in the sockets until it is
+acknowledged, and runs of datagrams are one system call (UDP_SEGMENT, UDP_GRO, recvmmsg).
+
+Where a packet goes
+===================
+
+    guest -> host   tap fd -> tap (packet pool, classify, group by flow)
+                        ARP -> arp    NS, RS -> ndp    UDP 67 -> dhcp    UDP 547 -> dhcpv6         answers -> link
+                        echo -> icmp    UDP -> udp    TCP -> tcp      flow, or a new one: fwd -> host socket
+    host -> guest   socket -> tcp / udp / icmp -> pre-cooked header and a view of the payload -> link -> tap fd
+    time            timerfds -> tcp / udp / icmp / ndp, each handed `now`
+
+Layers: a module imports from lower ones only (tests/test_layers.py holds that)
+================================================================================
+
+    7  cli                                the commands
+    6  conf*, daemon, wiring              argv -> frozen Config; the composition root
+    5  pasta*, isolation, terminal,       namespaces, the command in them, who we are; --trace
+       trace
+    4  tap                                the way in
+    3  arp ndp dhcp dhcpv6                configuration services
+       icmp udp* tcp*                     the data plane
+    2  core                               loop, timers, packet pool, the way out, flows, forwarding rules
+    1  linux, log                         the kernel, wrapped once
+    0  wire, addr                         formats; addresses as packed bytes
+
+One writer per thing: `tap` writes what was observed of the guest, `core.flow` the state of a flow, `tcp_conn` the
+events of a connection, `core.link` the tap device.
+
+Vocabulary
+==========
+
+    guest           the namespace or virtual machine that we serve
+    tap             the link to it
+    host            the machine we run on, and what its sockets reach
+    peer            whom a flow of the guest talks to, as the guest knows it
+    flow            one conversation: a TCP connection, UDP datagrams between two endpoints, pings with one identifier
+    super-frame     a frame whose payload is longer than a segment: a kernel cuts it, or never has to
+    pre-cooked      a header written once per flow, of which only lengths, numbers and sums change
+"""
 
 __version__ = "0.1.0"
