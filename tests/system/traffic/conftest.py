@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ..support import User
 from .support import Guest, Lan, new_lan, root_user
+
+
+@pytest.fixture
+def open_dir() -> Iterator[Path]:
+    """A directory for everybody: pytest's own are for its user only."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")

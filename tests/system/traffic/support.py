@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bench.lab import GATEWAY, GATEWAY6, HOST, HOST6, PEER, PEER6
 
@@ -65,13 +65,12 @@ Done = subprocess.CompletedProcess[str]
 class Namespace:
     """The namespaces of an agent: run programs there, and make sockets there."""
 
-    def __init__(self, command: Sequence[str], user: User, **kw: Any) -> None:
+    def __init__(self, command: Sequence[str], user: User, stderr: IO[str] | None = None) -> None:
         self.user = user
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        argv = [*command, AGENT_PYTHON, "-SE", str(AGENT)]
         with theirs:
-            self.process = subprocess.Popen(
-                [*command, AGENT_PYTHON, "-SE", str(AGENT)], stdin=theirs, env=user.env, cwd="/", **kw
-            )
+            self.process = subprocess.Popen(argv, stdin=theirs.fileno(), stderr=stderr, env=user.env, cwd="/")
         self._control = ours
         self._control.settimeout(DEADLINE)
         self._lock = threading.Lock()
@@ -85,8 +84,16 @@ class Namespace:
         return self.process.pid
 
     def argv(self, command: Sequence[str]) -> list[str]:
-        """`command` as to be executed by the test."""
-        return self.user.command(["nsenter", "-t", str(self.pid), *_differing(self.pid), "--", *command])
+        """`command` as to be executed by the test.
+
+        A user namespace is entered as its owner, who is root inside: an unmapped user would lose all privileges there
+        on executing a program.
+        """
+        flags = _differing(self.pid)
+        owner = os.stat(f"/proc/{self.pid}")
+        become = ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups"]
+        change = "-U" in flags and owner.st_uid != os.geteuid()
+        return [*(become if change else []), "nsenter", "-t", str(self.pid), *flags, "--", *command]
 
     def run(self, *command: str, check: bool = True, timeout: float = DEADLINE, **kw: Any) -> Done:
         """`command` to its end; with `check` it must succeed."""
@@ -199,6 +206,15 @@ class Guest(Namespace):
         self._stderr.seek(0)
         return self._stderr.read()
 
+    def abandon(self) -> str:
+        """End everything at once, after a failure; what pasta had said."""
+        self.close_sockets()
+        self._control.close()
+        self.process.kill()
+        self.process.wait()
+        with self._stderr:
+            return self.said()
+
     def close(self) -> None:
         """End the agent; pasta must follow with status 0, and have no traceback to show."""
         super().close()
@@ -223,10 +239,7 @@ class Lan:
         try:
             yield guest
         except BaseException:
-            guest.close_sockets()
-            guest.process.kill()
-            guest.process.wait()
-            print(guest.said())
+            print(guest.abandon())
             raise
         guest.close()
 
@@ -240,6 +253,7 @@ def new_lan(root: User, v4: bool = True, v6: bool = True) -> Iterator[Lan]:
     host = Namespace(unshare, root)
     peer = Namespace(["nsenter", "-t", str(host.pid), *_differing(host.pid), "unshare", "--net"], root)
     try:
+        host.run("mount", "-t", "tmpfs", "tmpfs", "/run")  # for the servers' own files
         host.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(peer.pid))
         for namespace, addresses in ((host, ((HOST, HOST6),)), (peer, ((GATEWAY, GATEWAY6), (PEER, PEER6)))):
             for address, address6 in addresses:

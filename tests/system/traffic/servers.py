@@ -1,0 +1,165 @@
+"""Servers for the real programs to talk to: HTTP with bytes made up as they go, files, DNS, SSH, iperf3."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import socket
+import socketserver
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..support import wait_for
+from .support import Namespace
+
+CHUNK = 1 << 20
+_NOISE = hashlib.shake_256(b"passt").digest(CHUNK - 8)
+
+
+def content(size: int) -> Iterator[bytes]:
+    """`size` bytes, a multiple of CHUNK, in which a gap, a repetition or a swap shows; made without a disk."""
+    for i in range(size // CHUNK):
+        yield i.to_bytes(8, "big") + _NOISE
+
+
+def digest(size: int) -> str:
+    """SHA-256 of `content(size)`, in hexadecimal."""
+    sha = hashlib.sha256()
+    for chunk in content(size):
+        sha.update(chunk)
+    return sha.hexdigest()
+
+
+class Bytes(http.server.BaseHTTPRequestHandler):
+    """GET /SIZE gives so many bytes of `content`; PUT answers with the SHA-256 of what came."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        size = int(self.path[1:])
+        self.send_response(200)
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
+        for chunk in content(size):
+            self.wfile.write(chunk)
+
+    def do_PUT(self) -> None:
+        left, sha = int(self.headers["Content-Length"]), hashlib.sha256()
+        while left and (chunk := self.rfile.read(min(left, CHUNK))):
+            sha.update(chunk)
+            left -= len(chunk)
+        answer = sha.hexdigest().encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not worth a line."""
+
+
+class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """An HTTP server on a socket that listens already, in whatever namespace."""
+
+    daemon_threads = True
+
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(("", 0), Bytes, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+
+
+@contextlib.contextmanager
+def bytes_server(where: Namespace, address: str) -> Iterator[int]:
+    """A server of `Bytes`; its port."""
+    listener = where.listen(address)
+    port: int = listener.getsockname()[1]
+    with _Server(listener) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        yield port
+        server.shutdown()
+        thread.join()
+
+
+def _wait_for_port(where: Namespace, server: subprocess.Popen[str], address: str, port: int) -> None:
+    def listening() -> bool:
+        assert server.poll() is None, f"{server.args!r} ended with status {server.returncode}"
+        with where.make_socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+            return sock.connect_ex((address, port)) == 0
+
+    wait_for(listening, f"{server.args!r} listens")
+
+
+def _free_port(where: Namespace, address: str) -> int:
+    with where.listen(address) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def running(where: Namespace, address: str, *command: str) -> Iterator[int]:
+    """A server program whose arguments have `{port}` in them; its port, once it listens there."""
+    port = _free_port(where, address)
+    with where.popen(*(word.format(port=port) for word in command), stdout=subprocess.DEVNULL) as server:
+        _wait_for_port(where, server, address, port)
+        yield port
+
+
+@contextlib.contextmanager
+def files_server(where: Namespace, directory: Path) -> Iterator[int]:
+    """The files below `directory` over HTTP, on the loopback address; the port."""
+    httpd = ("busybox", "httpd", "-f", "-p", "127.0.0.1:{port}", "-h", str(directory))
+    with running(where, "127.0.0.1", *httpd) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def dns_server(where: Namespace, address: str) -> Iterator[int]:
+    """A name server that knows `name.test`, and `long.test`, whose text does not fit in a datagram; the port."""
+    records = ["--address=/name.test/192.0.2.77", "--address=/name.test/2001:db8::77"]
+    records += [f"--txt-record=long.test,{str(i) * 200}" for i in range(8)]
+    flags = [
+        "-k",
+        "-p",
+        "{port}",
+        "--no-resolv",
+        "--no-hosts",
+        "--no-daemon",
+        "--bind-interfaces",
+        "-u",
+        "root",
+        "-x",
+        "",
+    ]
+    with running(where, address, "dnsmasq", *flags, "--listen-address", address, *records) as port:
+        yield port
+
+
+SSHD = """
+ListenAddress 127.0.0.1:{port}
+HostKey {directory}/host_key
+AuthorizedKeysFile {directory}/user_key.pub
+PidFile none
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+PermitRootLogin yes
+"""
+
+
+@contextlib.contextmanager
+def ssh_server(where: Namespace, directory: Path) -> Iterator[int]:
+    """An SSH server with keys of its own in `directory`, where `user_key` opens it; the port."""
+    where.run("mkdir", "-p", "/run/sshd")
+    for name in ("host_key", "user_key"):
+        where.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{directory}/{name}")
+    port = _free_port(where, "127.0.0.1")
+    config = directory / "sshd_config"
+    config.write_text(SSHD.format(port=port, directory=directory))
+    with where.popen("/usr/sbin/sshd", "-D", "-f", str(config), stderr=subprocess.DEVNULL) as server:
+        _wait_for_port(where, server, "127.0.0.1", port)
+        yield port
