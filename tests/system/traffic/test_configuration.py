@@ -1,0 +1,147 @@
+"""Without --config-net a guest configures itself from us: DHCP clients, router solicitation, DHCPv6.
+
+The clients' hook scripts are our own, because the packaged ones write to /etc. Clients run with directories of their
+own mounted over /run and /var/lib, which is all they need to be root for, and the guest's root may do it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ..support import User, wait_for
+from .support import GATEWAY, GATEWAY6, HOST, HOST6, Guest, Lan, read_all
+
+SCRIPTS = {
+    "udhcpc": """#!/bin/sh
+case "$1" in bound|renew)
+    ip address replace "$ip/$mask" dev "$interface"
+    ip link set "$interface" mtu "${mtu:-1500}"
+    ip route replace default via "$router" ;;
+esac
+""",
+    "dhclient": """#!/bin/sh
+set >> "$0.log"
+case "$reason" in BOUND|REBOOT)
+    ip address replace "$new_ip_address/$new_subnet_mask" dev "$interface"
+    ip link set "$interface" mtu "${new_interface_mtu:-1500}"
+    ip route replace default via "$new_routers" ;;
+BOUND6)
+    ip address replace "$new_ip6_address/128" dev "$interface" ;;
+esac
+""",
+}
+PRIVATE = 'mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && mkdir -p /var/lib/dhcpcd && exec "$@"'
+Client = Callable[..., None]
+
+
+@pytest.fixture
+def bare_guest(lan: Lan, anyone: User) -> Iterator[Guest]:
+    """A guest whose interface is up and has nothing more."""
+    with lan.pasta(anyone, "-q") as guest:
+        guest.run("ip", "link", "set", interface(guest), "up")
+        yield guest
+
+
+def interface(guest: Guest) -> str:
+    (name,) = [link["ifname"] for link in guest.show("link") if link["ifname"] != "lo"]
+    assert isinstance(name, str)
+    return name
+
+
+def addresses(guest: Guest, *args: str) -> list[str]:
+    links = guest.show(*args, "address", "show", "dev", interface(guest))
+    return [f"{a['local']}/{a['prefixlen']}" for link in links for a in link.get("addr_info", ())]
+
+
+def script(directory: Path, name: str) -> str:
+    path = directory / name
+    path.write_text(SCRIPTS[name])
+    path.chmod(0o755)
+    return str(path)
+
+
+def check_ipv4(guest: Guest, lan: Lan) -> None:
+    """Address, default route and MTU are the ones offered, and data flows."""
+    wait_for(lambda: f"{HOST}/24" in addresses(guest, "-4"), "the client configures the address")
+    wait_for(lambda: [r for r in guest.show("route") if r["dst"] == "default" and r["gateway"] == GATEWAY], "a route")
+    with lan.host.listen("127.0.0.1") as listener, guest.connect(GATEWAY, listener.getsockname()[1]) as client:
+        server, _ = listener.accept()
+        with server:
+            server.sendall(b"welcome")
+        assert read_all(client) == b"welcome"
+
+
+def mtu(guest: Guest) -> int:
+    (link,) = guest.show("link", "show", "dev", interface(guest))
+    assert isinstance(link["mtu"], int)
+    return link["mtu"]
+
+
+def test_udhcpc(bare_guest: Guest, lan: Lan, open_dir: Path) -> None:
+    flags = ("-i", interface(bare_guest), "-f", "-q", "-n", "-t", "5", "-T", "1", "-O", "mtu")
+    bare_guest.run("busybox", "udhcpc", *flags, "-s", script(open_dir, "udhcpc"))
+    check_ipv4(bare_guest, lan)
+    assert mtu(bare_guest) == 65520
+
+
+def test_dhclient(bare_guest: Guest, lan: Lan, open_dir: Path) -> None:
+    files = ("-lf", f"{open_dir}/leases", "-pf", f"{open_dir}/pid", "-sf", script(open_dir, "dhclient"))
+    with bare_guest.popen("dhclient", "-4", "-d", "-1", *files, interface(bare_guest)):
+        check_ipv4(bare_guest, lan)
+        assert mtu(bare_guest) == 65520
+
+
+def test_dhclient_for_ipv6(bare_guest: Guest, open_dir: Path) -> None:
+    guest = bare_guest
+    wait_for(lambda: "tentative" not in guest.run("ip", "-6", "address").stdout, "link-local address")
+    files = ("-lf", f"{open_dir}/leases", "-pf", f"{open_dir}/pid", "-sf", script(open_dir, "dhclient"))
+    with guest.popen("dhclient", "-6", "-d", "-1", *files, interface(guest)):
+        wait_for(lambda: f"{HOST6}/128" in addresses(guest, "-6"), "an address by DHCPv6")
+
+
+def test_dhcpcd(bare_guest: Guest, lan: Lan) -> None:
+    """Both families by one client; its drop of privileges needs users that a guest of one user does not have."""
+    flags = ("-B", "-f", "/dev/null", "-c", "/bin/true", "--noipv4ll", "--option", "interface_mtu")
+    command = ("unshare", "--mount", "sh", "-c", PRIVATE, "sh", "dhcpcd", *flags, interface(bare_guest))
+    with bare_guest.popen(*command):
+        check_ipv4(bare_guest, lan)
+
+
+def test_router_solicitation(bare_guest: Guest, lan: Lan) -> None:
+    """The kernel's own: an address of the prefix, a default route, the MTU."""
+    guest = bare_guest
+    prefix = ipaddress.ip_interface(f"{HOST6}/64").network
+    wait_for(lambda: [a for a in addresses(guest, "-6") if ipaddress.ip_interface(a).network == prefix], "an address")
+    wait_for(lambda: [r for r in guest.show("-6", "route") if r["dst"] == "default"], "a default route")
+    wait_for(lambda: "tentative" not in guest.run("ip", "-6", "address").stdout, "the address is not a duplicate")
+    conf = f"/proc/sys/net/ipv6/conf/{interface(guest)}/mtu"
+    assert guest.run("cat", conf).stdout == "65520\n"
+    with lan.host.listen("::1") as listener, guest.connect(GATEWAY6, listener.getsockname()[1]) as client:
+        server, _ = listener.accept()
+        with server:
+            client.sendall(b"x")
+            assert server.recv(1) == b"x"
+
+
+def test_rdisc6(bare_guest: Guest) -> None:
+    guest = bare_guest
+    wait_for(lambda: "tentative" not in guest.run("ip", "-6", "address").stdout, "link-local address")
+    said = guest.run("rdisc6", "-1", "-w", "5000", interface(guest)).stdout
+    assert re.search(rf"Prefix\s*: {HOST6.removesuffix('2')}(2)?/64", said)
+    assert re.search(r"MTU\s*:\s*65520 bytes", said)
+    assert re.search(r"Source link-layer address\s*: 9A:55:9A:55:9A:55", said)
+
+
+@pytest.mark.parametrize("option", ["-4", "-6"])
+def test_one_family_only(lan: Lan, ordinary_user: User, option: str) -> None:
+    with lan.pasta(ordinary_user, "-q", "--config-net", option) as guest:
+        assert bool([a for a in addresses(guest, "-4") if a.startswith(HOST)]) == (option == "-4")
+        assert bool([a for a in addresses(guest, "-6") if a.startswith(HOST6)]) == (option == "-6")
+        bind, address = ("127.0.0.1", GATEWAY) if option == "-4" else ("::1", GATEWAY6)
+        with lan.host.listen(bind) as listener, guest.connect(address, listener.getsockname()[1]):
+            pass

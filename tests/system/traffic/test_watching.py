@@ -1,0 +1,114 @@
+"""What is seen of the traffic: the capture file, the trace; and that nothing happens while nothing is to do."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from ..support import User, wait_for
+from .support import GATEWAY, GATEWAY6, PEER, Guest, Lan, in_thread, read_all, refused
+
+CHECKS = ("ip.check_checksum", "tcp.check_checksum", "udp.check_checksum", "icmp.check_checksum")
+LAYERS = ("ip", "tcp", "udp", "icmp", "icmpv6")
+
+
+def converse(guest: Guest, lan: Lan) -> None:
+    """Some of everything: streams and datagrams both ways and of both families, pings, refusals."""
+    for bind, address in (("127.0.0.1", GATEWAY), ("::1", GATEWAY6)):
+        with lan.host.listen(bind) as listener, guest.connect(address, listener.getsockname()[1]) as client:
+            server, _ = listener.accept()
+            with server, in_thread(read_all, server) as received, in_thread(read_all, client):
+                client.sendall(bytes(range(256)) * 2000)
+                client.shutdown(socket.SHUT_WR)
+                assert len(received()) == 512_000
+                server.sendall(bytes(range(256)) * 3001)
+                server.shutdown(socket.SHUT_WR)
+        with lan.host.listen(bind, socket.SOCK_DGRAM) as server:
+            client = guest.connect(address, server.getsockname()[1], socket.SOCK_DGRAM)
+            for size in (0, 1, 1399, 1400, 1400, 1400, 7):
+                client.send(b"u" * size)
+                server.sendto(*server.recvfrom(2000))
+                assert len(client.recv(2000)) == size
+            port = server.getsockname()[1]
+        client.send(b"gone?")
+        assert refused(lambda client=client: client.recv(1))  # type: ignore[misc]
+        assert refused(lambda address=address, port=port: guest.connect(address, port))  # type: ignore[misc]
+        guest.run("ping", "-n", "-c", "2", "-i", "0.02", "-W", "5", address)
+
+
+def tshark(capture: Path, *args: str) -> list[str]:
+    """Lines that tshark prints, with checksums checked."""
+    command = ["tshark", "-n", "-r", str(capture)]
+    for name in (*CHECKS[:3],):
+        command += ["-o", f"{name}:TRUE"]
+    done = subprocess.run([*command, *args], check=True, capture_output=True, text=True, timeout=60)
+    return done.stdout.splitlines()
+
+
+def test_capture_has_correct_checksums(lan: Lan, anyone: User, open_dir: Path) -> None:
+    capture = open_dir / "pasta.pcap"
+    with lan.pasta(anyone, "-q", "--config-net", "-m", "1500", "-p", str(capture)) as guest:
+        converse(guest, lan)
+    bad = " || ".join(f'{layer}.checksum.status == "Bad"' for layer in LAYERS)
+    assert tshark(capture, "-Y", f"{bad} || _ws.malformed") == []
+    for layer in LAYERS:
+        assert len(tshark(capture, "-Y", f'{layer}.checksum.status == "Good"')) >= 4, layer
+    assert len(tshark(capture, "-Y", "tcp.flags.syn == 1 && tcp.flags.ack == 1")) == 2
+    assert len(tshark(capture, "-Y", "tcp.flags.reset == 1")) >= 2
+    assert tshark(capture, "-Y", "tcp.analysis.retransmission") == []
+
+
+def test_trace_has_a_line_for_each_packet(lan: Lan, ordinary_user: User) -> None:
+    with lan.pasta(ordinary_user, "--trace", "-f", "--config-net") as guest:
+        guest.run("ping", "-n", "-c", "1", "-W", "5", PEER)
+        with lan.host.listen("127.0.0.1") as listener:
+            port = listener.getsockname()[1]
+            with guest.connect(GATEWAY, port) as client, listener.accept()[0] as server:
+                client.sendall(b"question")
+                assert server.recv(64) == b"question"
+        flow = re.escape(f"[{GATEWAY}]:{port}")
+        for pattern in (
+            rf"guest -> host \[\S+\]:\d+ -> {flow} TCP \d+: .* S",
+            rf"host -> guest {flow} -> \[\S+\]:\d+ TCP \d+: .* SA",
+            rf"guest -> host \[\S+\]:\d+ -> {flow} TCP \d+: .* PA",
+            r"guest -> host \[\S+\] -> \[\S+\] ICMP \d+: .*echo-request",
+            r"host -> guest \[\S+\] -> \[\S+\] ICMP \d+: .*echo-reply",
+            r"guest -> host \d+: .*ARP who has",
+        ):
+            wait_for(lambda pattern=pattern: re.search(pattern, guest.said()), pattern, 10)  # type: ignore[misc]
+
+
+def wakeups(pid: int) -> int:
+    """How often a process has waited for something."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    (count,) = re.findall(r"^voluntary_ctxt_switches:\s*(\d+)$", text, re.M)
+    return int(count)
+
+
+def test_idle_means_idle(guest: Guest, lan: Lan) -> None:
+    """With a connection, a datagram flow and a listener open, no wake-up without a frame from the guest."""
+    with lan.host.listen("127.0.0.1") as listener, guest.connect(GATEWAY, listener.getsockname()[1]) as client:
+        server, _ = listener.accept()
+        with server, guest.connect(PEER, 9, socket.SOCK_DGRAM) as datagrams:
+            client.sendall(b"x")
+            assert server.recv(1) == b"x"
+            datagrams.send(b"x")
+
+            def quiet() -> bool:
+                """Three seconds in which neither the guest sent anything nor pasta woke up."""
+                before = state(guest)
+                time.sleep(3)
+                after = state(guest)
+                assert after[0] != before[0] or after == before, f"{after[1] - before[1]} wake-ups without a frame"
+                return after == before
+
+            wait_for(quiet, "a guest that is quiet")
+
+
+def state(guest: Guest) -> tuple[int, int]:
+    """Frames that the guest has sent, and wake-ups of pasta."""
+    (link,) = [link for link in guest.show("-s", "link") if link["ifname"] != "lo"]
+    return link["stats64"]["tx"]["packets"], wakeups(guest.daemon)
