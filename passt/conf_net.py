@@ -208,9 +208,7 @@ def _want_v6(options: Options, mtu: int, have_v6: bool, remarks: Remarks) -> boo
 # One family --------------------------------------------------------------------------------------------------------
 
 
-def _ip4(
-    options: Options, host: Host, template: Link | None, resolvers: Resolvers, remarks: Remarks
-) -> Ip4:
+def _ip4(options: Options, host: Host, template: Link | None, resolvers: Resolvers, remarks: Remarks) -> Ip4:
     found = routes.pick_address(host, template.index, v6=False) if template else None
     address, gateway = options.address.v4, options.gateway.v4
     if found:
@@ -238,9 +236,7 @@ def _ip4(
     )
 
 
-def _ip6(
-    options: Options, host: Host, template: Link | None, resolvers: Resolvers, remarks: Remarks
-) -> Ip6:
+def _ip6(options: Options, host: Host, template: Link | None, resolvers: Resolvers, remarks: Remarks) -> Ip6:
     found = routes.pick_address(host, template.index, v6=True) if template else None
     address, gateway = options.address.v6, options.gateway.v6
     our_ll = None

@@ -107,9 +107,7 @@ def _checked(text: str, refuse: str, message: str) -> bytes:
 def address(text: str) -> tuple[bytes, int]:
     """ADDR or ADDR/PREFIX; the prefix length is 0 when not given."""
     plain, slash, prefix = text.partition("/")
-    value = _checked(
-        plain, "unspecified loopback multicast broadcast IPv4-mapped IPv4-compatible", "Invalid address"
-    )
+    value = _checked(plain, "unspecified loopback multicast broadcast IPv4-mapped IPv4-compatible", "Invalid address")
     if not slash:
         return value, 0
     bits = len(value) * 8

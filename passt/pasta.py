@@ -117,7 +117,9 @@ def join_userns(target: Target) -> None:
     try:
         isolation.join_userns(target.userns)
     except OSError as e:
-        raise Fatal(f"Couldn't join user namespace: {e.strerror} (you must own it, or be root)") from None
+        raise Fatal(
+            f"Couldn't join user namespace: {os.strerror(e.errno or 0)} (you must own it, or be root)"
+        ) from None
 
 
 # Spawning ----------------------------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def _helper(
     except Fatal as e:
         report.send(str(e).encode())
     except OSError as e:
-        report.send(f"Couldn't create namespaces: {e.strerror} ({isolation.namespace_hint(e)})".encode())
+        report.send(f"Couldn't create namespaces: {os.strerror(e.errno or 0)} ({isolation.namespace_hint(e)})".encode())
     finally:
         os._exit(0)
 

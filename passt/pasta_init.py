@@ -121,7 +121,7 @@ def _attempt(what: str, function: Callable[[], None]) -> None:
     try:
         function()
     except OSError as e:
-        log.warn(f"Couldn't {what}: {e.strerror}")
+        log.warn(f"Couldn't {what}: {os.strerror(e.errno or 0)}")
 
 
 def _allow_ping() -> None:

@@ -1,0 +1,200 @@
+"""Namespaces that exist: joined, watched, left; the background; captures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .support import (
+    DEADLINE,
+    Runner,
+    User,
+    alive,
+    enter,
+    handles,
+    new_host,
+    wait_for,
+)
+
+
+def test_attach_to_a_pid_and_end_with_it(pasta: Runner) -> None:
+    target = pasta.namespace()
+    daemon = pasta.daemon("--config-net", str(target))
+    link = json.loads(enter(target, "ip", "-j", "address"))
+    assert {a["scope"] for a in link[1]["addr_info"]} >= {"global"}
+    assert alive(daemon)
+    os.kill(target, signal.SIGKILL)
+    wait_for(lambda: not alive(daemon), "the end of pasta")
+
+
+def test_background_process_keeps_nothing(pasta: Runner) -> None:
+    target = pasta.namespace()
+    process = pasta.start(
+        "--config-net",
+        "-P",
+        f"/tmp/pasta-test-{os.getpid()}.pid",
+        str(target),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    pid_file = Path(f"/tmp/pasta-test-{os.getpid()}.pid")
+    output, _ = process.communicate(timeout=DEADLINE)  # reads to the end: a descriptor left open would hang it
+    try:
+        daemon = int(pid_file.read_text())
+    finally:
+        pid_file.unlink()
+    pasta.daemons.append(daemon)
+    assert process.returncode == 0
+    assert b"Namespace interface: " in output
+    assert {os.readlink(f"/proc/{daemon}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
+    assert os.readlink(f"/proc/{daemon}/cwd") == "/"
+    assert os.getsid(daemon) == daemon
+
+
+def test_print_out(hosted: Runner) -> None:
+    target = hosted.namespace()
+    process = hosted.start("-f", "-4", "-o", "198.51.100.8", str(target), stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    lines = [process.stderr.readline().decode().rstrip() for _ in range(10 + hosted.user.is_root)]
+    if hosted.user.is_root:
+        assert lines.pop(0) == "Started as root, will change to nobody."
+    wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
+    process.terminate()
+    assert process.wait(DEADLINE) == 0
+    assert lines[:10] == [
+        "Template interface: eth0 (IPv4)",
+        "Outbound address: 198.51.100.8",
+        "Namespace interface: eth0",
+        "MAC:",
+        "    host: 9a:55:9a:55:9a:55",
+        "    NAT to host 127.0.0.1: 198.51.100.1",
+        "DHCP:",
+        "    assign: 198.51.100.7",
+        "    mask: 255.255.255.0",
+        "    router: 198.51.100.1",
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
+def test_attached_ends_well_by_signal(pasta: Runner, number: signal.Signals) -> None:
+    target = pasta.namespace()
+    process = pasta.start("-f", "-q", "--config-net", str(target))
+    wait_for(lambda: b"default" in enter(target, "ip", "route"), "the configuration")
+    wait_for(lambda: handles(process.pid, number), "the loop")
+    process.send_signal(number)
+    assert process.wait(DEADLINE) == 0
+
+
+def test_netns_by_name_and_its_end(root_pasta: Runner) -> None:
+    with new_host() as target:
+        daemon = root_pasta.daemon("--config-net", "--netns", target.name)
+        assert len(target.show("address")) == 2
+        assert alive(daemon)
+    wait_for(lambda: not alive(daemon), "the end of pasta")
+
+
+def test_netns_by_path_stays_with_no_netns_quit(root_pasta: Runner) -> None:
+    with new_host() as target:
+        process = root_pasta.start("-f", "-q", "--no-netns-quit", "--config-net", "--netns", target.path)
+        wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.terminate()
+    assert process.wait(DEADLINE) == 0
+
+
+def test_userns_and_netns_by_path(user_pasta: Runner) -> None:
+    target = user_pasta.namespace()
+    user_pasta.daemon("--config-net", "--userns", f"/proc/{target}/ns/user", "--netns", f"/proc/{target}/ns/net")
+    assert b"default" in enter(target, "ip", "route")
+
+
+def test_namespaces_by_inherited_descriptors(user_pasta: Runner) -> None:
+    target = user_pasta.namespace()
+    reader, writer = os.pipe()
+    os.fchown(writer, user_pasta.user.uid, user_pasta.user.gid)  # the file behind /proc/self/fd/1 is opened anew
+    with open(f"/proc/{target}/ns/net") as net, open(f"/proc/{target}/ns/user") as user, open(reader) as pipe:
+        process = user_pasta.start(
+            "--config-net", "--netns", f"/proc/self/fd/{net.fileno()}", "--userns", f"/proc/self/fd/{user.fileno()}",
+            "--no-netns-quit", "-P", "/proc/self/fd/1", stdout=writer, pass_fds=[net.fileno(), user.fileno()],
+        )  # fmt: skip
+        os.close(writer)
+        assert process.wait(DEADLINE) == 0
+        user_pasta.daemons.append(int(pipe.read()))
+    assert b"default" in enter(target, "ip", "route")
+
+
+def test_command_in_a_given_user_namespace(user_pasta: Runner) -> None:
+    target = user_pasta.namespace()
+    done = user_pasta.run("--userns", f"/proc/{target}/ns/user", "--config-net", "--", "readlink", "/proc/self/ns/user")
+    assert done.stdout.strip() == os.readlink(f"/proc/{target}/ns/user")
+
+
+def test_root_that_stays_root(root_pasta: Runner) -> None:
+    with new_host() as target:
+        process = root_pasta.start("-f", "--runas", "0", "--config-net", "--netns", target.name)
+        wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
+        assert os.stat(f"/proc/{process.pid}").st_uid == 0
+        target.ip("link", "del", target.show("link")[1]["ifname"])
+        wait_for(lambda: len(target.show("link")) == 2, "the interface comes back")
+
+
+def test_root_becomes_nobody(root_pasta: Runner, ordinary_user: User) -> None:
+    with new_host() as target:
+        assert os.stat(f"/proc/{root_pasta.daemon('--netns', target.name)}").st_uid == 65534
+        runas = f"{ordinary_user.uid}:{ordinary_user.gid}"
+        daemon = root_pasta.daemon("--netns", target.name, "-I", "tap1", "--runas", runas)
+        assert os.stat(f"/proc/{daemon}").st_uid == ordinary_user.uid
+
+
+def test_deleted_interface_comes_back_with_its_address(pasta: Runner) -> None:
+    script = """
+        before=$(ip -br link show up | grep -v LOOPBACK); name=${before%% *}
+        ip link delete "$name"
+        until [ "$(ip -br link show up | grep -v LOOPBACK)" = "$before" ]; do sleep 0.05; done
+        ip route | grep -c default
+    """
+    done = pasta.run("--config-net", "--", "sh", "-c", script)
+    assert (done.returncode, done.stdout) == (0, "1\n")
+
+
+def test_deleted_interface_that_cannot_come_back(root_pasta: Runner) -> None:
+    with new_host() as target:
+        process = root_pasta.start("-f", "-q", "--netns", target.name, "-I", "tap9", stderr=subprocess.PIPE)
+        wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
+        target.ip("link", "del", "tap9")
+        _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    assert b"Interface tap9 was deleted and can't be made anew, exiting: " in errors
+
+
+# Captures ----------------------------------------------------------------------------------------------------------
+
+
+def test_pcap_file(pasta: Runner) -> None:
+    path = Path(f"/tmp/pasta-test-{os.getpid()}.pcap")
+    try:
+        done = pasta.run("-p", str(path), "--config-net", "--", "ping", "-c", "1", "-W", "1", "169.254.7.7")
+        data = path.read_bytes()
+        assert done.returncode == 1  # nobody is there
+        assert path.stat().st_mode & 0o777 == 0o600
+    finally:
+        path.unlink()
+    assert struct.unpack_from("=IHH", data) == (0xA1B2C3D4, 2, 4)
+    assert len(data) > 24 + 16 + 42
+
+
+def test_trace_names_direction_and_flow(pasta: Runner) -> None:
+    done = pasta.run(
+        "--trace", "--config-net", "-a", "10.8.8.2/24", "-g", "10.8.8.1", "--", "ping", "-c", "1", "-W", "1", "10.8.8.9"
+    )
+    assert "guest -> host" in done.stderr
+    assert "host -> guest" in done.stderr
+    assert "[10.8.8.2] -> [10.8.8.9] ICMP" in done.stderr
+    assert "Ether / ARP" in done.stderr

@@ -1,0 +1,114 @@
+"""What goes wrong at start: status 1, one line, nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from .support import (
+    DEADLINE,
+    Host,
+    Runner,
+    User,
+    leftovers,
+    new_host,
+)
+
+
+def fails(done: subprocess.CompletedProcess[str], text: str) -> None:
+    """Status 1 and one line."""
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--no-such-option"], "pasta: unrecognized option '--no-such-option'"),
+        (["999999999"], "Couldn't find process 999999999"),
+        (["--netns", "no-such-name"], "Couldn't open network namespace /run/netns/no-such-name: No such file"),
+        (["--netns", "/etc/passwd"], "Couldn't open network namespace /etc/passwd: not a namespace"),
+        (["--netns", "/proc/self/ns/uts"], "not a namespace of that kind"),
+        (["-m", "65536", "true"], "Invalid MTU: 65536"),
+        (["-m", "67", "true"], "Invalid MTU: 67"),
+        (["-t", "99999", "true"], "-t 99999: inbound port forwarding is not part of this version"),
+        (["-a", "300.0.0.1", "true"], "Invalid address: 300.0.0.1"),
+        (["-i", "nosuch0", "true"], "Invalid interface name nosuch0: No such device"),
+        (["-P", "/no/such/dir/pid", "true"], "Couldn't open PID file /no/such/dir/pid: No such file or directory"),
+        (["-p", "/no/such/dir/p", "true"], "Couldn't open capture file /no/such/dir/p: No such file or directory"),
+        (["-l", "/no/such/dir/l", "true"], "Couldn't open log file /no/such/dir/l: No such file or directory"),
+        (["--runas", "no-such-user", "true"], "Invalid --runas option: no-such-user"),
+    ],
+)
+def test_bad_input(pasta: Runner, args: list[str], text: str) -> None:
+    fails(pasta.run(*args), text)
+
+
+def test_interface_without_addresses_is_unusable(hosted: Runner, host: Host) -> None:
+    host.veth("eth9")
+    fails(hosted.run("-i", "eth9", "true"), "Interface eth9 is not usable: no address")
+    fails(hosted.run("--outbound-if4", "eth9", "true"), "External interface not usable: eth9 has no IPv4 address")
+    fails(hosted.run("--outbound-if4", "eth8", "true"), "External interface not usable: eth8: No such device")
+
+
+def test_other_peoples_namespaces(user_pasta: Runner, root: User) -> None:
+    fails(user_pasta.run("1"), "Couldn't open network namespace /proc/1/ns/net: Permission denied")
+
+
+def test_name_that_is_taken(root_pasta: Runner) -> None:
+    with new_host("veth eth5") as target:
+        before = target.show("link")
+        fails(root_pasta.run("--netns", target.name, "-I", "eth5"), "Failed to create tap device eth5")
+        assert target.show("link") == before
+
+
+def test_runas_needs_root(user_pasta: Runner) -> None:
+    fails(
+        user_pasta.run("--runas", "65534", "true"), "Couldn't change to UID 65534, GID 65534: Operation not permitted"
+    )
+
+
+def test_no_tun_device(root: User, pasta: Runner) -> None:
+    """In a mount namespace where /dev/net is empty."""
+    command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh"]
+    done = subprocess.run(
+        [*command, *pasta.user.pasta("--config-net", "true")], cwd="/", env=pasta.user.env,
+        capture_output=True, text=True, check=False, timeout=DEADLINE,
+    )  # fmt: skip
+    fails(done, "Failed to open /dev/net/tun: No such file or directory")
+    assert not leftovers("-m\0passt")
+
+
+def test_forbidden_user_namespaces(user_pasta: Runner) -> None:
+    """In a user namespace that may not have any below it."""
+    script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    command = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "sh",
+        "-c",
+        script,
+        "sh",
+        user_pasta.user.python,
+        "-m",
+        "passt",
+        "true",
+    ]
+    done = subprocess.run(
+        user_pasta.user.command(command), cwd="/", env=user_pasta.user.env, capture_output=True, text=True, check=False,
+        timeout=DEADLINE,
+    )  # fmt: skip
+    fails(done, "Couldn't create namespaces: No space left on device (user namespaces are forbidden or used up")
+
+
+def test_help_and_version(pasta: Runner) -> None:
+    done = pasta.run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--map-host-loopback" in done.stdout
+    done = pasta.run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("pasta ")

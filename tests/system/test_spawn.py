@@ -1,0 +1,205 @@
+"""A command in a namespace of its own: what it sees, how it ends, signals and terminals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .support import (
+    DEADLINE,
+    Pty,
+    Runner,
+    User,
+    alive,
+    by_name,
+    descendants,
+    inside,
+    readable,
+    wait_for,
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("true", 0),
+        ("exit 3", 3),
+        ("exit 255", 255),
+        ("no-such-command", 127),
+        ("kill -9 $$", 137),
+        ("kill -15 $$", 143),
+    ],
+)
+def test_exit_status_is_that_of_the_command(pasta: Runner, script: str, status: int) -> None:
+    assert pasta.run("--config-net", "--", "sh", "-c", script).returncode == status
+
+
+def test_command_that_cannot_be_started(pasta: Runner) -> None:
+    done = pasta.run("-q", "--", "/no/such/command")
+    assert done.returncode == 1
+    assert done.stderr == "Failed to start command or shell: /no/such/command: No such file or directory\n" or (
+        pasta.user.is_root and done.stderr.endswith("/no/such/command: No such file or directory\n")
+    )
+
+
+def test_script_without_interpreter_line_goes_to_the_shell(pasta: Runner, tmp_path: Path) -> None:
+    script = Path("/tmp") / f"pasta-test-script-{os.getpid()}"
+    script.write_text('echo "script $1"\n')
+    script.chmod(0o755)
+    try:
+        assert pasta.run("--", str(script), "runs").stdout == "script runs\n"
+    finally:
+        script.unlink()
+
+
+def test_standard_streams_and_environment_are_the_commands(pasta: Runner) -> None:
+    env = {**pasta.user.env, "COLOUR": "green", "PYTHONHASHSEED": "7"}
+    done = pasta.run(
+        "--", "sh", "-c", "cat; echo $COLOUR $PYTHONHASHSEED; echo oops >&2", input="typed\n", stdin=None, env=env
+    )
+    assert done.stdout == "typed\ngreen 7\n"
+    assert done.stderr.endswith("oops\n")
+
+
+def test_login_shell_without_a_command(pasta: Runner) -> None:
+    done = pasta.run("--config-net", input="echo $0; ip -br link show lo; exit 5\n", stdin=None)
+    assert done.stdout.startswith("-/bin/sh\nlo ")
+    assert done.returncode == 5
+
+
+def test_closed_standard_streams(pasta: Runner) -> None:
+    command = pasta.user.pasta("--config-net", "--", "sh", "-c", "exit 4")
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], cwd="/", env=pasta.user.env, check=False
+    )
+    assert done.returncode == 4
+
+
+def test_inherited_descriptors_do_not_reach_the_command(pasta: Runner) -> None:
+    with open("/etc/passwd") as f:
+        done = pasta.run("--", "ls", "/proc/self/fd", pass_fds=[f.fileno()])
+    assert done.stdout.split() == ["0", "1", "2", "3"]  # 3 is ls reading the directory
+
+
+def test_namespace_of_the_command(hosted: Runner) -> None:
+    seen = inside(hosted, "--config-net")
+    assert (seen["uid"], seen["pid"], seen["ping"]) == (0, 2, ["0", "0"])
+    assert seen["host"] == f"pasta-{os.uname().nodename}"
+    assert int(seen["caps"], 16).bit_count() > 30
+    assert by_name(seen["links"], "lo")["operstate"] != "DOWN"
+
+
+# Signals and terminals ---------------------------------------------------------------------------------------------
+
+TRAP = "trap 'echo got it; exit 9' TERM HUP USR1 INT QUIT; echo ready; while :; do sleep 0.05; done"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT])
+def test_signals_are_passed_on(pasta: Runner, number: signal.Signals) -> None:
+    process = pasta.start("-q", "--", "sh", "-c", TRAP, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == b"got it\n"
+    assert process.wait(DEADLINE) == 9
+
+
+def test_command_that_dies_of_a_passed_signal(pasta: Runner) -> None:
+    process = pasta.start("-q", "--", "sh", "-c", "echo ready; exec sleep 1000", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.terminate()
+    assert process.wait(DEADLINE) == 143
+
+
+def test_everything_dies_with_pasta(pasta: Runner) -> None:
+    process = pasta.start("-q", "--", "sh", "-c", "sleep 1000 & echo ready; sleep 1000", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    children = descendants(process.pid)
+    assert len(children) >= 3
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(alive, children)), "the command's processes end")
+
+
+def test_everything_dies_with_the_command(pasta: Runner) -> None:
+    marker = f"{1000 + os.getpid() % 1000}.{os.getpid()}"
+    assert pasta.run("--", "sh", "-c", f"setsid sleep {marker} & exit 0").returncode == 0
+    assert marker.encode() not in b"".join(p.read_bytes() for p in readable("cmdline"))
+
+
+@pytest.fixture
+def shell(anyone: User) -> Iterator[Pty]:
+    """An interactive shell on a terminal, in which $PASTA runs pasta."""
+    env = {**anyone.env, "PS1": "out> ", "TERM": "dumb", "PASTA": " ".join(anyone.pasta("-q", "--config-net"))}
+    if not anyone.is_root:
+        env["PASTA"] = f"{anyone.python} -m passt -q --config-net"
+    pty = Pty(anyone.command(["bash", "--norc", "--noprofile", "--noediting", "-i"]), env)
+    pty.expect("out> ")
+    yield pty
+    pty.close()
+
+
+def test_interrupt_ends_the_command_and_not_pasta_before_it(shell: Pty) -> None:
+    shell.type("$PASTA -- sh -c 'echo up; exec sleep 1000'; echo status=$?.\n")
+    shell.expect(r"\nup\r")
+    shell.type("\x03")
+    shell.expect(r"status=130\.")
+
+
+def test_command_that_handles_the_interrupt(shell: Pty) -> None:
+    script = "trap 'echo caught; exit 6' INT; echo up; while :; do sleep 0.05; done"
+    shell.type(f'$PASTA -- sh -c "{script}"; echo status=$?.\n')
+    shell.expect(r"\nup\r")
+    shell.type("\x03")
+    shell.expect("caught")
+    shell.expect(r"\nstatus=6\.")
+
+
+def test_stop_and_continue(shell: Pty) -> None:
+    shell.type("$PASTA -- sh -c 'echo up; read word; echo \"read $word\"; exit 8'\n")
+    shell.expect(r"\nup\r")
+    shell.type("\x1a")
+    shell.expect("Stopped")
+    shell.expect("out> ")
+    shell.type("fg\n")
+    shell.type("again\n")
+    shell.expect(r"\nread again\r")
+    shell.type("echo status=$?.\n")
+    shell.expect(r"status=8\.")
+
+
+def test_interactive_shell_inside_has_job_control(shell: Pty) -> None:
+    shell.type("PS1='i''n> ' $PASTA -- bash --norc --noprofile --noediting -i\n")
+    shell.expect("in> ")
+    shell.type("sh -c 'echo up; exec sleep 1000'\n")
+    shell.expect(r"\nup\r")
+    shell.type("\x1a")
+    shell.expect("Stopped")
+    shell.type("jobs\n")
+    shell.expect(r"Stopped.*sleep 1000")
+    shell.type("exit 3\n")  # after `jobs`, there is no warning about them
+    shell.expect("out> ")
+    shell.type("echo status=$?.\n")
+    shell.expect(r"\nstatus=3\.")
+
+
+def test_terminal_is_given_back_by_a_shell_inside(anyone: User) -> None:
+    """A script has no job control: if nobody took the terminal back, its next read would fail."""
+    pasta = f"{anyone.python} -m passt -q -- bash --norc --noprofile --noediting -i"
+    script = f'{pasta}; echo status=$?.; read line; echo "read $line"'
+    pty = Pty(anyone.command(["sh", "-c", script]), {**anyone.env, "PS1": "in> ", "TERM": "dumb"})
+    try:
+        pty.expect("in> ")
+        pty.type("exit 2\n")
+        pty.expect(r"status=2\.")
+        pty.type("after\n")
+        pty.expect("read after")
+    finally:
+        pty.close()
