@@ -112,15 +112,21 @@ def test_dhcpcd(bare_guest: Guest, lan: Lan) -> None:
         check_ipv4(bare_guest, lan)
 
 
-def test_router_solicitation(bare_guest: Guest, lan: Lan) -> None:
-    """The kernel's own: an address of the prefix, a default route, the MTU."""
-    guest = bare_guest
+def test_router_solicitation(lan: Lan, anyone: User) -> None:
+    """The kernel's own: an address of the prefix, a default route, the MTU (it takes none above the link's)."""
+    with lan.pasta(anyone, "-q", "-m", "1400") as guest:
+        guest.run("ip", "link", "set", interface(guest), "up")
+        check_ipv6(guest, lan)
+
+
+def check_ipv6(guest: Guest, lan: Lan) -> None:
+    """Address, default route and MTU are the ones advertised, and data flows."""
     prefix = ipaddress.ip_interface(f"{HOST6}/64").network
     wait_for(lambda: [a for a in addresses(guest, "-6") if ipaddress.ip_interface(a).network == prefix], "an address")
     wait_for(lambda: [r for r in guest.show("-6", "route") if r["dst"] == "default"], "a default route")
     wait_for(lambda: "tentative" not in guest.run("ip", "-6", "address").stdout, "the address is not a duplicate")
     conf = f"/proc/sys/net/ipv6/conf/{interface(guest)}/mtu"
-    assert guest.run("cat", conf).stdout == "65520\n"
+    assert guest.run("cat", conf).stdout == "1400\n"
     with lan.host.listen("::1") as listener, guest.connect(GATEWAY6, listener.getsockname()[1]) as client:
         server, _ = listener.accept()
         with server:
