@@ -24,7 +24,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="pasta beside the C original and others")
     parser.add_argument("--quick", action="store_true", help="one round of one second for everything")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="samples of each cell (3)")
-    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="length of a sample (3)")
+    parser.add_argument("--seconds", type=int, default=3, metavar="S", help="length of a sample (3)")
     parser.add_argument("--only", metavar="PATTERN", help="rows by name, e.g. 'tcp-out-*,udp-*'")
     parser.add_argument("--contenders", metavar="LIST", help="those only, by name, separated by commas")
     parser.add_argument("--placement", choices=placements(), help="where processes run, instead of as each row says")
@@ -34,9 +34,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args(argv)
     if args.quick:
-        args.rounds, args.seconds = 1, 1.0
-    if args.rounds < 1 or not 0.2 <= args.seconds <= 60:
-        parser.error("at least one round, of 0.2 to 60 seconds")
+        args.rounds, args.seconds = 1, 1
+    if args.rounds < 1 or not 1 <= args.seconds <= 60:
+        parser.error("at least one round, of 1 to 60 seconds")
     return args
 
 

@@ -1,6 +1,7 @@
-"""`python -m bench.plot RESULTS.json FIGURE`: the README's figure, one panel for each kind of row.
+"""`python -m bench.plot RESULTS.json FIGURE [README]`: the README's figure, and its table between two markers.
 
-Bars are medians, whiskers the smallest and the largest sample. Contenders keep their order and colour in all panels.
+The figure has one panel for each kind of row. Bars are medians, whiskers the smallest and the largest sample.
+Contenders keep their order and colour in all panels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from .contenders import CONTENDERS
-from .report import Line, Report, read
+from .report import Line, Report, fill, read
 
 # Title, rows by name, divisor, label of the axis.
 PANELS = (
@@ -93,10 +94,13 @@ def plot(report: Report, path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 2 for wrong arguments."""
-    if len(argv) != 2:
-        print("usage: python -m bench.plot RESULTS.json FIGURE", file=sys.stderr)
+    if len(argv) not in (2, 3):
+        print("usage: python -m bench.plot RESULTS.json FIGURE [README]", file=sys.stderr)
         return 2
-    plot(read(Path(argv[0])), Path(argv[1]))
+    report = read(Path(argv[0]))
+    plot(report, Path(argv[1]))
+    if len(argv) == 3:
+        fill(Path(argv[2]), report)
     return 0
 
 

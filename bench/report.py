@@ -139,13 +139,18 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def _processor(line: Line, names: tuple[str, ...]) -> float | None:
+    """Processor time of the one among `names` that has the best value."""
+    best = line.best(names)
+    return next((line.cells[n].processor() for n in names if n in line.cells and line.cells[n].value() == best), None)
+
+
 def _columns(report: Report, line: Line) -> list[str]:
     texts = []
     for name in report.contenders():
         cell = line.cells.get(name, Cell())
         texts.append("failed" if cell.error and not cell.values else number(cell.value()))
-    c_best = min(C_NAMES, key=lambda n: line.cells[n].processor() or 1e9 if n in line.cells else 1e9)
-    used = [line.cells[n].processor() if n in line.cells else None for n in ("ours", c_best)]
+    used = [_processor(line, OUR_NAMES[:1]), _processor(line, C_NAMES)]
     work = " / ".join("-" if u is None else f"{u:.2f}" for u in used) + f" {line.work}" if any(used) else ""
     return [*texts, _ratio(line.ratio(C_NAMES)), _ratio(line.ratio(("loopback",))), line.target, work]
 
@@ -174,3 +179,17 @@ def markdown(report: Report) -> str:
     rows = [[f"{line.title}, {line.unit}", *_columns(report, line)] for line in report.lines]
     rule = ["---", *["--:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
+
+
+MARKERS = ("<!-- figures: made by `make bench-plot` -->\n", "<!-- end of figures -->\n")
+
+
+def fill(page: Path, report: Report) -> None:
+    """Replace what stands between the markers of `page` by the table and what it was made with."""
+    text = page.read_text()
+    before, found, rest = text.partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not found or not end:
+        raise ValueError(f"{page} has no place for figures")
+    made = ", ".join(f"{key} {value}" for key, value in report.made.items())
+    page.write_text(f"{before}{found}\n{markdown(report)}\nMade with: {made}.\n\n{end}{after}")

@@ -1,0 +1,48 @@
+# Thin: each target is one command that also works by itself.
+
+SHELL = /bin/bash
+PYTHON = .venv/bin/python
+RESULTS = bench/results/latest.json
+
+.DEFAULT_GOAL = help
+.PHONY: help setup install-system-packages run check test bench bench-quick bench-plot demo clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Virtual environment .venv with the package and the tests' packages; Debian packages when root
+	scripts/setup test
+
+install-system-packages: ## Only the Debian packages of the tests: installs them for root, names them to others
+	SYSTEM_ONLY=1 scripts/setup test
+
+run: ## A login shell in a new namespace with network
+	scripts/run
+
+check: setup ## ruff, mypy and the unit tests
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/mypy --strict bench tests/system/traffic
+	$(PYTHON) -m pytest -q tests/unit tests/test_layers.py
+
+test: ## Everything that CI runs
+	scripts/test
+
+bench: ## The benchmark, beside the C original, slirp4netns and loopback (about 20 minutes)
+	scripts/setup bench
+	$(PYTHON) -m bench --json $(RESULTS)
+
+bench-quick: ## The same with one short sample of each
+	scripts/setup bench
+	$(PYTHON) -m bench --quick
+
+bench-plot: ## docs/bench.png and the table of README.md from the last benchmark
+	scripts/setup bench
+	$(PYTHON) -m bench.plot $(RESULTS) docs/bench.png README.md
+
+demo: ## The whole thing on one screen
+	scripts/setup demo
+	$(PYTHON) -m bench.demo
+
+clean: ## Remove what was installed or built here
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
