@@ -245,8 +245,8 @@ class Lan:
 
 
 @contextlib.contextmanager
-def new_lan(root: User, v4: bool = True, v6: bool = True) -> Iterator[Lan]:
-    """A host with the families asked for, and a peer behind its default gateway's wire."""
+def new_lan(root: User, v4: bool = True, v6: bool = True, pings: bool = True) -> Iterator[Lan]:
+    """A host with the families asked for, which may allow ping sockets, and a peer on the wire of its gateway."""
     unshare = ["unshare", "--net", "--mount"]
     if os.geteuid() != 0:
         unshare += ["--user", "--map-root-user"]
@@ -268,8 +268,9 @@ def new_lan(root: User, v4: bool = True, v6: bool = True) -> Iterator[Lan]:
         if v6:
             host.run("ip", "route", "add", "default", "via", GATEWAY6)
             wait_for(lambda: "tentative" not in host.run("ip", "-6", "address").stdout, "link-local address")
-        highest = "0" if os.geteuid() else "2147483647"
-        host.write("/proc/sys/net/ipv4/ping_group_range", f"0 {highest}")
+        if pings:  # a new namespace has none
+            highest = "0" if os.geteuid() else "2147483647"
+            host.write("/proc/sys/net/ipv4/ping_group_range", f"0 {highest}")
         yield Lan(host, peer)
     finally:
         peer.close()

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from ..support import User
-from .support import GATEWAY, GATEWAY6, PEER, PEER6, Guest, Lan
+from .support import GATEWAY, GATEWAY6, PEER, PEER6, Guest, new_lan, root_user
 
 
 @pytest.mark.parametrize("address", [GATEWAY, PEER, GATEWAY6, PEER6])
@@ -27,16 +27,11 @@ def test_pings_at_once_keep_apart(guest: Guest) -> None:
     assert "DUP" not in done.stdout
 
 
-def test_host_that_forbids_ping_sockets(lan: Lan, ordinary_user: User) -> None:
+def test_host_that_forbids_ping_sockets(ordinary_user: User) -> None:
     """One warning names the sysctl; everything else goes on."""
-    before = lan.host.run("cat", "/proc/sys/net/ipv4/ping_group_range").stdout
-    lan.host.write("/proc/sys/net/ipv4/ping_group_range", "1 0")
-    try:
-        with lan.pasta(ordinary_user, "--debug", "--config-net") as guest:
-            done = guest.run("ping", "-n", "-c", "2", "-i", "0.02", "-W", "1", PEER, check=False)
-            assert "0 received" in done.stdout
-            with lan.peer.listen(PEER) as listener, guest.connect(PEER, listener.getsockname()[1]):
-                pass
-            assert guest.said().count("net.ipv4.ping_group_range") == 1
-    finally:
-        lan.host.write("/proc/sys/net/ipv4/ping_group_range", " ".join(before.split()))
+    with new_lan(root_user(), pings=False) as lan, lan.pasta(ordinary_user, "--debug", "--config-net") as guest:
+        done = guest.run("ping", "-n", "-c", "2", "-i", "0.02", "-W", "1", PEER, check=False)
+        assert "0 received" in done.stdout
+        with lan.peer.listen(PEER) as listener, guest.connect(PEER, listener.getsockname()[1]):
+            pass
+        assert guest.said().count("net.ipv4.ping_group_range") == 1
