@@ -59,7 +59,7 @@ def _fill_stdio() -> None:
 def _fail(text: str) -> int:
     """One line on standard error, even where messages go elsewhere by now."""
     log.start_stderr()
-    log.err(text)
+    log.err(" ".join(text.splitlines()))
     return 1
 
 

@@ -5,6 +5,7 @@ A number is a whole number in decimal, 0x.. or 0.. (octal), and nothing else: no
 
 from __future__ import annotations
 
+import os
 import re
 
 from . import addr
@@ -55,7 +56,7 @@ def guest_mac(text: str) -> bytes:
 
 def interface(text: str) -> str:
     """An interface name as the kernel allows it."""
-    if not text or len(text.encode()) > IFNAME_MAX or text in (".", "..") or re.search(r"[/:\s%]", text):
+    if not text or len(os.fsencode(text)) > IFNAME_MAX or text in (".", "..") or re.search(r"[/:\s%]", text):
         raise Fatal(f"Invalid interface name: {text} (1 to {IFNAME_MAX} characters, no blanks, '/', ':' or '%')")
     return text
 
@@ -89,7 +90,7 @@ def _checked(text: str, refuse: str, message: str) -> bytes:
     try:
         value = addr.packed(text)
     except ValueError:
-        raise Fatal(f"{message}: {text} (not an IPv4 or IPv6 address)") from None
+        raise Fatal(f"{message} {text} (not an IPv4 or IPv6 address)") from None
     kinds = {
         "unspecified": addr.is_unspecified(value),
         "loopback": addr.is_loopback(value),
@@ -100,14 +101,14 @@ def _checked(text: str, refuse: str, message: str) -> bytes:
     }
     for kind in refuse.split():
         if kinds[kind]:
-            raise Fatal(f"{message}: {text} (is {kind})")
+            raise Fatal(f"{message} {text} (is {kind})")
     return value
 
 
 def address(text: str) -> tuple[bytes, int]:
     """ADDR or ADDR/PREFIX; the prefix length is 0 when not given."""
     plain, slash, prefix = text.partition("/")
-    value = _checked(plain, "unspecified loopback multicast broadcast IPv4-mapped IPv4-compatible", "Invalid address")
+    value = _checked(plain, "unspecified loopback multicast broadcast IPv4-mapped IPv4-compatible", "Invalid address:")
     if not slash:
         return value, 0
     bits = len(value) * 8
@@ -117,11 +118,11 @@ def address(text: str) -> tuple[bytes, int]:
 
 
 def gateway(text: str) -> bytes:
-    return _checked(text, "unspecified loopback multicast broadcast", "Invalid gateway address")
+    return _checked(text, "unspecified loopback multicast broadcast", "Invalid gateway address:")
 
 
 def outbound(text: str) -> bytes:
-    return _checked(text, "unspecified multicast broadcast", "Invalid outbound address")
+    return _checked(text, "unspecified multicast broadcast", "Invalid outbound address:")
 
 
 def dns(text: str) -> bytes:
@@ -129,21 +130,21 @@ def dns(text: str) -> bytes:
 
 
 def dns_forward(text: str) -> bytes:
-    return _checked(text, "unspecified loopback multicast broadcast", "Invalid DNS forwarding address")
+    return _checked(text, "unspecified loopback multicast broadcast", "Invalid DNS forwarding address:")
 
 
 def dns_host(text: str) -> bytes:
-    return _checked(text, "unspecified multicast broadcast", "Invalid host nameserver address")
+    return _checked(text, "unspecified multicast broadcast", "Invalid host nameserver address:")
 
 
 def mapped(text: str) -> bytes:
-    return _checked(text, "unspecified loopback multicast broadcast", "Invalid address to remap to host")
+    return _checked(text, "unspecified loopback multicast broadcast", "Invalid address to remap to host:")
 
 
 def domain(text: str) -> str:
     """A domain for the search list; a final dot is allowed."""
     labels = text.removesuffix(".").split(".")
-    valid = len(text) <= NAME_MAX and all(0 < len(label.encode()) <= LABEL_MAX for label in labels)
+    valid = len(text) <= NAME_MAX and all(0 < len(os.fsencode(label)) <= LABEL_MAX for label in labels)
     if not valid or re.search(r"\s", text):
         raise Fatal(f"Cannot use DNS search domain {text} (one name, labels of 1 to {LABEL_MAX} characters)")
     return text

@@ -1,0 +1,59 @@
+"""Facts from /proc."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from passt.linux import proc
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("         0          0 4294967295\n", True),
+        ("         0       1000          1\n", False),
+        ("         0          0          1\n", False),
+        ("         0     100000      65536\n     65536 1000 1\n", False),
+        ("", False),
+    ],
+)
+def test_user_namespace_of_the_machine(tmp_path: Path, text: str, expected: bool) -> None:
+    path = tmp_path / "uid_map"
+    path.write_text(text)
+    assert proc.in_init_userns(str(path)) == expected
+
+
+def test_kernel_without_user_namespaces(tmp_path: Path) -> None:
+    assert proc.in_init_userns(str(tmp_path / "missing"))
+
+
+def test_existence() -> None:
+    assert proc.exists(os.getpid())
+    assert not proc.exists(2**31 - 1)
+
+
+def test_inherited_descriptors() -> None:
+    before = proc.inherited_fds()
+    with open("/dev/null") as f:
+        assert proc.inherited_fds() == sorted([*before, f.fileno()])
+    assert proc.inherited_fds() == before
+    assert not {0, 1, 2} & set(before)
+
+
+@pytest.mark.parametrize(
+    ("path", "pid"),
+    [
+        ("/proc/12/ns/net", 12),
+        ("/proc/12/root/run/netns/a", 12),
+        ("/proc/self/ns/net", None),
+        ("/proc/12", None),
+        ("/proc", None),
+        ("/run/netns/12/x", None),
+        ("proc/12/ns/net", None),
+    ],
+)
+def test_pid_of_path(path: str, pid: int | None) -> None:
+    assert proc.pid_of_path(path) == pid

@@ -1,0 +1,120 @@
+"""The tap device: what is asked of the kernel, each offload it may refuse, each way to fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from passt.linux import tun
+from passt.linux.tun import TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, Tap, open_tap
+
+ALL, TSO, CSUM = 0x67, 0x07, 0x01
+
+
+class Kernel:
+    """Answers ioctls; takes offloads that are within `knows`."""
+
+    def __init__(self, knows: int = ALL, **errors: int) -> None:
+        self.knows = knows
+        self.errors = errors
+        self.calls: list[tuple[int, Any]] = []
+
+    def ioctl(self, fd: int, request: int, argument: Any) -> int:
+        self.calls.append((request, argument))
+        names = {TUNSETIFF: "ifreq", TUNSETVNETHDRSZ: "size", TUNSETOFFLOAD: "offload"}
+        if (number := self.errors.get(names[request])) is not None:
+            raise OSError(number, os.strerror(number))
+        if request == TUNSETOFFLOAD and argument & ~self.knows:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return 0
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file in place of /dev/net/tun."""
+    path = tmp_path / "tun"
+    path.touch()
+    monkeypatch.setattr(tun, "TUN_DEVICE", str(path))
+    return path
+
+
+def opened(monkeypatch: pytest.MonkeyPatch, kernel: Kernel, name: str = "tap0") -> Tap:
+    monkeypatch.setattr(tun.fcntl, "ioctl", kernel.ioctl)
+    tap = open_tap(name)
+    assert not os.get_blocking(tap.fd)
+    assert not os.get_inheritable(tap.fd)
+    os.close(tap.fd)
+    return tap
+
+
+@pytest.mark.usefixtures("device")
+def test_everything_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel()
+    tap = opened(monkeypatch, kernel, "fifteen-letters")
+    assert (tap.ifname, tap.csum, tap.tso, tap.uso) == ("fifteen-letters", True, True, True)
+    assert kernel.calls == [
+        (TUNSETIFF, b"fifteen-letters\0" + struct.pack("=H", 0x5002) + bytes(22)),  # TAP, NO_PI, VNET_HDR
+        (TUNSETVNETHDRSZ, struct.pack("=i", 10)),
+        (TUNSETOFFLOAD, ALL),
+    ]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("knows", "csum", "tso", "uso", "tries"),
+    [(TSO, True, True, False, 2), (CSUM, True, False, False, 3), (0, False, False, False, 4)],
+)
+def test_older_kernels_know_less(
+    monkeypatch: pytest.MonkeyPatch, knows: int, csum: bool, tso: bool, uso: bool, tries: int
+) -> None:
+    kernel = Kernel(knows)
+    tap = opened(monkeypatch, kernel)
+    assert (tap.csum, tap.tso, tap.uso) == (csum, tso, uso)
+    assert [a for request, a in kernel.calls if request == TUNSETOFFLOAD] == [ALL, TSO, CSUM, 0][:tries]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("errors", "text"),
+    [
+        ({"ifreq": errno.EBUSY}, "Failed to create tap device tap0: Device or resource busy: the name is taken"),
+        ({"ifreq": errno.EPERM}, "Failed to create tap device tap0: Operation not permitted"),
+        ({"size": errno.EINVAL}, "Failed to create tap device tap0: Invalid argument"),
+        ({"offload": errno.EPERM}, "Failed to create tap device tap0: Operation not permitted"),
+        ({"offload": errno.EINVAL}, "not even an empty set of offloads is accepted"),
+    ],
+)
+def test_failures_name_the_step_and_close_the_device(
+    monkeypatch: pytest.MonkeyPatch, errors: dict[str, int], text: str
+) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="Failed") as e:
+        opened(monkeypatch, Kernel(**errors))
+    assert text in e.value.strerror
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_no_device(device: Path) -> None:
+    device.unlink()
+    with pytest.raises(OSError, match="Failed to open") as e:
+        open_tap("tap0")
+    assert e.value.strerror == f"Failed to open {device}: No such file or directory {tun._hint(errno.ENOENT).strip()}"
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOENT, "load the tun module"),
+        (errno.ENODEV, "load the tun module"),
+        (errno.EACCES, "chmod 0666"),
+        (errno.EMFILE, ""),
+    ],
+)
+def test_hints(number: int, hint: str) -> None:
+    assert hint in tun._hint(number)
+    assert bool(hint) == bool(tun._hint(number))

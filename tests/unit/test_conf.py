@@ -1,0 +1,215 @@
+"""The command line: what each option means, and what is said about those that mean nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from passt import addr, conf, log
+from passt.conf_table import TABLE, Done, Options, Pair, usage
+from passt.log import Fatal
+
+A4, B4, A6, B6 = map(addr.packed, ("192.0.2.7", "192.0.2.8", "2001:db8::7", "2001:db8::8"))
+
+NO_DNS = {"dns_forward": Pair(), "dns_host": Pair()}
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    ("", {}),
+    ("-d", {"level": log.DEBUG}),
+    ("--trace", {"level": log.TRACE}),
+    ("-d -q", {"level": log.WARNING}),
+    ("-q --debug", {"level": log.DEBUG}),
+    ("-f", {"foreground": True}),
+    ("-fq4", {"foreground": True, "level": log.WARNING, "use": Pair(True, False)}),
+    ("-4 -6", {"use": Pair(False, True)}),
+    ("-6 -4", {"use": Pair(True, False)}),
+    ("-e --stderr", {}),
+    ("-l /tmp/log", {"log_file": "/tmp/log"}),
+    ("--runas 5:6", {"runas": "5:6"}),
+    ("-p f -P g", {"pcap": "f", "pid_file": "g"}),
+    ("-m 1500", {"mtu": 1500}),
+    ("-m1500", {"mtu": 1500}),
+    ("--mtu=1500", {"mtu": 1500}),
+    ("--mtu 1280 --mtu 1500", {"mtu": 1500}),
+    ("-m 0", {"mtu": 0}),
+    ("-m 0x5dc", {"mtu": 1500}),
+    ("-m 02734", {"mtu": 1500}),
+    ("-m 68", {"mtu": 68}),
+    ("-m 65535", {"mtu": 65535}),
+    ("-a 192.0.2.7", {"address": Pair(A4, None), "prefix_len": Pair(0, 0)}),
+    ("-a 192.0.2.7/31", {"address": Pair(A4, None), "prefix_len": Pair(31, 0)}),
+    ("-a 192.0.2.7 -a 2001:db8::7/80", {"address": Pair(A4, A6), "prefix_len": Pair(0, 80)}),
+    ("-a 192.0.2.7/24 -a 192.0.2.8", {"address": Pair(B4, None), "prefix_len": Pair(0, 0)}),
+    ("-n 24", {"netmask": 24}),
+    ("-n 255.255.240.0", {"netmask": 20}),
+    ("-n 0", {"netmask": 0}),
+    ("-M 00:11:22:33:44:aa", {"our_mac": bytes.fromhex("0011223344aa")}),
+    ("-g 192.0.2.7 -g 2001:db8::7", {"gateway": Pair(A4, A6)}),
+    ("-i eth0 -I tap7", {"interface": "eth0", "ns_ifname": "tap7"}),
+    ("-o 127.0.0.1", {"outbound": Pair(addr.LOOPBACK4, None)}),
+    ("--outbound-if4 a --outbound-if6 b", {"outbound_if": Pair("a", "b")}),
+    ("-D 192.0.2.7 -D 2001:db8::7", {"dns": (A4, A6), "dns_none": False}),
+    ("-D 192.0.2.7 --dns-forward 192.0.2.8 -D none", NO_DNS | {"dns": (), "dns_none": True}),
+    ("-D none -D 192.0.2.7", NO_DNS | {"dns": (A4,), "dns_none": False}),
+    ("--dns-forward 192.0.2.7 --dns-host ::1", {"dns_forward": Pair(A4, None), "dns_host": Pair(None, addr.LOOPBACK6)}),
+    ("-S a.example -S b.example.", {"search": ("a.example", "b.example."), "search_none": False}),
+    ("-S a.example -S none", {"search": (), "search_none": True}),
+    ("-S none.", {"search": ("none.",), "search_none": False}),
+    ("--dhcp-dns --dhcp-search", {"dhcp_dns": True, "dhcp_search": True}),
+    ("--no-tcp --no-udp --no-icmp", {"no_tcp": True, "no_udp": True, "no_icmp": True}),
+    ("--no-dhcp --no-ndp", {"no_dhcp": True, "no_ndp": True}),
+    ("--no-dhcpv6 --no-ra", {"no_dhcpv6": True, "no_ra": True}),
+    ("--no-map-gw", {"map_gw": False}),
+    ("--map-host-loopback 192.0.2.7", {"map_host_loopback": Pair(A4, None)}),
+    ("--map-host-loopback none", {"map_host_loopback": Pair(False, False)}),
+    ("--map-host-loopback none --map-host-loopback ::2", {"map_host_loopback": Pair(False, addr.packed("::2"))}),
+    ("--map-guest-addr 192.0.2.7 --map-guest-addr 192.0.2.8", {"map_guest_addr": Pair(B4, None)}),
+    ("--map-guest-addr none", {"map_guest_addr": Pair(False, False)}),
+    ("-t none -u none -T none -U none", {}),
+    ("--config-net", {"config_net": True, "no_ra": True}),
+    ("--config-net --no-copy-routes", {"config_net": True, "no_ra": True, "copy_routes": False}),
+    ("--config-net --no-copy-addrs", {"config_net": True, "no_ra": True, "copy_addrs": False}),
+    ("--ns-mac-addr 02:11:22:33:44:aa", {"ns_mac": bytes.fromhex("0211223344aa")}),
+    ("--no-netns-quit", {"netns_quit": False}),
+    ("--userns /a --netns /b", {"userns": "/a", "netns": "/b"}),
+    ("--netns name", {"netns": "name", "netns_only": True}),
+    ("--netns-only --userns /a", {"userns": "/a", "netns_only": False}),
+    ("--userns /a --netns-only", {"userns": None, "netns_only": True}),
+    ("1234", {"pid": 1234}),
+    ("-- 1234", {"pid": 1234}),
+    ("2147483647", {"pid": 2**31 - 1}),
+    ("ls -l", {"command": ("ls", "-l")}),
+    ("-f -- ls --no-such-option", {"foreground": True, "command": ("ls", "--no-such-option")}),
+    ("1234 5", {"command": ("1234", "5")}),
+    ("--", {}),
+    ("-", {"command": ("-",)}),
+    ("--fore", {"foreground": True}),  # abbreviated
+    ("--no-map", {"map_gw": False}),
+    ("--netns-o", {"netns_only": True}),
+    ("--pid f", {"pid_file": "f"}),  # exact although --... others could begin so
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "fields"), GOOD)
+def test_options(line: str, fields: dict[str, Any]) -> None:
+    expected = {"command": (), **fields} if not {"pid", "netns"} & fields.keys() else fields
+    assert conf.parse(line.split()) == Options(**expected)
+
+
+BAD = [
+    ("--nonsense", "pasta: unrecognized option '--nonsense'"),
+    ("--map-guest-address 1.2.3.4", "pasta: unrecognized option '--map-guest-address'"),
+    ("-x", "pasta: invalid option -- 'x'"),
+    ("-fx", "pasta: invalid option -- 'x'"),
+    ("--mtu", "pasta: option '--mtu' requires an argument"),
+    ("-m", "pasta: option requires an argument -- 'm'"),
+    ("-fm", "pasta: option requires an argument -- 'm'"),
+    ("--quiet=1", "pasta: option '--quiet' doesn't allow an argument"),
+    ("--dhcp", "pasta: option '--dhcp' is ambiguous; possibilities: '--dhcp-dns' '--dhcp-search'"),
+    ("-m 67", "Invalid MTU: 67 (give 68 to 65535, or 0 to assign none)"),
+    ("-m 65536", "Invalid MTU: 65536 (give 68 to 65535, or 0 to assign none)"),
+    ("-m 1500x", "Invalid MTU: 1500x (give 68 to 65535, or 0 to assign none)"),
+    ("-m -1", "Invalid MTU: -1 (give 68 to 65535, or 0 to assign none)"),
+    ("-m 08", "Invalid MTU: 08 (give 68 to 65535, or 0 to assign none)"),
+    ("-a 192.0.2", "Invalid address: 192.0.2 (not an IPv4 or IPv6 address)"),
+    ("-a 0.0.0.0", "Invalid address: 0.0.0.0 (is unspecified)"),
+    ("-a 127.0.0.2", "Invalid address: 127.0.0.2 (is loopback)"),
+    ("-a 224.0.0.1", "Invalid address: 224.0.0.1 (is multicast)"),
+    ("-a 255.255.255.255", "Invalid address: 255.255.255.255 (is broadcast)"),
+    ("-a ::1", "Invalid address: ::1 (is loopback)"),
+    ("-a ::ffff:1.2.3.4", "Invalid address: ::ffff:1.2.3.4 (is IPv4-mapped)"),
+    ("-a ::1.2.3.4", "Invalid address: ::1.2.3.4 (is IPv4-compatible)"),
+    ("-a ff02::1", "Invalid address: ff02::1 (is multicast)"),
+    ("-a 192.0.2.7/33", "Invalid address: 192.0.2.7/33 (the prefix length is 1 to 32)"),
+    ("-a 192.0.2.7/", "Invalid address: 192.0.2.7/ (the prefix length is 1 to 32)"),
+    ("-a 2001:db8::7/129", "Invalid address: 2001:db8::7/129 (the prefix length is 1 to 128)"),
+    ("-n 33", "Invalid netmask: 33 (give 1 to 32 bits or a contiguous dotted mask)"),
+    ("-n 255.0.255.0", "Invalid netmask: 255.0.255.0 (give 1 to 32 bits or a contiguous dotted mask)"),
+    ("-n ffff::", "Invalid netmask: ffff:: (give 1 to 32 bits or a contiguous dotted mask)"),
+    ("-M 00:11:22:33", "Invalid MAC address: 00:11:22:33 (give six pairs of hexadecimal digits with colons between)"),
+    ("-M 01:11:22:33:44:55", "Invalid MAC address: 01:11:22:33:44:55 (an interface needs a unicast address)"),
+    ("-M 00:00:00:00:00:00", "Invalid MAC address: 00:00:00:00:00:00 (an interface needs a unicast address)"),
+    ("-g ::", "Invalid gateway address: :: (is unspecified)"),
+    ("-i sixteen-letters-",
+     "Invalid interface name: sixteen-letters- (1 to 15 characters, no blanks, '/', ':' or '%')"),
+    ("-I a/b", "Invalid interface name: a/b (1 to 15 characters, no blanks, '/', ':' or '%')"),
+    ("-o 224.0.0.1", "Invalid outbound address: 224.0.0.1 (is multicast)"),
+    ("-D nonsense", "Cannot use DNS address nonsense (not an IPv4 or IPv6 address)"),
+    ("-D 1.1.1.1 -D 1.1.1.2 -D 1.1.1.3 -D 1.1.1.4", "Cannot use DNS address 1.1.1.4 (at most 3 per family)"),
+    ("-S a -S b -S c -S d -S e -S f -S g", "Cannot use DNS search domain g (at most 6)"),
+    ("-S a..b", "Cannot use DNS search domain a..b (one name, labels of 1 to 63 characters)"),
+    ("--dns-forward 127.0.0.53", "Invalid DNS forwarding address: 127.0.0.53 (is loopback)"),
+    ("--dns-host 0.0.0.0", "Invalid host nameserver address: 0.0.0.0 (is unspecified)"),
+    ("--map-host-loopback 127.0.0.1", "Invalid address to remap to host: 127.0.0.1 (is loopback)"),
+    ("-t 22", "-t 22: inbound port forwarding is not part of this version (give 'none')"),
+    ("-U auto", "-U auto: inbound port forwarding is not part of this version (give 'none')"),
+    ("--no-copy-routes", "--no-copy-routes needs --config-net"),
+    ("--no-copy-addrs 7", "--no-copy-addrs needs --config-net"),
+    ("--netns a 7", "Both --netns and PID or command given: leave one of them out"),
+    ("--netns a -- true", "Both --netns and PID or command given: leave one of them out"),
+    ("0", "Invalid PID 0 (1 to 2147483647)"),
+    ("2147483648", "Invalid PID 2147483648 (1 to 2147483647)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_errors(line: str, message: str) -> None:
+    with pytest.raises(Fatal) as e:
+        conf.parse(line.split())
+    assert str(e.value) == message
+
+
+def test_empty_arguments() -> None:
+    for words in (["-P", ""], ["--netns", ""], ["-l", "a\0b"]):
+        with pytest.raises(Fatal, match="empty file name"):
+            conf.parse(words)
+    with pytest.raises(Fatal, match="Invalid interface name"):
+        conf.parse(["-i", ""])
+
+
+def test_version_and_help_stop_at_once() -> None:
+    with pytest.raises(Done, match=r"^pasta \d"):
+        conf.parse(["--version", "--nonsense"])
+    with pytest.raises(Done, match=r"^Usage: pasta"):
+        conf.parse(["-h", "-m", "7"])
+    with pytest.raises(Fatal, match="unrecognized"):
+        conf.parse(["--nonsense", "--version"])
+
+
+def test_help_names_every_option_once_between_blanks() -> None:
+    words = usage().replace(",", " ").split()
+    for option in TABLE:
+        assert words.count(f"--{option.name}") >= 1
+        if option.short:
+            assert f"-{option.short}" in words
+    assert all(len(line) < 100 for line in usage().splitlines())
+
+
+def test_names_are_unique() -> None:
+    assert len({option.name for option in TABLE}) == len(TABLE)
+    shorts = [option.short for option in TABLE if option.short]
+    assert len(set(shorts)) == len(shorts)
+
+
+def test_deprecated_options_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "warn", said.append)
+    conf.parse(["--config-net", "--no-copy-addrs"])
+    assert said == ["--no-copy-addrs will be dropped soon"]
+
+
+WORDS = st.one_of(
+    st.sampled_from([f"--{option.name}" for option in TABLE]),
+    st.sampled_from([f"-{option.short}" for option in TABLE if option.short]),
+    st.sampled_from(["none", "1", "192.0.2.1", "fe80::1/64", "eth0", "--", "a=b", "00:11:22:33:44:55", "65536"]),
+    st.text(st.characters(), max_size=12),  # with the surrogates that stand for bytes that are not UTF-8
+)
+
+
+@given(st.lists(WORDS, max_size=8))
+def test_any_command_line_gives_options_or_one_line(words: list[str]) -> None:
+    with contextlib.suppress(Fatal, Done):
+        assert isinstance(conf.parse(words), Options)

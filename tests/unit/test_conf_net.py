@@ -1,0 +1,377 @@
+"""From options and the host's tables to what the guest gets: hosts of every kind, as values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from passt import addr, conf, log
+from passt.conf_net import Decision, Resolvers, decide, describe, parse_resolv_conf, queue_length
+from passt.linux.routes import RT_SCOPE_LINK, Address, Hop, Host, Link, Route
+from passt.log import Fatal
+
+
+def ip(text: str) -> bytes:
+    return addr.packed(text)
+
+
+LO = Link(1, "lo", bytes(6), 65536, loopback=True)
+ETH0 = Link(2, "eth0", bytes.fromhex("020000000002"), 1500)
+ETH1 = Link(3, "eth1", bytes.fromhex("020000000003"), 1500)
+ANY4, ANY6 = bytes(4), bytes(16)
+
+HOST = Host(
+    links=(LO, ETH0, ETH1),
+    addresses=(
+        Address(1, ip("127.0.0.1"), 8, 254),
+        Address(2, ip("192.0.2.2"), 24),
+        Address(2, ip("192.0.2.3"), 24),
+        Address(2, ip("2001:db8::2"), 64),
+        Address(2, ip("fe80::2"), 64, RT_SCOPE_LINK),
+        Address(3, ip("198.51.100.2"), 25),
+    ),
+    routes4=(
+        Route(ANY4, 0, (Hop(2, ip("192.0.2.1")),)),
+        Route(ip("192.0.2.0"), 24, (Hop(2),), scope=RT_SCOPE_LINK),
+        Route(ip("198.51.100.0"), 25, (Hop(3),), scope=RT_SCOPE_LINK),
+    ),
+    routes6=(Route(ANY6, 0, (Hop(2, ip("2001:db8::1")),), metric=1024), Route(ip("2001:db8::"), 64, (Hop(2),))),
+)
+RESOLVERS = Resolvers((ip("192.0.2.53"), ip("2001:db8::53")), ("example.org",))
+
+
+def given_host(
+    line: str = "", host: Host = HOST, resolvers: Resolvers = RESOLVERS, *, have_v6: bool = True
+) -> Decision:
+    return decide(conf.parse([*line.split(), "true"]), host, resolvers, have_v6=have_v6)
+
+
+def remarks(decision: Decision) -> list[str]:
+    return [text for _, text in decision.remarks.lines]
+
+
+# What is chosen ----------------------------------------------------------------------------------------------------
+
+
+def test_a_usual_host() -> None:
+    d = given_host("--config-net")
+    ip4, ip6 = d.config.ip4, d.config.ip6
+    assert ip4
+    assert ip6
+    assert (ip4.addr, ip4.prefix_len, ip4.gateway, ip4.our_addr) == (
+        ip("192.0.2.2"),
+        24,
+        ip("192.0.2.1"),
+        ip("192.0.2.1"),
+    )
+    assert (ip6.addr, ip6.prefix_len, ip6.gateway, ip6.our_ll) == (
+        ip("2001:db8::2"),
+        64,
+        ip("2001:db8::1"),
+        ip("fe80::2"),
+    )
+    assert (ip4.map_host_loopback, ip6.map_host_loopback) == (ip("192.0.2.1"), ip("2001:db8::1"))
+    assert (ip4.dns, ip6.dns) == ((ip("192.0.2.53"),), (ip("2001:db8::53"),))
+    assert (ip4.dns_match, ip4.dns_host) == (None, ip("192.0.2.53"))
+    assert (d.config.dns_search, d.config.scope_id, d.config.mtu) == (("example.org",), 2, 65520)
+    assert (d.plan.ifname, d.plan.mtu, d.plan.configure) == ("eth0", 65520, True)
+    assert [a.addr for a in d.plan.addresses] == [ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::2")]
+    assert [r.prefix_len for r in d.plan.routes] == [24, 0, 64, 0]
+    assert remarks(d) == []
+
+
+def test_options_take_the_place_of_what_was_found() -> None:
+    d = given_host("-a 10.0.0.5/20 -g 10.0.0.1 -a fd00::5 -g fe80::9 -I x0 -m 1400 --ns-mac-addr 02:00:00:00:00:09")
+    assert d.config.ip4 == replace(
+        d.config.ip4, addr=ip("10.0.0.5"), prefix_len=20, gateway=ip("10.0.0.1"), our_addr=ip("10.0.0.1")
+    )
+    assert d.config.ip6 == replace(
+        d.config.ip6, addr=ip("fd00::5"), prefix_len=64, gateway=ip("fe80::9"), our_ll=ip("fe80::9")
+    )
+    assert (d.plan.ifname, d.plan.mtu, d.plan.mac) == ("x0", 1400, bytes.fromhex("020000000009"))
+    assert d.plan.addresses == (Address(0, ip("10.0.0.5"), 20), Address(0, ip("fd00::5"), 64))
+    assert [str(r) for r in d.plan.routes] == ["default via 10.0.0.1", "default via fe80::9"]
+
+
+@pytest.mark.parametrize(
+    ("line", "prefix_len"),
+    [("-n 20", 20), ("-a 10.0.0.5", 24), ("-a 10.0.0.5 -n 30", 30), ("-a 10.0.0.5/29 -n 30", 29), ("-n 0", 24)],
+)
+def test_prefix_length(line: str, prefix_len: int) -> None:
+    d = given_host(line)
+    assert d.config.ip4
+    assert d.config.ip4.prefix_len == prefix_len
+    assert d.plan.addresses[0].prefix_len == prefix_len
+
+
+@pytest.mark.parametrize(
+    ("address", "prefix_len"),
+    [("10.1.1.1", 8), ("172.16.0.1", 16), ("192.168.0.1", 24), ("240.0.0.1", 32), ("169.254.9.9", 16)],
+)
+def test_prefix_length_of_an_address_without_a_host(address: str, prefix_len: int) -> None:
+    ip4 = given_host(f"-a {address}", Host((LO,))).config.ip4
+    assert ip4
+    assert ip4.prefix_len == prefix_len
+
+
+def test_deprecated_options_copy_less() -> None:
+    d = given_host("--config-net --no-copy-addrs --no-copy-routes -4")
+    assert d.plan.addresses == (Address(0, ip("192.0.2.2"), 24),)
+    assert [str(r) for r in d.plan.routes] == ["default via 192.0.2.1"]
+
+
+@pytest.mark.parametrize(("line", "v4", "v6"), [("-4", True, False), ("-6", False, True), ("", True, True)])
+def test_families(line: str, v4: bool, v6: bool) -> None:
+    d = given_host(line)
+    assert ((d.config.ip4 is not None), (d.config.ip6 is not None)) == (v4, v6)
+    assert (4 in {len(a.addr) for a in d.plan.addresses}, 16 in {len(r.dst) for r in d.plan.routes}) == (v4, v6)
+    assert d.config.no_dhcp == (not v4)
+    assert (d.config.no_ndp, d.config.no_ra, d.config.no_dhcpv6) == (not v6,) * 3
+
+
+def test_small_mtu_is_too_small_for_ipv6() -> None:
+    d = given_host("-m 1279")
+    assert d.config.ip6 is None
+    assert remarks(d) == ["MTU 1279 is too small for IPv6, which needs 1280: disabling IPv6"]
+    assert given_host("-m 1280").config.ip6
+    assert given_host("-m 0").config.ip6
+    with pytest.raises(Fatal, match="No address family left"):
+        given_host("-6 -m 1000")
+
+
+def test_large_mtu_is_clamped_to_what_the_device_takes() -> None:
+    d = given_host("-m 65535")
+    assert (d.config.mtu, d.plan.mtu) == (65521, 65521)
+    assert remarks(d) == ["A tap device takes at most 65521 bytes: using MTU 65521, not 65535"]
+
+
+def test_kernel_without_ipv6() -> None:
+    d = given_host("", have_v6=False)
+    assert d.config.ip6 is None
+    assert remarks(d) == ["IPv6 is not available on this host: disabled"]
+    with pytest.raises(Fatal, match="No address family left"):
+        given_host("-6", have_v6=False)
+
+
+# Hosts that lack something -----------------------------------------------------------------------------------------
+
+
+def test_local_mode() -> None:
+    d = given_host("--config-net", Host((LO,)))
+    ip4, ip6 = d.config.ip4, d.config.ip6
+    assert ip4
+    assert ip6
+    assert (ip4.addr, ip4.prefix_len, ip4.gateway) == (ip("169.254.2.1"), 16, ip("169.254.2.2"))
+    assert (ip6.addr, ip6.gateway, ip6.our_ll) == (None, ip("fe80::1"), ip("fe80::1"))
+    assert d.config.no_dhcpv6
+    assert d.plan.ifname == "tap0"
+    assert [str(r) for r in d.plan.routes] == ["default via 169.254.2.2", "default via fe80::1"]
+    assert remarks(d) == [
+        "No interfaces with usable IPv4 routes",
+        "No interfaces with usable IPv6 routes",
+        "IPv4: no external interface as template, using local mode",
+        "IPv6: no external interface as template, using local mode",
+    ]
+
+
+def test_local_mode_respects_options() -> None:
+    d = given_host("-4 -a 10.0.0.5/24 -g 10.0.0.1", Host((LO,)))
+    assert d.config.ip6 is None
+    assert d.config.ip4
+    assert (d.config.ip4.addr, d.config.ip4.gateway) == (ip("10.0.0.5"), ip("10.0.0.1"))
+    assert remarks(d) == ["No interfaces with usable IPv4 routes"]
+
+
+def test_one_family_local() -> None:
+    d = given_host("", replace(HOST, routes6=(), addresses=HOST.addresses[:3]))
+    assert d.config.ip4
+    assert d.config.ip6
+    assert (d.config.ip4.addr, d.config.ip6.addr) == (ip("192.0.2.2"), None)
+    assert d.plan.ifname == "eth0"
+
+
+def test_no_default_route() -> None:
+    d = given_host("-4", replace(HOST, routes4=HOST.routes4[1:]))
+    assert d.config.ip4
+    assert (d.config.ip4.addr, d.config.ip4.gateway, d.config.ip4.map_host_loopback) == (ip("192.0.2.2"), None, None)
+    assert d.config.no_dhcp
+    assert remarks(d) == ["Multiple interfaces with IPv4 routes, picked eth0"]
+
+
+def test_interface_by_name() -> None:
+    d = given_host("-i eth1 -4")
+    assert d.config.ip4
+    assert (d.config.ip4.addr, d.config.ip4.prefix_len, d.config.ip4.gateway) == (ip("198.51.100.2"), 25, None)
+    with pytest.raises(Fatal, match="Invalid interface name eth9: No such device"):
+        given_host("-i eth9")
+    with pytest.raises(Fatal, match="Interface eth1 is not usable: no address in the families wanted"):
+        given_host("-i eth1 -6")
+    assert given_host("-i eth1 -6 -a 2001:db8::9").config.ip6
+
+
+def test_outbound_interface_is_the_template() -> None:
+    d = given_host("--outbound-if4 eth1")
+    assert d.config.ip4
+    assert (d.config.ip4.addr, d.config.ip4.if_out) == (ip("198.51.100.2"), "eth1")
+    with pytest.raises(Fatal, match="External interface not usable: eth7: No such device"):
+        given_host("--outbound-if4 eth7")
+    with pytest.raises(Fatal, match="External interface not usable: eth1 has no IPv6 address"):
+        given_host("--outbound-if6 eth1")
+
+
+# Addresses that stand for the host ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "v4", "v6"),
+    [
+        ("", "192.0.2.1", "2001:db8::1"),
+        ("--no-map-gw", None, None),
+        ("--map-host-loopback none", None, None),
+        ("--map-host-loopback 10.9.9.9", "10.9.9.9", "2001:db8::1"),
+        ("--no-map-gw --map-host-loopback 10.9.9.9", "10.9.9.9", None),
+    ],
+)
+def test_map_host_loopback(line: str, v4: str | None, v6: str | None) -> None:
+    config = given_host(line).config
+    assert config.ip4
+    assert config.ip6
+    assert config.ip4.map_host_loopback == (ip(v4) if v4 else None)
+    assert config.ip6.map_host_loopback == (ip(v6) if v6 else None)
+
+
+def test_map_guest_addr() -> None:
+    for line, value in (("--map-guest-addr 10.9.9.9", ip("10.9.9.9")), ("--map-guest-addr none", None), ("", None)):
+        ip4 = given_host(line).config.ip4
+        assert ip4
+        assert ip4.map_guest_addr == value
+
+
+# Names -------------------------------------------------------------------------------------------------------------
+
+
+def dns4(line: str, *servers: str) -> tuple[tuple[str, ...], str | None, str | None]:
+    """(told to the guest, forwarded, to whom), IPv4."""
+    ip4 = given_host(line, resolvers=Resolvers(tuple(map(ip, servers)))).config.ip4
+    assert ip4
+    match, target = (addr.text(a) if a else None for a in (ip4.dns_match, ip4.dns_host))
+    return tuple(map(addr.text, ip4.dns)), match, target
+
+
+def test_dns() -> None:
+    assert dns4("", "9.9.9.9", "1.1.1.1") == (("9.9.9.9", "1.1.1.1"), None, "9.9.9.9")
+    assert dns4("-D 8.8.8.8", "9.9.9.9") == (("8.8.8.8",), None, "9.9.9.9")
+    assert dns4("-D 2001:db8::8", "9.9.9.9") == (("9.9.9.9",), None, "9.9.9.9")
+    assert dns4("-D none", "9.9.9.9") == ((), None, "9.9.9.9")
+    assert dns4("", "1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4") == (("1.1.1.1", "1.1.1.2", "1.1.1.3"), None, "1.1.1.1")
+
+
+def test_dns_on_the_hosts_loopback() -> None:
+    assert dns4("", "127.0.0.53") == (("192.0.2.1",), "192.0.2.1", "127.0.0.53")
+    assert dns4("--no-map-gw", "127.0.0.53", "9.9.9.9") == (("9.9.9.9",), None, "127.0.0.53")
+    assert dns4("--no-map-gw --dns-forward 10.0.0.3", "127.0.0.53") == ((), "10.0.0.3", "127.0.0.53")
+
+
+def test_dns_gateway_that_is_a_resolver_too() -> None:
+    assert dns4("", "192.0.2.1") == (("192.0.2.1",), "192.0.2.1", "192.0.2.1")
+
+
+def test_dns_forward() -> None:
+    assert dns4("--dns-forward 10.0.0.3", "9.9.9.9") == (("9.9.9.9",), "10.0.0.3", "9.9.9.9")
+    assert dns4("--dns-forward 10.0.0.3 --dns-host 127.0.0.1") == ((), "10.0.0.3", "127.0.0.1")
+    d = given_host("--dns-forward 10.0.0.3", resolvers=Resolvers())
+    assert d.config.ip4
+    assert d.config.ip4.dns_match is None
+    assert "Nothing to forward queries to 10.0.0.3 to: no nameserver known (give --dns-host)" in remarks(d)
+
+
+def test_dns_warnings() -> None:
+    assert remarks(given_host("--dhcp-dns", resolvers=Resolvers())) == [
+        "Couldn't get any nameserver address",
+        "No IPv4 nameserver available for DHCP",
+        "No IPv6 nameserver available for NDP/DHCPv6",
+    ]
+    assert remarks(given_host("-D none", resolvers=Resolvers())) == []
+
+
+def test_search() -> None:
+    assert given_host("").config.dns_search == ("example.org",)
+    assert given_host("-S a -S b").config.dns_search == ("a", "b")
+    assert given_host("-S none").config.dns_search == ()
+
+
+def test_resolv_conf() -> None:
+    text = (
+        "# nameserver 1.1.1.1\n;nameserver 1.1.1.2\n nameserver 9.9.9.9  \nnameserver\t9.9.9.10\t# ours\n"
+        "nameserver fe80::1%eth0\nnameserver nonsense\nnameserver\nsearch a.example\tb.example \nsearch c.example\n"
+        "domain d.example\noptions ndots:2\nnameserver 9.9.9.11"
+    )
+    assert parse_resolv_conf(text) == Resolvers(
+        (ip("9.9.9.9"), ip("9.9.9.10"), ip("fe80::1"), ip("9.9.9.11")), ("a.example", "b.example")
+    )
+    assert parse_resolv_conf("") == Resolvers()
+
+
+@given(st.text())
+def test_any_resolv_conf_is_read(text: str) -> None:
+    assert all(len(s) in (4, 16) for s in parse_resolv_conf(text).servers)
+
+
+# The queue, the print-out ------------------------------------------------------------------------------------------
+
+
+def test_queue_holds_a_window() -> None:
+    assert queue_length(0) == queue_length(1500) == queue_length(65520)
+    assert queue_length(1500) * 1448 >= 1 << 24
+    assert queue_length(68) == 16384
+    assert 1000 < queue_length(1500) < queue_length(1300) <= 16384
+
+
+def test_print_out() -> None:
+    line = "-o 192.0.2.3 --outbound-if4 eth0 -S a.example"
+    assert list(describe(given_host(line))) == [
+        "Template interface: eth0 (IPv4), eth0 (IPv6)",
+        "Outbound interface: eth0 (IPv4)",
+        "Outbound address: 192.0.2.3",
+        "Namespace interface: eth0",
+        "MAC:",
+        "    host: 9a:55:9a:55:9a:55",
+        "    NAT to host 127.0.0.1: 192.0.2.1",
+        "DHCP:",
+        "    assign: 192.0.2.2",
+        "    mask: 255.255.255.0",
+        "    router: 192.0.2.1",
+        "DNS:",
+        "    192.0.2.53",
+        "DNS search list:",
+        "    a.example",
+        "    NAT to host ::1: 2001:db8::1",
+        "NDP/DHCPv6:",
+        "    assign: 2001:db8::2",
+        "    router: 2001:db8::1",
+        "    our link-local: fe80::2",
+        "DNS:",
+        "    2001:db8::53",
+        "DNS search list:",
+        "    a.example",
+    ]
+
+
+def test_print_out_names_the_services_that_are_on() -> None:
+    def heads(line: str) -> list[str]:
+        return [text for text in describe(given_host(line, resolvers=Resolvers())) if text.endswith(":")]
+
+    assert heads("--no-dhcp --no-ndp") == ["MAC:", "DHCPv6:"]
+    assert heads("--no-dhcpv6 -6") == ["MAC:", "NDP:"]
+    assert heads("--no-dhcp --no-ndp --no-dhcpv6") == ["MAC:"]
+
+
+def test_remarks_are_said_at_their_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[int, str]] = []
+    monkeypatch.setattr(log, "say", lambda level, text: said.append((level, text)))
+    given_host("-m 65535", Host((LO,))).remarks.say()
+    assert said[0][0] == log.WARNING
+    assert {level for level, _ in said[1:]} == {log.INFO}
