@@ -459,7 +459,8 @@ def main() -> None:
         while time.monotonic() < end:
             r = random.Random(seed + rounds)
             batch = random_frames(r)
-            how: dict[str, Any] = {"together": r.random() < 0.5, "room": r.choice((1 << 30, 5, 0)), "mtu": r.choice((65520, 1500, 0))}
+            how: dict[str, Any] = {"together": r.random() < 0.5}
+            how.update(room=r.choice((1 << 30, 5, 0)), mtu=r.choice((65520, 1500, 0)))
             try:
                 counted = check(batch, **how)
             except Exception:
