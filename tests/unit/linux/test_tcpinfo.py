@@ -113,5 +113,6 @@ def test_layout() -> None:
     Struct("=Q").pack_into(info, 120, 1 << 40)
     Struct("=I").pack_into(info, 148, 77)
     Struct("=I").pack_into(info, 228, 65535)
-    found = tcpinfo.u64(info, BYTES_ACKED), tcpinfo.u32(info, MIN_RTT), tcpinfo.u32(info, SND_WND)
+    raw = bytes(info)
+    found = tcpinfo.u64(raw, BYTES_ACKED), tcpinfo.u32(raw, MIN_RTT), tcpinfo.u32(raw, SND_WND)
     assert found == (1 << 40, 77, 65535)

@@ -1,0 +1,99 @@
+"""Nothing assumes the host's byte order: where it is used, the kernel's interface is meant, and it stands in this list.
+
+Everything on the wire is "!" (network order). "=" is the order of the running machine, without its alignment.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from tests.test_layers import TREES
+
+NATIVE = {
+    ("passt.core.link", "=BBHHHH"),  # struct virtio_net_hdr
+    ("passt.udp_flow", "=BBHH"),  # its first half
+    ("passt.core.pcap", "=IHHiIII"),  # pcap files: the magic tells the reader
+    ("passt.core.pcap", "=IIII"),
+    ("passt.linux.netlink", "=IHHII"),  # netlink
+    ("passt.linux.netlink", "=i"),
+    ("passt.linux.sockopt", "=IBBBxII"),  # control messages of error queues
+    ("passt.linux.sockopt", "=H"),
+    ("passt.linux.syscall", "=iIII"),  # inotify events
+    ("passt.linux.tcpinfo", "=I"),  # struct tcp_info
+    ("passt.linux.tcpinfo", "=Q"),
+    ("passt.linux.tcpinfo", "=9I"),  # SO_MEMINFO
+    ("passt.linux.tun", "=16sH22x"),  # ioctls
+    ("passt.linux.tun", "=i"),
+    ("passt.tcp_sock", "=ii"),  # struct linger
+}
+LITTLE = {("passt.core.siphash", "<QQ"), ("passt.core.siphash", "<")}  # the algorithm says so
+CASTS = {"passt.linux.mmsg"}  # memory that recvmmsg() writes
+
+STRUCT_CALLS = frozenset(("Struct", "pack", "unpack", "pack_into", "unpack_from", "iter_unpack", "calcsize"))
+
+
+def name_of(node: ast.expr) -> str:
+    """The last part of what is called."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def literal_start(node: ast.expr) -> str | None:
+    """A string, as far as it is literal from its beginning; None for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        node = node.values[0]
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def formats(tree: ast.AST) -> Iterator[str | None]:
+    """The formats of all Structs and calls of the struct module; None where it is no literal."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or name_of(node.func) not in STRUCT_CALLS:
+            continue
+        of_module = isinstance(node.func, ast.Attribute) and name_of(node.func.value) == "struct"
+        if name_of(node.func) == "Struct" or of_module:
+            yield literal_start(node.args[0])
+
+
+def orders(tree: ast.AST) -> Iterator[str]:
+    """The byte orders that to_bytes and from_bytes are called with."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and name_of(node.func) in ("to_bytes", "from_bytes"):
+            values = [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "byteorder")]
+            yield str(values[0].value) if values and isinstance(values[0], ast.Constant) else "none"
+
+
+def test_formats_say_their_order() -> None:
+    found = {(name, f) for name, tree in TREES.items() for f in formats(tree)}
+    other = {(name, f) for name, f in found if f is None or not f.startswith("!")}
+    assert other == NATIVE | LITTLE
+
+
+def test_integers_say_their_order() -> None:
+    for name, tree in TREES.items():
+        assert set(orders(tree)) <= {"big"}, name
+
+
+def test_nobody_asks_for_the_order_or_reads_memory_in_it() -> None:
+    for name, tree in TREES.items():
+        called = {name_of(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+        named = {name_of(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute | ast.Name)}
+        assert not named & {"byteorder", "htons", "htonl", "ntohs", "ntohl", "array"}, name
+        if name not in CASTS and "ctypes" in named | called:
+            assert name == "passt.linux.syscall", name
+        # typing.cast is a name, memoryview.cast an attribute
+        casts = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "cast"]
+        assert not casts or name in CASTS, name
+
+
+# The checker itself ------------------------------------------------------------------------------------------------
+
+
+def test_checker_sees_formats() -> None:
+    source = 'Struct("!H"); struct.Struct("H"); struct.pack("=I", 1); Struct(f"<{n}Q"); Struct(fmt); x.pack("none")'
+    assert list(formats(ast.parse(source))) == ["!H", "H", "=I", "<", None]
+
+
+def test_checker_sees_orders() -> None:
+    source = 'n.to_bytes(2, "big"); int.from_bytes(b, byteorder="little"); n.to_bytes(2); n.to_bytes(2, sys.byteorder)'
+    assert list(orders(ast.parse(source))) == ["big", "little", "none", "none"]
