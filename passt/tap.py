@@ -64,6 +64,7 @@ BUDGET_MAX = 512  # frames in one turn, so that sockets get theirs
 PATIENCE = 8  # turns that use up the budget before it doubles
 
 _ETH_IP4 = Struct("!HBBHHHBB")  # from the EtherType: type, version and length, TOS, total, id, fragment, TTL, protocol
+_ETH_IP4_UNPACK = _ETH_IP4.unpack_from
 _IP6 = Struct("!IHBB")  # version and flow label, payload length, next header, hop limit
 _UDP = Struct("!HHH")  # ports, length
 _TYPE = Struct("!H")
@@ -82,6 +83,8 @@ class Tap:
         self, ctx: Context, *, arp: Arp, ndp: Ndp, dhcp: Dhcp, dhcpv6: Dhcpv6, icmp: Icmp, udp: Udp, tcp: Tcp
     ) -> None:
         self._ctx = ctx
+        self._pool, self._guest = ctx.pool, ctx.guest
+        self._have4, self._have6 = ctx.config.ip4 is not None, ctx.config.ip6 is not None
         self._arp, self._ndp, self._dhcp, self._dhcpv6 = arp, ndp, dhcp, dhcpv6
         self._icmp, self._udp, self._tcp = icmp, udp, tcp
         self._reassembly = Reassembly(ctx.drops)
@@ -102,7 +105,7 @@ class Tap:
 
     def handler(self, ref: int, events: int, now: float) -> None:
         """Read what the tap has, at most one budget of it, and handle it."""
-        pool = self._ctx.pool
+        pool = self._pool
         mv, fd, readv = pool.mv, ref_fd(ref), os.readv
         room = pool.size - 2 * FRAME_ROOM  # the last frame's room is kept for reassembled packets
         offset, left, frames = 0, self._budget, []
@@ -131,13 +134,13 @@ class Tap:
     def _batch(self, frames: list[int], now: float) -> None:
         """Classify frames, a flat list of (start, end), and hand groups of one flow to their protocol."""
         if frames[1] - frames[0] >= VNET_LEN + _ETH_LEN:
-            mac = self._ctx.pool.mv[frames[0] + VNET_LEN + 6 : frames[0] + VNET_LEN + 12]
-            if mac != self._ctx.guest.mac:
+            mac = self._pool.mv[frames[0] + VNET_LEN + 6 : frames[0] + VNET_LEN + 12]
+            if mac != self._guest.mac:
                 self._new_mac(mac.tobytes())
         capture = self.capture
         for i in range(0, len(frames), 2):
             if capture is not None:
-                capture(False, self._ctx.pool.copy(frames[i], frames[i + 1]))
+                capture(False, self._pool.copy(frames[i], frames[i + 1]))
             try:
                 self._frame(frames[i], frames[i + 1], now)
             except Malformed as e:
@@ -175,16 +178,17 @@ class Tap:
 
     def _frame(self, start: int, end: int, now: float) -> None:
         """Classify one frame; TCP and UDP are added to the groups, everything else is handled."""
-        pool = self._ctx.pool
+        pool = self._pool
         if end - start >= FRAME_ROOM:
             raise Malformed("oversized frame")
         l3 = start + VNET_LEN + _ETH_LEN
         if end - l3 < 20:
             self._short(start, end)
             return
-        ethertype, vihl, _, total, ident, fragment, hops, proto = pool.unpack(_ETH_IP4, l3 - 2, end)
+        # Inside the frame, as was just checked: this one look is made without the accessor.
+        ethertype, vihl, _, total, ident, fragment, hops, proto = _ETH_IP4_UNPACK(pool.buf, l3 - 2)
         if ethertype == TYPE_IPV4:
-            if self._ctx.config.ip4 is None:
+            if not self._have4:
                 raise Malformed("ipv4 disabled")
             if l3 + total > end or total < 20:
                 raise Malformed("ipv4 length")
@@ -199,7 +203,7 @@ class Tap:
                 self._fragment4(addresses, proto, ident, fragment, l4, end, now)
                 return
         elif ethertype == TYPE_IPV6:
-            if self._ctx.config.ip6 is None:
+            if not self._have6:
                 raise Malformed("ipv6 disabled")
             version, length, proto, hops = pool.unpack(_IP6, l3, end)
             l4 = l3 + 40
@@ -215,7 +219,7 @@ class Tap:
                     self._fragment6(addresses, l4, end, now)
                     return
         elif ethertype == TYPE_ARP:
-            if self._ctx.config.ip4 is None:
+            if not self._have4:
                 raise Malformed("ipv4 disabled")
             self._arp.tap_handler(pool.copy(l3 - 8, l3 - 2), pool.copy(l3, end), now)
             return
@@ -238,18 +242,18 @@ class Tap:
 
     def _key(self, addresses: tuple[int, int], l4: int) -> bytes:
         """The flow's key: addresses and ports as they stand in the packet, one slice where they are neighbours."""
-        mv, (a, b) = self._ctx.pool.mv, addresses
+        mv, (a, b) = self._pool.mv, addresses
         key = mv[a : b + 4].tobytes() if b == l4 else mv[a:b].tobytes() + mv[l4 : l4 + 4].tobytes()
         if b - a == 8:
-            if key[:4] != self._ctx.guest.addr4:
+            if key[:4] != self._guest.addr4:
                 self._seen(key[:4])
-        elif key[:16] != self._ctx.guest.addr6 and key[:16] != self._ctx.guest.addr6_ll:
+        elif key[:16] != self._guest.addr6 and key[:16] != self._guest.addr6_ll:
             self._seen(key[:16])
         return key
 
     def _udp_datagram(self, start: int, addresses: tuple[int, int], hops: int, l4: int, end: int, now: float) -> None:
         """Group a datagram, or a super-frame of them, by flow; the configuration services take theirs."""
-        pool = self._ctx.pool
+        pool = self._pool
         if end - l4 < 8:
             raise Malformed("udp truncated")
         sport, dport, length = pool.unpack(_UDP, l4, end)
@@ -272,18 +276,18 @@ class Tap:
     def _configure(self, start: int, addresses: tuple[int, int], sport: int, data: int, end: int, now: float) -> None:
         """A DHCP or DHCPv6 message."""
         src, dst = self._addresses(addresses)
-        mac = self._ctx.pool.copy(start + VNET_LEN + 6, start + VNET_LEN + 12)
-        payload = self._ctx.pool.copy(data, end)
+        mac = self._pool.copy(start + VNET_LEN + 6, start + VNET_LEN + 12)
+        payload = self._pool.copy(data, end)
         if len(src) == 4:
             self._dhcp.tap_handler(mac, src, dst, payload, now)
             return
         seen = self._dhcpv6.tap_handler(mac, src, dst, sport, payload, now)
         if seen is not None:
-            self._ctx.guest.addr6 = seen
+            self._guest.addr6 = seen
 
     def _other(self, addresses: tuple[int, int], proto: int, hops: int, l3: int, l4: int, end: int, now: float) -> None:
         """ICMP and neighbour discovery."""
-        pool = self._ctx.pool
+        pool = self._pool
         src, dst = self._addresses(addresses)
         if proto != (PROTO_ICMP if len(src) == 4 else PROTO_ICMPV6):
             raise Malformed("ip protocol")
@@ -304,7 +308,7 @@ class Tap:
     def _short(self, start: int, end: int) -> None:
         """Frames of less than 20 bytes after the Ethernet header hold nothing that we know."""
         at = start + VNET_LEN + 12
-        ethertype = self._ctx.pool.unpack(_TYPE, at, end)[0]
+        ethertype = self._pool.unpack(_TYPE, at, end)[0]
         raise Malformed({TYPE_IPV4: "ipv4 length", TYPE_IPV6: "ipv6 length"}.get(ethertype, "truncated"))
 
     # Fragments ---------------------------------------------------------------------------------------------------
@@ -313,15 +317,15 @@ class Tap:
         self, addresses: tuple[int, int], proto: int, ident: int, fragment: int, l4: int, end: int, now: float
     ) -> None:
         """An IPv4 fragment (RFC 791, 3.2)."""
-        key = self._ctx.pool.copy(*addresses) + bytes((proto,)) + ident.to_bytes(2, "big")
+        key = self._pool.copy(*addresses) + bytes((proto,)) + ident.to_bytes(2, "big")
         more = bool(fragment & ip.MF)
-        whole = self._reassembly.add(key, (fragment & 0x1FFF) * 8, more, self._ctx.pool.view(l4, end), now)
+        whole = self._reassembly.add(key, (fragment & 0x1FFF) * 8, more, self._pool.view(l4, end), now)
         if whole is not None:
             self._reassembled(addresses, proto, whole, now)
 
     def _fragment6(self, addresses: tuple[int, int], l4: int, end: int, now: float) -> None:
         """An IPv6 fragment: `l4` is where its fragment header stands (RFC 8200, 4.5)."""
-        pool = self._ctx.pool
+        pool = self._pool
         proto, where = pool.buf[l4], int.from_bytes(pool.view(l4 + 2, l4 + 4), "big")
         key = pool.copy(*addresses) + bytes((proto,)) + pool.copy(l4 + 4, l4 + 8)
         whole = self._reassembly.add(key, where & 0xFFF8, bool(where & 1), pool.view(l4 + 8, end), now)
@@ -333,7 +337,7 @@ class Tap:
 
         The Ethernet header is that of the last fragment to come.
         """
-        pool = self._ctx.pool
+        pool = self._pool
         a, b = addresses
         src_dst = pool.copy(a, b)
         ether_at = a - (12 if b - a == 8 else 8) - _ETH_LEN
@@ -360,13 +364,13 @@ class Tap:
 
     def _addresses(self, addresses: tuple[int, int]) -> tuple[bytes, bytes]:
         """(source, destination), packed."""
-        both = self._ctx.pool.copy(*addresses)
+        both = self._pool.copy(*addresses)
         n = len(both) // 2
         return both[:n], both[n:]
 
     def _seen(self, src: bytes) -> None:
         """Remember the source address of the guest."""
-        guest = self._ctx.guest
+        guest = self._guest
         if addr.is_loopback(src) or not addr.is_unicast(src):
             return
         if len(src) == 4:
@@ -379,6 +383,6 @@ class Tap:
     def _new_mac(self, mac: bytes) -> None:
         """The guest sends from another address: frames to it go there from now on."""
         log.debug(f"Guest MAC address: {addr.mac_text(mac)}")
-        self._ctx.guest.mac = mac
+        self._guest.mac = mac
         self._tcp.set_guest_mac(mac)
         self._udp.set_guest_mac(mac)

@@ -283,8 +283,8 @@ class Tcp:
             self._broken(conn, e.errno or errno.EIO, now)
             return
         if conn.snd_nxt != before:
-            if due or now - conn.t_rx < ACK_DELAY:
-                conn.pingpong = min(conn.pingpong + 1, PINGPONG_MAX)
+            if conn.pingpong < PINGPONG_MAX and (due or now - conn.t_rx < ACK_DELAY):
+                conn.pingpong += 1
             if conn.rcv_acked != conn.rcv_nxt and due:
                 conn.ack_due = True  # the answer did not acknowledge everything: the timer goes on
         self._schedule(conn, now)
@@ -307,7 +307,8 @@ class Tcp:
                 conn.eager, conn.lazy = n >= CONSUME, 0
             else:
                 conn.lazy += 1
-                self._acks.look_later(conn, now)
+                if not conn.queued:
+                    self._acks.look_later(conn, now)
         elif window and conn.snd_nxt == una:
             conn.retries = 0
         if conn.recover:

@@ -70,12 +70,11 @@ class TcpAck:
     def _delay(self, conn: TcpConn, now: float) -> None:
         """Owe an acknowledgement, for a while."""
         conn.ack_due = True
-        self.look_later(conn, now)
+        if not conn.queued:
+            self.look_later(conn, now)
 
     def look_later(self, conn: TcpConn, now: float) -> None:
-        """Have the timer see to what `conn` has put off."""
-        if conn.queued:
-            return
+        """Have the timer see to what `conn`, which is not queued yet, has put off."""
         conn.queued = True
         if not self._delayed:
             self._ctx.timers.services.arm(self._timer, now + ACK_DELAY)
