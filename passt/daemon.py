@@ -228,8 +228,8 @@ def _write_pid(file: FileIO | None) -> None:
     if file is None:
         return
     try:
-        file.write(b"%d\n" % os.getpid())
-        file.close()
+        with file:
+            file.write(b"%d\n" % os.getpid())
     except OSError as e:
         raise Fatal(f"PID file write: {e.strerror}") from None
 

@@ -193,6 +193,8 @@ def _exec(command: Command) -> str:
     """execvp(3): search PATH, and give a script without an interpreter line to the shell. Returns why it failed."""
     directories = [""] if "/" in command.file else command.env.get("PATH", DEFAULT_PATH).split(":")
     error = errno.ENOENT
+    if not command.file:
+        return os.strerror(error)
     for directory in directories:
         path = os.path.join(directory, command.file)
         try:

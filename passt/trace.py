@@ -16,7 +16,6 @@ from .core.pcap import complete
 logging.getLogger("scapy").setLevel(logging.CRITICAL)  # it warns about routes and providers that nobody asked about
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecated ciphers, in an optional part
-    from scapy.error import Scapy_Exception
     from scapy.layers.dhcp import DHCP  # noqa: F401  importing binds the layer to its ports, as does each below
     from scapy.layers.dhcp6 import DHCP6  # noqa: F401
     from scapy.layers.dns import DNS  # noqa: F401
@@ -37,7 +36,7 @@ def line(frame: bytes) -> str:
     try:
         packet = Ether(frame)
         return f"{_flow(packet)}{len(frame)}: {packet.summary()}"
-    except (Scapy_Exception, ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as e:
+    except Exception as e:  # scapy's dissectors raise whatever comes up in them
         return f"{len(frame)}: not decoded ({type(e).__name__}): {frame[:64].hex()}"
 
 

@@ -85,12 +85,11 @@ def test_a_usual_host() -> None:
 
 def test_options_take_the_place_of_what_was_found() -> None:
     d = given_host("-a 10.0.0.5/20 -g 10.0.0.1 -a fd00::5 -g fe80::9 -I x0 -m 1400 --ns-mac-addr 02:00:00:00:00:09")
-    assert d.config.ip4 == replace(
-        d.config.ip4, addr=ip("10.0.0.5"), prefix_len=20, gateway=ip("10.0.0.1"), our_addr=ip("10.0.0.1")
-    )
-    assert d.config.ip6 == replace(
-        d.config.ip6, addr=ip("fd00::5"), prefix_len=64, gateway=ip("fe80::9"), our_ll=ip("fe80::9")
-    )
+    ip4, ip6 = d.config.ip4, d.config.ip6
+    assert ip4
+    assert ip6
+    assert (ip4.addr, ip4.prefix_len, ip4.gateway, ip4.our_addr) == (ip("10.0.0.5"), 20, ip("10.0.0.1"), ip("10.0.0.1"))
+    assert (ip6.addr, ip6.prefix_len, ip6.gateway, ip6.our_ll) == (ip("fd00::5"), 64, ip("fe80::9"), ip("fe80::9"))
     assert (d.plan.ifname, d.plan.mtu, d.plan.mac) == ("x0", 1400, bytes.fromhex("020000000009"))
     assert d.plan.addresses == (Address(0, ip("10.0.0.5"), 20), Address(0, ip("fd00::5"), 64))
     assert [str(r) for r in d.plan.routes] == ["default via 10.0.0.1", "default via fe80::9"]

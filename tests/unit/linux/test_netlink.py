@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from passt import addr
 from passt.linux import netlink
 from passt.linux.netlink import NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, Rtnetlink, ifinfmsg, link_local
-from passt.linux.routes import Address, Hop, NsPlan, Route
+from passt.linux.routes import Address, Hop, Link, NsPlan, Route
 
 
 def ip(text: str) -> bytes:
@@ -79,7 +80,7 @@ def error(number: int) -> bytes:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *answers: list[bytes]) -> tuple[Rtnetlink, Script]:
     script = Script(*answers)
-    monkeypatch.setattr(netlink.socket, "socket", lambda *_: script)
+    monkeypatch.setattr(socket, "socket", lambda *_: script)
     return Rtnetlink(), script
 
 
@@ -293,17 +294,17 @@ class FakeRtnetlink:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def links(self) -> tuple[netlink.Link, ...]:
+    def links(self) -> tuple[Link, ...]:
         return (
-            netlink.Link(1, "lo", bytes(6), 65536, loopback=True),
-            netlink.Link(2, "eth0", bytes.fromhex("020000000002"), 1500),
+            Link(1, "lo", bytes(6), 65536, loopback=True),
+            Link(2, "eth0", bytes.fromhex("020000000002"), 1500),
         )
 
     def _do(self, text: str) -> None:
         self.calls.append(text)
         for name, number in self.failures.items():
             if text.startswith(name):
-                raise OSError(number, netlink.os.strerror(number))
+                raise OSError(number, os.strerror(number))
 
     def set_link(self, index: int, *, up: bool = False, **kw: Any) -> None:
         mode = kw.pop("af_spec", None)

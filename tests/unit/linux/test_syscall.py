@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from passt.linux import syscall
 from passt.linux.syscall import (
     CLONE_NEWNET,
     IN_DELETE,
@@ -54,7 +53,7 @@ def test_timer_fires_at_its_deadline_and_not_when_disarmed() -> None:
 )
 def test_ioctl_numbers(monkeypatch: pytest.MonkeyPatch, machine: str, plain: int, write: int) -> None:
     names = os.uname()
-    monkeypatch.setattr(syscall.os, "uname", lambda: os.uname_result((*names[:4], machine)))
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result((*names[:4], machine)))
     assert ioctl_number("\xb7", 3) == plain
     assert ioctl_number("T", 202, 4) == write
 

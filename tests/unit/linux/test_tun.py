@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import struct
 from pathlib import Path
@@ -44,7 +45,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, kernel: Kernel, name: str = "tap0") -> Tap:
-    monkeypatch.setattr(tun.fcntl, "ioctl", kernel.ioctl)
+    monkeypatch.setattr(fcntl, "ioctl", kernel.ioctl)
     tap = open_tap(name)
     assert not os.get_blocking(tap.fd)
     assert not os.get_inheritable(tap.fd)
@@ -95,7 +96,7 @@ def test_failures_name_the_step_and_close_the_device(
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="Failed") as e:
         opened(monkeypatch, Kernel(**errors))
-    assert text in e.value.strerror
+    assert text in str(e.value.strerror)
     assert os.listdir("/proc/self/fd") == before
 
 

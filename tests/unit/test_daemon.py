@@ -1,0 +1,354 @@
+"""From a wired context to the end: files, the background, what stops the loop and with which status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from passt import daemon, log, pasta
+from passt.conf_net import Resolvers
+from passt.conf_table import Options
+from passt.core.context import Context
+from passt.core.link import VNET, TapLink
+from passt.core.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS
+from passt.daemon import End
+from passt.linux.routes import NsPlan
+from passt.linux.tun import Tap as TapDevice
+from passt.log import Fatal
+from passt.pasta import Target
+
+from .support import T0, reactor, timers
+
+SPAWN_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT}
+
+
+@dataclass
+class FakeInit:
+    """The command's first process."""
+
+    pidfd: int = 900
+    told: list[int] = field(default_factory=list)
+
+    def signal(self, number: int) -> None:
+        self.told.append(number)
+
+    def wait(self) -> int:
+        return 42
+
+
+@dataclass
+class FakeTerminal:
+    """Whether what is typed reaches us."""
+
+    ours: bool = True
+    restored: int = 0
+
+    def is_ours(self) -> bool:
+        return self.ours
+
+    def restore(self) -> None:
+        self.restored += 1
+
+
+@dataclass
+class FakeWatch:
+    """A namespace that may be gone."""
+
+    fds: list[int]
+    poll: bool
+    name: str = "blue"
+    is_gone: bool = False
+
+    def gone(self, fd: int | None = None) -> bool:
+        return self.is_gone
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
+    fake = FakeTerminal()
+    monkeypatch.setattr(daemon, "Terminal", lambda: fake)
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def default_signals() -> Iterator[None]:
+    """SIGINT as pasta finds it: not ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def spawned(ctx: Context) -> tuple[End, FakeInit]:
+    init = FakeInit()
+    end = End(ctx, Target(-1, None, init=cast(Any, init)))
+    end.attend(None)
+    return end, init
+
+
+def attached(ctx: Context, watch: FakeWatch | None = None) -> End:
+    end = End(ctx, Target(-1, None))
+    end.attend(cast(Any, watch))
+    return end
+
+
+# A command ---------------------------------------------------------------------------------------------------------
+
+
+def test_end_of_the_command_is_ours(ctx: Context, terminal: FakeTerminal) -> None:
+    end, init = spawned(ctx)
+    assert reactor(ctx).refs[init.pidfd] >> 56 == TYPE_CHILD
+    reactor(ctx).fire(init.pidfd, EPOLLIN, T0)
+    assert (end.status, reactor(ctx).stopped, terminal.restored) == (42, True, 1)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_signals_are_for_the_command(ctx: Context) -> None:
+    _, init = spawned(ctx)
+    assert set(reactor(ctx).signals) == SPAWN_SIGNALS
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        reactor(ctx).signals[number](T0)
+    assert init.told == [15, 1, 10, 12]
+    assert not reactor(ctx).stopped
+
+
+def test_typed_interrupt_has_reached_the_command_already(ctx: Context, terminal: FakeTerminal) -> None:
+    _, init = spawned(ctx)
+    reactor(ctx).signals[signal.SIGINT](T0)
+    assert init.told == []
+    terminal.ours = False
+    reactor(ctx).signals[signal.SIGINT](T0)
+    reactor(ctx).signals[signal.SIGQUIT](T0)
+    assert init.told == [2, 3]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_ignored_signals_stay_ignored(ctx: Context) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spawned(ctx)
+    assert set(reactor(ctx).signals) == SPAWN_SIGNALS - {signal.SIGINT}
+
+
+# A namespace -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
+def test_signals_end_us(ctx: Context, number: int) -> None:
+    end = attached(ctx)
+    assert set(reactor(ctx).signals) == {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
+    reactor(ctx).signals[number](T0)
+    assert (end.status, reactor(ctx).stopped) == (0, True)
+
+
+def test_namespace_is_gone(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "info", said.append)
+    watch = FakeWatch([7, 8], poll=False)
+    end = attached(ctx, watch)
+    assert {ref >> 56 for ref in reactor(ctx).refs.values()} == {TYPE_NETNS}
+    reactor(ctx).fire(7, EPOLLIN, T0)
+    assert not reactor(ctx).stopped
+    watch.is_gone = True
+    reactor(ctx).fire(8, EPOLLIN, T0)
+    assert (end.status, reactor(ctx).stopped, said) == (0, True, ["Namespace blue is gone, exiting"])
+    assert timers(ctx).services.deadlines == [None]
+
+
+def test_namespace_that_must_be_looked_at(ctx: Context) -> None:
+    watch = FakeWatch([], poll=True)
+    attached(ctx, watch)
+    services = timers(ctx).services
+    for _ in range(3):
+        assert services.deadlines[0] is not None
+        services.fire(0)
+        assert not reactor(ctx).stopped
+    watch.is_gone = True
+    services.fire(0)
+    assert reactor(ctx).stopped
+    assert services.deadlines == [None]
+
+
+def test_namespace_that_was_gone_before_we_looked(ctx: Context) -> None:
+    attached(ctx, FakeWatch([7], poll=False, is_gone=True))
+    assert reactor(ctx).stopped
+
+
+def test_failure(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "err", said.append)
+    end = attached(ctx)
+    end.failed("no more")
+    assert (end.status, reactor(ctx).stopped, said) == (1, True, ["no more"])
+
+
+# The tap is deleted ------------------------------------------------------------------------------------------------
+
+
+class FakeTap:
+    """The way in, as far as it is told about descriptors."""
+
+    def __init__(self) -> None:
+        self.watched: list[int] = []
+        self.capture: Callable[[bool, bytes], None] | None = None
+
+    def watch(self, fd: int) -> None:
+        self.watched.append(fd)
+
+
+def test_tap_comes_back_under_its_number(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = os.pipe()
+    reactor(ctx).watch(old, 1, 0, EPOLLIN)
+    device = os.fstat(new)
+    plan = NsPlan("tap5", mac=b"\2" * 6)
+    monkeypatch.setattr(pasta, "create_tap", lambda target, p: (TapDevice(new, p.ifname, True, True, True), p.mac, []))
+    monkeypatch.setattr(log, "warn", lambda text: None)
+    link, tap = TapLink(old, Counter(), uso=True), FakeTap()
+    daemon.reopen(ctx, link, cast(Any, tap), Target(-1, None), plan, attached(ctx))
+    assert (tap.watched, reactor(ctx).refs, link.fd) == ([old], {}, old)
+    assert (os.fstat(old).st_ino, os.get_inheritable(old)) == (device.st_ino, False)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(new)
+    os.close(old)
+
+
+def test_tap_that_cannot_come_back_ends_us(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise Fatal("not allowed")
+
+    said: list[str] = []
+    monkeypatch.setattr(pasta, "create_tap", refuse)
+    monkeypatch.setattr(log, "warn", lambda text: None)
+    monkeypatch.setattr(log, "err", said.append)
+    end = attached(ctx)
+    daemon.reopen(ctx, TapLink(-1, Counter(), uso=True), cast(Any, FakeTap()), Target(-1, None), NsPlan("tap5"), end)
+    assert (end.status, reactor(ctx).stopped) == (1, True)
+    assert said == ["Interface tap5 was deleted and can't be made anew, exiting: not allowed"]
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_created_empty_and_private(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    path.write_text("old")
+    before = path.stat().st_ino
+    file = daemon._create("PID", str(path))
+    assert file is not None
+    assert (path.read_text(), path.stat().st_ino) == ("", before)
+    daemon._write_pid(file)
+    assert path.read_text() == f"{os.getpid()}\n"
+    assert file.closed
+    fresh = daemon._create("PID", str(tmp_path / "new"))
+    assert fresh is not None
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o600
+    assert not os.get_inheritable(fresh.fileno())
+    fresh.close()
+    assert daemon._create("PID", None) is None
+    daemon._write_pid(None)
+
+
+def test_file_that_cannot_be_created(tmp_path: Path) -> None:
+    with pytest.raises(Fatal, match=r"^Couldn't open PID file .*/no/pid: No such file or directory$"):
+        daemon._create("PID", str(tmp_path / "no" / "pid"))
+
+
+def test_pid_file_that_cannot_be_written() -> None:
+    with pytest.raises(Fatal, match="PID file write: No space left on device"):
+        daemon._write_pid(FileIO("/dev/full", "w"))
+
+
+def test_resolv_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "resolv.conf"
+    monkeypatch.setattr(daemon, "RESOLV_CONF", str(path))
+    assert daemon._resolvers() == Resolvers()
+    path.write_bytes(b"# \xff\nnameserver 192.0.2.53\n")
+    assert daemon._resolvers() == Resolvers((bytes((192, 0, 2, 53)),))
+
+
+# Background --------------------------------------------------------------------------------------------------------
+
+
+def in_child(body: Callable[[], None]) -> tuple[int, bytes]:
+    """body() in a forked process: exit code, and all that it and its children write before they close it."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            os.close(reader)
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            os.close(writer)
+            body()
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with open(reader, "rb") as f:
+        text = f.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+
+
+def test_background(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+
+    def body() -> None:
+        parent = os.getpid()
+        daemon.go_background(FileIO(tmp_path / "pid", "w"))
+        facts = [os.getpid() != parent, os.getsid(0) == os.getpid(), os.getcwd() == "/"]
+        facts += [os.readlink(f"/proc/self/fd/{fd}") == "/dev/null" for fd in range(3)]
+        os.write(1, b"nobody reads this")
+        (tmp_path / "new").write_text(f"{os.getpid()} {all(facts)}")
+        (tmp_path / "new").rename(report)
+
+    status, text = in_child(body)  # at the end of file nobody has our standard output any more
+    assert (status, text) == (0, b"")
+    while not report.exists():
+        os.sched_yield()
+    pid, ok = report.read_text().split()
+    assert ok == "True"
+    assert (tmp_path / "pid").read_text() == f"{pid}\n"
+
+
+def test_background_that_fails() -> None:
+    def body() -> None:
+        try:
+            daemon.go_background(FileIO("/dev/full", "w"))
+        except Fatal as e:
+            os.write(2, str(e).encode())
+            os._exit(1)
+
+    assert in_child(body) == (1, b"PID file write: No space left on device")
+
+
+# Captures ----------------------------------------------------------------------------------------------------------
+
+
+def test_capture_of_both_directions(ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "info", lambda text: None)
+    link, tap = TapLink(-1, Counter(), uso=True), FakeTap()
+    with FileIO(tmp_path / "pcap", "w") as file:
+        daemon._capture(ctx, link, cast(Any, tap), Options(pcap="pcap"), file)
+        assert link.capture is not None
+        assert tap.capture is not None
+        link.capture(True, bytes(VNET.size) + b"out")
+        tap.capture(False, bytes(VNET.size) + b"in")
+        reactor(ctx).end_turn(T0)
+    data = (tmp_path / "pcap").read_bytes()
+    assert data[24:].endswith(b"in")
+    assert b"out" in data
+
+
+def test_no_capture_costs_nothing(ctx: Context) -> None:
+    link, tap = TapLink(-1, Counter(), uso=True), FakeTap()
+    daemon._capture(ctx, link, cast(Any, tap), Options(), None)
+    assert link.capture is tap.capture is None
+    assert reactor(ctx).at_turn_end == []

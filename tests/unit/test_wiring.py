@@ -1,0 +1,176 @@
+"""The composition root: a frame of each kind through everything, and what a failure costs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, cast
+
+import pytest
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6ND_NS, ICMPv6ND_RA, ICMPv6ND_RS, IPv6
+from scapy.layers.l2 import ARP, Ether
+from scapy.packet import Packet
+
+from passt import addr, log, wiring
+from passt.core.context import Context
+from passt.core.link import NO_OFFLOAD, VNET, TapLink
+from passt.core.reactor import (
+    TYPE_PING,
+    TYPE_TAP,
+    TYPE_TCP,
+    TYPE_TCP_TIMER,
+    TYPE_TIMER,
+    TYPE_UDP,
+    make_ref,
+)
+from passt.linux.tun import Tap as Device
+from passt.tap import Tap
+from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST_MAC, OUR_MAC
+
+
+class Decision:
+    """What `wire` reads of the decision: its configuration."""
+
+    config = CONFIG
+
+
+class Wired:
+    """Everything, around a socket pair in place of the tap device."""
+
+    def __init__(self) -> None:
+        self.device, self.guest = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.device.setblocking(False)
+        self.guest.settimeout(5)
+        device = Device(self.device.fileno(), "tap0", csum=True, tso=True, uso=False)
+        self.ctx: Context
+        self.link: TapLink
+        self.tap: Tap
+        self.ctx, self.link, self.tap = wiring.wire(cast(Any, Decision), device, GUEST_MAC)
+
+    def sends(self, packet: Packet, turns: int = 1) -> None:
+        ether = Ether(src=addr.mac_text(GUEST_MAC), dst=addr.mac_text(OUR_MAC))
+        self.guest.send(NO_OFFLOAD + bytes(ether / packet))
+        for _ in range(turns):
+            self.ctx.reactor.turn(5)
+
+    def hears(self) -> Packet:
+        return Ether(self.guest.recv(65536)[VNET.size :])
+
+    def close(self) -> None:
+        for flow in self.ctx.flows.by_index:
+            if flow is not None:
+                flow.sock.close()
+        self.ctx.reactor.close()
+        self.device.close()
+        self.guest.close()
+
+
+@pytest.fixture
+def wired() -> Iterator[Wired]:
+    before = set(os.listdir("/proc/self/fd"))
+    w = Wired()
+    yield w
+    w.close()
+    for fd in set(os.listdir("/proc/self/fd")) - before:  # timers, which live as long as the process does
+        try:
+            if "timerfd" in os.readlink(f"/proc/self/fd/{fd}"):
+                os.close(int(fd))
+        except FileNotFoundError:
+            pass  # the directory's own descriptor
+
+
+def test_context_is_complete(wired: Wired) -> None:
+    for field in fields(Context):
+        assert getattr(wired.ctx, field.name) is not None
+    assert wired.ctx.guest.mac == GUEST_MAC
+    assert (wired.ctx.guest.addr4, wired.ctx.guest.addr6) == (GUEST4, GUEST6)
+    assert (wired.link.tso, wired.link.uso) == (True, False)
+
+
+def test_arp_and_neighbour_discovery(wired: Wired) -> None:
+    wired.sends(ARP(psrc="192.0.2.2", pdst="192.0.2.1"))
+    assert wired.hears()[ARP].hwsrc == addr.mac_text(OUR_MAC)
+    near = IPv6(src=addr.text(GUEST_LL), dst="ff02::1", hlim=255)
+    wired.sends(near / ICMPv6ND_NS(tgt="fe80::1"))
+    assert ICMPv6ND_NA in wired.hears()
+    wired.sends(near / ICMPv6ND_RS())
+    assert ICMPv6ND_RA in wired.hears()
+
+
+def test_tcp_and_udp(wired: Wired) -> None:
+    to_host = IP(src=addr.text(GUEST4), dst=addr.text(GATEWAY4))
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as s:
+        wired.sends(to_host / TCP(sport=40000, dport=server.getsockname()[1], flags="S"))
+        assert wired.hears()[TCP].flags == "SA"
+        s.bind(("127.0.0.1", 0))
+        s.settimeout(5)
+        wired.sends(to_host / UDP(sport=40000, dport=s.getsockname()[1]) / b"question")
+        data, sender = s.recvfrom(100)
+        s.sendto(data[::-1], sender)
+        wired.ctx.reactor.turn(5)
+        answer = wired.hears()[UDP]
+        assert bytes(answer.payload) == b"noitseuq" and answer.dport == 40000
+    assert wired.ctx.flows.count == 2 and not wired.ctx.drops
+
+
+def test_ping_is_handed_on(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+    monkeypatch.setattr(wired.tap._icmp, "tap_handler", lambda src, dst, echo, now, hops: seen.append(bytes(echo)))
+    wired.sends(IP(src=addr.text(GUEST4), dst=addr.text(GATEWAY4)) / ICMP(id=1))
+    assert seen[0][:1] == b"\x08"
+
+
+# Faults --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "service"),
+    [(TYPE_TCP, "_tcp"), (TYPE_TCP_TIMER, "_tcp"), (TYPE_UDP, "_udp"), (TYPE_PING, "_icmp"), (TYPE_TIMER, None)],
+)
+def test_a_fault_goes_to_the_owner_of_the_event(
+    monkeypatch: pytest.MonkeyPatch, kind: int, service: str | None
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def note(which: int) -> Callable[[int], None]:
+        return lambda ref: calls.append((which, ref))
+
+    monkeypatch.setattr(log, "_last", {})
+    handlers = {TYPE_TCP: note(0), TYPE_TCP_TIMER: note(0), TYPE_UDP: note(1), TYPE_PING: note(2)}
+    wiring._fault(handlers, make_ref(kind, 5, 7), ZeroDivisionError(), 1.0)
+    owner = {"_tcp": 0, "_udp": 1, "_icmp": 2}
+    assert calls == ([(owner[service], make_ref(kind, 5, 7))] if service else [])
+
+
+def test_a_fault_costs_one_connection(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "_last", {})
+    lines: list[str] = []
+    monkeypatch.setattr(log, "warn", lines.append)
+    to_host = IP(src=addr.text(GUEST4), dst=addr.text(GATEWAY4))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for sport in (40000, 40001):
+            wired.sends(to_host / TCP(sport=sport, dport=server.getsockname()[1], flags="S"))
+            assert wired.hears()[TCP].flags == "SA"
+        flow = wired.ctx.flows.by_index[0]
+        assert flow is not None
+
+        def fail(ref: int, events: int, now: float) -> None:
+            raise ZeroDivisionError("a defect of ours")
+
+        wired.ctx.reactor.handle(TYPE_TCP, fail)
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.send(b"x")
+            wired.ctx.reactor.turn(5)
+        reset = wired.hears()[TCP]
+        assert "R" in reset.flags and reset.dport == 40000
+    assert wired.ctx.flows.by_index[0] is None and wired.ctx.flows.by_index[1] is not None
+    assert lines == ["Handling an event of type tcp failed: ZeroDivisionError('a defect of ours')"]
+
+
+def test_the_tap_is_watched(wired: Wired) -> None:
+    fd = wired.device.fileno()
+    assert wired.ctx.reactor._refs[fd] == make_ref(TYPE_TAP, fd, 0)
