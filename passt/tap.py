@@ -88,6 +88,7 @@ class Tap:
         self._arp, self._ndp, self._dhcp, self._dhcpv6 = arp, ndp, dhcp, dhcpv6
         self._icmp, self._udp, self._tcp = icmp, udp, tcp
         self._reassembly = Reassembly(ctx.drops)
+        self._first = (ctx.pool.mv[:FRAME_ROOM],)
         self._budget = 1
         self._streak = 0
         self._tcp_groups: Groups = {}
@@ -109,13 +110,17 @@ class Tap:
         mv, fd, readv = pool.mv, ref_fd(ref), os.readv
         room = pool.size - 2 * FRAME_ROOM  # the last frame's room is kept for reassembled packets
         offset, left, frames = 0, self._budget, []
+        place = self._first
         try:
-            while left and offset <= room:
-                n = readv(fd, (mv[offset : offset + FRAME_ROOM],))
+            while offset <= room:
+                n = readv(fd, place)
                 left -= 1
                 frames.append(offset)
                 offset += n
                 frames.append(offset)
+                if not left:
+                    break
+                place = (mv[offset : offset + FRAME_ROOM],)
         except BlockingIOError:
             self._budget = max(1, self._budget - left)
             self._streak = 0

@@ -35,6 +35,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Sequence
 
 from . import addr, log, tcp_sock
 from .core.context import Context
@@ -85,6 +86,7 @@ TIMER_SLACK = 0.0005  # s, a timer that fires this early is on time
 REFUSED = frozenset((errno.ECONNREFUSED, errno.ECONNRESET))
 
 _MASK = 0xFFFFFFFF
+_NOT_PLAIN = FIN | SYN | RST | ACK
 _HALF = 1 << 31
 
 
@@ -112,6 +114,8 @@ class Tcp:
             conn = self._handshake(conn, key, segments, now)
             if conn is None:
                 return
+        if len(segments) == 2 and self._plain_segment(conn, segments[0], segments[1], now):
+            return
         # The hot loop, long on purpose: one pass over the segments with everything in locals.
         buf, mv, unpack = self._pool.buf, self._pool.mv, SEQ_TO_WINDOW.unpack_from
         rcv_nxt, una, window = conn.rcv_nxt, conn.snd_una, conn.snd_wnd
@@ -177,6 +181,27 @@ class Tcp:
         elif must_ack:
             self._out.ack(conn)
 
+    def _plain_segment(self, conn: TcpConn, offset: int, end: int, now: float) -> bool:
+        """The step of every dialogue: one segment with payload, in order, nothing else about it. False: it is not one.
+
+        It does what the loop in `tap_handler` would do, for two thirds of the price; remove it and nothing changes.
+        """
+        seq, ack, bits, win = SEQ_TO_WINDOW.unpack_from(self._pool.buf, offset + 4)
+        data = offset + (bits >> 10 & 0x3C)
+        rcv_nxt, una = conn.rcv_nxt, conn.snd_una
+        if seq != rcv_nxt & _MASK or bits & _NOT_PLAIN != ACK or not offset + 20 <= data < end or conn.retries:
+            return False
+        advance = (ack - una) & _MASK
+        if advance > conn.snd_nxt - una:
+            return False
+        window = win << conn.ws_from
+        if advance or window != conn.snd_wnd:
+            self._acknowledged(conn, una + advance, window, False, now)
+            if conn.sock is None:
+                return True
+        self._to_sock(conn, (self._pool.mv[data:end],), rcv_nxt + end - data, False, False, now)
+        return True
+
     def _reorder(
         self, rcv_nxt: int, later: list[tuple[int, int, int, int]], payload: list[memoryview], fin: bool
     ) -> tuple[int, bool, bool]:
@@ -195,7 +220,7 @@ class Tcp:
         return rcv_nxt, fin, hole
 
     def _to_sock(
-        self, conn: TcpConn, payload: list[memoryview], rcv_nxt: int, fin: bool, must_ack: bool, now: float
+        self, conn: TcpConn, payload: Sequence[memoryview], rcv_nxt: int, fin: bool, must_ack: bool, now: float
     ) -> None:
         """Give the socket the bytes [conn.rcv_nxt, rcv_nxt), and shut it down behind them if `fin`."""
         if conn.events & TAP_FIN_RCVD:  # nothing new can come after FIN
