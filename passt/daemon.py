@@ -86,7 +86,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> i
         raise
     if target.init is not None:
         if not log.debug_on:
-            log.stop_stderr()  # the terminal is the command's now
+            log.quiet_stderr()  # the terminal is the command's now
         target.init.start()
     ctx.reactor.run()
     return end.status
@@ -104,6 +104,7 @@ def open_all(
     target = watch = None
     if options.pid is not None or options.netns is not None:
         target = pasta.open_target(options.pid, options.netns, options.userns, options.netns_only)
+        pasta.check_foreign(target)
         if target.path and options.netns_quit:
             watch = pasta.Watch(target.path)
     files = Files(_create("PID", options.pid_file), _create("capture", options.pcap))
@@ -266,7 +267,7 @@ class End:
         self.status = 0
         self._ctx = ctx
         self._init = target.init
-        self._terminal = Terminal()
+        self._terminal: Terminal | None = None  # only looked at where a command shares it
         self._watch: Watch | None = None
         self._timer = -1
 
@@ -274,6 +275,7 @@ class End:
         """Begin to listen to signals, the command, the namespace's end."""
         reactor = self._ctx.reactor
         if self._init is not None:
+            self._terminal = Terminal()
             reactor.handle(TYPE_CHILD, self._command_ended)
             reactor.watch(self._init.pidfd, TYPE_CHILD, 0, EPOLLIN)
             for number in FORWARDED:
@@ -312,6 +314,7 @@ class End:
 
     def _command_ended(self, ref: int, events: int, now: float) -> None:
         assert self._init is not None
+        assert self._terminal is not None
         status = self._init.wait()
         self._terminal.restore()
         self._stop(status)
@@ -322,6 +325,7 @@ class End:
 
     def _forward_unless_typed(self, number: int, now: float) -> None:
         """Ctrl-C reached the command already; kill(1) aimed at us alone did not."""
+        assert self._terminal is not None
         if not self._terminal.is_ours():
             self._forward(number, now)
 

@@ -24,6 +24,7 @@ trace_on = False
 _level = INFO
 _ident = "pasta"
 _stderr: TextIO | None = sys.stderr
+_stderr_level = TRACE
 _timestamps = False
 _syslog: socket.socket | None = None
 _file = -1
@@ -70,9 +71,15 @@ def _open_syslog() -> socket.socket | None:
 
 
 def stop_stderr() -> None:
-    """From here on nothing is written to standard error: the daemon has left its terminal, or a command owns it."""
+    """From here on nothing is written to standard error: the daemon has left its terminal."""
     global _stderr
     _stderr = None
+
+
+def quiet_stderr() -> None:
+    """From here on standard error gets warnings and errors only: a command shares it with us."""
+    global _stderr_level
+    _stderr_level = WARNING
 
 
 def start_stderr() -> None:
@@ -82,7 +89,7 @@ def start_stderr() -> None:
 
 
 def _write(level: int, text: str) -> None:
-    if _stderr is not None:
+    if _stderr is not None and level <= _stderr_level:
         prefix = f"{time.monotonic() - _START:.4f}: " if _timestamps else ""
         try:
             os.write(_stderr.fileno(), f"{prefix}{text}\n".encode(errors="backslashreplace"))

@@ -110,6 +110,12 @@ def _open(kind: str, path: str) -> int:
         raise Fatal(f"Couldn't open {kind} namespace {path}: {e.strerror}{hint}") from None
 
 
+def check_foreign(target: Target) -> None:
+    """Raise Fatal for our own network namespace: its addresses and routes, copied into itself, would break it."""
+    if netns.same_ns(target.netns, "/proc/self/ns/net"):
+        raise Fatal(f"{target.path} is the network namespace that we are in ourselves: there is nothing to connect")
+
+
 def join_userns(target: Target) -> None:
     """Enter the user namespace of `target`, unless we are in it. Raises Fatal."""
     if target.userns is None or netns.same_ns(target.userns, "/proc/self/ns/user"):

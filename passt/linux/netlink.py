@@ -21,7 +21,7 @@ from struct import Struct
 from typing import Any
 
 from .. import addr, log
-from .routes import Address, Hop, Host, Link, NsPlan, Route, add_in_passes
+from .routes import RT_SCOPE_LINK, Address, Hop, Host, Link, NsPlan, Route, add_in_passes
 
 
 def _message_classes() -> tuple[Any, Any, Any]:
@@ -323,16 +323,18 @@ def _configure_tap(nl: Rtnetlink, index: int, mac: bytes, plan: NsPlan) -> list[
     """
     if plan.mtu:
         _step(f"set MTU {plan.mtu} in namespace", nl.set_link, index, mtu=plan.mtu)
-    v6 = any(len(a.addr) == 16 for a in plan.addresses) or any(len(r.dst) == 16 for r in plan.routes)
+    addresses, routes, problems = plan.addresses, plan.routes, []
+    v6 = any(len(a.addr) == 16 for a in addresses) or any(len(r.dst) == 16 for r in routes)
     own_ll = v6 and _gen_mode(nl, index, GEN_MODE_NONE)
     _step("bring up tap interface in namespace", nl.set_link, index, up=True)
-    addresses = plan.addresses
-    if own_ll:
-        addresses = (Address(index, link_local(mac), 64, 253), *addresses)
-    problems = [p for a in addresses if (p := _try_address(nl, index, a))]
+    if v6 and not (own_ll and not _try_address(nl, index, Address(index, link_local(mac), 64, RT_SCOPE_LINK))):
+        problems.append("The namespace has no IPv6, or has it disabled: not configuring it there")
+        addresses = tuple(a for a in addresses if len(a.addr) == 4)
+        routes = tuple(r for r in routes if len(r.dst) == 4)
+    problems += [p for a in addresses if (p := _try_address(nl, index, a))]
     if own_ll:
         _gen_mode(nl, index, GEN_MODE_EUI64)
-    failed = add_in_passes(plan.routes, lambda route: nl.add_route(index, route))
+    failed = add_in_passes(routes, lambda route: nl.add_route(index, route))
     problems += [f"Couldn't set route {route} in namespace: {e.strerror}" for route, e in failed]
     return problems
 

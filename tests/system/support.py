@@ -157,6 +157,7 @@ class Runner:
     host: Host | None = None
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     daemons: list[int] = field(default_factory=list)
+    said: str = ""  # what the last daemon wrote to standard error before it went to the background
 
     def run(self, *args: str, timeout: float = DEADLINE, **kw: Any) -> subprocess.CompletedProcess[str]:
         """pasta ARGS, to its end."""
@@ -180,6 +181,7 @@ class Runner:
             path = f"{directory}/pid"
             done = self.run("--pid", path, *args, **kw)
             assert done.returncode == 0, done.stderr
+            self.said = done.stderr
             text = Path(path).read_text()
         assert re.fullmatch(r"[1-9]\d*\n", text)
         self.daemons.append(int(text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -55,6 +56,33 @@ def test_background_process_keeps_nothing(pasta: Runner) -> None:
     assert {os.readlink(f"/proc/{daemon}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
     assert os.readlink(f"/proc/{daemon}/cwd") == "/"
     assert os.getsid(daemon) == daemon
+
+
+def test_log_file(pasta: Runner) -> None:
+    path = Path(f"/tmp/pasta-test-{os.getpid()}.log")
+    try:
+        target = pasta.namespace()
+        daemon = pasta.daemon("-l", str(path), str(target))
+        os.kill(target, signal.SIGKILL)
+        wait_for(lambda: not alive(daemon), "the end of pasta")
+        lines = path.read_text().splitlines()
+        assert path.stat().st_mode & 0o777 == 0o600
+    finally:
+        path.unlink()
+    assert re.fullmatch(r"pasta \d+\.\d+\.\d+: /.*python.* \(\d+\)", lines[0])
+    assert re.fullmatch(
+        r"\d+\.\d{4}: info:    Namespace interface: .*", next(x for x in lines if "Namespace interface" in x)
+    )
+    assert lines[-1].endswith(f"info:    Namespace /proc/{target}/ns/net is gone, exiting")
+
+
+def test_namespace_without_ipv6(pasta: Runner) -> None:
+    target = pasta.namespace()
+    for name in ("all", "default"):
+        enter(target, "sh", "-c", f"echo 1 > /proc/sys/net/ipv6/conf/{name}/disable_ipv6")
+    pasta.daemon("--config-net", "-a", "10.1.2.3/24", "-a", "2001:db8::3", str(target))
+    assert "The namespace has no IPv6, or has it disabled" in pasta.said
+    assert b"10.1.2.3" in enter(target, "ip", "address")
 
 
 def test_print_out(hosted: Runner) -> None:

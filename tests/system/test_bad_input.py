@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
@@ -56,6 +57,10 @@ def test_interface_without_addresses_is_unusable(hosted: Runner, host: Host) -> 
 
 def test_other_peoples_namespaces(user_pasta: Runner, root: User) -> None:
     fails(user_pasta.run("1"), "Couldn't open network namespace /proc/1/ns/net: Permission denied")
+
+
+def test_own_namespace(pasta: Runner) -> None:
+    fails(pasta.run(str(os.getpid())) if pasta.user.is_root else pasta.run("--netns", "/proc/self/ns/net"), "ourselves")
 
 
 def test_name_that_is_taken(root_pasta: Runner) -> None:

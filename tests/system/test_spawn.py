@@ -80,6 +80,31 @@ def test_closed_standard_streams(pasta: Runner) -> None:
     assert done.returncode == 4
 
 
+def test_pasta_in_pasta(pasta: Runner) -> None:
+    python = "import os, sys; os.execv(sys.executable, [sys.executable, '-m', 'passt', *sys.argv[1:]])"
+    nested = [
+        "/usr/bin/python3",
+        "-c",
+        python,
+        "-q",
+        "--config-net",
+        "--",
+        "sh",
+        "-c",
+        "ip -br address; hostname; exit 7",
+    ]
+    done = pasta.run("-q", "--config-net", "-a", "10.1.2.3/24", "-g", "10.1.2.1", "--", *nested)
+    assert done.returncode == 7, done.stderr
+    assert "10.1.2.3/24" in done.stdout
+    assert done.stdout.endswith(f"pasta-pasta-{os.uname().nodename}\n")
+
+
+def test_ping_that_the_host_forbids_is_a_warning(hosted: Runner) -> None:
+    done = hosted.run("--config-net", "-q", "-4", "--", "ping", "-c", "1", "-W", "1", "198.51.100.1")
+    assert done.returncode == 1
+    assert done.stderr.count("net.ipv4.ping_group_range") == 1
+
+
 def test_inherited_descriptors_do_not_reach_the_command(pasta: Runner) -> None:
     with open("/etc/passwd") as f:
         done = pasta.run("--", "ls", "/proc/self/fd", pass_fds=[f.fileno()])

@@ -137,6 +137,11 @@ def test_ignored_signals_stay_ignored(ctx: Context) -> None:
     assert set(reactor(ctx).signals) == SPAWN_SIGNALS - {signal.SIGINT}
 
 
+def test_terminal_is_not_opened_without_a_command(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "Terminal", lambda: pytest.fail("opened"))
+    attached(ctx)
+
+
 # A namespace -------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, stderr: TextIO | None) -> None:
         "_level": log.INFO,
         "_ident": "pasta",
         "_stderr": stderr,
+        "_stderr_level": log.TRACE,
         "_timestamps": False,
         "_syslog": None,
         "_file": -1,
@@ -75,6 +76,12 @@ def test_stderr_left(stderr: Path) -> None:
     log.stop_stderr()
     log.err("nobody hears")
     assert stderr.read_text() == ""
+
+
+def test_stderr_shared_with_a_command(stderr: Path) -> None:
+    log.quiet_stderr()
+    say_everything()
+    assert stderr.read_text() == "err\nwarn\n"
 
 
 def test_stderr_again(monkeypatch: pytest.MonkeyPatch, stderr: Path, tmp_path: Path) -> None:

@@ -63,6 +63,15 @@ def test_targets_that_are_none() -> None:
         open_target(None, "/proc/self/ns/net", "/proc/self/ns/net", netns_only=False)
 
 
+def test_own_network_namespace_is_refused(sleeper: subprocess.Popen[bytes]) -> None:
+    target = open_target(sleeper.pid, None, None, netns_only=True)
+    with pytest.raises(Fatal, match=f"^/proc/{sleeper.pid}/ns/net is the network namespace that we are in ourselves"):
+        pasta.check_foreign(target)
+    os.close(target.netns)
+    with open("/proc/self/ns/user") as other:
+        pasta.check_foreign(Target(other.fileno(), None))
+
+
 def test_own_user_namespace_is_not_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "join_userns", lambda fd: pytest.fail("joined"))
     pasta.join_userns(Target(-1, None))

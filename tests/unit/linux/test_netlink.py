@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -371,10 +372,18 @@ def test_what_cannot_be_configured_is_told_and_the_rest_done(monkeypatch: pytest
     assert "route default via 192.0.2.1" in calls
 
 
-def test_namespace_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, problems, calls = configured(monkeypatch, PLAN, link_2_gen=errno.EAFNOSUPPORT)
-    assert problems == []
-    assert "address fe80::ff:fe00:2/64" not in calls
+@pytest.mark.parametrize("failure", ["link_2_gen", "address_fe80::ff:fe00:2"])
+def test_namespace_without_ipv6(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+    _, problems, calls = configured(monkeypatch, PLAN, **{failure: errno.EACCES})
+    assert problems == ["The namespace has no IPv6, or has it disabled: not configuring it there"]
+    assert "route default via 192.0.2.1" in calls
+    assert not [call for call in calls if "2001:db8" in call or "via fe80" in call]
+
+
+def test_ipv4_only_does_not_touch_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(PLAN, addresses=PLAN.addresses[:1], routes=PLAN.routes[:1])
+    _, _, calls = configured(monkeypatch, plan)
+    assert calls[3:] == ["link 2 up", "address 192.0.2.2/24", "route default via 192.0.2.1"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,28 @@
+"""The manual page: it is well formed, and names exactly the options that exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from passt.conf_table import TABLE
+
+PAGE = Path(__file__).parent.parent / "passt.1"
+
+
+def test_every_option_has_its_entry_and_no_other() -> None:
+    entries: dict[str, str] = {}  # long name -> short one
+    for line in PAGE.read_text().splitlines():
+        if line.startswith(".It Fl"):
+            short = re.match(r"\.It Fl (\w) , ", line)
+            for name in re.findall(r"-([a-z][a-z0-9-]+)", line):
+                entries[name] = short[1] if short else ""
+    assert entries == {option.name: option.short for option in TABLE}
+
+
+def test_page_is_well_formed() -> None:
+    done = subprocess.run(
+        ["mandoc", "-T", "lint", "-W", "warning", str(PAGE)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
