@@ -15,13 +15,14 @@ import select
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEADLINE = 30.0  # seconds; for conditions, not an expectation
@@ -63,7 +64,7 @@ def may_execute(python: str, uid: int, gid: int) -> bool:
 
 def environment(**extra: str) -> dict[str, str]:
     """A small environment that finds this source tree and the packages of the running Python."""
-    packages = os.pathsep.join((str(REPOSITORY), sysconfig.get_path("purelib")))
+    packages = os.pathsep.join((str(REPOSITORY), str(Path(pytest.__file__).parents[1])))
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     return {"PATH": path, "PYTHONPATH": packages, "PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8", **extra}
 
@@ -311,9 +312,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def enter(pid: int, *command: str) -> bytes:
-    return subprocess.run(
-        ["nsenter", f"--target={pid}", "--user", "--net", "--", *command], check=True, capture_output=True
-    ).stdout
+    """What `command` prints in the user and network namespaces of `pid`."""
+    nsenter = ["nsenter", f"--target={pid}", "--user", "--preserve-credentials", "--net", "--", *command]
+    return subprocess.run(nsenter, check=True, capture_output=True).stdout
 
 
 def handles(pid: int, number: int) -> bool:
