@@ -115,7 +115,10 @@ def decide(options: Options, host: Host, resolvers: Resolvers, *, have_v6: bool 
         txqlen=queue_length(mtu),
         configure=options.config_net,
         addresses=(*_addresses(options, host, template4, ip4), *_addresses(options, host, template6, ip6)),
-        routes=(*_routes(options, host, template4, ip4), *_routes(options, host, template6, ip6)),
+        routes=(
+            *_routes(options, host, template4, ip4, remarks),
+            *_routes(options, host, template6, ip6, remarks),
+        ),
     )
     config = _config(options, mtu, ip4, ip6, resolvers, template6 or template4)
     _remark_dns(options, ip4, ip6, remarks)
@@ -330,13 +333,30 @@ def _addresses(options: Options, host: Host, template: Link | None, ip: Ip4 | Ip
     return tuple(replace(a, prefix_len=ip.prefix_len, peer=None) if a.addr == ip.addr else a for a in copied)
 
 
-def _routes(options: Options, host: Host, template: Link | None, ip: Ip4 | Ip6 | None) -> tuple[Route, ...]:
+def _routes(
+    options: Options, host: Host, template: Link | None, ip: Ip4 | Ip6 | None, remarks: Remarks
+) -> tuple[Route, ...]:
     if ip is None:
         return ()
     v6 = isinstance(ip, Ip6)
     if template is not None and options.gateway.get(v6) is None and options.copy_routes:
-        return routes.routes_to_copy(host, template.index, v6)
+        found = routes.routes_to_copy(host, template.index, v6)
+        if options.config_net:
+            _remark_routes(host, template, len(found), remarks, v6=v6)
+        return routes.cut(found)
     return routes.single_routes(ip.gateway, ip.addr, ip.prefix_len) if ip.gateway else ()
+
+
+def _remark_routes(host: Host, template: Link, count: int, remarks: Remarks, v6: bool) -> None:
+    family = "IPv6" if v6 else "IPv4"
+    if count > routes.COPY_LIMIT:
+        remarks.warn(f"{count} {family} routes on {template.name}: copying the {routes.COPY_LIMIT} widest")
+    unresolved = routes.unresolved(host, v6)
+    if unresolved:
+        remarks.warn(
+            f"{unresolved} {family} routes name a next-hop object instead of an interface and are not copied: "
+            f"sysctl -w net.ipv4.nexthop_compat_mode=1 makes them readable"
+        )
 
 
 # Print-out ---------------------------------------------------------------------------------------------------------

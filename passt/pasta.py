@@ -106,8 +106,14 @@ def _open(kind: str, path: str) -> int:
     try:
         return netns.open_ns(path, CLONE_NEWNET if kind == "network" else CLONE_NEWUSER)
     except OSError as e:
-        hint = " (you must own it, or be root)" if e.errno in (errno.EACCES, errno.EPERM) else ""
+        hint = f" ({_whose(path)}you must own it, or be root)" if e.errno in (errno.EACCES, errno.EPERM) else ""
         raise Fatal(f"Couldn't open {kind} namespace {path}: {e.strerror}{hint}") from None
+
+
+def _whose(path: str) -> str:
+    """Whose namespace `path` is, for a path under /proc: a mistyped PID shows by the process that it names."""
+    pid = proc.pid_of_path(path)
+    return "" if pid is None else f"{proc.describe(pid)}: "
 
 
 def check_foreign(target: Target) -> None:

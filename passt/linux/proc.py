@@ -21,6 +21,17 @@ def exists(pid: int) -> bool:
     return os.path.isdir(f"/proc/{pid}")
 
 
+def describe(pid: int) -> str:
+    """'process 1 is systemd of root', or as much of it as can be known. For error messages: psutil takes its time."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return f"process {pid} is {process.name()} of {process.username()}"
+    except psutil.Error:
+        return f"process {pid}"
+
+
 def inherited_fds() -> list[int]:
     """Descriptors from 3 up that are open now: what whoever started us left open, when asked first thing."""
     # The directory itself is open during the listing, under a number that is free again afterwards.

@@ -195,7 +195,18 @@ def routes_to_copy(host: Host, index: int, v6: bool) -> tuple[Route, ...]:
         hops = tuple(h for h in route.hops if h.index == index)
         if hops:
             unique.setdefault((route.dst, route.prefix_len, route.metric, route.tos, hops), replace(route, hops=hops))
-    return tuple(sorted(unique.values(), key=_dependence))[:COPY_LIMIT]
+    return tuple(sorted(unique.values(), key=_dependence))
+
+
+def cut(found: tuple[Route, ...]) -> tuple[Route, ...]:
+    """At most COPY_LIMIT of `found`, in their order: the widest ones, so that the default routes are among them."""
+    kept = set(sorted(range(len(found)), key=lambda i: found[i].prefix_len)[:COPY_LIMIT])
+    return tuple(route for i, route in enumerate(found) if i in kept)
+
+
+def unresolved(host: Host, v6: bool) -> int:
+    """How many routes name no interface: next-hop objects that the kernel does not spell out."""
+    return sum(not any(h.index for h in r.hops) for r in host.routes(v6))
 
 
 def _dependence(route: Route) -> tuple[bool, int]:

@@ -322,6 +322,17 @@ def test_any_resolv_conf_is_read(text: str) -> None:
 # The queue, the print-out ------------------------------------------------------------------------------------------
 
 
+def test_routes_that_are_left_out_are_named() -> None:
+    hop = Hop(0)
+    table = replace(HOST, routes4=(*HOST.routes4, Route(ip("198.51.100.0"), 24, (hop,))))
+    assert any("1 IPv4 routes name a next-hop object" in r for r in remarks(given_host("--config-net", table)))
+    assert not any("next-hop" in r for r in remarks(given_host("", table)))
+    many = tuple(Route(i.to_bytes(4, "big"), 32, (Hop(2),)) for i in range(1, 5000))
+    decision = given_host("--config-net", replace(HOST, routes4=(*HOST.routes4, *many)))
+    assert any("copying the 4096 widest" in r for r in remarks(decision))
+    assert sum(len(r.dst) == 4 for r in decision.plan.routes) == 4096
+
+
 def test_queue_holds_a_window() -> None:
     assert queue_length(0) == queue_length(1500) == queue_length(65520)
     assert queue_length(1500) * 1448 >= 1 << 24

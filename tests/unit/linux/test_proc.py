@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,10 @@ def test_inherited_descriptors() -> None:
 )
 def test_pid_of_path(path: str, pid: int | None) -> None:
     assert proc.pid_of_path(path) == pid
+
+
+def test_processes_are_described_for_error_messages() -> None:
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert proc.describe(os.getpid()).startswith(f"process {os.getpid()} is ")
+    assert proc.describe(os.getpid()).endswith(f" of {user}")
+    assert proc.describe(2**22 + 1) == "process 4194305"

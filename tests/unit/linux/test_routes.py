@@ -159,8 +159,16 @@ def test_equal_routes_are_copied_once() -> None:
 
 
 def test_a_full_internet_table_is_cut() -> None:
-    many = [Route(i.to_bytes(4, "big"), 32, (Hop(2),)) for i in range(routes.COPY_LIMIT + 10)]
-    assert len(routes.routes_to_copy(host(*many), 2, v6=False)) == routes.COPY_LIMIT
+    many = [Route(i.to_bytes(4, "big"), 32, (Hop(2),)) for i in range(1, routes.COPY_LIMIT + 10)]
+    default = route("default4", via(2, "192.0.2.1"))
+    kept = routes.cut(routes.routes_to_copy(host(default, *many), 2, v6=False))
+    assert len(kept) == routes.COPY_LIMIT
+    assert kept[-1] == default
+
+
+def test_routes_by_next_hop_objects_are_counted() -> None:
+    table = host(route("default4", via(2, "192.0.2.1")), route("198.51.100.0/24", via(0)))
+    assert routes.unresolved(table, v6=False) == 1
 
 
 @pytest.mark.parametrize(
