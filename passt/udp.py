@@ -21,6 +21,7 @@ Errors (EPOLLERR, or a send or receive that reports what an earlier datagram met
     ------  -------------------------------------  -------------------------
     180 s   nothing sent or received               the flow ends
     30 s    the same, peer's port is 53            the flow ends
+    100 us  a receive brought 4 to 31 datagrams    the socket is read again
 
 What is left out: datagrams from anybody but the peer the guest wrote to (so answers to multicast queries that come
 from single hosts), flows begun by the host, send queues: a full socket buffer is a drop, as on any link.
@@ -35,7 +36,7 @@ from typing import Any
 
 from . import addr, log
 from .core.context import Context
-from .core.flow import TableFull
+from .core.flow import ACTIVE, TableFull
 from .core.idle import IdleFlows, flow_limit
 from .core.link import VNET
 from .core.reactor import EPOLLERR, EPOLLIN, TYPE_UDP, ref_data
@@ -51,6 +52,8 @@ from .wire.fragment import fragments
 UDP_FLOWS_MAX = 16384
 DESCRIPTOR_SHARE = 2  # of the descriptors that the process may have, at most one in so many
 GRO_WORTH = 4  # datagrams in one receive that make a flow worth a system call to have them joined
+BATCH_WORTH = 32  # datagrams in one receive that are enough: a stream that brings them is read as it comes
+PAUSE = 100e-6  # s; at 350 k datagrams per second a super-frame of 1400-byte ones gathers
 
 _CONGESTED = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM))
 # What a kernel says to a segmented send that it cannot do: sizes, transformations, checksums
@@ -83,6 +86,8 @@ class Udp:
         self._gro = probe_udp_gro()
         log.debug(f"UDP: UDP_SEGMENT {'on' if self._segments > 1 else 'off'}, UDP_GRO {'on' if self._gro else 'off'}")
         self._hops = default_hops()
+        self._paused: list[UdpFlow] = []
+        self._pause_timer = ctx.timers.services.new(self._resume)
         ctx.reactor.handle(TYPE_UDP, self.sock_handler)
 
     # Guest -> host ---------------------------------------------------------------------------------------------------
@@ -183,17 +188,36 @@ class Udp:
         if events & EPOLLERR:
             self._report(flow, now)
         if events & EPOLLIN:
-            try:
-                if flow.asked and not flow.gro:
-                    flow.asked = False
-                    self._receive_one(flow)
-                else:
-                    self._receive(flow)
-                flow.last = now
-            except BlockingIOError:
-                pass  # the event was meant for an earlier owner of the descriptor
-            except OSError:
-                self._report(flow, now)
+            self._take(flow, now)
+
+    def _take(self, flow: UdpFlow, now: float) -> None:
+        """Receive what there is, and let a stream gather for a moment."""
+        try:
+            if flow.asked and not flow.gro:
+                flow.asked = False
+                self._receive_one(flow)
+            elif GRO_WORTH <= self._receive(flow) < BATCH_WORTH:
+                self._pause(flow, now)
+            flow.last = now
+        except BlockingIOError:
+            pass  # the event was meant for an earlier owner of the descriptor, or the pause brought nothing
+        except OSError:
+            self._report(flow, now)
+
+    def _pause(self, flow: UdpFlow, now: float) -> None:
+        """Do not look at this flow's datagrams for PAUSE seconds; its errors are still reported."""
+        self._ctx.reactor.change(flow.fd, EPOLLERR)
+        if not self._paused:
+            self._ctx.timers.services.arm(self._pause_timer, now + PAUSE)
+        self._paused.append(flow)
+
+    def _resume(self, now: float) -> None:
+        """The pause is over."""
+        paused, self._paused = self._paused, []
+        for flow in paused:
+            if flow.state == ACTIVE:
+                self._ctx.reactor.change(flow.fd, EPOLLIN | EPOLLERR)
+                self._take(flow, now)
 
     def _receive_one(self, flow: UdpFlow) -> None:
         receiver = self._receiver
@@ -203,8 +227,8 @@ class Udp:
         else:
             self._ctx.link.send_payload((flow.header(n, n), receiver.mv[:n]))
 
-    def _receive(self, flow: UdpFlow) -> None:
-        """A batch. When all datagrams are of one size, no loop is run over them."""
+    def _receive(self, flow: UdpFlow) -> int:
+        """A batch; returns how many datagrams it had. Raises BlockingIOError, OSError."""
         receiver, link = self._receiver, self._ctx.link
         lengths, sizes = receiver.receive(flow.fd)
         n = len(lengths)
@@ -216,11 +240,14 @@ class Udp:
         for length, size in zip(lengths, sizes, strict=True):
             frames += (start, start + length, size)
             start += SLOT
+        count = 0
         for size, total, views in runs(receiver.mv, frames, SEGMENTS_MAX if link.uso else 1):
+            count += -(-total // size) if size else 1
             if size > flow.payload_max:
                 self._fragment_run(flow, size, views)
             else:
                 link.send_payload((flow.header(total, size), *views))
+        return count
 
     def _fragment_run(self, flow: UdpFlow, size: int, views: list[memoryview]) -> None:
         """Each datagram of a run in fragments, as far as it needs them."""

@@ -376,6 +376,45 @@ def test_a_guest_without_super_frames(talk: Talk) -> None:
     assert talk.payloads() == sent
 
 
+def test_a_stream_gathers_for_a_moment(talk: Talk) -> None:
+    """Small batches in a row would cost the guest's receiver a wake-up each."""
+    watched, timers_ = reactor(talk.ctx).events, timers(talk.ctx).services
+    talk.sends(b"?")
+    talk.flow.asked = False
+    talk.answers(*[b"x"] * 8)
+    talk.event()
+    assert len(talk.payloads()) == 8
+    assert watched[talk.flow.fd] == EPOLLERR
+    timer = timers_.deadlines.index(T0 + udp.PAUSE)
+    talk.answers(*[b"y"] * 40)
+    timers_.fire(timer)
+    assert talk.payloads() == [b"y"] * 40
+    assert watched[talk.flow.fd] == EPOLLIN | EPOLLERR  # 40 are enough: read as they come
+    talk.answers(b"z")
+    talk.event()
+    assert talk.payloads() == [b"z"]
+    assert watched[talk.flow.fd] == EPOLLIN | EPOLLERR  # one is no stream
+    assert timers_.deadlines[timer] is None
+
+
+def test_a_pause_that_brings_nothing_and_one_that_outlives_its_flow(talk: Talk) -> None:
+    timers_ = timers(talk.ctx).services
+    talk.sends(b"?")
+    talk.flow.asked = False
+    talk.answers(*[b"x"] * 8)
+    talk.event()
+    talk.link.take()
+    timer = timers_.deadlines.index(T0 + udp.PAUSE)
+    timers_.fire(timer)
+    assert talk.link.take() == []
+    talk.answers(*[b"x"] * 8)
+    talk.event()
+    talk.link.take()
+    talk.udp.fault_key(talk.key)
+    timers_.fire(timer)
+    assert talk.link.take() == []
+
+
 def gro_burst(talk: Talk, data: bytes, size: int) -> None:
     """The server sends `data` in datagrams of `size`, in one piece."""
     talk.server.setsockopt(SOL_UDP, UDP_SEGMENT, size)
