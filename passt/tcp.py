@@ -7,7 +7,7 @@ Directions
 ==========
 
 Guest to host (`tap_handler`). Segments of one read of the tap come grouped by connection. Payload in order goes to
-the socket in one `writev` over views of the packet pool. What the socket took is acknowledged; what it did not take
+the socket in one `sendmsg` over views of the packet pool. What the socket took is acknowledged; what it did not take
 is dropped and asked for again, which the window that we promise makes rare: see `tcp_ack.py`.
 
 Host to guest (`sock_handler`, and `tap_handler` when an acknowledgement opens the window). Data is peeked, sent, and
@@ -24,7 +24,10 @@ Timers: one timerfd per connection, from a pool, and one for all delayed acknowl
     RTO         data or FIN not acknowledged                1 s doubling, 7 times     send from snd_una; then RST
     persist     window zero, data waits in the socket       0.2 s doubling to 60 s    send a segment before snd_una
     keepalive   nothing else, idle                          2 h, then 75 s, 8 times   likewise; then RST both ways
-    ack         acknowledgements wait                       10 ms                     look at TCP_INFO, send them
+    ack         acknowledgements wait                       5 to 15 ms                look at TCP_INFO, send them
+
+A guest that probes an idle connection wants to know whether the peer is alive, not whether we are: its first probe
+turns SO_KEEPALIVE on for the host socket, and the error of a dead peer reaches it as RST.
 
 Not handled, on purpose: SACK, timestamps, ECN and TCP_FASTOPEN (the link to the guest has no use for them; the host
 socket negotiates them with its peer as it likes); urgent pointers, whose byte travels in line.
@@ -163,6 +166,9 @@ class Tcp:
                     later.append((gap + rcv_nxt, data, end, bits & FIN))
                 continue
             must_ack = True  # something sent again, a keep-alive or a window probe
+            if n <= 1 and gap == _MASK and not conn.keepalive:
+                conn.keepalive = True
+                tcp_sock.keep_alive(conn.sock, now - conn.t_rx)
             new = gap + n - (1 << 32)  # bytes beyond rcv_nxt
             if new > 0:
                 payload.append(mv[end - new : end])

@@ -8,8 +8,9 @@
     elsewhere, 64 KiB and more      what the peer acknowledged (tcpi_bytes_acked),       the guest sees the real
                                     looked at with each batch and every 10 ms            round trip and pace
 
-An acknowledgement waits up to 10 ms for an answer to ride on, once two answers in a row came within that time
-(as Linux's "ping-pong" mode does); a wait that was in vain ends the habit.
+An acknowledgement waits about 10 ms for an answer to ride on, once two answers in a row came within that time
+(as Linux's "ping-pong" mode does); a wait that was in vain ends the habit. The timer that serves all such waits also
+drops from the sockets what the guest has acknowledged meanwhile.
 
 The window
 ==========

@@ -92,6 +92,7 @@ class TcpConn(Flow):
         "hdr",  # pre-cooked frame: vnet, Ethernet, IP, TCP headers
         "ip_sum",  # folded sum of the IPv4 header without total length and checksum
         "isn_tap",  # the guest's initial sequence number
+        "keepalive",  # the guest probes this connection, and so does the host socket
         "l4",  # offset of the TCP header in `hdr`
         "lazy",  # acknowledgements since anything was dropped from the socket
         "lost",  # payload of the guest that the socket did not take was dropped: ask for it when there is room
@@ -130,7 +131,7 @@ class TcpConn(Flow):
         self.isn_tap = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_full = 0
         self.snd_una = self.snd_nxt = self.snd_wnd = self.base = self.recover = 0
         self.gso = self.near = self.low = self.lost = self.ack_due = False
-        self.queued = self.urgent = self.eager = False
+        self.queued = self.urgent = self.eager = self.keepalive = False
         self.drained = True
         self.pingpong = self.retries = self.unpolled = self.lazy = 0
         self.timer = -1

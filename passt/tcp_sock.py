@@ -5,6 +5,7 @@
     SO_PEEK_OFF     each peek goes on where the last one ended (kernel 6.9; `tcp_buf.py` has the other way)
     TCP_NODELAY     the guest has cut its stream already; waiting for more would only delay it
     SO_OOBINLINE    the urgent byte is one of the stream, here as on the guest's side
+    SO_KEEPALIVE    once the guest probes the connection, after the same time without data
     SO_LINGER       on, 0 s: close() sends RST instead of FIN, when the guest did
 
 The guest's port is not kept: it may be in use here, and no peer may rely on it.
@@ -25,6 +26,7 @@ from .tcp_ack import INTEREST
 from .tcp_conn import TcpConn
 
 new_socket = socket.SocketType  # the C type itself: making its subclass `socket.socket` costs as much again
+KEEPIDLE_MAX = 32767  # s, MAX_TCP_KEEPIDLE of Linux
 _RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
 
 
@@ -69,6 +71,12 @@ def _bind(ctx: Context, conn: TcpConn, dst: bytes) -> None:
             conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
     except OSError as e:
         log.debug(f"Flow {conn.index} (TCP connection): cannot bind: {e.strerror}")
+
+
+def keep_alive(sock: Any, idle: float) -> None:
+    """Have the kernel probe the host peer after `idle` seconds without data (RFC 9293, 3.8.4; tcp(7))."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, min(max(int(idle), 1), KEEPIDLE_MAX))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def reset_on_close(sock: Any) -> None:

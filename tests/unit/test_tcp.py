@@ -300,6 +300,22 @@ def test_keep_alive_and_window_probe_are_answered() -> None:
     assert talk.sock.sent == b"data"
 
 
+def test_guest_that_probes_has_the_host_peer_probed() -> None:
+    talk = open_connection()
+    talk.guest(ACK, b"data")
+    talk.now += 45
+    assert (socket.SOL_SOCKET, socket.SO_KEEPALIVE) not in talk.sock.options
+    talk.guest(ACK, seq=4)
+    assert talk.sock.options[socket.SOL_SOCKET, socket.SO_KEEPALIVE] == 1
+    assert talk.sock.options[socket.IPPROTO_TCP, socket.TCP_KEEPIDLE] == 45
+    talk.sock.options.clear()
+    talk.guest(ACK, seq=4)
+    assert not talk.sock.options  # once is enough
+    talk.taken()
+    talk.host(error=errno.ETIMEDOUT)
+    talk.expect(RST | ACK)
+
+
 def test_full_send_buffer_is_waited_for_and_the_rest_asked_for() -> None:
     talk = near()
     talk.sock.room = 4
