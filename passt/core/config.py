@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .rules import Rule
+
 PASTA = "pasta"
 PASST = "passt"
 
@@ -70,3 +72,8 @@ class Config:
     no_dhcpv6: bool = False
     no_ndp: bool = False
     no_ra: bool = False
+    forwards: tuple[Rule, ...] = ()
+    no_splice: bool = False  # connections from the host's loopback go through the tap like all others
+    splice_only: bool = False  # there is no tap: loopback connections are all there is
+    host_lo_to_ns_lo: bool = False  # they reach the namespace's loopback instead of its own address
+    freebind: bool = False  # listen on addresses that the host does not have (yet)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .flow import FlowTable
     from .fwd import Forwarding
     from .link import Link
+    from .nspool import NsSockets
     from .packet import PacketPool
     from .reactor import Reactor
     from .timers import TimerPool
@@ -41,3 +42,4 @@ class Context:
     fwd: Forwarding
     guest: Guest = field(default_factory=Guest)
     drops: Counter[str] = field(default_factory=Counter)  # by reason; whoever drops a packet counts it
+    ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none

@@ -1,6 +1,6 @@
-"""Address translation: which host endpoint does a guest's destination stand for? Policy only, no sockets.
+"""Address translation: who is whom on the other side? Policy only, no sockets.
 
-Guest to host, first match (the source is the kernel's choice, or the configured outbound address):
+Guest to host (`outbound`), first match; the source is the kernel's choice, or the configured outbound address:
 
     1. port 53 or 853 of the DNS address (TCP and UDP)   -> the host's resolver
     2. the address that maps the host's loopback         -> 127.0.0.1 or ::1
@@ -8,12 +8,31 @@ Guest to host, first match (the source is the kernel's choice, or the configured
     4. anything else                                     -> itself
 
 Answers come back to the guest from the address that it wrote to: a flow keeps its original destination.
+
+Host to guest through the tap: whom does the guest see (`inbound_source`)? First match:
+
+    1. 127.0.0.1, ::1                                    -> the address that maps the host's loopback, if there is one
+    2. the address that the guest has too                -> the address that maps the host itself, if there is one
+    3. other loopback, unspecified, an address of the    -> our own address on the link
+       guest
+    4. anything else                                     -> itself
+
+It connects to the address that the guest was last seen with (`inbound_target`), or the one that the rule names.
+
+Loopback to loopback, without the tap (`splice_targets`): the namespace's address, or its loopback if so configured; the
+host's loopback; or the one that the rule names. The client's family first; the other one if nobody listens there.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .. import addr
-from .config import Config, Ip4, Ip6
+from .config import PASTA, Config, Ip4, Ip6
+
+if TYPE_CHECKING:
+    from .context import Guest
+    from .rules import Rule
 
 DNS_PORTS = frozenset((53, 853))
 NO_SCOPE = 0
@@ -62,3 +81,44 @@ class Forwarding:
             return addr.text(a), port
         link_scope = addr.is_link_local(a) or (a[0] == 0xFF and a[1] & 0xF in (1, 2))
         return addr.text(a), port, 0, self._config.scope_id if link_scope else NO_SCOPE
+
+    # Host to guest -----------------------------------------------------------------------------------------------
+
+    def inbound_source(self, peer: bytes, guest: Guest) -> bytes | None:
+        """The address that the guest sees for a host-side `peer`; None: there is none that it could answer to."""
+        ip = self.family(peer)
+        if ip is None:
+            return None
+        ours = ip.our_addr if isinstance(ip, Ip4) else ip.our_ll
+        if addr.is_loopback(peer):
+            mapped = ip.map_host_loopback if peer in (addr.LOOPBACK4, addr.LOOPBACK6) else None
+            return mapped or ours
+        if peer == ip.addr and ip.map_guest_addr is not None:
+            return ip.map_guest_addr
+        if addr.is_unspecified(peer) or peer in (ip.addr, guest.addr4, guest.addr6, guest.addr6_ll):
+            return ours
+        return peer
+
+    def inbound_target(self, source: bytes, rule: Rule, guest: Guest) -> bytes | None:
+        """The address in the guest that a connection seen as from `source` goes to; None: none is known."""
+        if rule.target is not None:
+            return rule.target if len(rule.target) == len(source) else None
+        own6 = guest.addr6_ll if addr.is_link_local(source) else guest.addr6
+        target = guest.addr4 if len(source) == 4 else own6
+        return target if any(target) else None
+
+    # Loopback to loopback ----------------------------------------------------------------------------------------
+
+    def spliced(self, peer: bytes, rule: Rule) -> bool:
+        """Whether a connection of `peer` to a port of `rule` goes from socket to socket, without the tap."""
+        config = self._config
+        return rule.outbound or (config.mode == PASTA and not config.no_splice and addr.is_loopback(peer))
+
+    def splice_targets(self, v6: bool, rule: Rule, guest: Guest) -> list[bytes]:
+        """Addresses on the other side to connect to, in this order, for a client that came by IPv6 or not."""
+        if rule.target is not None:
+            return [rule.target]
+        loopback = rule.outbound or self._config.host_lo_to_ns_lo or self._config.splice_only
+        own = (addr.LOOPBACK4, addr.LOOPBACK6) if loopback else (guest.addr4, guest.addr6)
+        on = (self._config.ip4, self._config.ip6)
+        return [own[i] for i in ((1, 0) if v6 else (0, 1)) if any(own[i]) and (on[i] is not None or rule.outbound)]
