@@ -13,6 +13,7 @@ is dropped and asked for again, which the window that we promise makes rare: see
 Host to guest (`sock_handler`, and `tap_handler` when an acknowledgement opens the window). Data is peeked, sent, and
 stays in the socket until the guest has it: see `tcp_buf.py`. Events are edge-triggered.
 
+Either side may begin: what comes before ESTABLISHED is in `tcp_open.py`, how a connection ends in `tcp_table.py`.
 Events and sequence variables are listed in `tcp_conn.py`.
 
 Timers: one timerfd per connection, from a pool, and one for all delayed acknowledgements
@@ -20,7 +21,7 @@ Timers: one timerfd per connection, from a pool, and one for all delayed acknowl
 
     name        condition                                   value                     on expiry
     ----------  ------------------------------------------  ------------------------  ------------------------------
-    SYN         SYN,ACK not acknowledged                    1, 2, 4 s; 10 s in all    send again; then RST both ways
+    SYN         SYN or SYN,ACK not acknowledged             1, 2, 4 s; 10 s in all    send again; then RST both ways
     RTO         data or FIN not acknowledged                1 s doubling, 7 times     send from snd_una; then RST
     persist     window zero, data waits in the socket       0.2 s doubling to 60 s    send a segment before snd_una
     keepalive   nothing else, idle                          2 h, then 75 s, 8 times   likewise; then RST both ways
@@ -39,10 +40,10 @@ import errno
 import os
 import socket
 from collections.abc import Sequence
+from typing import Any
 
-from . import addr, log, tcp_sock
+from . import log, tcp_sock
 from .core.context import Context
-from .core.flow import TableFull
 from .core.reactor import (
     EPOLLERR,
     EPOLLHUP,
@@ -53,7 +54,7 @@ from .core.reactor import (
     TYPE_TCP,
     ref_data,
 )
-from .core.siphash import siphash24
+from .core.rules import Listener
 from .linux import tcpinfo
 from .tcp_ack import ACK_DELAY, PINGPONG_MAX, TcpAck
 from .tcp_buf import TcpOut
@@ -63,22 +64,19 @@ from .tcp_conn import (
     KEEPALIVE_IDLE,
     NEVER,
     RETRIES_MAX,
-    RTO_INIT,
+    SOCK_ACCEPTED,
     SOCK_FIN_RCVD,
     SOCK_FIN_SENT,
-    SYN_TIMEOUT,
+    SYN_RETRIES,
     TAP_FIN_ACKED,
     TAP_FIN_RCVD,
     TAP_FIN_SENT,
-    TAP_SYN_ACK_SENT,
     TAP_SYN_RCVD,
-    WS_OFFERED,
     TcpConn,
     set_event,
-    timeout,
 )
-from .wire import tcp
-from .wire.cursor import Malformed
+from .tcp_open import TcpOpen
+from .tcp_table import TcpTable
 from .wire.tcp import ACK, FIN, RST, SEQ_TO_WINDOW, SYN
 
 CONSUME = 8192  # acknowledged bytes that are dropped from the socket at once
@@ -86,7 +84,6 @@ LAZY_MAX = 32  # acknowledgements of fewer bytes after which they are, too; none
 KEEPALIVE_PROBES = 8
 IOV_MAX = 1024
 TIMER_SLACK = 0.0005  # s, a timer that fires this early is on time
-REFUSED = frozenset((errno.ECONNREFUSED, errno.ECONNRESET))
 
 _MASK = 0xFFFFFFFF
 _NOT_PLAIN = FIN | SYN | RST | ACK
@@ -102,9 +99,11 @@ class Tcp:
         self._features = features or tcpinfo.probe()
         self._out = TcpOut(ctx, self._features, tso=ctx.link.tso)
         self._by_index = ctx.flows.by_index
-        self._conns: dict[bytes, TcpConn] = {}
-        self._secret = os.urandom(16)  # RFC 6528: new at each start
         self._acks = TcpAck(ctx, self._out, self._features)
+        self._table = TcpTable(ctx, self._out)
+        self._opening = TcpOpen(ctx, self._features, self._out, self._acks, self._table)
+        self._conns = self._table.by_key
+        self._schedule = self._table.schedule
         ctx.reactor.handle(TYPE_TCP, self.sock_handler)
         ctx.timers.callback = self.timer_handler
 
@@ -114,8 +113,11 @@ class Tcp:
         """Segments of one flow: `segments` is a flat list of (offset of the TCP header, end) in the packet pool."""
         conn = self._conns.get(key)
         if conn is None or not conn.events & ESTABLISHED:
-            conn = self._handshake(conn, key, segments, now)
+            conn = self._opening.segments(conn, key, segments, now)
             if conn is None:
+                return
+            self._established(conn, now)
+            if conn.sock is None:
                 return
         if len(segments) == 2 and self._plain_segment(conn, segments[0], segments[1], now):
             return
@@ -136,7 +138,7 @@ class Tcp:
             if bits & (RST | SYN | ACK) != ACK:
                 if bits & RST:
                     if (seq - conn.rcv_acked) & _MASK <= conn.rcv_edge - conn.rcv_acked:
-                        self._reset_by_guest(conn)
+                        self._table.reset_by_guest(conn)
                         return
                     self._ctx.drops["tcp reset out of window"] += 1
                 elif bits & SYN:
@@ -268,7 +270,7 @@ class Tcp:
         conn.rcv_edge = max(conn.rcv_edge, conn.rcv_nxt)
         self._out.ack(conn)
         if conn.events & CLOSED == CLOSED:
-            self._close(conn)
+            self._table.close(conn)
             return
         try:
             conn.sock.shutdown(socket.SHUT_WR)
@@ -284,9 +286,9 @@ class Tcp:
         conn = self._by_index[ref & _MASK]
         if not isinstance(conn, TcpConn):
             return
-        if not conn.events & TAP_SYN_ACK_SENT:
-            self._connected(conn, conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), now)
-            if conn.sock is None or not conn.events & TAP_SYN_ACK_SENT:
+        if conn.events == TAP_SYN_RCVD:
+            self._opening.connected(conn, conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), now)
+            if conn.sock is None:
                 return
         if events & EPOLLRDHUP and not conn.events & SOCK_FIN_RCVD:
             set_event(conn, SOCK_FIN_RCVD)
@@ -330,7 +332,7 @@ class Tcp:
             if conn.events & TAP_FIN_SENT and una == conn.snd_nxt:
                 set_event(conn, TAP_FIN_ACKED)
                 if conn.events & CLOSED == CLOSED:
-                    self._close(conn)
+                    self._table.close(conn)
                     return
             n = una - conn.base
             if n >= CONSUME or conn.eager or conn.lazy >= LAZY_MAX:
@@ -360,140 +362,25 @@ class Tcp:
 
     # Opening -----------------------------------------------------------------------------------------------------
 
-    def _handshake(self, conn: TcpConn | None, key: bytes, segments: list[int], now: float) -> TcpConn | None:
-        """Handle segments before ESTABLISHED; returns the connection once it is, to go on with the same segments."""
-        if self._ctx.config.no_tcp:
-            self._ctx.drops["tcp disabled"] += len(segments) // 2
-            return None
-        buf = self._pool.buf
-        for i in range(0, len(segments), 2):
-            offset, end = segments[i], segments[i + 1]
-            seq, ack, bits, win = SEQ_TO_WINDOW.unpack_from(buf, offset + 4)
-            data = offset + (bits >> 10 & 0x3C)
-            if data > end or data < offset + 20:
-                self._ctx.drops["tcp header length"] += 1
-                continue
-            flags = bits & (SYN | RST | ACK)
-            if conn is not None and flags == SYN and seq != conn.isn_tap:
-                self._abort(conn)  # the guest gave up the old attempt and reuses the port
-                conn = None
-            if conn is None:
-                conn = self._no_connection(key, offset, data, end, now)
-            elif flags == SYN:
-                if conn.events & TAP_SYN_ACK_SENT:
-                    self._out.syn_ack(conn, conn.ws_to != 0)
-            elif bits & RST:
-                self._reset_by_guest(conn)
-                return None
-            elif flags == ACK and conn.events & TAP_SYN_ACK_SENT and ack == conn.snd_nxt & _MASK:
-                conn.snd_una = conn.snd_nxt
-                conn.snd_wnd = win << conn.ws_from
-                conn.retries = 0
-                set_event(conn, ESTABLISHED)
-                if conn.drained:
-                    self._schedule(conn, now)
-                else:
-                    self._to_tap(conn, now)
-                return conn if conn.sock is not None else None
-            elif flags == ACK:
-                self._out.refuse(key, seq, ack, bits, 0)
-        return None
+    def accepted(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> None:
+        """A host client, `peer` (4 or 16 bytes), connected to `listener`.
 
-    def _no_connection(self, key: bytes, offset: int, data: int, end: int, now: float) -> TcpConn | None:
-        """A segment of no connection: SYN opens one, anything but RST is answered by RST."""
-        seq, ack, bits, win = self._pool.unpack(SEQ_TO_WINDOW, offset + 4, end)
-        if bits & RST:
-            return None
-        if bits & (SYN | ACK) == SYN:
-            n = (len(key) - 4) // 2
-            ends = key[:n], key[n : 2 * n]
-            if not all(map(_may_connect, ends)) or not any(key[2 * n : 2 * n + 2]) or not any(key[2 * n + 2 :]):
-                self._ctx.drops["tcp endpoint"] += 1
-                return None
-            try:
-                options = tcp.SynOptions.parse(self._pool.copy(offset + 20, data))
-            except Malformed as e:
-                self._ctx.drops[e.reason] += 1
-                return None
-            return self._open(key, seq, win, options, now)
-        length = end - data + (1 if bits & SYN else 0) + (1 if bits & FIN else 0)
-        self._out.refuse(key, seq, ack, bits, length)
-        return None
+        Its socket, non-blocking, is ours from here on; the listener was prepared by `tcp_sock.prepare_listener`.
+        Raises nothing: who cannot be served is reset.
+        """
+        self._opening.accepted(listener, sock, peer, peer_port, now)
 
-    def _open(self, key: bytes, isn: int, window: int, options: tcp.SynOptions, now: float) -> TcpConn | None:
-        """The guest connects: so do we, on the host."""
-        conn = TcpConn(key)
-        conn.isn_tap = isn
-        conn.rcv_nxt = conn.rcv_acked = conn.rcv_edge = isn + 1
-        v4 = len(key) == 12
-        conn.mss = max(options.mss or (tcp.MSS_DEFAULT if v4 else tcp.MSS_DEFAULT6), tcp.MSS_MIN)
-        if options.ws is not None:
-            conn.ws_from, conn.ws_to = options.ws, WS_OFFERED
-        conn.snd_wnd = window
-        try:
-            self._ctx.flows.insert(conn)
-        except TableFull:
-            self._ctx.drops["flow table full"] += 1
-            self._out.refuse(key, isn, 0, SYN, 1)
-            return None
-        conn.snd_una = conn.snd_nxt = self._isn(key, now)
-        conn.base = conn.snd_una + 1
-        self._out.cook(conn)
-        self._conns[key] = conn
-        set_event(conn, TAP_SYN_RCVD)
-        try:
-            error = tcp_sock.connect(self._ctx, self._features, conn)
-        except OSError as e:  # no descriptor, no memory: ours to answer for, so RST
-            log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
-            self._ctx.drops["tcp socket"] += 1
-            self._out.refuse(key, isn, 0, SYN, 1)
-            self._close(conn)
-            return None
-        if error != errno.EINPROGRESS:
-            self._connected(conn, error, now)
-        return conn if conn.sock is not None else None
-
-    def _isn(self, key: bytes, now: float) -> int:
-        """RFC 6528: a keyed hash of the endpoints plus a clock of 4 us."""
-        h = siphash24(self._secret, key)
-        return ((h >> 32 ^ h) + int(now * 250_000)) & _MASK
-
-    def _connected(self, conn: TcpConn, error: int, now: float) -> None:
-        """The host socket is connected, or `error` says why it is not: tell the guest."""
-        if error:
-            self._connect_failed(conn, error, now)
-            return
-        self._ctx.flows.activate(conn)
-        if log.debug_on:
-            log.debug(f"Flow {conn.index} (TCP connection): {conn.endpoints} => HOST {conn.dst[0]} port {conn.dst[1]}")
-        self._acks.open_window(conn)
-        self._out.syn_ack(conn, conn.ws_to != 0)
-        conn.snd_nxt = conn.snd_una + 1
-        conn.t_rx = now
-        set_event(conn, TAP_SYN_ACK_SENT)
-        self._schedule(conn, now)
-
-    def _connect_failed(self, conn: TcpConn, error: int, now: float) -> None:
-        """RST for a refused connection, an ICMP error for an unreachable peer; a time-out stays one."""
-        if error in REFUSED:
-            self._out.reset(conn)
-        elif error != errno.ETIMEDOUT:
-            self._out.unreachable(conn, error, now)
-        self._close(conn)
+    def _established(self, conn: TcpConn, now: float) -> None:
+        """The handshake is done. If we began it, the guest waits for ACK: data does for that, if the socket has any."""
+        before = conn.snd_nxt
+        if conn.drained:
+            self._schedule(conn, now)
+        else:
+            self._to_tap(conn, now)
+        if conn.events & SOCK_ACCEPTED and conn.snd_nxt == before and conn.sock is not None:
+            self._out.ack(conn)
 
     # Time --------------------------------------------------------------------------------------------------------
-
-    def _schedule(self, conn: TcpConn, now: float) -> None:
-        """Arm the timer for what happens next if nothing happens."""
-        # Data in flight for the first time is what nearly every call is about.
-        delay = timeout(conn) if conn.retries or conn.snd_nxt == conn.snd_una else RTO_INIT
-        if delay == NEVER:
-            conn.deadline = NEVER
-            return
-        conn.deadline = now + delay
-        if conn.timer < 0:
-            conn.timer = self._ctx.timers.take(conn.index)
-        self._ctx.timers.at(conn.timer, conn.deadline)
 
     def timer_handler(self, index: int, now: float) -> None:
         """The timer of flow `index` fired; the deadline may have moved on since it was armed."""
@@ -505,13 +392,13 @@ class Tcp:
             return
         conn.retries += 1
         if not conn.events & ESTABLISHED:
-            if now - conn.t_rx >= SYN_TIMEOUT:
-                self._give_up(conn, "no answer to SYN,ACK")
+            if conn.retries > SYN_RETRIES:
+                self._table.give_up(conn, "no answer of the guest")
                 return
-            self._out.syn_ack(conn, conn.ws_to != 0)
+            self._opening.again(conn)
         elif conn.snd_nxt != conn.snd_una:
             if conn.retries > RETRIES_MAX:
-                self._give_up(conn, "no acknowledgement")
+                self._table.give_up(conn, "no acknowledgement")
                 return
             conn.recover = 0
             self._out.rewind(conn)
@@ -520,7 +407,7 @@ class Tcp:
                 return
         else:
             if conn.snd_wnd and conn.retries > KEEPALIVE_PROBES:
-                self._give_up(conn, "no answer to keep-alive")
+                self._table.give_up(conn, "no answer to keep-alive")
                 return
             # RFC 9293, 3.8.4 and 3.8.6.1: an old sequence number makes the guest acknowledge, and tell its window
             self._out.bare(conn, ACK, conn.snd_una - 1)
@@ -528,66 +415,26 @@ class Tcp:
 
     # Ending --------------------------------------------------------------------------------------------------------
 
-    def _give_up(self, conn: TcpConn, why: str) -> None:
-        log.debug(f"Flow {conn.index} (TCP connection): {why}, resetting")
-        self._abort(conn)
-
-    def _abort(self, conn: TcpConn) -> None:
-        """RST to both sides."""
-        self._out.reset(conn)
-        self._reset_by_guest(conn)
-
-    def _reset_by_guest(self, conn: TcpConn) -> None:
-        """The guest is done with this connection: RST to the host peer."""
-        if conn.sock is not None:
-            tcp_sock.reset_on_close(conn.sock)
-        self._release(conn)
-
     def _broken(self, conn: TcpConn, error: int, now: float) -> None:
         """The host socket failed. What it still holds goes to the guest first, then RST."""
         log.debug(f"Flow {conn.index} (TCP connection): {os.strerror(error)}")
-        if not conn.events & TAP_SYN_ACK_SENT:
-            self._connect_failed(conn, error, now)
-            return
-        self._out.reset(conn)
-        self._release(conn)
-
-    def _close(self, conn: TcpConn) -> None:
-        """Both directions are done. Unread bytes would turn close() into RST, so they are taken out first."""
-        if conn.sock is not None and conn.events & ESTABLISHED:
-            self._out.consume(conn)
-        self._release(conn)
-
-    def _release(self, conn: TcpConn) -> None:
-        """Give back everything a connection holds."""
-        del self._conns[conn.key]
-        if conn.timer >= 0:
-            self._ctx.timers.give_back(conn.timer)
-            conn.timer = -1
-        if conn.sock is not None:
-            self._ctx.reactor.retire(conn.fd, conn.sock)
-            conn.sock = None
-        conn.ack_due = False
-        self._ctx.flows.free(conn)
+        if conn.events == TAP_SYN_RCVD:
+            self._opening.connect_failed(conn, error, now)
+        else:
+            self._table.reset_by_host(conn)
 
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref): end that flow, and only that."""
         conn = self._by_index[ref_data(ref)]
         if isinstance(conn, TcpConn):
-            self._abort(conn)
+            self._table.abort(conn)
 
     def fault_key(self, key: bytes) -> None:
         """Likewise, when it failed on segments from the guest."""
         conn = self._conns.get(key)
         if conn is not None:
-            self._abort(conn)
+            self._table.abort(conn)
 
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another address on the link from now on."""
-        for conn in self._conns.values():
-            conn.hdr[10:16] = mac
-
-
-def _may_connect(a: bytes) -> bool:
-    """Whether `a` may be an end of a connection on the link to the guest."""
-    return addr.is_unicast(a) and not addr.is_loopback(a)
+        self._table.set_guest_mac(mac)

@@ -29,7 +29,7 @@ from .core.context import Context
 from .core.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from .linux import tcpinfo
 from .tcp_buf import TcpOut
-from .tcp_conn import WINDOW_MAX, TcpConn
+from .tcp_conn import SOCK_ACCEPTED, WINDOW_MAX, TcpConn
 
 ACK_DELAY = 0.010  # s; half as much to half as much again, since one timer serves all
 PINGPONG_MAX = 3
@@ -88,8 +88,10 @@ class TcpAck:
             conn.rcv_acked = conn.rcv_nxt
             return
         info = tcpinfo.tcp_info(conn.sock)
-        # The host socket's own SYN counts as one acknowledged byte, its FIN is not sent while this matters.
-        acked = min(conn.isn_tap + tcpinfo.u64(info, tcpinfo.BYTES_ACKED), conn.rcv_nxt)
+        # The SYN of a socket that connected counts as one acknowledged byte, that of an accepted one does not; its FIN
+        # is not sent while this matters.
+        first = conn.isn_tap + 1 if conn.events & SOCK_ACCEPTED else conn.isn_tap
+        acked = min(first + tcpinfo.u64(info, tcpinfo.BYTES_ACKED), conn.rcv_nxt)
         conn.rcv_acked = max(conn.rcv_acked, acked)
         if conn.rcv_acked == conn.rcv_nxt:
             conn.unpolled = 0

@@ -31,14 +31,17 @@ from .core.link import GSO_NONE, GSO_TCPV4, GSO_TCPV6
 from .icmp import Errors
 from .linux.tcpinfo import SO_PEEK_OFF, Features
 from .tcp_conn import (
+    ESTABLISHED,
     L3,
     SOCK_FIN_RCVD,
     TAP_FIN_ACKED,
     TAP_FIN_SENT,
+    TAP_SYN_SENT,
     TTL,
     WS_OFFERED,
     TcpConn,
     cook,
+    fit,
     set_event,
     set_segmentation,
 )
@@ -74,6 +77,10 @@ class TcpOut:
     def cook(self, conn: TcpConn) -> None:
         """Prepare the header of a new connection."""
         cook(conn, self._guest.mac, self._config.our_mac, self._config.mtu, tso=self._tso)
+
+    def fit(self, conn: TcpConn) -> None:
+        """The guest told its MSS: limit it, and the length of frames by it."""
+        fit(conn, self._config.mtu, tso=self._tso)
 
     def header(self, conn: TcpConn, seq: int, flags: int, length: int, options: int = 0) -> None:
         """Write what changes into the pre-cooked header: `length` bytes of payload, `options` bytes of options."""
@@ -112,16 +119,28 @@ class TcpOut:
         self.bare(conn, tcp.ACK, conn.snd_nxt)
 
     def reset(self, conn: TcpConn) -> None:
-        """Send RST. It carries ACK, which a peer in SYN-SENT insists on (RFC 9293, 3.10.7.3)."""
-        self.bare(conn, tcp.RST | tcp.ACK, conn.snd_nxt)
+        """Send RST. It carries ACK, which a peer in SYN-SENT insists on (RFC 9293, 3.10.7.3).
+
+        A guest that answers our SYN is in SYN-RECEIVED, and we have nothing to acknowledge yet.
+        """
+        begun = conn.events & (TAP_SYN_SENT | ESTABLISHED) == TAP_SYN_SENT
+        self.bare(conn, tcp.RST if begun else tcp.RST | tcp.ACK, conn.snd_nxt)
+
+    def syn(self, conn: TcpConn) -> None:
+        """Send SYN, with rcv_edge as its window."""
+        self._syn(conn, tcp.SYN, WS_OFFERED)
 
     def syn_ack(self, conn: TcpConn, offered_ws: bool) -> None:
-        """Send SYN,ACK; the window in it is never scaled (RFC 7323, 2.2)."""
+        """Send SYN,ACK."""
+        self._syn(conn, tcp.SYN | tcp.ACK, WS_OFFERED if offered_ws else None)
+
+    def _syn(self, conn: TcpConn, flags: int, ws: int | None) -> None:
+        """The window in it is never scaled (RFC 7323, 2.2)."""
         overhead = conn.l4 - L3 + tcp.HEADER_LEN
         mss = (self._config.mtu or 1500) - overhead
-        options = tcp.SynOptions(mss, WS_OFFERED if offered_ws else None).emit()
+        options = tcp.SynOptions(mss, ws).emit()
         scale, conn.ws_to = conn.ws_to, 0
-        self.header(conn, conn.snd_una, tcp.SYN | tcp.ACK, 0, len(options))
+        self.header(conn, conn.snd_una, flags, 0, len(options))
         conn.ws_to = scale
         self._link.send_payload((conn.hdr, options))
 

@@ -7,6 +7,8 @@ Events (a bit set, not a state: both directions of both sides progress on their 
 
     TAP_SYN_RCVD        the guest sent SYN; the host socket connects
     TAP_SYN_ACK_SENT    the host socket is connected; SYN,ACK went to the guest
+    SOCK_ACCEPTED       a host client connected
+    TAP_SYN_SENT        SYN went to the guest
     ESTABLISHED         the guest acknowledged: data flows
       SOCK_FIN_RCVD       the host peer ended its direction (EPOLLRDHUP)
       TAP_FIN_SENT        ... everything before it was sent to the guest, and FIN
@@ -14,7 +16,8 @@ Events (a bit set, not a state: both directions of both sides progress on their 
       TAP_FIN_RCVD        the guest ended its direction, and the host socket took everything before it
       SOCK_FIN_SENT       ... shutdown(SHUT_WR) told the host peer: this direction is done
 
-The indented ones are meaningful only with ESTABLISHED. A connection ends when TAP_FIN_ACKED and TAP_FIN_RCVD meet.
+A connection begins with the first two or the next two. The indented ones come after ESTABLISHED, but for SOCK_FIN_RCVD:
+a host client need not wait for the guest. A connection ends when TAP_FIN_ACKED and TAP_FIN_RCVD meet.
 
 Sequence variables, named as in RFC 9293, 3.3.1, from our side of the link to the guest
 =======================================================================================
@@ -44,28 +47,31 @@ from .wire.checksum import PROTO_TCP, fold, ones_sum, pseudo_sum
 
 TAP_SYN_RCVD = 1 << 0
 TAP_SYN_ACK_SENT = 1 << 1
-ESTABLISHED = 1 << 2
-SOCK_FIN_RCVD = 1 << 3
-TAP_FIN_SENT = 1 << 4
-TAP_FIN_ACKED = 1 << 5
-TAP_FIN_RCVD = 1 << 6
-SOCK_FIN_SENT = 1 << 7
+SOCK_ACCEPTED = 1 << 2
+TAP_SYN_SENT = 1 << 3
+ESTABLISHED = 1 << 4
+SOCK_FIN_RCVD = 1 << 5
+TAP_FIN_SENT = 1 << 6
+TAP_FIN_ACKED = 1 << 7
+TAP_FIN_RCVD = 1 << 8
+SOCK_FIN_SENT = 1 << 9
 EVENT_NAMES = (
-    "TAP_SYN_RCVD", "TAP_SYN_ACK_SENT", "ESTABLISHED", "SOCK_FIN_RCVD",
-    "TAP_FIN_SENT", "TAP_FIN_ACKED", "TAP_FIN_RCVD", "SOCK_FIN_SENT",
+    "TAP_SYN_RCVD", "TAP_SYN_ACK_SENT", "SOCK_ACCEPTED", "TAP_SYN_SENT", "ESTABLISHED",
+    "SOCK_FIN_RCVD", "TAP_FIN_SENT", "TAP_FIN_ACKED", "TAP_FIN_RCVD", "SOCK_FIN_SENT",
 )  # fmt: skip
 CLOSED = TAP_FIN_ACKED | TAP_FIN_RCVD
 
-SYN_TIMEOUT = 10.0  # s, SYN,ACK to the guest until the connection is given up
+SYN_TIMEOUT = 10.0  # s, from SYN or SYN,ACK to the guest until the connection is given up
+SYN_RETRIES = 3  # of them, after 1, 2 and 4 s
 RTO_INIT = 1.0  # s, RFC 6298, 2.1; the link's round trip is microseconds, so this only ever meets a loss
 RTO_MAX = 60.0  # s, RFC 6298, 2.5
 RETRIES_MAX = 7  # doubling from 1 s: about two minutes without any acknowledgement
 PROBE_INIT = 0.2  # s, zero-window probes (RFC 9293, 3.8.6.1), doubling up to RTO_MAX, without end
 KEEPALIVE_IDLE = 7200.0  # s, RFC 9293, 3.8.4: no less than two hours
 KEEPALIVE_INTERVAL = 75.0  # s, between probes once the guest was idle for so long
-WINDOW_DEFAULT = 29200  # bytes promised with SYN,ACK: twice the initial window of RFC 6928, any socket can take it
 WINDOW_MAX = 1 << 24  # bytes
 WS_OFFERED = 8  # 65535 << 8 is WINDOW_MAX
+WINDOW_DEFAULT = 114 << WS_OFFERED  # bytes promised with SYN: twice the initial window of RFC 6928, any socket takes it
 
 _IP4 = Struct("!BBHHHBBH4s4s")
 _IP6 = Struct("!IHBB16s16s")
@@ -99,6 +105,7 @@ class TcpConn(Flow):
         "low",  # the send buffer is nearly full: EPOLLOUT will say when it is not
         "mss",  # the guest's
         "near",  # the host peer is so close that an acknowledgement need not wait for it
+        "other",  # key to go on with when the guest refuses a host client's connection, or b""
         "pingpong",  # how often an answer followed within the delay of an acknowledgement (0..PINGPONG_MAX)
         "queued",  # the timer of delayed acknowledgements will look at this connection
         "rcv_acked",
@@ -124,6 +131,7 @@ class TcpConn(Flow):
         super().__init__(key)
         self.events = 0
         self.dst: tuple[Any, ...] = ()
+        self.other = b""
         self.hdr = bytearray()
         self.l4 = self.ip_sum = self.tcp_sum = 0
         self.mss = tcp.MSS_DEFAULT
@@ -163,8 +171,11 @@ def set_event(conn: TcpConn, bits: int, clear: int = 0) -> None:
 def timeout(conn: TcpConn) -> float:
     """Seconds until something must be done if nothing happens (the table in `tcp.py`); inf: nothing."""
     events = conn.events
-    if not events & TAP_SYN_ACK_SENT:
+    if events == TAP_SYN_RCVD:
         return NEVER  # the host's connect() has its own time-out
+    if not events & ESTABLISHED:
+        waited = RTO_INIT * ((1 << conn.retries) - 1)
+        return min(RTO_INIT + waited, SYN_TIMEOUT - waited)
     if conn.snd_nxt != conn.snd_una:
         return min(RTO_INIT * (1 << conn.retries), RTO_MAX)
     if not conn.snd_wnd and not conn.drained:
@@ -195,13 +206,19 @@ def cook(conn: TcpConn, guest_mac: bytes, our_mac: bytes, mtu: int, *, tso: bool
         _IP6.pack_into(hdr, L3, 6 << 28 | label, 0, PROTO_TCP, TTL, peer, guest)
     hdr[conn.l4 : conn.l4 + 4] = ports[2:] + ports[:2]
     conn.tcp_sum = fold(pseudo_sum(peer, guest, PROTO_TCP, 0))
+    fit(conn, mtu, tso=tso)
+    set_segmentation(conn, gso_type=GSO_NONE)
+
+
+def fit(conn: TcpConn, mtu: int, *, tso: bool) -> None:
+    """Limit the guest's MSS, as it told it, to what a frame can carry, and derive the longest frame from it."""
+    v4 = conn.l4 == L3 + 20
     overhead = conn.l4 - L3 + tcp.HEADER_LEN
     if mtu:
         conn.mss = min(conn.mss, mtu - overhead)
     longest = 65535 - (overhead if v4 else tcp.HEADER_LEN)  # IPv4's total length counts its header, IPv6's does not
     conn.mss = min(conn.mss, longest)
     conn.chunk = longest // conn.mss * conn.mss if tso else conn.mss
-    set_segmentation(conn, gso_type=GSO_NONE)
 
 
 def set_segmentation(conn: TcpConn, gso_type: int) -> None:

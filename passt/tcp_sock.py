@@ -1,4 +1,4 @@
-"""Host sockets of TCP connections: opened, set up, connected.
+"""Host sockets of TCP connections: opened, set up, connected; or inherited from a listening one.
 
     option          why
     --------------  ---------------------------------------------------------------------------------------------
@@ -8,6 +8,7 @@
     SO_KEEPALIVE    once the guest probes the connection, after the same time without data
     SO_LINGER       on, 0 s: close() sends RST instead of FIN, when the guest did
 
+The first three pass from a listening socket to those that it accepts, so there they are set once (`prepare_listener`).
 The guest's port is not kept: it may be in use here, and no peer may rely on it.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 from . import addr, log
 from .core.context import Context
+from .core.fwd import Forwarding
 from .core.reactor import EPOLLOUT, TYPE_TCP
 from .linux.tcpinfo import SO_PEEK_OFF, Features
 from .tcp_ack import INTEREST
@@ -42,12 +44,8 @@ def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
     conn.dst = fwd.sockaddr(dst, port)
     sock: Any = new_socket(addr.family(dst), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     conn.sock, conn.fd = sock, sock.fileno()
-    if features.peek_off:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-    ip = fwd.family(dst)
-    conn.near = addr.is_loopback(dst) or not features.bytes_acked or (ip is not None and dst == ip.addr)
+    _prepare(sock, features)
+    conn.near = is_near(fwd, features, dst)
     _bind(ctx, conn, dst)
     error: int = sock.connect_ex(conn.dst)
     if error == errno.EINPROGRESS and conn.near:
@@ -59,6 +57,24 @@ def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
     if error in (0, errno.EINPROGRESS):
         ctx.reactor.watch(conn.fd, TYPE_TCP, conn.index, INTEREST | pending)
     return error
+
+
+def prepare_listener(sock: Any, features: Features) -> None:
+    """Set up a listening socket so that each connection it accepts has the options above. Raises OSError."""
+    _prepare(sock, features)
+
+
+def _prepare(sock: Any, features: Features) -> None:
+    if features.peek_off:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+def is_near(fwd: Forwarding, features: Features, peer: bytes) -> bool:
+    """Whether what a socket takes for `peer` counts as acknowledged: it is on this host, or nothing could tell."""
+    ip = fwd.family(peer)
+    return addr.is_loopback(peer) or not features.bytes_acked or (ip is not None and peer == ip.addr)
 
 
 def _bind(ctx: Context, conn: TcpConn, dst: bytes) -> None:

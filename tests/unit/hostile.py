@@ -185,7 +185,7 @@ class Stack:
         self.dhcpv6, self.icmp, self.udp, self.tcp = Dhcpv6(self.ctx), Icmp(self.ctx), Udp(self.ctx), Tcp(self.ctx, ALL)
         self.dhcpv6.server_id = SERVER_ID
         self.icmp._ident = self.udp._ident = 0
-        self.tcp._secret = bytes(16)
+        self.tcp._opening._secret = bytes(16)
         self.tap = Tap(
             self.ctx,
             arp=Arp(self.ctx),
@@ -286,9 +286,9 @@ def _isn(v4: bool) -> int:
     """Our initial sequence number of the connection from port 40000."""
     ctx = make_context()
     tcp = Tcp(ctx, ALL)
-    tcp._secret = bytes(16)
+    tcp._opening._secret = bytes(16)
     ends = GUEST4 + PEER4 if v4 else GUEST6 + PEER6
-    return tcp._isn(ends + (40000).to_bytes(2, "big") + (80).to_bytes(2, "big"), T0)
+    return tcp._opening.isn(ends + (40000).to_bytes(2, "big") + (80).to_bytes(2, "big"), T0)
 
 
 def _segment(v4: bool, flags: str, data: bytes = b"", *, seq: int = 1, ack: int = 1, **fields: Any) -> bytes:

@@ -1,0 +1,369 @@
+"""Opening of TCP connections, from either side: everything before ESTABLISHED.
+
+The guest connects                                     A host client connects
+
+    guest            here             host                 guest            here            host client
+      |     SYN        |                |                    |                |     connect     |
+      |--------------->|    connect     |                    |                |<----------------| accept()ed: `accepted`
+      |                |--------------->|                    |      SYN       |                 |
+      |    SYN,ACK     |   connected    |                    |<---------------|   data, FIN     |
+      |<---------------|<---------------|                    |    SYN,ACK     |<----------------| stay in the socket
+      |      ACK       |                |                    |--------------->|                 |
+      |--------------->|                |                    |   ACK, data    |                 |
+      |                |                |                    |<---------------|                 |
+
+The kernel has accepted a host client before the guest is asked, so the client believes that it is connected. What it
+sends waits in its socket; if the guest refuses or does not answer, it is reset.
+
+    host client's connection                                                     counted as
+    ---------------------------------------------------------------------------  -------------------------------
+    TCP is off                                                                   tcp disabled
+    HALF_OPEN_MAX wait for the guest, or one in HALF_OPEN_SHARE of descriptors   tcp inbound: too many half open
+    no address of the guest, or none that it could answer to                     tcp inbound: no address
+    the guest has a connection between the same endpoints                        tcp inbound: endpoints in use
+    the table of flows is full                                                   flow table full
+    no descriptor for its timer                                                  tcp inbound: no descriptor
+
+Whoever is on the host's loopback is seen by the guest under another address anyway, so its address family does not
+matter: when the guest refuses one, the other is tried before the client is reset. A server that listens on IPv4 only
+is found by a client that resolved `localhost` to ::1, and the other way round.
+
+Answers to our SYN (RFC 9293, 3.10.7.3)
+
+    segment                              answer
+    -----------------------------------  -----------------------------------------------------------------------------
+    SYN,ACK of our SYN                   ACK, on which data of the client may ride
+    RST,ACK of our SYN                   other family, or RST to the client
+    ACK of something else                RST; and SYN again at once, since what was in its way may be gone
+    RST that acknowledges nothing of us  ignored: anybody could have sent it
+    SYN alone: both connect at once      nothing: the guest answers our SYN by SYN,ACK, as we would its
+    anything else                        nothing: SYN,ACK comes first, or again
+
+SYN and SYN,ACK are repeated after 1, 2, 4 s; after 10 s both sides are reset.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+from . import addr, log, tcp_sock
+from .core.context import Context
+from .core.flow import TableFull
+from .core.idle import flow_limit
+from .core.reactor import TYPE_TCP
+from .core.rules import Listener
+from .core.siphash import siphash24
+from .linux import tcpinfo
+from .tcp_ack import INTEREST, TcpAck
+from .tcp_buf import TcpOut
+from .tcp_conn import (
+    ESTABLISHED,
+    SOCK_ACCEPTED,
+    TAP_SYN_ACK_SENT,
+    TAP_SYN_RCVD,
+    TAP_SYN_SENT,
+    WINDOW_DEFAULT,
+    WS_OFFERED,
+    TcpConn,
+    set_event,
+)
+from .tcp_table import TcpTable
+from .wire import tcp
+from .wire.cursor import Malformed
+from .wire.tcp import ACK, FIN, RST, SEQ_TO_WINDOW, SYN
+
+HALF_OPEN_MAX = 4096  # connections of host clients that wait for the guest
+HALF_OPEN_SHARE = 8
+REFUSED = frozenset((errno.ECONNREFUSED, errno.ECONNRESET))
+
+_MASK = 0xFFFFFFFF
+
+
+class TcpOpen:
+    """The handshakes of both directions."""
+
+    def __init__(self, ctx: Context, features: tcpinfo.Features, out: TcpOut, acks: TcpAck, table: TcpTable) -> None:
+        self._ctx = ctx
+        self._pool = ctx.pool
+        self._features = features
+        self._out = out
+        self._acks = acks
+        self._table = table
+        self._secret = os.urandom(16)  # RFC 6528: new at each start
+        self.half_open_max = flow_limit(HALF_OPEN_MAX, HALF_OPEN_SHARE)
+
+    def segments(self, conn: TcpConn | None, key: bytes, segments: list[int], now: float) -> TcpConn | None:
+        """Handle segments before ESTABLISHED.
+
+        Returns the connection when it has become that, with what is left to handle in `segments`.
+        """
+        if self._ctx.config.no_tcp:
+            self._ctx.drops["tcp disabled"] += len(segments) // 2
+            return None
+        for i in range(0, len(segments), 2):
+            offset, end = segments[i], segments[i + 1]
+            numbers = seq, ack, bits, _ = SEQ_TO_WINDOW.unpack_from(self._pool.buf, offset + 4)
+            data = offset + (bits >> 10 & 0x3C)
+            if data > end or data < offset + 20:
+                self._ctx.drops["tcp header length"] += 1
+                continue
+            if conn is not None and conn.events & TAP_SYN_SENT:
+                if self._answered(conn, offset, data, numbers, now):
+                    del segments[: i + 2]
+                    return conn
+                conn = self._table.by_key.get(key)  # gone, or it went on to the other family
+                continue
+            flags = bits & (SYN | RST | ACK)
+            if conn is not None and flags == SYN and seq != conn.isn_tap:
+                self._table.abort(conn)  # the guest gave up the old attempt and reuses the port
+                conn = None
+            if conn is None:
+                conn = self._no_connection(key, offset, data, end, now)
+            elif flags == SYN:
+                if conn.events & TAP_SYN_ACK_SENT:
+                    self.again(conn)
+            elif bits & RST:
+                self._table.reset_by_guest(conn)
+                return None
+            elif flags == ACK and conn.events & TAP_SYN_ACK_SENT and ack == conn.snd_nxt & _MASK:
+                self._established(conn, numbers)
+                del segments[:i]  # the ACK may carry data
+                return conn
+            elif flags == ACK:
+                self._out.refuse(key, seq, ack, bits, 0)
+        return None
+
+    def _no_connection(self, key: bytes, offset: int, data: int, end: int, now: float) -> TcpConn | None:
+        """A segment of no connection: SYN opens one, anything but RST is answered by RST."""
+        seq, ack, bits, win = self._pool.unpack(SEQ_TO_WINDOW, offset + 4, end)
+        if bits & RST:
+            return None
+        if bits & (SYN | ACK) == SYN:
+            n = (len(key) - 4) // 2
+            ends = key[:n], key[n : 2 * n]
+            if not all(map(_may_connect, ends)) or not any(key[2 * n : 2 * n + 2]) or not any(key[2 * n + 2 :]):
+                self._ctx.drops["tcp endpoint"] += 1
+                return None
+            try:
+                options = tcp.SynOptions.parse(self._pool.copy(offset + 20, data))
+            except Malformed as e:
+                self._ctx.drops[e.reason] += 1
+                return None
+            return self._open(key, seq, win, options, now)
+        length = end - data + (1 if bits & SYN else 0) + (1 if bits & FIN else 0)
+        self._out.refuse(key, seq, ack, bits, length)
+        return None
+
+    def again(self, conn: TcpConn) -> None:
+        """SYN or SYN,ACK was lost, or may have been."""
+        if conn.events & TAP_SYN_SENT:
+            self._out.syn(conn)
+        else:
+            self._out.syn_ack(conn, conn.ws_to != 0)
+
+    def isn(self, key: bytes, now: float) -> int:
+        """Our initial sequence number, RFC 6528: a keyed hash of the endpoints plus a clock of 4 us."""
+        h = siphash24(self._secret, key)
+        return ((h >> 32 ^ h) + int(now * 250_000)) & _MASK
+
+    def _number(self, conn: TcpConn, now: float) -> None:
+        """Choose where our sequence begins: nothing is sent yet, and the first byte comes after SYN."""
+        conn.snd_una = conn.snd_nxt = self.isn(conn.key, now)
+        conn.base = conn.snd_una + 1
+
+    def _established(self, conn: TcpConn, numbers: tuple[int, ...]) -> None:
+        """The guest acknowledged our SYN. A window in a SYN is not scaled (RFC 7323, 2.2)."""
+        _, _, bits, win = numbers
+        conn.snd_una = conn.snd_nxt
+        conn.snd_wnd = win if bits & SYN else win << conn.ws_from
+        conn.retries = 0
+        set_event(conn, ESTABLISHED)
+
+    # The guest connects --------------------------------------------------------------------------------------------
+
+    def _open(self, key: bytes, isn: int, window: int, options: tcp.SynOptions, now: float) -> TcpConn | None:
+        """The guest connects: so do we, on the host."""
+        conn = TcpConn(key)
+        conn.isn_tap = isn
+        conn.rcv_nxt = conn.rcv_acked = conn.rcv_edge = isn + 1
+        _agree(conn, options)
+        conn.snd_wnd = window
+        try:
+            self._table.add(conn)
+        except TableFull:
+            self._ctx.drops["flow table full"] += 1
+            self._out.refuse(key, isn, 0, SYN, 1)
+            return None
+        self._number(conn, now)
+        self._out.cook(conn)
+        set_event(conn, TAP_SYN_RCVD)
+        try:
+            error = tcp_sock.connect(self._ctx, self._features, conn)
+        except OSError as e:  # no descriptor, no memory: ours to answer for, so RST
+            log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
+            self._ctx.drops["tcp socket"] += 1
+            self._out.refuse(key, isn, 0, SYN, 1)
+            self._table.close(conn)
+            return None
+        if error != errno.EINPROGRESS:
+            self.connected(conn, error, now)
+        return conn if conn.sock is not None else None
+
+    def connected(self, conn: TcpConn, error: int, now: float) -> None:
+        """The host socket is connected, or `error` says why it is not: tell the guest."""
+        if error:
+            self.connect_failed(conn, error, now)
+            return
+        self._ctx.flows.activate(conn)
+        if log.debug_on:
+            log.debug(f"Flow {conn.index} (TCP connection): {conn.endpoints} => HOST {conn.dst[0]} port {conn.dst[1]}")
+        self._acks.open_window(conn)
+        self._out.syn_ack(conn, conn.ws_to != 0)
+        conn.snd_nxt = conn.snd_una + 1
+        conn.t_rx = now
+        set_event(conn, TAP_SYN_ACK_SENT)
+        self._table.schedule(conn, now)
+
+    def connect_failed(self, conn: TcpConn, error: int, now: float) -> None:
+        """RST for a refused connection, an ICMP error for an unreachable peer; a time-out stays one."""
+        if error in REFUSED:
+            self._out.reset(conn)
+        elif error != errno.ETIMEDOUT:
+            self._out.unreachable(conn, error, now)
+        self._table.close(conn)
+
+    # A host client connects ----------------------------------------------------------------------------------------
+
+    def accepted(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> None:
+        """Ask the guest for a connection from `peer` to the port that `listener` leads to, or reset the client.
+
+        `sock` is owned from here on. Raises nothing.
+        """
+        reason = self._accept(listener, sock, peer, peer_port, now)
+        if reason:
+            self._ctx.drops[reason] += 1
+            tcp_sock.reset_on_close(sock)
+            self._ctx.reactor.retire(sock.fileno(), sock)
+
+    def _accept(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> str:
+        """Send SYN to the guest; returns why not, if so, with nothing kept."""
+        table = self._table
+        if self._ctx.config.no_tcp:
+            return "tcp disabled"
+        if table.half_open >= self.half_open_max:
+            log.warn_ratelimited("half open", f"The guest leaves {table.half_open} connections unanswered", now)
+            return "tcp inbound: too many half open"
+        keys = self._keys(listener, peer, peer_port)
+        if not keys:
+            return "tcp inbound: no address"
+        free = [key for key in keys if key not in table.by_key]
+        if not free:
+            return "tcp inbound: endpoints in use"
+        conn = TcpConn(free[0])
+        conn.other = free[1] if len(free) > 1 else b""
+        try:
+            table.add(conn)
+        except TableFull:
+            return "flow table full"
+        conn.near = tcp_sock.is_near(self._ctx.fwd, self._features, peer)
+        conn.fd = sock.fileno()
+        set_event(conn, SOCK_ACCEPTED)
+        table.half_open += 1
+        try:
+            self._ctx.reactor.watch(conn.fd, TYPE_TCP, conn.index, INTEREST)
+            self._syn(conn, now)
+        except OSError as e:
+            log.warn_ratelimited("tcp socket", f"Cannot forward a TCP connection: {e.strerror}", now)
+            table.release(conn)
+            return "tcp inbound: no descriptor"
+        conn.sock = sock
+        if log.debug_on:
+            client = addr.endpoint(peer, peer_port)
+            log.debug(f"Flow {conn.index} (TCP connection): HOST {client} -> port {listener.port} => {conn.endpoints}")
+        return ""
+
+    def _keys(self, listener: Listener, peer: bytes, peer_port: int) -> list[bytes]:
+        """Between which endpoints the guest may see the connection: first choice first, none if it cannot."""
+        peers = [peer]
+        if addr.is_loopback(peer):
+            peers.append(addr.LOOPBACK6 if len(peer) == 4 else addr.LOOPBACK4)
+        ports = listener.to.to_bytes(2, "big") + peer_port.to_bytes(2, "big")
+        fwd, guest = self._ctx.fwd, self._ctx.guest
+        keys = []
+        for p in peers:
+            source = fwd.inbound_source(p, guest)
+            target = fwd.inbound_target(source, listener.rule, guest) if source is not None else None
+            if source is not None and target is not None and source != target:
+                keys.append(target + source + ports)
+        return keys
+
+    def _syn(self, conn: TcpConn, now: float) -> None:
+        """Begin the handshake with the guest. Raises OSError, with nothing sent."""
+        self._number(conn, now)
+        conn.rcv_edge = WINDOW_DEFAULT  # the numbers of the guest begin at 0 until it tells
+        self._out.cook(conn)
+        conn.snd_nxt += 1
+        conn.retries = 0
+        self._table.schedule(conn, now)
+        self._out.syn(conn)
+        set_event(conn, TAP_SYN_SENT)
+
+    def _answered(self, conn: TcpConn, offset: int, data: int, numbers: tuple[int, ...], now: float) -> bool:
+        """A segment after our SYN, as in the table above; returns whether the connection is established."""
+        seq, ack, bits, _ = numbers
+        ours = bits & ACK and ack == conn.snd_nxt & _MASK
+        if bits & RST:
+            if ours:
+                self._refused(conn, now)
+            else:
+                self._ctx.drops["tcp reset out of window"] += 1
+        elif ours and bits & SYN:
+            try:
+                options = tcp.SynOptions.parse(self._pool.copy(offset + 20, data))
+            except Malformed as e:
+                self._ctx.drops[e.reason] += 1
+                return False
+            _agree(conn, options)
+            self._out.fit(conn)
+            conn.isn_tap = seq
+            conn.rcv_nxt = conn.rcv_acked = seq + 1
+            conn.rcv_full = WINDOW_DEFAULT
+            conn.rcv_edge = conn.rcv_nxt + WINDOW_DEFAULT
+            conn.t_rx = now
+            self._table.half_open -= 1
+            self._established(conn, numbers)
+            self._ctx.flows.activate(conn)
+            return True
+        elif bits & ACK and not ours:
+            self._out.refuse(conn.key, seq, ack, bits, 0)
+            if not conn.retries:
+                conn.retries = 1
+                self.again(conn)
+                self._table.schedule(conn, now)
+        return False
+
+    def _refused(self, conn: TcpConn, now: float) -> None:
+        """The guest has no server there; of the other family, perhaps."""
+        if not conn.other or conn.other in self._table.by_key:
+            self._table.reset_by_guest(conn)
+            return
+        self._table.rekey(conn, conn.other)
+        conn.other = b""
+        if log.debug_on:
+            log.debug(f"Flow {conn.index} (TCP connection): refused, now {conn.endpoints}")
+        self._syn(conn, now)
+
+
+def _agree(conn: TcpConn, options: tcp.SynOptions) -> None:
+    """Take over what the guest's SYN says: its MSS, and whether windows are scaled."""
+    default = tcp.MSS_DEFAULT if len(conn.key) == 12 else tcp.MSS_DEFAULT6
+    conn.mss = max(options.mss or default, tcp.MSS_MIN)
+    if options.ws is not None:
+        conn.ws_from, conn.ws_to = options.ws, WS_OFFERED
+
+
+def _may_connect(a: bytes) -> bool:
+    """Whether `a` may be an end of a connection on the link to the guest."""
+    return addr.is_unicast(a) and not addr.is_loopback(a)

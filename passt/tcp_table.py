@@ -1,0 +1,99 @@
+"""The TCP connections through the tap: by key, their timers, and the ways in which they end.
+
+    way              when                                            guest    host peer
+    ---------------  ----------------------------------------------  -------  -------------------------
+    close            both directions are done                        -        FIN, sent already
+    reset_by_guest   the guest sent RST, or refused a connection     -        RST
+    abort, give_up   nobody answers, or a fault of ours              RST      RST
+    reset_by_host    the host socket failed                          RST      its error was the end
+
+All of them end in `release`, after which nothing of a connection is left.
+"""
+
+from __future__ import annotations
+
+from . import log, tcp_sock
+from .core.context import Context
+from .core.timers import NEVER
+from .tcp_buf import TcpOut
+from .tcp_conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, TcpConn, timeout
+
+
+class TcpTable:
+    """Connections that have an index, from the first SYN to the end."""
+
+    def __init__(self, ctx: Context, out: TcpOut) -> None:
+        self._ctx = ctx
+        self._out = out
+        self.by_key: dict[bytes, TcpConn] = {}
+        self.half_open = 0  # connections of host clients that the guest has not answered yet
+
+    def add(self, conn: TcpConn) -> None:
+        """Take a new connection in. Raises TableFull."""
+        self._ctx.flows.insert(conn)
+        self.by_key[conn.key] = conn
+
+    def rekey(self, conn: TcpConn, key: bytes) -> None:
+        """The connection goes on between other endpoints."""
+        del self.by_key[conn.key]
+        conn.key = key
+        self.by_key[key] = conn
+
+    def set_guest_mac(self, mac: bytes) -> None:
+        """The guest has another address on the link from now on."""
+        for conn in self.by_key.values():
+            conn.hdr[10:16] = mac
+
+    def schedule(self, conn: TcpConn, now: float) -> None:
+        """Arm the timer for what happens next if nothing happens. Raises OSError when a new timer cannot be had."""
+        # Data in flight for the first time is what nearly every call is about.
+        delay = timeout(conn) if conn.retries or conn.snd_nxt == conn.snd_una else RTO_INIT
+        if delay == NEVER:
+            conn.deadline = NEVER
+            return
+        conn.deadline = now + delay
+        if conn.timer < 0:
+            conn.timer = self._ctx.timers.take(conn.index)
+        self._ctx.timers.at(conn.timer, conn.deadline)
+
+    # Ending --------------------------------------------------------------------------------------------------------
+
+    def give_up(self, conn: TcpConn, why: str) -> None:
+        log.debug(f"Flow {conn.index} (TCP connection): {why}, resetting")
+        self.abort(conn)
+
+    def abort(self, conn: TcpConn) -> None:
+        """RST to both sides."""
+        self._out.reset(conn)
+        self.reset_by_guest(conn)
+
+    def reset_by_guest(self, conn: TcpConn) -> None:
+        """The guest is done with this connection: RST to the host peer."""
+        if conn.sock is not None:
+            tcp_sock.reset_on_close(conn.sock)
+        self.release(conn)
+
+    def reset_by_host(self, conn: TcpConn) -> None:
+        """The host socket failed: RST to the guest."""
+        self._out.reset(conn)
+        self.release(conn)
+
+    def close(self, conn: TcpConn) -> None:
+        """Both directions are done. Unread bytes would turn close() into RST, so they are taken out first."""
+        if conn.sock is not None and conn.events & ESTABLISHED:
+            self._out.consume(conn)
+        self.release(conn)
+
+    def release(self, conn: TcpConn) -> None:
+        """Give back everything a connection holds."""
+        del self.by_key[conn.key]
+        if conn.events & (SOCK_ACCEPTED | ESTABLISHED) == SOCK_ACCEPTED:
+            self.half_open -= 1
+        if conn.timer >= 0:
+            self._ctx.timers.give_back(conn.timer)
+            conn.timer = -1
+        if conn.sock is not None:
+            self._ctx.reactor.retire(conn.fd, conn.sock)
+            conn.sock = None
+        conn.ack_due = False
+        self._ctx.flows.free(conn)
