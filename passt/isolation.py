@@ -2,8 +2,16 @@
 
 1. descriptors from 3 up that were open when we were started are closed, once what the command line names by
    /proc/self/fd/N was opened
-2. started as root on the machine itself (not in a user namespace): what needs root is done (opening and configuring
-   other people's namespaces), then we become `nobody`, or what --runas says, for good
+2. started as root on the machine itself (not in a user namespace): what needs root is done (low ports, opening and
+   configuring other people's namespaces), then we become `nobody`, or what --runas says, for good. In a namespace
+   that is not our own child's three capabilities are kept, and nothing else:
+
+       capability            needed later for
+       --------------------  ----------------------------------------------------------------
+       CAP_SYS_ADMIN         entering it (setns): sockets towards its servers, a new tap
+       CAP_NET_ADMIN         creating and configuring a tap that somebody deleted
+       CAP_NET_BIND_SERVICE  ports below 1024 that appear while we run (`auto`)
+
 3. started as anyone else: nothing is dropped; rights come from the user namespace that we make or join
 
 Mustn't: change ids and lose access to /proc/self. A process that changed its ids is marked not dumpable, whereupon
@@ -21,9 +29,20 @@ from dataclasses import dataclass
 
 from . import log
 from .linux import proc
-from .linux.syscall import CLONE_NEWUSER, PR_SET_DUMPABLE, prctl, setns
+from .linux.syscall import (
+    CAP_NET_ADMIN,
+    CAP_NET_BIND_SERVICE,
+    CAP_SYS_ADMIN,
+    CLONE_NEWUSER,
+    PR_SET_DUMPABLE,
+    PR_SET_KEEPCAPS,
+    prctl,
+    set_capabilities,
+    setns,
+)
 from .log import Fatal
 
+KEPT_CAPABILITIES = CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
 ID_MAX = 2**32 - 2  # 2**32 - 1 means "no change" to setresuid(2)
 
 
@@ -74,14 +93,21 @@ def _parse_runas(text: str) -> Identity:
     return Identity(uid, gid)
 
 
-def become(identity: Identity) -> None:
-    """Change to `identity` for good, without supplementary groups; nothing happens if we are that already."""
+def become(identity: Identity, *, keep_capabilities: bool = False) -> None:
+    """Change to `identity` for good, without supplementary groups; nothing happens if we are that already.
+
+    The process must be single-threaded: capabilities, unlike ids, belong to threads. Raises Fatal.
+    """
     if (os.geteuid(), os.getegid()) == (identity.uid, identity.gid):
         return
     try:
+        prctl(PR_SET_KEEPCAPS, int(keep_capabilities))
         os.setgroups([])
         os.setresgid(identity.gid, identity.gid, identity.gid)
         os.setresuid(identity.uid, identity.uid, identity.uid)
+        if keep_capabilities:
+            prctl(PR_SET_KEEPCAPS, 0)
+            set_capabilities(*KEPT_CAPABILITIES)
     except OSError as e:
         ids = f"UID {identity.uid}, GID {identity.gid}"
         raise Fatal(f"Couldn't change to {ids}: {e.strerror} (--runas needs root)") from None

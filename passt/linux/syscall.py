@@ -110,6 +110,7 @@ MS_SLAVE = 0x80000
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -123,6 +124,55 @@ def prctl(option: int, value: int) -> None:
     """prctl(2) for options that take one number."""
     zero = ctypes.c_ulong(0)
     check(_libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl")
+
+
+# capset(2) ---------------------------------------------------------------------------------------------------------
+
+CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_SYS_ADMIN = 10, 12, 21
+_CAP_HEADER = Struct("=Ii")  # version, thread (0: the calling one)
+_CAP_VERSION_3 = 0x20080522
+_CAP_DATA = Struct("=6I")  # effective, permitted, inheritable: the low 32 bits of each, then the high ones
+
+
+def set_capabilities(*kept: int) -> None:
+    """Leave the calling thread those of its permitted capabilities that are `kept`, in effect, and no others."""
+    header = _CAP_HEADER.pack(_CAP_VERSION_3, 0)
+    data = ctypes.create_string_buffer(_CAP_DATA.size)
+    check(_libc.capget(header, data), "capget")
+    _, low, _, _, high, _ = _CAP_DATA.unpack(data.raw)
+    bits = (high << 32 | low) & sum(1 << cap for cap in kept)
+    low, high = bits & 0xFFFFFFFF, bits >> 32
+    check(_libc.capset(header, _CAP_DATA.pack(low, low, 0, high, high, 0)), "capset")
+
+
+# accept4(2) --------------------------------------------------------------------------------------------------------
+
+_SOCKADDR_LEN = 28  # struct sockaddr_in6, the longer one
+_peer = ctypes.create_string_buffer(_SOCKADDR_LEN)
+_peer_len = ctypes.c_uint32()
+_peer_args = ctypes.addressof(_peer), ctypes.addressof(_peer_len), os.O_NONBLOCK | os.O_CLOEXEC
+_accept4 = _libc.accept4
+_accept4.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
+_V4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2
+
+
+def accept(fd: int) -> tuple[int, bytes, int]:
+    """The next connection of listening IP socket `fd`: descriptor, non-blocking; packed address of the peer; its port.
+
+    A client of a dual-stack socket that came by IPv4 has an IPv4 address here. Not for several threads at a time.
+    """
+    _peer_len.value = _SOCKADDR_LEN
+    new = _accept4(fd, *_peer_args)
+    if new < 0:
+        check(new, "accept4")
+    peer = _peer.raw  # family (2), port (2), IPv4 address (4) or: flow label (4), IPv6 address (16), scope (4)
+    if _peer_len.value < _SOCKADDR_LEN:
+        packed = peer[4:8]
+    elif peer[8:20] == _V4_MAPPED:
+        packed = peer[20:24]
+    else:
+        packed = peer[8:24]
+    return new, packed, peer[2] << 8 | peer[3]
 
 
 # inotify(7) --------------------------------------------------------------------------------------------------------

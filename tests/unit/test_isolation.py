@@ -103,6 +103,19 @@ def test_becoming_keeps_nothing_and_keeps_access_to_own_files() -> None:
     assert done.stdout == f"{(65534,) * 3} {(65534,) * 3} []\nwritable\n", done.stderr
 
 
+def test_becoming_can_keep_three_capabilities() -> None:
+    code = (
+        "import os; from passt.isolation import become, Identity\n"
+        "become(Identity(65534, 65534), keep_capabilities=True); print(os.getresuid())\n"
+        "print([l.split()[1] for l in open('/proc/self/status') if l.startswith(('CapPrm', 'CapEff', 'CapInh'))])"
+    )
+    if os.geteuid() != 0:
+        pytest.skip("needs root to change users")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    kept = f"{1 << 21 | 1 << 12 | 1 << 10:016x}"
+    assert done.stdout == f"{(65534,) * 3}\n{['0' * 16, kept, kept]}\n", done.stderr
+
+
 def test_id_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     written: dict[str, str] = {}
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import select
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from passt import addr
 from passt.linux.syscall import (
     CLONE_NEWNET,
     IN_DELETE,
     PR_SET_DUMPABLE,
+    accept,
     inotify_read,
     inotify_watch,
     ioctl_number,
@@ -99,3 +103,47 @@ def test_failed_watch_leaves_nothing_open() -> None:
     with pytest.raises(FileNotFoundError):
         inotify_watch("/no/such/directory", IN_DELETE)
     assert os.listdir("/proc/self/fd") == before
+
+
+# Accepting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("listening", "client"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1"), ("::", "::1")]
+)
+def test_accept_tells_who_comes(listening: str, client: str) -> None:
+    family = socket.AF_INET6 if ":" in listening else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as server:
+        server.setblocking(False)
+        if listening == "::":
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        server.bind((listening, 0))
+        server.listen()
+        for _ in range(2):  # nothing of the first is left for the second
+            with socket.create_connection((client, server.getsockname()[1])) as c:
+                fd, peer, port = accept(server.fileno())
+                assert (peer, port) == (addr.packed(client), c.getsockname()[1])
+                assert not os.get_blocking(fd) and not os.get_inheritable(fd)
+                os.close(fd)
+        with pytest.raises(BlockingIOError):
+            accept(server.fileno())
+
+
+def test_accept_says_what_is_wrong() -> None:
+    with socket.socket() as s, pytest.raises(OSError, match="accept4: Invalid argument"):
+        accept(s.fileno())
+
+
+def test_capabilities_that_are_not_permitted_are_no_error() -> None:
+    """In a process of its own: there is no way back."""
+    code = (
+        "from passt.linux.syscall import set_capabilities\n"
+        "for kept in ((21, 40), (21, 10), ()):\n"
+        "    set_capabilities(*kept)\n"
+        "    print([int(l.split()[1], 16) for l in open('/proc/self/status') if l[:6] in ('CapPrm', 'CapEff')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    status = Path("/proc/self/status").read_text().splitlines()
+    ours = next(int(line.split()[1], 16) for line in status if line.startswith("CapPrm"))
+    left = [ours & bits for bits in (1 << 21 | 1 << 40, 1 << 21, 0)]
+    assert done.stdout == "".join(f"{[bits, bits]}\n" for bits in left), done.stderr
