@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from . import log
 from .conf import Done, parse
-from .linux.proc import inherited_fds
+from .linux.proc import ephemeral_ports, inherited_fds
 from .log import Fatal
 
 PROGRAM = "pasta"
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if os.path.basename(name) == VM_MODE:
             raise Fatal("Connecting virtual machines (passt) is not part of this version: call pasta")
-        options = parse(words, PROGRAM)
+        options = parse(words, PROGRAM, ephemeral_ports())
         _want_random_hashes()
         env = _command_environment()
         log.setup(PROGRAM, options.level, syslog=options.log_file is None, log_file=options.log_file)

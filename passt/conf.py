@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from . import conf_ports, log
 from .conf_parse import Getopt
-from .conf_table import TABLE, Done, Fields, Options
+from .conf_table import PORT_SPECS, TABLE, Done, Fields, Options
+from .core.config import PASTA
 from .log import Fatal
 
 __all__ = ["Done", "Options", "parse"]
@@ -13,17 +16,34 @@ __all__ = ["Done", "Options", "parse"]
 PID_MAX = 2**31 - 1
 
 
-def parse(argv: Sequence[str], program: str = "pasta") -> Options:
-    """Options from argv without the program's name. Raises Fatal (one line, status 1) or Done (--help, --version)."""
+def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = conf_ports.EPHEMERAL) -> Options:
+    """Options from argv without the program's name. Raises Fatal (one line, status 1) or Done (--help, --version).
+
+    `program` is the mode, PASTA or PASST, `ephemeral` the ports that the kernel gives to clients, None if unknown.
+    """
     fields: Fields = {}
     words = Getopt(program, TABLE, argv)
     for option, argument in words:
         option.action(fields, argument)
     _target(fields, words.operands)
+    _check(fields)
+    specs = fields.pop(PORT_SPECS, [])
+    options = Options(**fields)
+    rules = conf_ports.forwards(specs, options, program, conf_ports.EPHEMERAL if ephemeral is None else ephemeral)
+    if ephemeral is None and any(rule.weak and not rule.auto for rule in rules):
+        low, high = conf_ports.EPHEMERAL[0], conf_ports.EPHEMERAL[-1]
+        log.warn(f"Couldn't read the range of ephemeral ports, which are not forwarded: taking {low}-{high}")
+    return replace(options, forwards=rules)
+
+
+def _check(fields: Fields) -> None:
+    """Options that make no sense together."""
     for field, name in (("copy_routes", "no-copy-routes"), ("copy_addrs", "no-copy-addrs")):
         if not fields.get(field, True) and not fields.get("config_net"):
             raise Fatal(f"--{name} needs --config-net")
-    return Options(**fields)
+    for field, name in (("splice_only", "splice-only"), ("host_lo_to_ns_lo", "host-lo-to-ns-lo")):
+        if fields.get(field) and fields.get("no_splice"):
+            raise Fatal(f"Both --{name} and --no-splice given: leave one of them out")
 
 
 def _target(fields: Fields, operands: list[str]) -> None:

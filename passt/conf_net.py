@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from . import addr, log
+from . import addr, conf_ports, log
 from .conf_table import DNS_MAX, SEARCH_MAX, Options
 from .core.config import Config, Ip4, Ip6
 from .linux import routes
@@ -107,6 +107,7 @@ def decide(options: Options, host: Host, resolvers: Resolvers, *, have_v6: bool 
     ip6 = _ip6(options, host, template6, resolvers, remarks) if _want_v6(options, mtu, have_v6, remarks) else None
     if ip4 is None and ip6 is None:
         raise Fatal("No address family left: IPv6 is not possible and IPv4 was not asked for (leave out -6)")
+    conf_ports.check_families(options.forwards, ip4 is not None, ip6 is not None)
     template = template4 if template4 and ip4 else template6 if template6 and ip6 else None
     plan = NsPlan(
         ifname=options.ns_ifname or (template.name if template else LOCAL_IFNAME),
@@ -150,6 +151,11 @@ def _config(
         no_dhcpv6=options.no_dhcpv6 or ip6 is None or ip6.addr is None,
         no_ndp=options.no_ndp or ip6 is None,
         no_ra=options.no_ra or ip6 is None,
+        forwards=options.forwards,
+        no_splice=options.no_splice,
+        splice_only=options.splice_only,
+        host_lo_to_ns_lo=options.host_lo_to_ns_lo,
+        freebind=options.freebind,
     )
 
 
@@ -381,6 +387,7 @@ def describe(decision: Decision) -> Iterator[str]:
         yield from _describe4(c, ip4)
     if ip6:
         yield from _describe6(c, ip6)
+    yield from conf_ports.describe(c.forwards)
 
 
 def _describe4(c: Config, ip: Ip4) -> Iterator[str]:

@@ -14,10 +14,12 @@ from . import conf_values as values
 from . import log
 from .conf_values import NONE
 from .core.config import MTU_DEFAULT, OUR_MAC
+from .core.rules import Rule
 from .log import Fatal
 
 DNS_MAX = 3  # per family, as in resolv.conf(5)
 SEARCH_MAX = 6
+PORT_SPECS = "port_specs"  # key of the specifications, (letter, argument), in the dictionary; no field of Options
 
 Fields = dict[str, Any]
 Action = Callable[[Fields, str], None]
@@ -75,6 +77,11 @@ class Options:
     map_gw: bool = True
     map_host_loopback: Pair = Pair()  # False: mapped to nothing
     map_guest_addr: Pair = Pair()  # the same
+    forwards: tuple[Rule, ...] = ()
+    no_splice: bool = False
+    splice_only: bool = False
+    host_lo_to_ns_lo: bool = False
+    freebind: bool = False
 
     ns_ifname: str | None = None
     ns_mac: bytes | None = None
@@ -152,8 +159,9 @@ def _outbound_if(v6: bool) -> Action:
     return lambda fields, text: _put(fields, "outbound_if", values.interface(text), v6)
 
 
-def _ports(option: str) -> Action:
-    return lambda _, text: values.ports(option, text)
+def _ports(letter: str) -> Action:
+    """Collected: what a specification means depends on the options after it."""
+    return lambda fields, text: fields.setdefault(PORT_SPECS, []).append((letter, text))
 
 
 # Single ones -------------------------------------------------------------------------------------------------------
@@ -312,14 +320,28 @@ TABLE = (
            "Enable IPv4 operation only"),
     Option("ipv6-only", "6", "", _set("use", Pair(False, True)),
            "Enable IPv6 operation only"),
-    Option("tcp-ports", "t", "SPEC", _ports("-t"),
-           "Inbound TCP port forwarding: 'none' in this version"),
-    Option("udp-ports", "u", "SPEC", _ports("-u"),
-           "Inbound UDP port forwarding: 'none' in this version"),
-    Option("tcp-ns", "T", "SPEC", _ports("-T"),
-           "TCP ports from the namespace's loopback: 'none' in this version"),
-    Option("udp-ns", "U", "SPEC", _ports("-U"),
-           "UDP ports from the namespace's loopback: 'none' in this version"),
+    Option("tcp-ports", "t", "SPEC", _ports("t"),
+           "Forward TCP ports of the host to the namespace, repeatable\n"
+           "SPEC is 'none', 'auto' (those bound there, the default),\n"
+           "'all', or a list: 22, 8080:80, 5000-5010:6000-6010, ~5003,\n"
+           "127.0.0.1/22, %eth0/22, 6443:192.0.2.20/6443: see pasta(1)"),
+    Option("udp-ports", "u", "SPEC", _ports("u"),
+           "The same for UDP"),
+    Option("tcp-ns", "T", "SPEC", _ports("T"),
+           "Forward TCP ports of the namespace's loopback to the host's\n"
+           "SPEC as for -t, without address and interface"),
+    Option("udp-ns", "U", "SPEC", _ports("U"),
+           "The same for UDP"),
+    Option("host-lo-to-ns-lo", "", "", _set("host_lo_to_ns_lo", True),
+           "Connect the host's loopback to that of the namespace,\n"
+           "not to its address"),
+    Option("no-splice", "", "", _set("no_splice", True),
+           "Forward loopback connections to the namespace through the\n"
+           "tap interface, like all others"),
+    Option("splice-only", "", "", _set("splice_only", True),
+           "Forward loopback connections only: no tap interface"),
+    Option("freebind", "", "", _set("freebind", True),
+           "Let -t and -u listen on addresses that don't exist yet"),
     Option("ns-ifname", "I", "NAME", _value("ns_ifname", values.interface),
            "Name of the interface in the namespace\n"
            "default: that of the interface with the default route"),

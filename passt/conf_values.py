@@ -13,6 +13,7 @@ from .core.config import MTU_MAX, MTU_MIN
 from .log import Fatal
 
 IFNAME_MAX = 15  # IFNAMSIZ less the final NUL
+IFNAME_RULE = f"1 to {IFNAME_MAX} characters, no blanks, '/', ':' or '%'"
 NAME_MAX = 253  # RFC 1035, 3.1: 255 octets in wire form
 LABEL_MAX = 63
 NONE = "none"
@@ -54,10 +55,19 @@ def guest_mac(text: str) -> bytes:
     return value
 
 
+def is_interface(text: str) -> bool:
+    """Whether the kernel allows it as the name of an interface."""
+    try:
+        length = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
+    return 0 < length <= IFNAME_MAX and text not in (".", "..") and not re.search(r"[/:\s%\0]", text)
+
+
 def interface(text: str) -> str:
-    """An interface name as the kernel allows it."""
-    if not text or len(os.fsencode(text)) > IFNAME_MAX or text in (".", "..") or re.search(r"[/:\s%]", text):
-        raise Fatal(f"Invalid interface name: {text} (1 to {IFNAME_MAX} characters, no blanks, '/', ':' or '%')")
+    """An interface name."""
+    if not is_interface(text):
+        raise Fatal(f"Invalid interface name: {text} ({IFNAME_RULE})")
     return text
 
 
@@ -154,9 +164,3 @@ def path(text: str) -> str:
     if not text or "\0" in text:
         raise Fatal("An empty file name was given (options -P, -p, -l, --netns and --userns need one)")
     return text
-
-
-def ports(option: str, text: str) -> None:
-    """Nothing is forwarded inwards yet, so `none` is the only specification there is."""
-    if text != NONE:
-        raise Fatal(f"{option} {text}: inbound port forwarding is not part of this version (give 'none')")

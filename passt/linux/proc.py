@@ -1,4 +1,4 @@
-"""Facts about processes, from /proc: who we are mapped to, whether a PID exists, what is open."""
+"""Facts from /proc: who we are mapped to, whether a PID exists, what is open, which ports are ephemeral."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ def in_init_userns(uid_map: str = "/proc/self/uid_map") -> bool:
             return f.read().split() == INIT_USERNS_MAP
     except FileNotFoundError:
         return True  # a kernel without user namespaces
+
+
+def ephemeral_ports(path: str = "/proc/sys/net/ipv4/ip_local_port_range") -> range | None:
+    """Ports that the kernel gives to sockets that ask for none; None if it does not tell."""
+    try:
+        with open(path) as f:
+            first, last = map(int, f.read().split())
+    except (OSError, ValueError):
+        return None
+    return range(first, last + 1)
 
 
 def exists(pid: int) -> bool:

@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 
 from passt import addr, conf, log
 from passt.conf_table import TABLE, Done, Options, Pair, usage
+from passt.core.rules import Rule
 from passt.log import Fatal
+from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
 A4, B4, A6, B6 = map(addr.packed, ("192.0.2.7", "192.0.2.8", "2001:db8::7", "2001:db8::8"))
+
+AUTO_TCP, AUTO_UDP, AUTO_TCP_NS, AUTO_UDP_NS = AUTO = tuple(
+    Rule(f"-{letter} auto", proto, outbound, 1, 65535, 1, auto=True, weak=True)
+    for letter, proto, outbound in (
+        ("t", PROTO_TCP, False), ("u", PROTO_UDP, False), ("T", PROTO_TCP, True), ("U", PROTO_UDP, True)
+    )
+)  # fmt: skip
 
 NO_DNS = {"dns_forward": Pair(), "dns_host": Pair()}
 GOOD: list[tuple[str, dict[str, Any]]] = [
@@ -59,7 +68,9 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("-S a.example -S none", {"search": (), "search_none": True}),
     ("-S none.", {"search": ("none.",), "search_none": False}),
     ("--dhcp-dns --dhcp-search", {"dhcp_dns": True, "dhcp_search": True}),
-    ("--no-tcp --no-udp --no-icmp", {"no_tcp": True, "no_udp": True, "no_icmp": True}),
+    ("--no-tcp --no-udp --no-icmp", {"no_tcp": True, "no_udp": True, "no_icmp": True, "forwards": ()}),
+    ("--no-tcp", {"no_tcp": True, "forwards": (AUTO_UDP, AUTO_UDP_NS)}),
+    ("--no-udp -u none", {"no_udp": True, "forwards": (AUTO_TCP, AUTO_TCP_NS)}),
     ("--no-dhcp --no-ndp", {"no_dhcp": True, "no_ndp": True}),
     ("--no-dhcpv6 --no-ra", {"no_dhcpv6": True, "no_ra": True}),
     ("--no-map-gw", {"map_gw": False}),
@@ -68,7 +79,21 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--map-host-loopback none --map-host-loopback ::2", {"map_host_loopback": Pair(False, addr.packed("::2"))}),
     ("--map-guest-addr 192.0.2.7 --map-guest-addr 192.0.2.8", {"map_guest_addr": Pair(B4, None)}),
     ("--map-guest-addr none", {"map_guest_addr": Pair(False, False)}),
-    ("-t none -u none -T none -U none", {}),
+    ("-t none -u none -T none -U none", {"forwards": ()}),
+    ("-t none --tcp-ns=none", {"forwards": (AUTO_UDP, AUTO_UDP_NS)}),
+    ("-T 22 -t none --udp-ports 80:90 -U none",
+     {"forwards": (Rule("-T 22", PROTO_TCP, True, 22, 22, 22), Rule("-u 80:90", PROTO_UDP, False, 80, 80, 90))}),
+    ("-t22 --tcp-ports 23 -u none -T none -U none",
+     {"forwards": (Rule("-t 22", PROTO_TCP, False, 22, 22, 22), Rule("-t 23", PROTO_TCP, False, 23, 23, 23))}),
+    ("--no-splice", {"no_splice": True}),
+    ("--splice-only --host-lo-to-ns-lo --freebind",
+     {"splice_only": True, "host_lo_to_ns_lo": True, "freebind": True}),
+    ("--splice-only --config-net -a 192.0.2.7",  # what the tap would have had
+     {"splice_only": True, "config_net": True, "no_ra": True, "address": Pair(A4, None), "prefix_len": Pair(0, 0)}),
+    ("-o 192.0.2.7 -o 192.0.2.8 -o 2001:db8::7", {"outbound": Pair(B4, A6)}),
+    ("--outbound-if4 a --outbound-if4 b", {"outbound_if": Pair("b", None)}),
+    ("--map-guest-addr none --map-guest-addr 2001:db8::7", {"map_guest_addr": Pair(False, A6)}),
+    ("--no-map-gw --map-host-loopback 192.0.2.7", {"map_gw": False, "map_host_loopback": Pair(A4, None)}),
     ("--config-net", {"config_net": True, "no_ra": True}),
     ("--config-net --no-copy-routes", {"config_net": True, "no_ra": True, "copy_routes": False}),
     ("--config-net --no-copy-addrs", {"config_net": True, "no_ra": True, "copy_addrs": False}),
@@ -95,7 +120,9 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("line", "fields"), GOOD)
 def test_options(line: str, fields: dict[str, Any]) -> None:
-    expected = {"command": (), **fields} if not {"pid", "netns"} & fields.keys() else fields
+    expected = {"forwards": AUTO, **fields}
+    if not {"pid", "netns"} & fields.keys():
+        expected = {"command": (), **expected}
     assert conf.parse(line.split()) == Options(**expected)
 
 
@@ -144,8 +171,16 @@ BAD = [
     ("--dns-forward 127.0.0.53", "Invalid DNS forwarding address: 127.0.0.53 (is loopback)"),
     ("--dns-host 0.0.0.0", "Invalid host nameserver address: 0.0.0.0 (is unspecified)"),
     ("--map-host-loopback 127.0.0.1", "Invalid address to remap to host: 127.0.0.1 (is loopback)"),
-    ("-t 22", "-t 22: inbound port forwarding is not part of this version (give 'none')"),
-    ("-U auto", "-U auto: inbound port forwarding is not part of this version (give 'none')"),
+    ("--map-guest-addr ::", "Invalid address to remap to host: :: (is unspecified)"),
+    ("--map-host-loopback ff02::1", "Invalid address to remap to host: ff02::1 (is multicast)"),
+    ("-o 0.0.0.0", "Invalid outbound address: 0.0.0.0 (is unspecified)"),
+    ("-o eth0", "Invalid outbound address: eth0 (not an IPv4 or IPv6 address)"),
+    ("--outbound-if6 a/b", "Invalid interface name: a/b (1 to 15 characters, no blanks, '/', ':' or '%')"),
+    ("-t 0", "Invalid port specifier -t 0: '0' at character 1: port 0 can't be forwarded (give 1 to 65535)"),
+    ("-t 22 --no-tcp", "TCP port forwarding requested but TCP is disabled: -t 22 (and --no-tcp)"),
+    ("--no-udp -U auto", "UDP port forwarding requested but UDP is disabled: -U auto (and --no-udp)"),
+    ("--no-splice --splice-only", "Both --splice-only and --no-splice given: leave one of them out"),
+    ("--host-lo-to-ns-lo --no-splice", "Both --host-lo-to-ns-lo and --no-splice given: leave one of them out"),
     ("--no-copy-routes", "--no-copy-routes needs --config-net"),
     ("--no-copy-addrs 7", "--no-copy-addrs needs --config-net"),
     ("--netns a 7", "Both --netns and PID or command given: leave one of them out"),
@@ -194,6 +229,16 @@ def test_names_are_unique() -> None:
     assert len(set(shorts)) == len(shorts)
 
 
+def test_ephemeral_ports_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "warn", said.append)
+    conf.parse(["-t", "80"], ephemeral=None)
+    assert said == []
+    rules = conf.parse(["-t", "~80"], ephemeral=None).forwards
+    assert [(r.first, r.last) for r in rules if not r.outbound and r.proto == PROTO_TCP] == [(1, 79), (81, 49151)]
+    assert said == ["Couldn't read the range of ephemeral ports, which are not forwarded: taking 49152-65535"]
+
+
 def test_deprecated_options_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(log, "warn", said.append)
@@ -204,6 +249,7 @@ def test_deprecated_options_warn(monkeypatch: pytest.MonkeyPatch) -> None:
 WORDS = st.one_of(
     st.sampled_from([f"--{option.name}" for option in TABLE]),
     st.sampled_from([f"-{option.short}" for option in TABLE if option.short]),
+    st.sampled_from(["auto", "all", "~1", "2-3:4-5"]),
     st.sampled_from(["none", "1", "192.0.2.1", "fe80::1/64", "eth0", "--", "a=b", "00:11:22:33:44:55", "65536"]),
     st.text(st.characters(), max_size=12),  # with the surrogates that stand for bytes that are not UTF-8
 )

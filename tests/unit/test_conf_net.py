@@ -249,6 +249,38 @@ def test_map_guest_addr() -> None:
         assert ip4.map_guest_addr == value
 
 
+# Forwarding ---------------------------------------------------------------------------------------------------------
+
+
+def test_forwarding_reaches_the_configuration() -> None:
+    config = given_host("-t 127.0.0.1/80 -u none -T none -U none").config
+    assert [str(rule) for rule in config.forwards] == ["TCP [127.0.0.1] 80 -> 80"]
+    assert (config.no_splice, config.splice_only, config.host_lo_to_ns_lo, config.freebind) == (False,) * 4
+    config = given_host("--splice-only --host-lo-to-ns-lo --freebind").config
+    assert (config.no_splice, config.splice_only, config.host_lo_to_ns_lo, config.freebind) == (False, True, True, True)
+    assert given_host("--no-splice").config.no_splice
+
+
+@pytest.mark.parametrize(
+    ("line", "have_v6", "message"),
+    [
+        ("-4 -t ::1/80", True, "Invalid port specifier -t ::1/80: ::1, but IPv6 is off"),
+        ("-6 -u 0.0.0.0/53", True, "Invalid port specifier -u 0.0.0.0/53: 0.0.0.0, but IPv4 is off"),
+        ("-t ::/80", False, "Invalid port specifier -t ::/80: ::, but IPv6 is off"),
+        ("-m 1000 -t ::/80", True, "Invalid port specifier -t ::/80: ::, but IPv6 is off"),
+        ("-4 -t 80:[2001:db8::1]", True, "Invalid port specifier -t 80:[2001:db8::1]: 2001:db8::1, but IPv6 is off"),
+    ],
+)
+def test_forwarding_of_a_family_that_is_off(line: str, have_v6: bool, message: str) -> None:
+    with pytest.raises(Fatal) as e:
+        given_host(line, have_v6=have_v6)
+    assert str(e.value) == message
+
+
+def test_the_host_may_connect_where_the_namespace_may_not() -> None:
+    assert given_host("-4 -T 80:[2001:db8::1]").config.forwards
+
+
 # Names -------------------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +373,7 @@ def test_queue_holds_a_window() -> None:
 
 
 def test_print_out() -> None:
-    line = "-o 192.0.2.3 --outbound-if4 eth0 -S a.example"
+    line = "-o 192.0.2.3 --outbound-if4 eth0 -S a.example -t 8080:80"
     assert list(describe(given_host(line))) == [
         "Template interface: eth0 (IPv4), eth0 (IPv6)",
         "Outbound interface: eth0 (IPv4)",
@@ -367,12 +399,18 @@ def test_print_out() -> None:
         "    2001:db8::53",
         "DNS search list:",
         "    a.example",
+        "Port forwarding:",
+        "    TCP to namespace: 8080 -> 80",
+        "    UDP to namespace: auto",
+        "    TCP from namespace: auto",
+        "    UDP from namespace: auto",
     ]
 
 
 def test_print_out_names_the_services_that_are_on() -> None:
     def heads(line: str) -> list[str]:
-        return [text for text in describe(given_host(line, resolvers=Resolvers())) if text.endswith(":")]
+        decision = given_host(f"{line} -t none -u none -T none -U none", resolvers=Resolvers())
+        return [text for text in describe(decision) if text.endswith(":")]
 
     assert heads("--no-dhcp --no-ndp") == ["MAC:", "DHCPv6:"]
     assert heads("--no-dhcpv6 -6") == ["MAC:", "NDP:"]

@@ -31,6 +31,21 @@ def test_kernel_without_user_namespaces(tmp_path: Path) -> None:
     assert proc.in_init_userns(str(tmp_path / "missing"))
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("32768\t60999\n", range(32768, 61000)), ("1024\t1024\n", range(1024, 1025)), ("", None), ("a\tb\n", None)],
+)
+def test_ephemeral_ports(tmp_path: Path, text: str, expected: range | None) -> None:
+    path = tmp_path / "ip_local_port_range"
+    path.write_text(text)
+    assert proc.ephemeral_ports(str(path)) == expected
+
+
+def test_ephemeral_ports_that_are_not_told(tmp_path: Path) -> None:
+    assert proc.ephemeral_ports(str(tmp_path / "missing")) is None
+    assert proc.ephemeral_ports()
+
+
 def test_existence() -> None:
     assert proc.exists(os.getpid())
     assert not proc.exists(2**31 - 1)
