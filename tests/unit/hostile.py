@@ -67,6 +67,7 @@ from passt.tcp import Tcp
 from passt.udp import Udp
 from tests.unit.support import (
     GATEWAY4,
+    GATEWAY6,
     GUEST4,
     GUEST6,
     GUEST_LL,
@@ -78,13 +79,19 @@ from tests.unit.support import (
     reactor,
     timers,
 )
-from tests.unit.tcp_support import ALL, FakeSocket
+from tests.unit.tcp_support import ALL, PEER_PORT, FakeSocket, accepted_socket, listener
 
 PEER4, PEER6 = addr.packed("198.51.100.7"), addr.packed("2001:db8:ffff::7")
 GUEST_ISN = 0xFFFFFF00
 POOL_SIZE = 1 << 17
 SERVER_ID = bytes(range(14))
 TAP_FD = 3
+ANSWERED, ASKED, NEAR4, NEAR6 = range(8000, 8004)  # ports of the guest that host clients connect to
+INBOUND = [
+    *((port, peer) for port in (ANSWERED, ASKED) for peer in (PEER4, PEER6)),
+    (NEAR4, addr.LOOPBACK4),
+    (NEAR6, addr.LOOPBACK6),
+]
 
 Change = tuple[int, int, int]  # what (an index into CHANGES), where, value
 Spec = tuple[int, Sequence[Change]]  # an index into seeds(), and what is done to that frame
@@ -167,7 +174,8 @@ def harmless() -> Iterator[None]:
 
 
 class Stack:
-    """All services around one context, deterministic, with an established connection of each family.
+    """All services around one context, deterministic, with connections of each family: one that the guest began, and of
+    host clients one that it answered, one that it did not answer yet, and one of the host's loopback, likewise.
 
     `fill` is what lies in the packet pool where no frame was read to. `room` is how much a TCP socket takes.
     """
@@ -206,7 +214,16 @@ class Stack:
             sock.room = room
             sock.incoming += bytes(range(250)) * 20
             reactor(self.ctx).fire(sock.fd, EPOLLIN, self.now)
-        assert len(FakeSocket.made) == 2 or config, "the connections were not made"
+        for to, peer in INBOUND:
+            sock = accepted_socket(peer)
+            self.tcp.accepted(listener(to=to), sock, peer, PEER_PORT, self.now)
+            sock.room = room
+            sock.incoming += bytes(range(250)) * 20
+        for answer in answers():
+            self.batch([answer])
+        for sock in FakeSocket.made[2:]:
+            reactor(self.ctx).fire(sock.fd, EPOLLIN, self.now)
+        assert len(self.tcp._conns) == 8 or config, "the connections were not made"
 
     def fault(self, what: str, e: Exception, now: float) -> None:
         """Instead of being counted, faults are raised."""
@@ -281,25 +298,56 @@ def _syn(v4: bool, sport: int, **fields: Any) -> bytes:
     return _ether(_ip(v4) / TCP(sport=sport, dport=80, flags="S", seq=GUEST_ISN, options=options, **fields))
 
 
+def _ends(v4: bool, near: bool) -> tuple[bytes, bytes]:
+    """(guest, peer); `near`: the peer is the host's loopback."""
+    if v4:
+        return GUEST4, GATEWAY4 if near else PEER4
+    return (GUEST_LL, GATEWAY6) if near else (GUEST6, PEER6)
+
+
 @cache
-def _isn(v4: bool) -> int:
-    """Our initial sequence number of the connection from port 40000."""
-    ctx = make_context()
-    tcp = Tcp(ctx, ALL)
+def _isn(v4: bool, sport: int, dport: int) -> int:
+    """Our initial sequence number of the connection between these ports, the guest's first."""
+    tcp = Tcp(make_context(), ALL)
     tcp._opening._secret = bytes(16)
-    ends = GUEST4 + PEER4 if v4 else GUEST6 + PEER6
-    return tcp._opening.isn(ends + (40000).to_bytes(2, "big") + (80).to_bytes(2, "big"), T0)
+    return tcp._opening.isn(
+        b"".join(_ends(v4, sport in (NEAR4, NEAR6))) + sport.to_bytes(2, "big") + dport.to_bytes(2, "big"), T0
+    )
 
 
-def _segment(v4: bool, flags: str, data: bytes = b"", *, seq: int = 1, ack: int = 1, **fields: Any) -> bytes:
-    numbers = {"seq": GUEST_ISN + seq & 0xFFFFFFFF, "ack": _isn(v4) + ack & 0xFFFFFFFF}
-    return _ether(_ip(v4) / TCP(sport=40000, dport=80, flags=flags, **numbers, **fields) / Raw(data))
+def _segment(
+    v4: bool,
+    flags: str,
+    data: bytes = b"",
+    *,
+    seq: int = 1,
+    ack: int = 1,
+    sport: int = 40000,
+    dport: int = 80,
+    **fields: Any,
+) -> bytes:
+    numbers = {"seq": GUEST_ISN + seq & 0xFFFFFFFF, "ack": _isn(v4, sport, dport) + ack & 0xFFFFFFFF}
+    src, dst = map(addr.text, _ends(v4, sport in (NEAR4, NEAR6)))
+    return _ether(
+        _ip(v4, src=src, dst=dst) / TCP(sport=sport, dport=dport, flags=flags, **numbers, **fields) / Raw(data)
+    )
 
 
 @cache
 def connections() -> list[tuple[bytes, bytes]]:
     """SYN and ACK of the connections that a stack begins with."""
     return [(NO_OFFLOAD + _syn(v4, 40000), NO_OFFLOAD + _segment(v4, "A")) for v4 in (True, False)]
+
+
+def _syn_ack(v4: bool, port: int, **fields: Any) -> bytes:
+    options = [("MSS", 1460), ("NOP", None), ("WScale", 7)]
+    return _segment(v4, "SA", seq=0, sport=port, dport=PEER_PORT, options=options, **fields)
+
+
+@cache
+def answers() -> list[bytes]:
+    """The guest's answers to host clients."""
+    return [NO_OFFLOAD + _syn_ack(v4, ANSWERED) for v4 in (True, False)]
 
 
 def _tcp_seeds(v4: bool) -> Iterator[bytes]:
@@ -316,6 +364,25 @@ def _tcp_seeds(v4: bool) -> Iterator[bytes]:
     yield _segment(v4, "R")
     yield _segment(v4, "PAU", b"urgent", urgptr=3)
     yield _ether(_ip(v4) / TCP(sport=40002, dport=80, flags="A", seq=5, ack=6))
+
+
+def _inbound_seeds(v4: bool) -> Iterator[bytes]:
+    answered: dict[str, Any] = {"sport": ANSWERED, "dport": PEER_PORT}
+    yield _segment(v4, "PA", b"220 ready", **answered)
+    yield _syn_ack(v4, ANSWERED)
+    yield _segment(v4, "FA", b"bye", seq=10, ack=5001, **answered)
+    asked: dict[str, Any] = {"sport": ASKED, "dport": PEER_PORT}
+    yield _segment(v4, "S", seq=0, **asked)
+    yield _segment(v4, "A", ack=77, **asked)
+    yield _segment(v4, "R", **asked)
+    yield _syn_ack(v4, ASKED, ack=2)
+    yield _syn_ack(v4, ASKED)
+    yield _segment(v4, "PA", b"250 hello", **asked)
+    yield _segment(v4, "RA", seq=10, **asked)
+    near: dict[str, Any] = {"sport": NEAR4 if v4 else NEAR6, "dport": PEER_PORT}
+    yield _segment(v4, "RA", seq=0, **near)
+    yield _syn_ack(not v4, near["sport"])
+    yield _segment(not v4, "PA", b"at last", **near)
 
 
 def _udp_seeds(v4: bool) -> Iterator[bytes]:
@@ -364,6 +431,7 @@ def seeds() -> tuple[bytes, ...]:
     """Valid frames of every kind, vnet headers first."""
     plain = itertools.chain(
         *(_tcp_seeds(v4) for v4 in (True, False)),
+        *(_inbound_seeds(v4) for v4 in (True, False)),
         *(_udp_seeds(v4) for v4 in (True, False)),
         _service_seeds(),
         _extended_seeds(),

@@ -6,6 +6,14 @@
     talk.sock.arrive(b"answer")                the host peer sends
     talk.expect(ACK | PSH, b"answer")
     talk.wait(1.0)                             time passes, timers fire
+
+    talk = Talk()
+    talk.accept("198.51.100.7")                a host client connected to a forwarded port
+    talk.expect(SYN, seq=0)
+    talk.answer()                              the guest's SYN,ACK
+    talk.expect(ACK, seq=1, ack=1)             `accepted_connection()` is these four
+
+Numbers are relative to the initial sequence numbers of either side.
 """
 
 from __future__ import annotations
@@ -14,14 +22,17 @@ import errno
 import socket
 from dataclasses import dataclass, field
 from struct import Struct
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
 from passt import addr, tcp_sock
 from passt.core.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from passt.core.rules import Listener, Rule
 from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, SND_WND, SO_MEMINFO, SO_PEEK_OFF, TCP_INFO_LEN, Features
 from passt.tcp import Tcp
+from passt.wire.checksum import PROTO_TCP
 from passt.wire.tcp import ACK, HEADER, SYN, SynOptions, flag_names
 from tests.unit.support import T0, FakeTimers, link, make_context, reactor, timers
 
@@ -29,6 +40,7 @@ GUEST_ISN = 0xFFFFFF00  # so that every conversation wraps
 ALL = Features()
 MASK = 0xFFFFFFFF
 PORTS = (40000).to_bytes(2, "big") + (80).to_bytes(2, "big")
+PEER_PORT = 50000  # of a host client
 
 
 class FakeSocket:
@@ -149,6 +161,20 @@ class FakeSocket:
         return self.options.get((socket.SOL_SOCKET, socket.SO_LINGER)) == Struct("=ii").pack(1, 0)
 
 
+def listener(port: int = 8080, to: int = 80, **rule: Any) -> Listener:
+    """A port that leads to port `to` of the guest."""
+    sock = SimpleNamespace(fileno=lambda: 900)
+    return Listener(Rule(f"-t {port}:{to}", PROTO_TCP, False, port, port, to, **rule), port, sock)
+
+
+def accepted_socket(peer: bytes, features: Features = ALL, *, dual: bool = False) -> FakeSocket:
+    """What a listener that was prepared gives for a client; `dual`: it is one of both families."""
+    sock = FakeSocket(socket.AF_INET6 if dual else addr.family(peer), socket.SOCK_STREAM)
+    tcp_sock.prepare_listener(sock, features)
+    sock.info[BYTES_ACKED] = 0  # SYN does not count here
+    return sock
+
+
 @dataclass(frozen=True)
 class Segment:
     """A segment to the guest, numbers relative to the initial sequence numbers."""
@@ -230,6 +256,19 @@ class Talk:
         self.put((SYN, GUEST_ISN, 0, b"", 64240, SynOptions(mss, ws).emit()))
         self.seq = 1
 
+    def accept(self, peer: str, *, dual: bool = False, to: int = 80, **rule: Any) -> FakeSocket:
+        """A host client connects to a forwarded port."""
+        packed = addr.packed(peer)
+        sock = accepted_socket(packed, self.features, dual=dual)
+        self.tcp.accepted(listener(to=to, **rule), sock, packed, PEER_PORT, self.now)
+        return sock
+
+    def answer(self, mss: int = 1460, ws: int | None = 7, *, ack: int = 1, options: bytes | None = None) -> None:
+        """The guest answers our SYN by SYN,ACK."""
+        raw = SynOptions(mss, ws).emit() if options is None else options
+        self.put((SYN | ACK, GUEST_ISN, self.isn + ack, b"", 64240, raw))
+        self.seq = 1
+
     def taken(self) -> list[Segment]:
         """What we sent to the guest since the last call."""
         fake = link(self.ctx)
@@ -237,13 +276,18 @@ class Talk:
         return [self._parse(frame, v) for frame, v in zip(fake.take(), vnet, strict=True)]
 
     def _parse(self, frame: bytes, vnet: bytes) -> Segment:
-        l4 = 14 + (40 if self.v6 else 20)
-        assert frame[14 - 2 : 14] == (b"\x86\xdd" if self.v6 else b"\x08\x00")
+        v6 = frame[14 - 2 : 14] == b"\x86\xdd"
+        n, l4 = (16, 54) if v6 else (4, 34)
+        source, destination, ports = frame[l4 - 2 * n : l4 - n], frame[l4 - n : l4], frame[l4 : l4 + 4]
         _, _, seq, ack, bits, window, _, _ = HEADER.unpack_from(frame, l4)
         data = l4 + (bits >> 12) * 4
         flags = bits & 0x3F
         if flags & SYN:
             self.isn = seq
+        key = destination + source + ports[2:] + ports[:2]
+        if flags & SYN and not flags & ACK:
+            self.key = key  # our SYN says between which endpoints the conversation goes on
+        assert key == self.key
         gso_size = Struct("=BBHHHH").unpack(vnet)[3]
         return Segment(
             flags,
@@ -324,4 +368,14 @@ def open_connection(**how: Any) -> Talk:
     talk.expect(SYN | ACK, seq=0, ack=1)
     talk.guest(ACK)
     talk.expect_nothing()
+    return talk
+
+
+def accepted_connection(peer: str = "198.51.100.7", **how: Any) -> Talk:
+    """Likewise, begun by a host client."""
+    talk = Talk(**how)
+    talk.accept(peer)
+    talk.expect(SYN, seq=0)
+    talk.answer()
+    talk.expect(ACK, b"", seq=1, ack=1)
     return talk

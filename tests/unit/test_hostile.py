@@ -72,7 +72,7 @@ def test_valid_frames(together: bool) -> None:
     """All of them at once; and few are dropped, or else the tests above would test little."""
     drops = check(seeds(), together=together)
     assert drops.keys() <= {"icmp type", "fragment: protocol", "tcp reset out of window"}, drops
-    assert sum(drops.values()) < 5
+    assert sum(drops.values()) < 7
 
 
 def test_valid_frames_get_where_they_are_meant_to_go() -> None:
@@ -80,7 +80,8 @@ def test_valid_frames_get_where_they_are_meant_to_go() -> None:
     link(stack.ctx).take()
     for frame in seeds():
         stack.batch([frame])
-    assert [bytes(s.sent) for s in FakeSocket.made] == [b"abcdefghijklmnopend"] * 2 + [b""] * 2
+    sent = [b"abcdefghijklmnopend", b"220 readybye", b"250 hello", b"at last", b""]
+    assert [bytes(s.sent) for s in FakeSocket.made] == [data for data in sent for _ in (4, 6)]
     payloads = [sent[-1] for sent in stack.datagrams if sent[-2] != "option"]
     for wanted in (b"datagram", b"", bytes(range(200)), b"behind headers", bytes(90), bytes(88)):
         assert wanted in payloads
