@@ -21,7 +21,7 @@ from typing import Any
 
 from . import addr, log
 from .core.context import Context
-from .core.fwd import Forwarding
+from .core.fwd import Forwarding, SockAddr
 from .core.reactor import EPOLLOUT, TYPE_TCP
 from .linux.tcpinfo import SO_PEEK_OFF, Features
 from .tcp_ack import INTEREST
@@ -47,15 +47,23 @@ def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
     _prepare(sock, features)
     conn.near = is_near(fwd, features, dst)
     _bind(ctx, conn, dst)
-    error: int = sock.connect_ex(conn.dst)
-    if error == errno.EINPROGRESS and conn.near:
-        # Over loopback the handshake is over before connect() returns, which still says EINPROGRESS.
-        error = sock.connect_ex(conn.dst)
-        if error == errno.EALREADY:
-            error = errno.EINPROGRESS
+    error = connect_local(sock, conn.dst) if conn.near else sock.connect_ex(conn.dst)
     pending = EPOLLOUT if error == errno.EINPROGRESS else 0
     if error in (0, errno.EINPROGRESS):
         ctx.reactor.watch(conn.fd, TYPE_TCP, conn.index, INTEREST | pending)
+    return error
+
+
+def connect_local(sock: Any, sockaddr: SockAddr) -> int:
+    """Connect to somebody on this host; returns 0, EINPROGRESS, or what failed.
+
+    Over loopback the handshake is over before connect(2) returns, which still says EINPROGRESS: ask again.
+    """
+    error: int = sock.connect_ex(sockaddr)
+    if error == errno.EINPROGRESS:
+        error = sock.connect_ex(sockaddr)
+        if error == errno.EALREADY:
+            return errno.EINPROGRESS
     return error
 
 

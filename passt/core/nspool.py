@@ -27,6 +27,18 @@ Kind = tuple[int, int]  # address family, socket type
 new_socket = socket.SocketType  # the C type: half the price of socket.socket
 
 
+def open_socket(family: int, kind: int) -> Any:
+    """A non-blocking socket of `family` and `kind` (SOCK_STREAM, SOCK_DGRAM). Raises OSError.
+
+    A stream forwards what others have cut already: TCP_NODELAY, and the urgent byte is one of the stream.
+    """
+    sock = new_socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    if kind == socket.SOCK_STREAM:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    return sock
+
+
 class NsSockets:
     """The pools of one namespace, by kind of socket."""
 
@@ -38,7 +50,7 @@ class NsSockets:
         self._errors: dict[Kind, OSError] = {}
 
     def take(self, family: int, kind: int) -> Any:
-        """A fresh non-blocking socket of `family` and `kind` (SOCK_STREAM, SOCK_DGRAM). Raises OSError."""
+        """A fresh socket as `open_socket` makes it, in the namespace. Raises OSError."""
         key = family, kind
         pool = self._pools.setdefault(key, [])
         if len(pool) <= self._size // 2:
@@ -62,7 +74,7 @@ class NsSockets:
         try:
             setns(self._netns, CLONE_NEWNET)
             for _ in range(self._size - len(pool)):
-                pool.append(new_socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC))
+                pool.append(open_socket(family, kind))
         except OSError as e:
             self._errors[key] = e
 

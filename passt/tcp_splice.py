@@ -1,0 +1,369 @@
+"""TCP between the loopbacks of the host and of the namespace: from socket to socket, without a frame.
+
+    client --- accepted socket, side 0 === half 0 ==> side 1, connecting socket --- server
+                                       <== half 1 ===
+
+A connection is two halves, each of which moves bytes from one socket to the other:
+
+    bulk    splice(2) from the socket into a pipe and from there into the other one: the pages change hands, no byte is
+            copied. The pipe is borrowed from a pool for as long as bytes are in it.
+    small   what fits into one receive of COPY_MAX bytes is received and sent: fewer system calls, no pipe.
+
+A receive that fills its buffer makes a half bulk; a wake-up of a bulk half that brought less than BULK_MIN makes it
+small again. Bytes that the other socket does not take are held, in the pipe or in `pending`, nothing more is read
+until it does, and so the sender's kernel slows the sender down.
+
+Events are edge-triggered, EPOLLOUT from the first time on that a socket did not take everything. Reading goes on until
+the kernel says that there is no more (EAGAIN, or a receive that did not fill its buffer), at most ROUNDS times: then
+the event is asked for again, so that others have their turn. Urgent data (RFC 9293, 3.8.5) stays in line; splice(2)
+stops at its mark for ever, so a half that has seen any is never bulk again.
+
+    event                                        consequence
+    -------------------------------------------  -----------------------------------------------------------------
+    end of a direction (FIN)                     what is held is delivered, then shutdown(SHUT_WR) at the other side
+    end of both                                  both sockets are closed
+    reset or another error at one side           both are reset; what is held is thrown away, as by any router
+    nobody listens at the target                 the next address of Forwarding.splice_targets (the other family);
+                                                 after the last one the client is reset
+    table full, no descriptor                    the client is reset, counted
+
+There are no timers: both peers are kernels on this host, and neither can vanish without a word. The client's
+address cannot be kept, since the server sees its own loopback; 127.0.0.2 and the like are, where the server is on
+IPv4 loopback too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import Any
+
+from . import addr, log, tcp_sock
+from .core.context import Context
+from .core.flow import Flow, TableFull
+from .core.nspool import open_socket
+from .core.pipes import PIPE_SIZE, Pipe, PipePool
+from .core.reactor import (
+    EPOLLERR,
+    EPOLLET,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLPRI,
+    EPOLLRDHUP,
+    TYPE_TCP_SPLICE,
+    ref_data,
+)
+from .core.rules import Listener
+
+COPY_MAX = 65536  # bytes received at once by a small half
+BULK_MIN = 16384  # bytes in a wake-up
+ROUNDS = 16  # times a half is filled and emptied before others have their turn
+INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
+_SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+IDLE, BLOCKED, AGAIN = range(3)  # what a half waits for: bytes, room at `dst`, its turn
+
+
+class Half:
+    """One direction: from `src` to `dst`."""
+
+    __slots__ = (
+        "bulk", "dst", "dst_fd", "ending", "eof", "fin", "held", "pending", "pipe", "polled", "src", "src_fd", "urgent",
+    )  # fmt: skip
+
+    def __init__(self, src: Any, dst: Any) -> None:
+        self.src, self.src_fd = src, src.fileno()
+        self.dst, self.dst_fd = dst, dst.fileno()
+        self.pipe: Pipe | None = None
+        self.held = 0  # bytes in the pipe
+        self.pending = b""  # bytes received that `dst` did not take
+        self.bulk = False
+        self.urgent = False  # `src` has seen urgent data: a short receive may have stopped at its mark
+        self.ending = False  # the end of `src` was announced: no further event will tell of it
+        self.eof = False  # `src` will send no more
+        self.fin = False  # ... and `dst` was told
+        self.polled = False  # EPOLLOUT of `dst` is asked for
+
+
+class SpliceConn(Flow):
+    """A connection. `sock` is the client's; `key` is empty, since nobody looks for it."""
+
+    __slots__ = ("ended", "halves", "inbound", "other", "peer", "port", "targets")
+    kind = "TCP connection (spliced)"
+
+    def __init__(self, sock: Any, peer: bytes, listener: Listener, targets: list[bytes]) -> None:
+        super().__init__(b"")
+        self.sock, self.fd = sock, sock.fileno()
+        self.peer = peer
+        self.port = listener.to
+        self.inbound = not listener.rule.outbound
+        self.targets = targets  # addresses that were not tried yet
+        self.other: Any = None  # the socket towards the server
+        self.ended = 0  # EPOLLRDHUP: the client had sent all it has before the server was connected
+        self.halves: tuple[Half, ...] = ()  # none before the server is connected
+
+
+class TcpSplice:
+    """All spliced connections."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._by_index = ctx.flows.by_index
+        self._pipes = PipePool()
+        self._buf = memoryview(bytearray(COPY_MAX))
+        ctx.reactor.handle(TYPE_TCP_SPLICE, self.sock_handler)
+
+    # Opening -----------------------------------------------------------------------------------------------------
+
+    def accepted(self, listener: Listener, sock: Any, peer: bytes, now: float) -> None:
+        """Take over `sock`, a connection of `peer` to `listener`."""
+        ctx = self._ctx
+        targets = ctx.fwd.splice_targets(len(peer) == 16, listener.rule, ctx.guest)
+        conn = SpliceConn(sock, peer, listener, targets)
+        try:
+            ctx.flows.insert(conn)
+        except TableFull:
+            ctx.drops["splice: table full"] += 1
+            tcp_sock.reset_on_close(sock)
+            sock.close()
+            return
+        try:
+            ctx.reactor.watch(conn.fd, TYPE_TCP_SPLICE, conn.index << 1, INTEREST)
+            self._connect(conn, errno.EHOSTUNREACH, now)
+        except OSError as e:
+            self._failed(conn, e.errno or errno.EIO, now)
+
+    def _connect(self, conn: SpliceConn, error: int, now: float) -> None:
+        """Connect to the next target, the last one having failed with `error`."""
+        while conn.targets:
+            error = self._try(conn, conn.targets.pop(0))
+            if error == 0:
+                self._connected(conn)
+                return
+            if error == errno.EINPROGRESS:
+                return
+            self._drop_other(conn)
+        self._failed(conn, error, now)
+
+    def _failed(self, conn: SpliceConn, error: int, now: float) -> None:
+        """There will be no connection to the server."""
+        self._ctx.drops[f"splice: {errno.errorcode.get(error, error)}"] += 1
+        if error not in (errno.ECONNREFUSED, errno.ECONNRESET):
+            log.warn_ratelimited("splice", f"Cannot connect to forwarded port {conn.port}: {os.strerror(error)}", now)
+        self._abort(conn)
+
+    def _try(self, conn: SpliceConn, target: bytes) -> int:
+        """Begin to connect to `target`: 0, EINPROGRESS or what failed. Raises OSError if there is no socket."""
+        family = addr.family(target)
+        if conn.inbound:
+            assert self._ctx.ns is not None
+            sock: Any = self._ctx.ns.take(family, socket.SOCK_STREAM)
+        else:
+            sock = open_socket(family, socket.SOCK_STREAM)
+        conn.other = sock
+        if len(target) == 4 and target[0] == 127 and conn.peer[0] == 127 and conn.peer != addr.LOOPBACK4:
+            sock.bind((addr.text(conn.peer), 0))
+        sockaddr = self._ctx.fwd.sockaddr(target, conn.port)
+        error = tcp_sock.connect_local(sock, sockaddr)
+        if error in (0, errno.EINPROGRESS):
+            pending = EPOLLOUT if error else 0
+            self._ctx.reactor.watch(sock.fileno(), TYPE_TCP_SPLICE, conn.index << 1 | 1, INTEREST | pending)
+        return error
+
+    def _connected(self, conn: SpliceConn) -> None:
+        conn.targets = []
+        conn.halves = Half(conn.sock, conn.other), Half(conn.other, conn.sock)
+        self._ctx.flows.activate(conn)
+        if log.debug_on:
+            ends = [addr.endpoint(*_plain(s.getpeername())) for s in (conn.sock, conn.other)]
+            sides = ("HOST", "SPLICE") if conn.inbound else ("SPLICE", "HOST")
+            log.debug(f"Flow {conn.index} ({conn.kind}): {sides[0]} {ends[0]} => {sides[1]} {ends[1]}")
+
+    def _early(self, conn: SpliceConn, side: int, events: int, now: float) -> None:
+        """An event before the server is connected: of the client, or about how connecting went."""
+        if side == 0:
+            if events & (EPOLLERR | EPOLLHUP):
+                self._abort(conn)  # it has given up
+            conn.ended |= events & EPOLLRDHUP  # what it sent waits
+            return
+        error = conn.other.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            self._drop_other(conn)
+            try:
+                self._connect(conn, error, now)
+            except OSError as e:
+                self._failed(conn, e.errno or errno.EIO, now)
+        elif events & EPOLLOUT:
+            self._connected(conn)
+        if conn.halves:
+            conn.halves[0].ending = bool(conn.ended)
+            conn.halves[1].ending = bool(events & EPOLLRDHUP)
+            for half in conn.halves:  # the client's events came before anybody could handle them
+                if conn.state:
+                    self._move(conn, half)
+
+    # Moving ------------------------------------------------------------------------------------------------------
+
+    def sock_handler(self, ref: int, events: int, now: float) -> None:
+        """Something happened at side `ref & 1` of flow ref_data(ref) >> 1."""
+        conn: Any = self._by_index[(ref & 0xFFFFFFFF) >> 1]
+        side = ref & 1
+        halves = conn.halves
+        if not halves:
+            self._early(conn, side, events, now)
+            return
+        if events & EPOLLERR:
+            self._abort(conn)
+            return
+        half = halves[1 - side]
+        if events & EPOLLOUT and (half.held or half.pending):
+            self._move(conn, half)
+            if not conn.state:
+                return
+        half = halves[side]
+        if events & (EPOLLPRI | EPOLLRDHUP):
+            half.urgent |= bool(events & EPOLLPRI)
+            half.ending |= bool(events & EPOLLRDHUP)
+        if not (half.held or half.pending or half.eof):
+            self._move(conn, half)
+
+    def _move(self, conn: SpliceConn, half: Half) -> None:
+        """Move what can be moved, and pass the end on if that was all."""
+        try:
+            if half.bulk or half.held:
+                state = self._bulk(half)
+            else:
+                state = self._small(half)
+                if state == AGAIN:
+                    state = self._bulk(half)
+            if state == IDLE and half.eof and not half.fin:
+                self._finish(conn, half)
+                return
+        except OSError as e:
+            log.debug(f"Flow {conn.index} ({conn.kind}): {e.strerror}")
+            self._abort(conn)
+            return
+        if state == BLOCKED:
+            if not half.polled:
+                half.polled = True
+                self._ctx.reactor.change(half.dst_fd, INTEREST | EPOLLOUT)
+        elif state == AGAIN:
+            conn.halves[half is conn.halves[0]].polled = True
+            self._ctx.reactor.change(half.src_fd, INTEREST | EPOLLOUT)
+
+    def _small(self, half: Half) -> int:
+        """Receive and send: once, or until there is no more where no event would tell of the rest."""
+        buf = self._buf
+        if half.pending and not self._flush(half):
+            return BLOCKED
+        while True:
+            try:
+                n = half.src.recv_into(buf)
+            except BlockingIOError:
+                return IDLE
+            if not n:
+                half.eof = True
+                return IDLE
+            try:
+                sent = half.dst.send(buf[:n])
+            except BlockingIOError:
+                sent = 0
+            if sent < n:
+                half.pending = bytes(buf[sent:n])
+                return BLOCKED
+            if n == COPY_MAX and not half.urgent:
+                half.bulk = True
+                return AGAIN
+            if not (half.urgent or half.ending):
+                return IDLE
+
+    def _flush(self, half: Half) -> bool:
+        """Send what is pending; whether all of it went."""
+        try:
+            sent = half.dst.send(half.pending)
+        except BlockingIOError:
+            return False
+        half.pending = half.pending[sent:]
+        return not half.pending
+
+    def _bulk(self, half: Half) -> int:
+        """Splice."""
+        splice, src, dst = os.splice, half.src_fd, half.dst_fd
+        if half.pipe is None:
+            try:
+                half.pipe = self._pipes.take()
+            except OSError:  # no descriptors: go on by copying
+                half.bulk = False
+                return AGAIN
+        reader, writer = half.pipe
+        total = 0
+        rounds = ROUNDS
+        state = AGAIN
+        while True:
+            while half.held:
+                try:
+                    half.held -= splice(reader, dst, half.held, flags=_SPLICE)
+                except BlockingIOError:
+                    return BLOCKED
+            if not rounds or half.urgent:
+                break
+            rounds -= 1
+            try:
+                half.held = splice(src, writer, PIPE_SIZE, flags=_SPLICE)
+            except BlockingIOError:
+                state = IDLE
+                break
+            if not half.held:
+                half.ending = True  # or a mark at the end of what was sent: a receive tells them apart
+                break
+            total += half.held
+        self._pipes.give_back(half.pipe, 0)
+        half.pipe = None
+        half.bulk = total >= BULK_MIN and not half.urgent
+        return self._small(half) if half.urgent or half.ending else state
+
+    # Ending ------------------------------------------------------------------------------------------------------
+
+    def _finish(self, conn: SpliceConn, half: Half) -> None:
+        """Everything was delivered: pass the end on. Raises OSError."""
+        half.fin = True
+        if conn.halves[0].fin and conn.halves[1].fin:
+            self._release(conn)
+        else:
+            half.dst.shutdown(socket.SHUT_WR)
+
+    def _drop_other(self, conn: SpliceConn) -> None:
+        """Close the socket towards the server, if there is one."""
+        if conn.other is not None:
+            self._ctx.reactor.retire(conn.other.fileno(), conn.other)
+            conn.other = None
+
+    def _abort(self, conn: SpliceConn) -> None:
+        """Reset both sides."""
+        tcp_sock.reset_on_close(conn.sock)
+        if conn.other is not None:
+            tcp_sock.reset_on_close(conn.other)
+        self._release(conn)
+
+    def _release(self, conn: SpliceConn) -> None:
+        """Close both sides, and let go of everything."""
+        for half in conn.halves:
+            if half.pipe is not None:
+                self._pipes.give_back(half.pipe, half.held)
+        conn.halves = ()  # which refer to the sockets
+        self._drop_other(conn)
+        self._ctx.reactor.retire(conn.fd, conn.sock)
+        self._ctx.flows.free(conn)
+
+    def fault(self, ref: int) -> None:
+        """A handler failed on flow ref_data(ref) >> 1: end that flow, and only that."""
+        conn = self._by_index[ref_data(ref) >> 1]
+        if isinstance(conn, SpliceConn):
+            self._abort(conn)
+
+
+def _plain(sockaddr: tuple[Any, ...]) -> tuple[bytes, int]:
+    """The packed address, without its mapping into IPv6, and the port."""
+    a = addr.packed(sockaddr[0].partition("%")[0])
+    return (a[12:] if a[:12] == addr.V4_MAPPED_PREFIX else a), sockaddr[1]
