@@ -56,7 +56,7 @@ def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placemen
     """Take one sample into `line`; a failure is kept as such and does not end the run."""
     cell = line.cell(contender.name)
     try:
-        with seated(lab, contender, row.mtu, place.daemon) as seat:
+        with seated(lab, contender, row.mtu, row.ports, place.daemon) as seat:
             result = row.measure(Bench(lab, contender, seat, place, seconds))
             if not seat.alive():
                 raise LabError("the daemon ended meanwhile")
@@ -70,8 +70,10 @@ def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placemen
 
 def takes_part(row: Row, contender: Contender) -> bool:
     """Whether the row means anything for the contender."""
-    if row.name == "start":
-        return bool(contender.start)
+    if row.starts:
+        return contender.start is not None
+    if row.inbound and not contender.forwards:
+        return False
     return not row.daemon_only or contender.command is not None
 
 

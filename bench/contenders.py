@@ -9,8 +9,8 @@
 | slirp4netns | TCP/IP in user space, the older way                                                             |
 | loopback    | no daemon: the load runs in the host namespace, to 127.0.0.1 or straight over the veth          |
 
-All daemons run with the same limits, as the user of the benchmark, in the foreground, with port forwarding off where
-they have it, so that scanning for ports does not count.
+All daemons run with the same limits, as the user of the benchmark, in the foreground. Where they forward ports, they
+forward those of the load and no others, so that scanning for ports does not count.
 """
 
 from __future__ import annotations
@@ -27,25 +27,31 @@ from .lab import DEFAULT_WMEM, GATEWAY, PEER, RAISED_WMEM, Lab, LabError, Namesp
 
 READY_TIMEOUT = 10.0
 
-Command = Callable[[int, int], list[str]]
+Command = Callable[[int, int, str], list[str]]
+LOAD_PORTS = "5201,5401"  # of iperf3, of load.py
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One column of the table. `command` gives argv for a guest's PID and an MTU; None is bare loopback."""
+    """One column of the table.
+
+    `command` gives argv for a guest's PID, an MTU and the TCP ports that are forwarded to it; None is bare loopback.
+    `start` gives what brings up a namespace, with such ports, runs true(1) in it and ends.
+    """
 
     name: str
     label: str
     command: Command | None
     gateway: str = GATEWAY
     wmem: str = DEFAULT_WMEM
-    start: tuple[str, ...] = ()  # command line that brings up a namespace, runs true(1) in it and ends
+    start: Callable[[str], list[str]] | None = None
+    forwards: bool = True
 
     def missing(self) -> str | None:
         """Why it cannot take part, or None."""
         if self.command is None:
             return None
-        program = self.command(0, 0)[0]
+        program = self.command(0, 0, "")[0]
         return None if shutil.which(program) else f"{program} is not installed"
 
 
@@ -63,35 +69,42 @@ class Seat:
         return self.daemon is None or self.daemon.poll() is None
 
 
-_NO_PORTS = ["-t", "none", "-u", "none", "-T", "none", "-U", "none"]
 _OURS = [sys.executable, "-m", "passt"]
 _C = "/usr/bin/pasta"
 
 
-def _ours(pid: int, mtu: int) -> list[str]:
-    return [*_OURS, "-q", "-f", "--config-net", "-m", str(mtu), str(pid)]
+def _ports(tcp: str) -> list[str]:
+    return ["-t", tcp, "-u", "5401", "-T", "none", "-U", "none"]
 
 
-def _c(pid: int, mtu: int) -> list[str]:
-    return [_C, "-q", "-f", *_NO_PORTS, "--config-net", "-m", str(mtu), str(pid)]
+def _ours(pid: int, mtu: int, ports: str) -> list[str]:
+    return [*_OURS, "-q", "-f", *_ports(ports), "--config-net", "-m", str(mtu), str(pid)]
 
 
-def _slirp(pid: int, mtu: int) -> list[str]:
+def _c(pid: int, mtu: int, ports: str) -> list[str]:
+    return [_C, "-q", "-f", *_ports(ports), "--config-net", "-m", str(mtu), str(pid)]
+
+
+def _slirp(pid: int, mtu: int, ports: str) -> list[str]:
     return ["slirp4netns", "--configure", f"--mtu={mtu}", str(pid), "tap0"]
 
 
+def _starts(program: list[str]) -> Callable[[str], list[str]]:
+    return lambda ports: [*program, "-q", *_ports(ports), "--config-net", "--", "true"]
+
+
 CONTENDERS = (
-    Contender("ours", "ours", _ours, start=(*_OURS, "-q", "--config-net", "--", "true")),
+    Contender("ours", "ours", _ours, start=_starts(_OURS)),
     Contender("ours-wmem", "ours, tcp_wmem raised", _ours, wmem=RAISED_WMEM),
-    Contender("pasta", "C pasta", _c, start=(_C, "-q", *_NO_PORTS, "--config-net", "--", "true")),
+    Contender("pasta", "C pasta", _c, start=_starts([_C])),
     Contender("pasta-wmem", "C pasta, tcp_wmem raised", _c, wmem=RAISED_WMEM),
-    Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2"),
+    Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2", forwards=False),
     Contender("loopback", "bare loopback", None),
 )
 
 
 @contextmanager
-def seated(lab: Lab, contender: Contender, mtu: int, cpu: int | None = None) -> Iterator[Seat]:
+def seated(lab: Lab, contender: Contender, mtu: int, ports: str = LOAD_PORTS, cpu: int | None = None) -> Iterator[Seat]:
     """`contender` at work for a new guest that has a default route, until the context ends; on processor `cpu`.
 
     Every sample has a daemon of its own: daemons keep sockets in stock, and those have the send buffer of the time when
@@ -103,7 +116,7 @@ def seated(lab: Lab, contender: Contender, mtu: int, cpu: int | None = None) -> 
         return
     with lab.guest() as guest:
         assert guest.pid is not None
-        daemon = lab.spawn([*Placement.argv(cpu), *contender.command(guest.pid, mtu)])
+        daemon = lab.spawn([*Placement.argv(cpu), *contender.command(guest.pid, mtu, ports)])
         try:
             _wait_for_route(contender, guest, daemon)
             yield Seat(guest, daemon, contender.gateway, PEER)

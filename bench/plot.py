@@ -28,6 +28,9 @@ PANELS = (
     ("round trips, 16 flows", ("tcp-rr-16",), 1e3, "1000/s"),
     ("round trips, 1 flow", ("tcp-rr-1", "udp-rr"), 1e3, "1000/s"),
     ("connect, request, response", ("tcp-crr-1", "tcp-crr-16"), 1e3, "1000/s"),
+    ("forwarded port, loopback", ("lo-tcp-in-1", "lo-tcp-out-1", "lo-tcp-in-8"), 1.0, "Gbit/s"),
+    ("forwarded port, loopback", ("lo-udp-in", "lo-udp-out", "lo-tcp-crr-16"), 1e3, "1000/s"),
+    ("forwarded port, from another host", ("fwd-tcp-in-65520", "fwd-tcp-out-65520", "fwd-tcp-in-1500"), 1.0, "Gbit/s"),
 )
 TICKS = {
     "tcp-out-host-65520": "namespace → host",
@@ -41,6 +44,15 @@ TICKS = {
     "udp-rr": "UDP",
     "tcp-crr-1": "1 flow",
     "tcp-crr-16": "16 flows",
+    "lo-tcp-in-1": "host → namespace",
+    "lo-tcp-out-1": "namespace → host",
+    "lo-tcp-in-8": "8 streams →",
+    "lo-udp-in": "UDP 1400 B →",
+    "lo-udp-out": "UDP 1400 B ←",
+    "lo-tcp-crr-16": "connections, 16 flows",
+    "fwd-tcp-in-65520": "→ namespace",
+    "fwd-tcp-out-65520": "namespace →",
+    "fwd-tcp-in-1500": "→, MTU 1500",
 }
 COLOURS = {
     "ours": "#1f6f4a",
@@ -79,7 +91,7 @@ def panel(axes: Axes, report: Report, title: str, names: tuple[str, ...], diviso
 
 def plot(report: Report, path: Path) -> None:
     """Draw all panels to `path`; its suffix gives the format."""
-    figure, grid = plt.subplots(2, 3, figsize=(13, 7))
+    figure, grid = plt.subplots(3, 3, figsize=(13, 10))
     for axes, (title, names, divisor, unit) in zip(grid.flat, PANELS, strict=True):
         panel(axes, report, title, names, divisor, unit)
     shown = [c for c in CONTENDERS if c.name in report.contenders()]

@@ -1,8 +1,15 @@
 """What is measured: the rows of the table, and how one sample of each comes about.
 
-A row has a server (in the host namespace on its loopback, or in the peer) and a client in the guest. Every sample
-starts its own server and client, lasts `seconds`, and notes the daemon's processor time around the client's life.
-Directions are named from the guest: "out" is guest to host, "in" is host to guest; the guest always opens.
+A row has a server and a client. Every sample starts its own, lasts `seconds`, and notes the daemon's processor time
+around the client's life. Directions are named from the guest: "out" is guest to host, "in" is host to guest. Who opens
+is the row's `Route`:
+
+    route     client   server   to
+    --------  -------  -------  -----------------------------------------------
+    to-host   guest    host     the host's loopback, by the gateway's address
+    to-peer   guest    peer     another host
+    loopback  host     guest    a forwarded port, on the host's loopback
+    inbound   peer     guest    a forwarded port, at the host's address
 """
 
 from __future__ import annotations
@@ -15,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .contenders import Contender, Seat
-from .lab import Lab, LabError, Namespace, Placement, cpu_seconds, resident_kib, wait_for
+from .contenders import LOAD_PORTS, Contender, Seat
+from .lab import HOST, Lab, LabError, Namespace, Placement, cpu_seconds, resident_kib, wait_for
 
 LOAD = [sys.executable, "-S", "-E", str(Path(__file__).with_name("load.py"))]
 IPERF_PORT = 5201
@@ -45,11 +52,32 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """Where client and server are, what the client connects to, and what the server listens on."""
+
+    client: Namespace
+    server: Namespace
+    to: str
+    listen: str
+
+
+def _route(bench: Bench, name: str) -> Route:
+    lab, seat = bench.lab, bench.seat
+    return {
+        "to-host": Route(seat.guest, lab.host, seat.to_host, "127.0.0.1"),
+        "to-peer": Route(seat.guest, lab.peer, seat.to_peer, seat.to_peer),
+        "loopback": Route(lab.host, seat.guest, "127.0.0.1", "0.0.0.0"),
+        "inbound": Route(lab.peer, seat.guest, HOST, "0.0.0.0"),
+    }[name]
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """A line of the table.
 
     `unit` is that of the value, `work` what the daemon's processor time is given for, `placement` a key of
-    `lab.placements`, `target` what is asked of us: against the best C figure unless it says otherwise.
+    `lab.placements`, `target` what is asked of us: against the best C figure unless it says otherwise. `ports` are the
+    TCP ports that daemons forward.
     """
 
     name: str
@@ -62,6 +90,9 @@ class Row:
     target: str = ""
     fewer_is_better: bool = False
     daemon_only: bool = False
+    starts: bool = False  # what is measured is starting
+    inbound: bool = False  # needs a daemon that forwards ports
+    ports: str = LOAD_PORTS
 
 
 @contextmanager
@@ -78,10 +109,10 @@ def _cpu(seat: Seat) -> float:
     return cpu_seconds(seat.daemon.pid) if seat.daemon else 0.0
 
 
-def _client(bench: Bench, command: list[str]) -> tuple[str, float]:
+def _client(bench: Bench, where: Namespace, command: list[str]) -> tuple[str, float]:
     """What the client printed, and the daemon's processor time meanwhile."""
     before = _cpu(bench.seat)
-    printed = bench.seat.guest.run([*Placement.argv(bench.place.client), *command], timeout=bench.seconds + GRACE)
+    printed = where.run([*Placement.argv(bench.place.client), *command], timeout=bench.seconds + GRACE)
     return printed, _cpu(bench.seat) - before
 
 
@@ -89,45 +120,47 @@ def _per(cpu: float, work: float, seat: Seat) -> float | None:
     return cpu / work if seat.daemon and work else None
 
 
-def stream(reverse: bool, peer: bool) -> Callable[[Bench], Sample]:
-    """One TCP stream by iperf3: Gbit/s, daemon seconds for each gigabyte."""
+def stream(reverse: bool, route: str, streams: int = 1) -> Callable[[Bench], Sample]:
+    """TCP streams by iperf3: Gbit/s in all, daemon seconds for each gigabyte."""
 
     def measure(bench: Bench) -> Sample:
-        address = bench.seat.to_peer if peer else bench.seat.to_host
-        where = bench.lab.peer if peer else bench.lab.host
-        command = ["iperf3", "-J", "-c", address, "-p", str(IPERF_PORT), "-t", f"{bench.seconds:g}"]
+        way = _route(bench, route)
+        command = ["iperf3", "-J", "-c", way.to, "-p", str(IPERF_PORT), "-t", f"{bench.seconds:g}", "-P", str(streams)]
         command += ["-R"] if reverse else []
         listen = ["iperf3", "-s", "-p", str(IPERF_PORT), "--forceflush"]
-        with _server(bench, where, listen, "listening"):
-            printed, cpu = _client(bench, command)
+        with _server(bench, way.server, listen, "listening"):
+            printed, cpu = _client(bench, way.client, command)
         result = json.loads(printed)["end"]["sum_received"]
         return Sample(result["bits_per_second"] / 1e9, _per(cpu, result["bytes"] / 1e9, bench.seat))
 
     return measure
 
 
-def load(server: str, client: str, flows: int = 1, peer: bool = False) -> Callable[[Bench], Sample]:
+def load(server: str, client: str, flows: int = 1, route: str = "to-host") -> Callable[[Bench], Sample]:
     """A pair of our load generators: operations a second, daemon microseconds for each."""
 
     def measure(bench: Bench) -> Sample:
-        address = bench.seat.to_peer if peer else bench.seat.to_host
-        where, listen = (bench.lab.peer, address) if peer else (bench.lab.host, "127.0.0.1")
-        command = [*LOAD, client, address, "--seconds", f"{bench.seconds:g}", "--flows", str(flows)]
-        with _server(bench, where, [*LOAD, server, listen], "ready"):
-            printed, cpu = _client(bench, command)
+        way = _route(bench, route)
+        command = [*LOAD, client, way.to, "--seconds", f"{bench.seconds:g}", "--flows", str(flows)]
+        with _server(bench, way.server, [*LOAD, server, way.listen], "ready"):
+            printed, cpu = _client(bench, way.client, command)
         result = json.loads(printed)
         return Sample(result["count"] / result["seconds"], _per(cpu * 1e6, result["count"], bench.seat))
 
     return measure
 
 
-def start_to_ready(bench: Bench) -> Sample:
-    """Milliseconds for a namespace to come up, run true(1) and go."""
-    if not bench.contender.start:
-        raise LabError("not measured")
-    before = time.monotonic()
-    bench.lab.host.run(list(bench.contender.start))
-    return Sample((time.monotonic() - before) * 1e3)
+def start_to_ready(ports: str) -> Callable[[Bench], Sample]:
+    """Milliseconds for a namespace with forwarded `ports` to come up, run true(1) and go."""
+
+    def measure(bench: Bench) -> Sample:
+        if bench.contender.start is None:
+            raise LabError("not measured")
+        before = time.monotonic()
+        bench.lab.host.run(bench.contender.start(ports))
+        return Sample((time.monotonic() - before) * 1e3)
+
+    return measure
 
 
 def resident(bench: Bench) -> Sample:
@@ -145,7 +178,7 @@ def _streams() -> list[Row]:
                 name = f"tcp-{'in' if reverse else 'out'}-{far}-{mtu}"
                 title = f"TCP {far} → namespace, MTU {mtu}" if reverse else f"TCP namespace → {far}, MTU {mtu}"
                 target = "1.2 x C, 0.5 x bare" if mtu == BIG else "8 x C" if reverse else "2 x C"
-                measure = stream(reverse, far == "peer")
+                measure = stream(reverse, f"to-{far}")
                 rows.append(
                     Row(name, title, "Gbit/s", "CPU s/GB", mtu, "spread", measure, target if far == "host" else "")
                 )
@@ -169,13 +202,62 @@ def _loads() -> list[Row]:
     ]
 
 
-def _cost(name: str, title: str, unit: str, measure: Callable[[Bench], Sample], target: str) -> Row:
-    return Row(name, title, unit, "", BIG, "free", measure, target, fewer_is_better=True, daemon_only=True)
+def _forwarded_streams() -> list[Row]:
+    """Connections to forwarded ports: over loopback, and from another host through the tap."""
+    rows = []
+    for reverse in (False, True):
+        way = "namespace → host" if reverse else "host → namespace"
+        name = "out" if reverse else "in"
+        for streams in (1, 8):
+            title = f"forwarded loopback TCP {way}" + (f", {streams} streams" if streams > 1 else "")
+            measure = stream(reverse, "loopback", streams)
+            rows.append((f"lo-tcp-{name}-{streams}", title, BIG, measure, "1 x C"))
+        for mtu in (BIG, SMALL):
+            title = f"forwarded TCP {way.replace('host', 'peer')}, MTU {mtu}"
+            rows.append((f"fwd-tcp-{name}-{mtu}", title, mtu, stream(reverse, "inbound"), "as outbound"))
+    return [
+        Row(name, title, "Gbit/s", "CPU s/GB", mtu, "spread", measure, target, inbound=True)
+        for name, title, mtu, measure, target in rows
+    ]
 
 
-ROWS = (
-    _cost("start", "start to ready", "ms", start_to_ready, "300 ms"),
-    _cost("memory", "resident after start", "MiB", resident, "60 MiB"),
-    *_streams(),
-    *_loads(),
-)
+def _forwarded_loads() -> list[Row]:
+    crr = "connect-request-response"
+    plan = (
+        ("lo-udp-in", "forwarded loopback UDP 1400 B host → namespace", "udp-sink", "udp-send", 1, "1.2 x C"),
+        ("lo-udp-out", "forwarded loopback UDP 1400 B namespace → host", "udp-source", "udp-receive", 1, "1.2 x C"),
+        ("lo-tcp-rr-16", "forwarded loopback TCP round trips, 16 flows", "tcp-echo", "tcp-rr", 16, ""),
+        ("lo-tcp-crr-1", f"forwarded loopback {crr}, 1 flow", "tcp-answer", "tcp-crr", 1, ""),
+        ("lo-tcp-crr-16", f"forwarded loopback {crr}, 16 flows", "tcp-answer", "tcp-crr", 16, "0.7 x C"),
+    )
+    rows = [
+        Row(name, title, "1/s", "CPU us", BIG, "apart", load(server, client, flows, "loopback"), target, inbound=True)
+        for name, title, server, client, flows, target in plan
+    ]
+    measure = load("tcp-answer", "tcp-crr", 16, "inbound")
+    rows.append(Row("fwd-tcp-crr-16", f"forwarded {crr} from peer, 16 flows", "1/s", "CPU us", BIG, "apart", measure,
+                    inbound=True))  # fmt: skip
+    return rows
+
+
+def _cost(name: str, title: str, unit: str, measure: Callable[[Bench], Sample], target: str, ports: str) -> Row:
+    starts = name.startswith("start")
+    return Row(
+        name, title, unit, "", BIG, "free", measure, target,
+        fewer_is_better=True, daemon_only=True, starts=starts, inbound=ports != "none", ports=ports,
+    )  # fmt: skip
+
+
+def _costs() -> list[Row]:
+    rows = []
+    thousand = "20000-20999"
+    for suffix, what, ports, targets in (
+        ("", "", "none", ("300 ms", "60 MiB")),
+        ("-1000", ", 1000 ports forwarded", thousand, ("500 ms", "80 MiB")),
+    ):
+        rows.append(_cost(f"start{suffix}", f"start to ready{what}", "ms", start_to_ready(ports), targets[0], ports))
+        rows.append(_cost(f"memory{suffix}", f"resident after start{what}", "MiB", resident, targets[1], ports))
+    return rows
+
+
+ROWS = (*_costs(), *_streams(), *_loads(), *_forwarded_streams(), *_forwarded_loads())
