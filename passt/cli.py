@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except Fatal as e:
-        return _fail(str(e))
+        return _fail(*e.args)
     except OSError as e:
         return _fail(e.strerror or str(e))
 
@@ -56,10 +56,11 @@ def _fill_stdio() -> None:
     os.close(fd)
 
 
-def _fail(text: str) -> int:
-    """One line on standard error, even where messages go elsewhere by now."""
+def _fail(*lines: str) -> int:
+    """A line for each on standard error, even where messages go elsewhere by now."""
     log.start_stderr()
-    log.err(" ".join(text.splitlines()))
+    for line in lines:
+        log.err(" ".join(line.splitlines()))
     return 1
 
 

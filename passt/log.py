@@ -33,7 +33,13 @@ _last: dict[str, tuple[float, int]] = {}
 
 
 class Fatal(Exception):
-    """The program cannot go on: one line saying what failed, why, and what to do. Exit status 1."""
+    """The program cannot go on: a line saying what failed, why, and what to do; or several of them. Exit status 1."""
+
+    def __init__(self, *lines: object) -> None:
+        super().__init__(*map(str, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None) -> None:

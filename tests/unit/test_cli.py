@@ -83,7 +83,7 @@ def test_system_errors_are_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None
     said: list[str] = []
     monkeypatch.setattr(log, "start_stderr", lambda: None)
     monkeypatch.setattr(log, "err", said.append)
-    for error in (Fatal("why"), OSError(5, "Input/output error"), OSError("just so")):
+    for error in (Fatal("why"), Fatal("first\nline", "second"), OSError(5, "Input/output error"), OSError("just so")):
 
         def fail(*_: object, error: Exception = error) -> None:
             raise error
@@ -91,4 +91,4 @@ def test_system_errors_are_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(cli, "parse", fail)
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         assert cli.main(["pasta"]) == 1
-    assert said == ["why", "Input/output error", "just so"]
+    assert said == ["why", "first line", "second", "Input/output error", "just so"]

@@ -223,5 +223,6 @@ def test_rate_limit(stderr: Path) -> None:
     ]
 
 
-def test_fatal_is_one_line() -> None:
+def test_fatal_is_a_line_or_several() -> None:
     assert str(log.Fatal("cannot open X: no such file: create it")) == "cannot open X: no such file: create it"
+    assert str(log.Fatal("X", OSError("Y"))) == "X\nY"
