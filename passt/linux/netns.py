@@ -25,10 +25,11 @@ NETNS_RUN_DIR = "/run/netns"
 _GONE_TIMEOUT = 5.0  # seconds; an ended thread needs microseconds to leave the process
 
 
-def run_in(netns: int, function: Callable[[], T]) -> T:
+def run_in(netns: int, function: Callable[[], T], *, settle: bool = True) -> T:
     """function() in the network namespace of descriptor `netns`, by a thread that has ended when this returns.
 
-    Its result is returned, its exception raised. Raises NoEntry when the namespace may not be entered.
+    Its result is returned, its exception raised. Raises NoEntry when the namespace may not be entered. Once the loop
+    turns, `settle` is false: nobody forks any more, and other threads may come and go.
     """
     outcome: list[Any] = []
 
@@ -39,11 +40,12 @@ def run_in(netns: int, function: Callable[[], T]) -> T:
         except BaseException as e:  # handed to the caller's thread, which raises it
             outcome.extend((False, e))
 
-    before = _thread_count()
+    before = _thread_count() if settle else 0
     thread = threading.Thread(target=body, name="netns")
     thread.start()
     thread.join()
-    _wait_for_threads(before)
+    if settle:
+        _wait_for_threads(before)
     ok, value = outcome
     if ok:
         return value  # type: ignore[no-any-return]

@@ -11,6 +11,8 @@ import sys
 import time
 from struct import Struct
 
+from .. import addr
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -153,7 +155,6 @@ _peer_len = ctypes.c_uint32()
 _peer_args = ctypes.addressof(_peer), ctypes.addressof(_peer_len), os.O_NONBLOCK | os.O_CLOEXEC
 _accept4 = _libc.accept4
 _accept4.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
-_V4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2
 
 
 def accept(fd: int) -> tuple[int, bytes, int]:
@@ -168,7 +169,7 @@ def accept(fd: int) -> tuple[int, bytes, int]:
     peer = _peer.raw  # family (2), port (2), IPv4 address (4) or: flow label (4), IPv6 address (16), scope (4)
     if _peer_len.value < _SOCKADDR_LEN:
         packed = peer[4:8]
-    elif peer[8:20] == _V4_MAPPED:
+    elif peer[8:20] == addr.V4_MAPPED_PREFIX:
         packed = peer[20:24]
     else:
         packed = peer[8:24]
