@@ -2,62 +2,61 @@
 
 Guest -> host (`tap_handler`, once per flow and batch)
     The key finds the flow, or makes one: host address by the forwarding rules, a socket connected to it. The datagrams
-    of the batch are joined to runs (`udp_run.py`) and each run is one write with UDP_SEGMENT. The option belongs to the
-    socket and is set only when the size changes. A kernel or a path that refuses (no UDP_SEGMENT, datagrams above the
-    path's MTU, IPsec) gets single datagrams from then on, for this flow.
+    of the batch are joined to runs (`udp_run.py`) and each run is one write with UDP_SEGMENT (`udp_io.py`).
 
 Host -> guest (`sock_handler`, on EPOLLIN)
     If the guest has sent since we last received, one datagram is likely and one plain receive takes it. Everything else
-    is recvmmsg: up to 64 messages for one system call. A flow that gets several at once has UDP_GRO turned on, and then
-    a message may itself be a run. Runs go to the guest as UDP super-frames if it takes them, else frame by frame. What
-    is longer than the guest's MTU is fragmented, with its checksum complete (`_send_fragments`).
+    is recvmmsg, with UDP_GRO once a flow gets several at once. Runs go to the guest as UDP super-frames if it takes
+    them, else frame by frame. What is longer than the guest's MTU is fragmented, with its checksum complete
+    (`_send_fragments`).
+
+Host first (`inbound`, from `udp_in.py`)
+    A client's first datagrams, which a listener got, and a socket connected to that client make a flow of the same
+    kind: its key is what the guest's answers will have. Two clients with the same key (one port, and two addresses that
+    the guest sees as one; one client, and two of our addresses or ports; or the guest began it, and the peer now comes
+    by a listener) cannot both have it. The one heard last has, so each gets the answers to what it asks.
 
 Errors (EPOLLERR, or a send or receive that reports what an earlier datagram met)
-    The error queue is emptied; each ICMP error goes on to the guest, quoting its own datagram (`icmp.Errors`). A failed
-    send is tried once more, since the errno may have been that of an earlier datagram. What the kernel refuses by
-    itself (no route, prohibited) is told to the guest in the same way.
+    The error queue is emptied; each ICMP error goes on to the guest, quoting its own datagram (`icmp.Errors`). What the
+    kernel refuses by itself (no route, prohibited) is told to the guest in the same way.
 
     time    condition                              consequence
     ------  -------------------------------------  -------------------------
     180 s   nothing sent or received               the flow ends
-    30 s    the same, peer's port is 53            the flow ends
+    30 s    the same, one of the ports is 53       the flow ends
     100 us  a receive brought 4 to 31 datagrams    the socket is read again
 
-What is left out: datagrams from anybody but the peer the guest wrote to (so answers to multicast queries that come
-from single hosts), flows begun by the host, send queues: a full socket buffer is a drop, as on any link.
+What is left out: datagrams to the guest's flows from anybody but the peer it wrote to (so answers to multicast queries
+that come from single hosts), unless the port is forwarded; send queues: a full socket buffer is a drop, as on any link.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from . import addr, log
 from .core.context import Context
-from .core.flow import ACTIVE, TableFull
+from .core.flow import TableFull
 from .core.idle import IdleFlows, flow_limit
 from .core.link import VNET
 from .core.reactor import EPOLLERR, EPOLLIN, TYPE_UDP, ref_data
+from .core.rules import Listener
 from .icmp import Errors
 from .linux.mmsg import SLOT, Receiver
-from .linux.sockopt import SOL_UDP, UDP_GRO, default_hops, probe_udp_gro, probe_udp_segment, read_errors
-from .udp_flow import UdpFlow, open_socket
-from .udp_run import SEGMENTS_MAX, runs
+from .linux.sockopt import default_hops, probe_udp_gro, probe_udp_segment, read_errors
+from .udp_flow import UdpFlow
+from .udp_io import CONGESTED, Pauses, datagrams, reason, receive, send_again, transmit
+from .udp_run import SEGMENTS_MAX, Run, runs
+from .udp_sock import Client, open_socket
 from .wire import ether, icmp, udp
 from .wire.checksum import PROTO_UDP
 from .wire.fragment import fragments
 
 UDP_FLOWS_MAX = 16384
 DESCRIPTOR_SHARE = 2  # of the descriptors that the process may have, at most one in so many
-GRO_WORTH = 4  # datagrams in one receive that make a flow worth a system call to have them joined
-BATCH_WORTH = 32  # datagrams in one receive that are enough: a stream that brings them is read as it comes
-PAUSE = 100e-6  # s; at 350 k datagrams per second a super-frame of 1400-byte ones gathers
-
-_CONGESTED = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM))
-# What a kernel says to a segmented send that it cannot do: sizes, transformations, checksums
-_NO_SEGMENTS = frozenset((errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.ENOPROTOOPT, errno.EOPNOTSUPP))
 
 
 def refuse(src: bytes, dst: bytes, key: bytes) -> str | None:
@@ -86,8 +85,7 @@ class Udp:
         self._gro = probe_udp_gro()
         log.debug(f"UDP: UDP_SEGMENT {'on' if self._segments > 1 else 'off'}, UDP_GRO {'on' if self._gro else 'off'}")
         self._hops = default_hops()
-        self._paused: list[UdpFlow] = []
-        self._pause_timer = ctx.timers.services.new(self._resume)
+        self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now))
         ctx.reactor.handle(TYPE_UDP, self.sock_handler)
 
     # Guest -> host ---------------------------------------------------------------------------------------------------
@@ -114,66 +112,57 @@ class Udp:
     def _send(self, flow: UdpFlow, size: int, total: int, views: list[memoryview], now: float) -> None:
         """Send one run, and see to what comes of it."""
         try:
-            _transmit(flow, size, total, views)
+            transmit(flow, size, total, views)
         except OSError as e:
-            self._send_again(flow, size, total, views, e, now)
-
-    def _send_again(
-        self, flow: UdpFlow, size: int, total: int, views: list[memoryview], e: OSError, now: float
-    ) -> None:
-        """A send failed: because of its buffer, of an earlier datagram, of segmentation, or for good."""
-        if e.errno not in _CONGESTED:
-            self._report(flow, now)
-            try:
-                _transmit(flow, size, total, views)
-                return
-            except OSError as again:
-                e = again
-        if e.errno in _NO_SEGMENTS and (flow.segment or total > size):
-            flow.segments = 1
-            flow.set_segment(0)
-            joined = memoryview(b"".join(views))
-            for start in range(0, max(total, 1), size or 1):
-                one = joined[start : start + size]
-                self._send(flow, len(one), len(one), [one], now)
-            return
-        self._drops[f"udp: send: {errno.errorcode.get(e.errno or 0, e.errno)}"] += -(-total // size) if size else 1
-        if e.errno not in _CONGESTED:
-            self._refused(e, flow.key, flow.src, flow.dst, views[0], now)
+            for why, count, first in send_again(flow, size, total, views, e, partial(self._report, flow, now)):
+                self._drops[f"udp: send: {reason(why)}"] += count
+                if why.errno not in CONGESTED:
+                    self._refused(why, flow.key, flow.src, flow.dst, first, now)
 
     def _new_flow(self, key: bytes, frames: list[int], now: float) -> UdpFlow | None:
         """A flow for `key`; None, counted and told to the guest, if there can be none."""
         ctx = self._ctx
         half = (len(key) - 4) // 2
         src, dst = key[:half], key[half : 2 * half]
-        reason = "udp: disabled" if ctx.config.no_udp else refuse(src, dst, key)
-        if reason is None and ctx.fwd.family(dst) is None:
-            reason = "udp: address family is off"
-        if reason is not None:
-            self._drops[reason] += len(frames) // 3
+        why = "udp: disabled" if ctx.config.no_udp else refuse(src, dst, key)
+        if why is None and ctx.fwd.family(dst) is None:
+            why = "udp: address family is off"
+        if why is not None:
+            self._drops[why] += len(frames) // 3
             return None
         sport, dport = int.from_bytes(key[-4:-2], "big"), int.from_bytes(key[-2:], "big")
         host = ctx.fwd.outbound(dst, dport)
         flow = UdpFlow(key, host, now, 0 if addr.is_multicast(host) else self._hops[len(host)])
-        try:
-            sock = self._flows.open(lambda: open_socket(ctx.fwd, host, sport, dport))
-        except OSError as e:
-            self._drops[f"udp: no socket: {errno.errorcode.get(e.errno or 0, e.errno)}"] += len(frames) // 3
+        e = self._open(flow, lambda: open_socket(ctx.fwd, host, sport, dport), len(frames) // 3, now)
+        if isinstance(e, OSError):
             self._refused(e, key, src, dst, self._mv[frames[0] : frames[1]], now)
+        if e is not None:
             return None
-        try:
-            self._flows.add(flow, sock, now)
-        except (TableFull, OSError) as e:
-            sock.close()
-            reason = errno.errorcode.get(e.errno or 0) if isinstance(e, OSError) else "table full"
-            self._drops[f"udp: no flow: {reason}"] += len(frames) // 3
-            return None
-        flow.segments = self._segments
-        flow.cook(ctx.guest.mac, ctx.config.our_mac, ctx.config.mtu)
         if log.debug_on:
             ends = f"TAP {addr.endpoint(src, sport)} -> {addr.endpoint(dst, dport)}"
             log.debug(f"Flow {flow.index} (ACTIVE|UDP flow): {ends} => HOST {addr.endpoint(flow.host, dport)}")
         return flow
+
+    def _open(self, flow: UdpFlow, make: Callable[[], Any], count: int, now: float) -> OSError | TableFull | None:
+        """Give `flow` its socket and its place; else why not, with `count` drops counted."""
+        ctx = self._ctx
+        try:
+            sock = self._flows.open(make)
+        except OSError as e:
+            self._drops[f"udp: no socket: {reason(e)}"] += count
+            return e
+        other = self._by_key.get(flow.key)
+        if other is not None:
+            self._flows.close(other)
+        try:
+            self._flows.add(flow, sock, now)
+        except (TableFull, OSError) as e:
+            sock.close()
+            self._drops[f"udp: no flow: {reason(e) if isinstance(e, OSError) else 'table full'}"] += count
+            return e
+        flow.segments = self._segments
+        flow.cook(ctx.guest.mac, ctx.config.our_mac, ctx.config.mtu)
+        return None
 
     def _refused(self, e: OSError, key: bytes, src: bytes, dst: bytes, payload: memoryview, now: float) -> None:
         """Tell the guest what the host's kernel said to one of its datagrams."""
@@ -196,28 +185,13 @@ class Udp:
             if flow.asked and not flow.gro:
                 flow.asked = False
                 self._receive_one(flow)
-            elif GRO_WORTH <= self._receive(flow) < BATCH_WORTH:
-                self._pause(flow, now)
+            else:
+                self._pauses.after(self._receive(flow), flow, flow, now)
             flow.last = now
         except BlockingIOError:
             pass  # the event was meant for an earlier owner of the descriptor, or the pause brought nothing
         except OSError:
             self._report(flow, now)
-
-    def _pause(self, flow: UdpFlow, now: float) -> None:
-        """Do not look at this flow's datagrams for PAUSE seconds; its errors are still reported."""
-        self._ctx.reactor.change(flow.fd, EPOLLERR)
-        if not self._paused:
-            self._ctx.timers.services.arm(self._pause_timer, now + PAUSE)
-        self._paused.append(flow)
-
-    def _resume(self, now: float) -> None:
-        """The pause is over."""
-        paused, self._paused = self._paused, []
-        for flow in paused:
-            if flow.state == ACTIVE:
-                self._ctx.reactor.change(flow.fd, EPOLLIN | EPOLLERR)
-                self._take(flow, now)
 
     def _receive_one(self, flow: UdpFlow) -> None:
         receiver = self._receiver
@@ -229,20 +203,14 @@ class Udp:
 
     def _receive(self, flow: UdpFlow) -> int:
         """A batch; returns how many datagrams it had. Raises BlockingIOError, OSError."""
-        receiver, link = self._receiver, self._ctx.link
-        lengths, sizes = receiver.receive(flow.fd)
-        n = len(lengths)
-        if n >= GRO_WORTH and self._gro and not flow.gro:
-            flow.sock.setsockopt(SOL_UDP, UDP_GRO, 1)
-            flow.gro = True
-        frames: list[int] = []
-        start = 0
-        for length, size in zip(lengths, sizes, strict=True):
-            frames += (start, start + length, size)
-            start += SLOT
+        return self._deliver(flow, receive(self._receiver, flow, self._gro, SEGMENTS_MAX if self._ctx.link.uso else 1))
+
+    def _deliver(self, flow: UdpFlow, received: list[Run]) -> int:
+        """Runs to the guest; returns how many datagrams they have."""
+        link = self._ctx.link
         count = 0
-        for size, total, views in runs(receiver.mv, frames, SEGMENTS_MAX if link.uso else 1):
-            count += -(-total // size) if size else 1
+        for size, total, views in received:
+            count += datagrams(size, total)
             if size > flow.payload_max:
                 self._fragment_run(flow, size, views)
             else:
@@ -266,6 +234,31 @@ class Udp:
         self._ident += 1
         for packet in fragments(flow.dst, flow.src, PROTO_UDP, message, self._ctx.config.mtu, self._ident):
             self._ctx.link.send_frame(ether_header + packet)
+
+    def inbound(
+        self, key: bytes, client: Client, make: Callable[[], Any], mv: memoryview, frames: list[int], now: float
+    ) -> None:
+        """Datagrams that came to a listener from `client`, [start, end, 0]* in `mv`, on to the guest as those of `key`.
+
+        Those that follow are expected at a socket that `make` opens, unless there is one. Another peer that the guest
+        would see as the same one loses its flow: the answers go to whom the guest has heard last.
+        """
+        flow = self._by_key.get(key)
+        if flow is None or flow.origin != client:
+            host = client.peer
+            flow = UdpFlow(key, host, now, self._hops[len(host)], client)
+            if self._open(flow, make, len(frames) // 3, now) is not None:
+                return
+            if log.debug_on:
+                ends = f"TAP {addr.endpoint(flow.dst, flow.dport)} -> {addr.endpoint(flow.src, flow.sport)}"
+                log.debug(f"Flow {flow.index} (ACTIVE|UDP flow): HOST {client} => {ends}")
+        flow.last = now
+        self._deliver(flow, runs(mv, frames, SEGMENTS_MAX if self._ctx.link.uso else 1))
+
+    def end(self, listener: Listener) -> None:
+        """A listener closes: what came by it ends with it, since its sockets keep the port from the next listener."""
+        for flow in [f for f in self._by_key.values() if f.origin is not None and f.origin.listener is listener]:
+            self._flows.close(flow)
 
     # Errors, and the guest's hardware address ------------------------------------------------------------------------
 
@@ -292,19 +285,6 @@ class Udp:
         """The guest has another hardware address: all pre-cooked headers get it."""
         for flow in self._by_key.values():
             flow.set_guest_mac(mac)
-
-
-def _transmit(flow: UdpFlow, size: int, total: int, views: list[memoryview]) -> None:
-    """Send `total` bytes as datagrams of `size`. The option does not cut what is not longer. Raises OSError."""
-    if total > size:
-        if size != flow.segment:
-            flow.set_segment(size)
-    elif size > flow.segment and flow.segment:
-        flow.set_segment(0)
-    if total:
-        os.writev(flow.fd, views)
-    else:
-        flow.sock.send(b"")  # writev of nothing does nothing
 
 
 def _quote(key: bytes, src: bytes, dst: bytes, payload: bytes | memoryview) -> bytes:

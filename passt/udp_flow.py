@@ -11,36 +11,37 @@ The UDP checksum field holds the sum of the pseudo-header; the guest's kernel co
 (VIRTIO_NET_HDR_F_NEEDS_CSUM). A super-frame says GSO_UDP_L4 and the size of its datagrams, and its length fields are
 those of the whole, as the kernel's software segmentation expects them.
 
-The socket is connected, so that it takes datagrams from the peer only, and bound to the guest's source port where
-that is possible. SO_REUSEADDR, because a guest talks to many peers from one port and each is a socket of ours. What a
-stranger managed to send between bind() and connect() is thrown away.
+Who began it makes no difference here: the key is that of a packet from the guest, so the guest is the source, and the
+peer is whom it answers. `origin` is the client of a flow that came by a listener, None if the guest began it.
 """
 
 from __future__ import annotations
 
-import errno
-import socket
 from struct import Struct
+from typing import TYPE_CHECKING
 
-from . import addr
-from .core.fwd import Forwarding
 from .core.idle import IdleFlow
 from .core.link import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
-from .linux.sockopt import SOL_UDP, UDP_SEGMENT, hops_option, recverr
+from .linux.sockopt import hops_option
 from .wire import ether, ip, udp
 from .wire.checksum import PROTO_UDP, fold, ones_sum, pseudo_sum
+
+if TYPE_CHECKING:
+    from .udp_sock import Client
 
 FLOW_TIMEOUT = 180.0  # s
 DNS_TIMEOUT = 30.0  # s; a query from a port of its own has one answer, and resolvers give up before
 DNS_PORT = 53
 
-BUFFER_SIZE = 4 << 20  # asked for; net.core.[rw]mem_max decide
-BUSY_PORT = frozenset((errno.EACCES, errno.EADDRINUSE))
-
 _IP_AT = VNET.size + ether.HEADER.size
 _VNET_GSO = Struct("=BBHH")  # flags, gso_type, hdr_len, gso_size
 _U16 = Struct("!H")
 _LENGTH_CSUM = Struct("!HH")
+
+
+def timeout(*ports: int) -> float:
+    """How long a flow between these ports may be silent, in seconds."""
+    return DNS_TIMEOUT if DNS_PORT in ports else FLOW_TIMEOUT
 
 
 class UdpFlow(IdleFlow):
@@ -59,6 +60,7 @@ class UdpFlow(IdleFlow):
         "hdr",
         "hops",
         "host",
+        "origin",
         "payload_max",
         "segment",
         "segments",
@@ -66,12 +68,13 @@ class UdpFlow(IdleFlow):
     )
     kind = "UDP flow"
 
-    def __init__(self, key: bytes, host: bytes, now: float, hops: int = 0) -> None:
+    def __init__(self, key: bytes, host: bytes, now: float, hops: int = 0, origin: Client | None = None) -> None:
         half = (len(key) - 4) // 2
-        super().__init__(key, DNS_TIMEOUT if key[-2:] == _U16.pack(DNS_PORT) else FLOW_TIMEOUT, now)
+        super().__init__(key, timeout(int.from_bytes(key[-4:-2], "big"), int.from_bytes(key[-2:], "big")), now)
         self.src = key[:half]  # the guest
         self.dst = key[half : 2 * half]  # whom the guest believes to talk to
         self.host = host  # whom its socket is connected to
+        self.origin = origin
         self.gro = False
         self.asked = False  # the guest has sent since we last received: one datagram, the answer, is likely
         self.segment = 0
@@ -125,11 +128,6 @@ class UdpFlow(IdleFlow):
             _U16.pack_into(hdr, _IP_AT + 4, length)
         _LENGTH_CSUM.pack_into(hdr, at + 4, length, fold(self._pseudo_sum + length))
 
-    def set_segment(self, size: int) -> None:
-        """Let the kernel cut what is sent into datagrams of `size` bytes; 0: not at all. Raises OSError."""
-        self.sock.setsockopt(SOL_UDP, UDP_SEGMENT, size)
-        self.segment = size
-
     def set_hops(self, hops: int) -> None:
         """Send with this TTL or hop limit from now on. Raises OSError."""
         self.sock.setsockopt(*hops_option(self.host), hops)
@@ -142,65 +140,3 @@ class UdpFlow(IdleFlow):
     @property
     def dport(self) -> int:
         return int.from_bytes(self.key[-2:], "big")
-
-
-def open_socket(fwd: Forwarding, host: bytes, sport: int, dport: int) -> socket.socket:
-    """A non-blocking UDP socket connected to `host`, from port `sport` if it can be had. Raises OSError."""
-    sock = _open(fwd, host, sport, dport)
-    if sport == dport and sock.getsockname() == sock.getpeername():
-        # The host's own address, and the guest's port is the peer's: the socket would hear itself.
-        sock.close()
-        sock = _open(fwd, host, 0, dport)
-    return sock
-
-
-def _open(fwd: Forwarding, host: bytes, sport: int, dport: int) -> socket.socket:
-    family = addr.family(host)
-    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.setsockopt(*recverr(family), 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        _bind(sock, fwd, host, sport)
-        _connect(sock, fwd, host, dport)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _bind(sock: socket.socket, fwd: Forwarding, host: bytes, sport: int) -> None:
-    """Bind the guest's port, or any if the system keeps that one for others: better another port than no traffic."""
-    source, interface = fwd.source(host)
-    if interface is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
-    if source is None:
-        source = addr.ANY4 if len(host) == 4 else addr.ANY6
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind(fwd.sockaddr(source, sport))
-    except OSError as e:
-        if e.errno not in BUSY_PORT:
-            raise
-        # With the option on, the kernel would share its pick with whoever allows that too.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-        sock.bind(fwd.sockaddr(source, 0))
-
-
-def _connect(sock: socket.socket, fwd: Forwarding, host: bytes, dport: int) -> None:
-    """Connect, with leave to broadcast if that is what `host` turns out to be, and forget what strangers sent."""
-    target = fwd.sockaddr(host, dport)
-    try:
-        sock.connect(target)
-    except PermissionError as e:
-        if e.errno != errno.EACCES:
-            raise
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        sock.connect(target)
-    try:
-        while True:
-            sock.recv(1)
-    except BlockingIOError:
-        pass  # nothing is left that came before the socket had its peer

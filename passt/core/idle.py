@@ -7,7 +7,8 @@
     no descriptor left (EMFILE, ENFILE)      the longest idle one is closed, and the socket asked for again
 
 A protocol writes `flow.last = now` on each packet, and that is all it pays. One timer serves all flows of a protocol;
-it is armed only while there are flows, never before one could be due, and re-armed by the sweep that it causes.
+it is armed only while there are flows, never before one could be due, and re-armed by the sweep that it causes. A flow
+has one socket, unless its class says otherwise (`watch`, `sockets`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import errno
 import resource
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .flow import Flow, TableFull
 from .reactor import EPOLLERR, EPOLLIN
@@ -24,6 +25,7 @@ from .timers import NEVER
 
 if TYPE_CHECKING:
     from .context import Context
+    from .reactor import Reactor
 
 SWEEP_MIN = 5.0  # s between sweeps, at least
 EVICT_SHARE = 16
@@ -39,6 +41,14 @@ class IdleFlow(Flow):
         super().__init__(key)
         self.timeout = timeout
         self.last = now
+
+    def watch(self, reactor: Reactor, kind: int) -> None:
+        """Have the events of its sockets handled. Raises OSError, with none of them watched."""
+        reactor.watch(self.fd, kind, self.index, EPOLLIN | EPOLLERR)
+
+    def sockets(self) -> tuple[tuple[int, Any], ...]:
+        """(descriptor, owner) of what is to be closed with the flow."""
+        return ((self.fd, self.sock),)
 
 
 F = TypeVar("F", bound=IdleFlow)
@@ -75,7 +85,10 @@ class IdleFlows(Generic[F]):
         return make()
 
     def add(self, flow: F, sock: socket.socket, now: float) -> None:
-        """Take `flow` into the tables and watch its socket. Raises TableFull or OSError, with the flow left out."""
+        """Take `flow` into the tables and watch it; `sock` is its first socket.
+
+        Raises TableFull or OSError, with the flow left out.
+        """
         ctx = self._ctx
         if len(self.by_key) >= self.limit:
             self.evict()
@@ -84,21 +97,21 @@ class IdleFlows(Generic[F]):
         except TableFull:
             self.evict()
             ctx.flows.insert(flow)
-        fd = sock.fileno()
+        flow.sock, flow.fd = sock, sock.fileno()
         try:
-            ctx.reactor.watch(fd, self._kind, flow.index, EPOLLIN | EPOLLERR)
+            flow.watch(ctx.reactor, self._kind)
         except OSError:
             ctx.flows.free(flow)
             raise
-        flow.sock, flow.fd = sock, fd
         self.by_key[flow.key] = flow
         ctx.flows.activate(flow)
         self._arm(now + flow.timeout)
 
     def close(self, flow: F) -> None:
-        """Forget `flow`; its socket closes when the turn ends."""
+        """Forget `flow`; its sockets close when the turn ends."""
         del self.by_key[flow.key]
-        self._ctx.reactor.retire(flow.fd, flow.sock)
+        for fd, owner in flow.sockets():
+            self._ctx.reactor.retire(fd, owner)
         self._ctx.flows.free(flow)
 
     def fault(self, index: int) -> None:
@@ -108,12 +121,13 @@ class IdleFlows(Generic[F]):
             self.close(own)
 
     def _close_at_once(self, flow: F) -> None:
-        """Forget `flow` and give its descriptor back now. Its number goes to the socket that is opened next, which may
-        so get an event meant for this one in the same turn: the handlers of idle flows bear being called for nothing.
+        """Forget `flow` and give its descriptors back now. Their numbers go to the sockets that are opened next, which
+        may so get an event meant for these in the same turn: the handlers of idle flows bear being called for nothing.
         """
         del self.by_key[flow.key]
-        self._ctx.reactor.forget(flow.fd)
-        flow.sock.close()
+        for fd, owner in flow.sockets():
+            self._ctx.reactor.forget(fd)
+            owner.close()
         self._ctx.flows.free(flow)
 
     def evict(self) -> None:

@@ -6,12 +6,18 @@
     | them coalesced by GRO  |                        |
     +------------------------+------------------------+--
 
-Each message has one iovec (its slot) and room for one control message: UDP_GRO's, an int with the size of the
-datagrams that the kernel joined. No address is asked for: the sockets are connected. Reading the results is a
-strided view of the array of headers, not a loop.
+Each message has one iovec (its slot), and an envelope for what the kernel says about it:
 
-The kernel writes into the headers (control length, flags), so they are restored from a template before each call;
-that is one copy of COUNT * sizeof(struct mmsghdr), and cheaper than touching single fields.
+    socket         class             envelope                              what is read of it
+    -------------  ----------------  ------------------------------------  ---------------------------------------
+    connected      Receiver          control message UDP_GRO: an int, the  a strided view of the array of headers,
+                                     size of the datagrams joined          one of the array of envelopes: no loop
+    listening      AddressReceiver   struct sockaddr_in or sockaddr_in6    one slice per message; equal envelopes
+                                     of the sender, control messages       are equal bytes, and who is handed some
+                                     IPV6_PKTINFO and IP_PKTINFO           parses one of them (`Envelope`)
+
+The kernel writes into headers (control length, flags) and envelopes, so they are restored from a template before each
+call; that is one copy of COUNT * sizeof(struct mmsghdr), and cheaper than touching single fields.
 """
 
 from __future__ import annotations
@@ -20,6 +26,11 @@ import ctypes
 import mmap
 import os
 import socket
+from struct import Struct
+from typing import NamedTuple
+
+from .. import addr
+from .sockopt import IP_PKTINFO
 
 COUNT = 64
 SLOT = 65536  # more than any datagram, and any run of them, can have
@@ -27,8 +38,20 @@ SLOT = 65536  # more than any datagram, and any run of them, can have
 _recvmmsg = ctypes.CDLL(None, use_errno=True).recvmmsg
 _recvmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
 
-_CONTROL = socket.CMSG_SPACE(4)
+_GRO_SPACE = socket.CMSG_SPACE(4)
+_INFO4_SPACE = socket.CMSG_SPACE(12)
+_INFO6_SPACE = socket.CMSG_SPACE(20)
 _CONTROL_DATA = socket.CMSG_LEN(0)
+_NAME_SPACE = 32  # struct sockaddr_in6 has 28 bytes; control messages are aligned like pointers
+
+_CMSG = Struct("@Nii")  # struct cmsghdr: length with this header, level, type
+_INFO4 = Struct("=i4s4s")  # struct in_pktinfo: interface, our address to answer from, destination
+_INFO6 = Struct("=16sI")  # struct in6_pktinfo: destination, interface
+_FAMILY = Struct("=H")
+_NAME4 = Struct("!H4s")  # after the family: port, address
+_NAME6 = Struct("!H4x16s")  # port, flow information, address
+_SCOPE = Struct("=I")
+_SCOPE_AT = _FAMILY.size + _NAME6.size
 
 
 class _Iovec(ctypes.Structure):
@@ -52,28 +75,35 @@ class _Mmsghdr(ctypes.Structure):
 
 
 class Receiver:
-    """The memory, and the call. Datagram `i` of a batch lies at `i * SLOT` of `mv` until the next call."""
+    """The memory, and the call. Datagram `i` of a batch lies at `i * SLOT` of `mv` until the next call.
 
-    def __init__(self, count: int = COUNT) -> None:
+    An envelope is `name` bytes for the sender's address and `control` for control messages.
+    """
+
+    def __init__(self, count: int = COUNT, name: int = 0, control: int = _GRO_SPACE) -> None:
         self.count = count
         self._memory = mmap.mmap(-1, count * SLOT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.mv = memoryview(self._memory)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._iov = (_Iovec * count)(*(_Iovec(base + i * SLOT, SLOT) for i in range(count)))
-        self._control = (ctypes.c_char * (count * _CONTROL))()
+        stride = name + control
+        self._envelopes = (ctypes.c_char * (count * stride))()
         self._headers = (_Mmsghdr * count)()
         for i, h in enumerate(self._headers):
+            envelope = ctypes.addressof(self._envelopes) + i * stride
+            h.hdr.name = envelope if name else None
+            h.hdr.namelen = name
             h.hdr.iov = ctypes.addressof(self._iov) + i * ctypes.sizeof(_Iovec)
             h.hdr.iovlen = 1
-            h.hdr.control = ctypes.addressof(self._control) + i * _CONTROL
-            h.hdr.controllen = _CONTROL
+            h.hdr.control = envelope + name
+            h.hdr.controllen = control
         self._address = ctypes.addressof(self._headers)
         self._headers_mv = memoryview(self._headers).cast("B")
         self._headers_new = bytes(self._headers_mv)
-        self._control_mv = memoryview(self._control).cast("B")
-        self._control_new = bytes(self._control_mv)
+        self._envelopes_mv = memoryview(self._envelopes).cast("B")
+        self._envelopes_new = bytes(self._envelopes_mv)
         self._lengths = self._headers_mv.cast("I")[_Mmsghdr.len.offset // 4 :: ctypes.sizeof(_Mmsghdr) // 4]
-        self._sizes = self._control_mv.cast("i")[_CONTROL_DATA // 4 :: _CONTROL // 4]
+        self._sizes = self._envelopes_mv.cast("i")[(name + _CONTROL_DATA) // 4 :: stride // 4]
 
     def receive(self, fd: int) -> tuple[list[int], list[int]]:
         """Up to `count` messages that wait on `fd`: their lengths, and the size of the datagrams in each, 0: single.
@@ -81,9 +111,72 @@ class Receiver:
         Raises OSError; BlockingIOError when nothing waits.
         """
         self._headers_mv[:] = self._headers_new
-        self._control_mv[:] = self._control_new
+        self._envelopes_mv[:] = self._envelopes_new
         n = _recvmmsg(fd, self._address, self.count, socket.MSG_DONTWAIT, None)
         if n < 0:
             e = ctypes.get_errno()
             raise OSError(e, f"recvmmsg: {os.strerror(e)}")
         return self._lengths[:n].tolist(), self._sizes[:n].tolist()
+
+
+class AddressReceiver(Receiver):
+    """For sockets that are not connected, and have IP_PKTINFO or IPV6_RECVPKTINFO on; dual-stack ones have both."""
+
+    def __init__(self, count: int = COUNT) -> None:
+        super().__init__(count, _NAME_SPACE, _INFO6_SPACE + _INFO4_SPACE)
+        self._stride = len(self._envelopes_mv) // count
+
+    def receive_from(self, fd: int) -> tuple[list[int], list[bytes]]:
+        """Up to `count` datagrams that wait on `fd`: their lengths, and what `Envelope.parse` takes. Raises OSError."""
+        lengths, _ = self.receive(fd)
+        end = len(lengths) * self._stride
+        received = bytes(self._envelopes_mv[:end])
+        return lengths, [received[at : at + self._stride] for at in range(0, end, self._stride)]
+
+
+class Envelope(NamedTuple):
+    """From whom, and to which of our addresses: packed, 4 bytes also for IPv4 on a dual-stack socket."""
+
+    peer: bytes
+    port: int
+    local: bytes  # to answer from; unspecified where the datagram went to a group
+    scope: int  # interface that link-local addresses among them belong to, else 0
+
+    @classmethod
+    def parse(cls, envelope: bytes) -> Envelope:
+        """One of those that `receive_from` returns."""
+        (family,) = _FAMILY.unpack_from(envelope)
+        if family == socket.AF_INET:
+            port, peer = _NAME4.unpack_from(envelope, _FAMILY.size)
+        else:
+            port, peer = _NAME6.unpack_from(envelope, _FAMILY.size)
+        peer = _unmapped(peer)
+        local, interface = cls._destination(envelope, len(peer))
+        if len(peer) == 16 and (addr.is_link_local(peer) or addr.is_link_local(local)):
+            return cls(peer, port, local, _SCOPE.unpack_from(envelope, _SCOPE_AT)[0] or interface)
+        return cls(peer, port, local, 0)
+
+    @staticmethod
+    def _destination(envelope: bytes, length: int) -> tuple[bytes, int]:
+        """Our address, of `length` bytes, and the interface.
+
+        For IPv4 the kernel says what to answer from, even if the datagram was a broadcast; for IPv6 just where it went.
+        """
+        local, interface, at = bytes(length), 0, _NAME_SPACE
+        while at + _CMSG.size <= len(envelope):
+            size, level, kind = _CMSG.unpack_from(envelope, at)
+            if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
+                interface, local, _ = _INFO4.unpack_from(envelope, at + _CONTROL_DATA)
+                break  # says more than the other one
+            if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+                to, interface = _INFO6.unpack_from(envelope, at + _CONTROL_DATA)
+                to = _unmapped(to)
+                local = bytes(length) if addr.is_multicast(to) else to
+            elif not size:
+                break  # the rest is as it was before the call
+            at += socket.CMSG_SPACE(size - _CONTROL_DATA)
+        return local, interface
+
+
+def _unmapped(a: bytes) -> bytes:
+    return a[12:] if a[:12] == addr.V4_MAPPED_PREFIX else a

@@ -15,7 +15,7 @@ from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6, defr
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from passt import addr, log, udp
+from passt import addr, log, udp, udp_io
 from passt.core.flow import FREE
 from passt.core.reactor import EPOLLERR, EPOLLIN
 from passt.linux import sockopt
@@ -385,7 +385,7 @@ def test_a_stream_gathers_for_a_moment(talk: Talk) -> None:
     talk.event()
     assert len(talk.payloads()) == 8
     assert watched[talk.flow.fd] == EPOLLERR
-    timer = timers_.deadlines.index(T0 + udp.PAUSE)
+    timer = timers_.deadlines.index(T0 + udp_io.PAUSE)
     talk.answers(*[b"y"] * 40)
     timers_.fire(timer)
     assert talk.payloads() == [b"y"] * 40
@@ -404,7 +404,7 @@ def test_a_pause_that_brings_nothing_and_one_that_outlives_its_flow(talk: Talk) 
     talk.answers(*[b"x"] * 8)
     talk.event()
     talk.link.take()
-    timer = timers_.deadlines.index(T0 + udp.PAUSE)
+    timer = timers_.deadlines.index(T0 + udp_io.PAUSE)
     timers_.fire(timer)
     assert talk.link.take() == []
     talk.answers(*[b"x"] * 8)
@@ -425,7 +425,7 @@ def gro_burst(talk: Talk, data: bytes, size: int) -> None:
 def test_bursts_turn_joining_on(talk: Talk) -> None:
     talk.sends(b"?")
     talk.flow.asked = False
-    talk.answers(*[b"x"] * udp.GRO_WORTH)
+    talk.answers(*[b"x"] * udp_io.GRO_WORTH)
     talk.event()
     assert talk.flow.gro
     assert talk.flow.sock.getsockopt(SOL_UDP, UDP_GRO) == 1

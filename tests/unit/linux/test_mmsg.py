@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
 
-from passt.linux.mmsg import COUNT, SLOT, Receiver
-from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
+from passt import addr
+from passt.linux.mmsg import COUNT, SLOT, AddressReceiver, Envelope, Receiver
+from passt.linux.sockopt import IP_PKTINFO, SOL_UDP, UDP_GRO, UDP_SEGMENT
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -79,3 +81,109 @@ def test_joined_datagrams_tell_their_size_and_the_next_call_forgets_it(pair: Pai
     assert datagrams(r, [4500]) == [payload]
     b.send(b"single")
     assert r.receive(a.fileno()) == ([6], [0])
+
+
+# Addresses -----------------------------------------------------------------------------------------------------------
+
+
+def listening(family: int, host: str, *, v6only: bool = False) -> socket.socket:
+    """A socket as listeners are: not connected, and told the destinations."""
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+    if family == socket.AF_INET6:
+        s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+        s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    s.bind((host, 0))
+    return s
+
+
+def received_from(s: socket.socket, count: int = COUNT) -> list[tuple[bytes, Envelope]]:
+    r = AddressReceiver(count)
+    lengths, envelopes = r.receive_from(s.fileno())
+    return list(zip(datagrams(r, lengths), map(Envelope.parse, envelopes), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "bound", "source", "destination"),
+    [
+        (socket.AF_INET, "", "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET, "127.0.0.3", "127.0.0.9", "127.0.0.3"),
+        (socket.AF_INET, "", "127.8.8.8", "127.255.255.254"),
+        (socket.AF_INET6, "::", "::1", "::1"),
+        (socket.AF_INET6, "::1", "::1", "::1"),
+        (socket.AF_INET6, "::", "127.0.0.4", "127.0.0.5"),
+    ],
+)
+def test_source_and_destination(family: int, bound: str, source: str, destination: str) -> None:
+    client_family = socket.AF_INET6 if ":" in source else socket.AF_INET
+    with listening(family, bound) as a, socket.socket(client_family, socket.SOCK_DGRAM) as b:
+        b.bind((source, 0))
+        for data in (b"one", b""):
+            b.sendto(data, (destination, a.getsockname()[1]))
+        envelope = Envelope(addr.packed(source), b.getsockname()[1], addr.packed(destination), 0)
+        assert received_from(a) == [(b"one", envelope), (b"", envelope)]
+
+
+def test_without_ip_pktinfo_a_mapped_destination_is_known_too() -> None:
+    with listening(socket.AF_INET6, "::") as a, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as b:
+        a.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 0)
+        b.sendto(b"x", ("127.0.0.5", a.getsockname()[1]))
+        ((_, envelope),) = received_from(a)
+        assert envelope.local == addr.packed("127.0.0.5")
+
+
+def test_without_control_messages_the_destination_is_unspecified(pair: Pair) -> None:
+    a, b = pair
+    b.send(b"x")
+    ((_, envelope),) = received_from(a)
+    assert envelope == Envelope(addr.LOOPBACK4, b.getsockname()[1], addr.ANY4, 0)
+
+
+def test_a_broadcast_is_answered_from_an_address_of_ours() -> None:
+    with listening(socket.AF_INET, "") as a, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as b:
+        b.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        b.bind(("127.0.0.1", 0))
+        b.sendto(b"x", ("127.255.255.255", a.getsockname()[1]))
+        ((_, envelope),) = received_from(a)
+        assert envelope.local == addr.LOOPBACK4
+
+
+def test_equal_envelopes_are_equal_bytes() -> None:
+    clients = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+    with listening(socket.AF_INET6, "::") as a, clients[0], clients[1]:
+        for i in (0, 1, 1, 0):
+            clients[i].sendto(b"x", ("127.0.0.1", a.getsockname()[1]))
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as c:
+            c.sendto(b"x", ("::1", a.getsockname()[1]))
+        r = AddressReceiver()
+        _, envelopes = r.receive_from(a.fileno())
+        assert [envelopes.index(e) for e in envelopes] == [0, 1, 1, 0, 4]
+        clients[0].sendto(b"x", ("127.0.0.1", a.getsockname()[1]))
+        assert r.receive_from(a.fileno()) == ([1], envelopes[:1])  # nothing of the last call is left
+        with pytest.raises(BlockingIOError):
+            r.receive_from(a.fileno())
+
+
+SOCKADDR6 = struct.Struct("=HHI16sI4x")
+LINK_LOCAL, GLOBAL6 = addr.packed("fe80::9"), addr.packed("2001:db8::9")
+
+
+def envelope6(peer: bytes, scope: int, destination: bytes, interface: int) -> bytes:
+    """What the kernel writes about a datagram of IPv6."""
+    name = SOCKADDR6.pack(socket.AF_INET6, socket.htons(5000), 0, peer, scope)
+    info = struct.pack("@Nii", socket.CMSG_LEN(20), socket.IPPROTO_IPV6, socket.IPV6_PKTINFO)
+    return (name + info + struct.pack("=16sI", destination, interface)).ljust(32 + 40 + 32, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("peer", "scope", "destination", "expected"),
+    [
+        (LINK_LOCAL, 7, addr.packed("fe80::1"), Envelope(LINK_LOCAL, 5000, addr.packed("fe80::1"), 7)),
+        (LINK_LOCAL, 7, addr.packed("ff02::fb"), Envelope(LINK_LOCAL, 5000, addr.ANY6, 7)),
+        (GLOBAL6, 0, addr.packed("fe80::1"), Envelope(GLOBAL6, 5000, addr.packed("fe80::1"), 3)),
+        (GLOBAL6, 0, addr.packed("2001:db8::1"), Envelope(GLOBAL6, 5000, addr.packed("2001:db8::1"), 0)),
+        (GLOBAL6, 0, addr.packed("ff0e::1"), Envelope(GLOBAL6, 5000, addr.ANY6, 0)),
+    ],
+)
+def test_scopes_and_groups(peer: bytes, scope: int, destination: bytes, expected: Envelope) -> None:
+    assert Envelope.parse(envelope6(peer, scope, destination, 3)) == expected

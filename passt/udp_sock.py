@@ -1,0 +1,208 @@
+"""Sockets of UDP flows: all of them connected, so that they take datagrams from one peer only.
+
+    socket               bound to                              connected to
+    -------------------  ------------------------------------  ----------------------------------------
+    open_socket          the guest's port if it can be had     the host that the guest writes to
+    open_target          the client's port if it can be had    the server that a spliced client talks to
+    open_client          the address and port of a listener    the client that wrote there
+                         that the client's datagram went to
+
+SO_REUSEADDR, because a guest or a client talks to many peers from one port, and many clients write to one listener, and
+each pair is a socket of ours. The listener itself has the option off, so that nobody else on the system can take part
+of its traffic; it is on only while a client's socket is bound beside it.
+
+A socket that is bound and not yet connected gets what anybody sends to its port. Towards a host or a server that is
+nothing that was meant for us, and thrown away. Beside a listener it is the listener's traffic: first datagrams of
+other clients, which are handed back to whoever asked for the socket. Until that is done the receive buffer is small,
+so that a bounded number of receives takes all that can have come before connect().
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import addr
+from .core import nspool
+from .core.context import Context
+from .core.fwd import Forwarding, SockAddr
+from .core.rules import Listener
+from .linux.sockopt import IP_FREEBIND, IPV6_FREEBIND, recverr
+
+BUFFER_SIZE = 4 << 20  # asked for; net.core.[rw]mem_max decide
+BUFFER_FIRST = 64 << 10  # of a client's socket until it is connected; the kernel doubles it
+# sk_buff and skb_shared_info of an empty datagram take 576 bytes of a buffer, or more
+STRANGERS_MAX = 2 * BUFFER_FIRST // 576 + 1
+SIZE_MAX = 65535  # of a datagram
+BUSY_PORT = frozenset((errno.EACCES, errno.EADDRINUSE))
+
+_FREEBIND = {4: (socket.IPPROTO_IP, IP_FREEBIND), 16: (socket.IPPROTO_IPV6, IPV6_FREEBIND)}
+
+Letter = tuple["Client", bytes]  # a datagram that came to another socket
+
+
+class Client(NamedTuple):
+    """Who writes to a listener, and to which address of ours. Packed, 4 bytes also for IPv4 on a dual-stack socket."""
+
+    listener: Listener
+    peer: bytes
+    port: int
+    local: bytes  # unspecified if the datagram went to a group
+    scope: int = 0  # interface that link-local addresses among them belong to
+
+    def sockaddr(self, a: bytes, port: int) -> SockAddr:
+        """For bind() and connect()."""
+        return (addr.text(a), port) if len(a) == 4 else (addr.text(a), port, 0, self.scope)
+
+    def __str__(self) -> str:
+        """[192.0.2.9]:40000 -> [192.0.2.2]:53"""
+        return f"{addr.endpoint(self.peer, self.port)} -> {addr.endpoint(self.local, self.listener.port)}"
+
+
+def opener(ctx: Context, namespace: bool) -> Callable[[int, int], Any]:
+    """What opens sockets of a family and a type: in the namespace, or here."""
+    return ctx.ns.take if namespace and ctx.ns is not None else nspool.open_socket
+
+
+# Towards a host or a server ------------------------------------------------------------------------------------------
+
+
+def open_socket(fwd: Forwarding, host: bytes, sport: int, dport: int) -> socket.socket:
+    """A non-blocking UDP socket connected to `host`, from port `sport` if it can be had. Raises OSError."""
+    source, interface = fwd.source(host)
+
+    def make() -> socket.socket:
+        return socket.socket(addr.family(host), socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    sock: socket.socket = open_target(make, fwd, source, interface, sport, host, dport)
+    return sock
+
+
+def open_target(
+    make: Callable[[], Any],
+    fwd: Forwarding,
+    source: bytes | None,
+    interface: str | None,
+    sport: int,
+    target: bytes,
+    dport: int,
+) -> Any:
+    """The same with a socket of `make`, from address `source` and through `interface`. Raises OSError."""
+    source = source or (addr.ANY4 if len(target) == 4 else addr.ANY6)
+    peer = fwd.sockaddr(target, dport)
+
+    def opened(port: int) -> Any:
+        sock = make()
+        try:
+            _prepare(sock, len(target) == 16, interface)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
+            _bind(sock, fwd.sockaddr(source, port), fwd.sockaddr(source, 0))
+            _connect(sock, peer)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    sock = opened(sport)
+    if sport == dport and sock.getsockname() == sock.getpeername():
+        # An address of the same host, and the port is the peer's: the socket would hear itself.
+        sock.close()
+        sock = opened(0)
+    return sock
+
+
+def _prepare(sock: Any, v6: bool, interface: str | None) -> None:
+    """Options that all have."""
+    sock.setsockopt(*recverr(socket.AF_INET6 if v6 else socket.AF_INET), 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)
+    if v6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if interface is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+def _bind(sock: Any, wanted: SockAddr, any_port: SockAddr) -> None:
+    """Bind the port wanted, or any if the system keeps that one for others: better another port than no traffic."""
+    try:
+        sock.bind(wanted)
+    except OSError as e:
+        if e.errno not in BUSY_PORT:
+            raise
+        # With the option on, the kernel would share its pick with whoever allows that too.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        sock.bind(any_port)
+
+
+def _connect(sock: Any, target: SockAddr) -> None:
+    """Connect, with leave to broadcast if that is what `target` turns out to be, and forget what strangers sent."""
+    try:
+        sock.connect(target)
+    except PermissionError as e:
+        if e.errno != errno.EACCES:
+            raise
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.connect(target)
+    try:
+        while True:
+            sock.recv(1)
+    except BlockingIOError:
+        pass  # nothing is left that came before the socket had its peer
+
+
+# Towards a client ----------------------------------------------------------------------------------------------------
+
+
+def open_client(make: Callable[[], Any], client: Client, letters: list[Letter]) -> Any:
+    """A socket of `make` that gets what `client` sends from now on, and answers from the address it sent to.
+
+    `letters` is extended by what it received before that, from whomever. Raises OSError.
+    """
+    rule = client.listener.rule
+    sock = make()
+    try:
+        _prepare(sock, len(client.peer) == 16, rule.ifname)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_FIRST)
+        _bind_beside(sock, client)
+        sock.connect(client.sockaddr(client.peer, client.port))
+        letters += _strangers(sock, client)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind_beside(sock: Any, client: Client) -> None:
+    """Bind to the port that the listener has, which shares it for the moment."""
+    listener = client.listener
+    here = client.sockaddr(client.local, listener.port)
+    listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        try:
+            sock.bind(here)
+        except OSError as e:
+            if e.errno != errno.EADDRNOTAVAIL:
+                raise
+            # Datagrams get to the listener for an address that is on no interface: a route of type `local`
+            sock.setsockopt(*_FREEBIND[len(client.local)], 1)
+            sock.bind(here)
+    finally:
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+
+
+def _strangers(sock: Any, client: Client) -> list[Letter]:
+    """What waits at a socket that has just been connected to `client`."""
+    found: list[Letter] = []
+    try:
+        for _ in range(STRANGERS_MAX):
+            payload, (host, port, *more) = sock.recvfrom(SIZE_MAX)
+            scope = more[1] if more else 0
+            found.append(
+                (Client(client.listener, addr.packed(host), port, client.local, scope or client.scope), payload)
+            )
+    except BlockingIOError:
+        pass  # that was all
+    return found
