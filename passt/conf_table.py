@@ -324,7 +324,7 @@ TABLE = (
            "Forward TCP ports of the host to the namespace, repeatable\n"
            "SPEC is 'none', 'auto' (those bound there, the default),\n"
            "'all', or a list: 22, 8080:80, 5000-5010:6000-6010, ~5003,\n"
-           "127.0.0.1/22, %eth0/22, 6443:192.0.2.20/6443: see pasta(1)"),
+           "127.0.0.1/22, %eth0/22, 6443:192.0.2.20/6443: see passt(1)"),
     Option("udp-ports", "u", "SPEC", _ports("u"),
            "The same for UDP"),
     Option("tcp-ns", "T", "SPEC", _ports("T"),

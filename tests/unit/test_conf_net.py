@@ -221,6 +221,17 @@ def test_outbound_interface_is_the_template() -> None:
         given_host("--outbound-if6 eth1")
 
 
+def test_where_outbound_sockets_are_bound() -> None:
+    config = given_host("-o 192.0.2.3 -o 2001:db8::2 --outbound-if6 eth0").config
+    assert config.ip4
+    assert config.ip6
+    assert (config.ip4.addr_out, config.ip4.if_out) == (ip("192.0.2.3"), None)
+    assert (config.ip6.addr_out, config.ip6.if_out) == (ip("2001:db8::2"), "eth0")
+    config = given_host("-o 127.0.0.1 -i eth0 --outbound-if4 eth1").config  # -i is the template, whatever is bound to
+    assert config.ip4
+    assert (config.ip4.addr, config.ip4.addr_out, config.ip4.if_out) == (ip("192.0.2.2"), ip("127.0.0.1"), "eth1")
+
+
 # Addresses that stand for the host ---------------------------------------------------------------------------------
 
 
@@ -232,6 +243,10 @@ def test_outbound_interface_is_the_template() -> None:
         ("--map-host-loopback none", None, None),
         ("--map-host-loopback 10.9.9.9", "10.9.9.9", "2001:db8::1"),
         ("--no-map-gw --map-host-loopback 10.9.9.9", "10.9.9.9", None),
+        ("--map-host-loopback 10.9.9.9 --no-map-gw", "10.9.9.9", None),
+        ("--map-host-loopback 10.9.9.9 --map-host-loopback fd00::9", "10.9.9.9", "fd00::9"),
+        ("--map-host-loopback none --map-host-loopback fd00::9", None, "fd00::9"),
+        ("--map-host-loopback 10.9.9.9 --map-host-loopback none", None, None),
     ],
 )
 def test_map_host_loopback(line: str, v4: str | None, v6: str | None) -> None:
@@ -247,6 +262,10 @@ def test_map_guest_addr() -> None:
         ip4 = given_host(line).config.ip4
         assert ip4
         assert ip4.map_guest_addr == value
+    config = given_host("--map-guest-addr fd00::9 --no-map-gw").config
+    assert config.ip4
+    assert config.ip6
+    assert (config.ip4.map_guest_addr, config.ip6.map_guest_addr) == (None, ip("fd00::9"))
 
 
 # Forwarding ---------------------------------------------------------------------------------------------------------
