@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import socket
 import threading
+from functools import partial
 from typing import Any
 
+from ..linux.netns import start_thread
 from ..linux.syscall import CLONE_NEWNET, setns
 
 POOL_SIZE = 128  # sockets of each kind; C10K-like rates use up some fifty batches a second
@@ -55,20 +57,32 @@ class NsSockets:
         pool = self._pools.setdefault(key, [])
         if len(pool) <= self._size // 2:
             self._refill(key)
-            if not pool:
-                self._threads[key].join()
-                if not pool:
-                    raise self._errors.pop(key)
+            while not pool:
+                self._wait(key)
         return pool.pop()
 
     def _refill(self, key: Kind) -> None:
         thread = self._threads.get(key)
         if thread is None or not thread.is_alive():
-            thread = self._threads[key] = threading.Thread(target=self._fill, args=(key,), name="netns", daemon=True)
-            thread.start()
+            self._errors.pop(key, None)
+            try:
+                self._threads[key] = start_thread(partial(self._fill, key))
+            except OSError as e:
+                self._errors[key] = e
+
+    def _wait(self, key: Kind) -> None:
+        """Until the thread has ended. Raises what it ended with if there is nothing even then."""
+        thread = self._threads.pop(key, None)
+        if thread is not None:
+            thread.join()
+        if not self._pools[key]:
+            error = self._errors.pop(key, None)
+            if error is not None:
+                raise error
+            self._refill(key)  # its last socket was taken while it was about to end
 
     def _fill(self, key: Kind) -> None:
-        """The thread: enter, open until the pool is full or something fails."""
+        """In the thread: enter, open until the pool is full or something fails."""
         family, kind = key
         pool = self._pools[key]
         try:

@@ -28,8 +28,8 @@ _GONE_TIMEOUT = 5.0  # seconds; an ended thread needs microseconds to leave the 
 def run_in(netns: int, function: Callable[[], T], *, settle: bool = True) -> T:
     """function() in the network namespace of descriptor `netns`, by a thread that has ended when this returns.
 
-    Its result is returned, its exception raised. Raises NoEntry when the namespace may not be entered. Once the loop
-    turns, `settle` is false: nobody forks any more, and other threads may come and go.
+    Its result is returned, its exception raised. Raises NoEntry when the namespace may not be entered. `settle` waits
+    until the kernel has let go of the thread, too, which only matters to who changes the process afterwards.
     """
     outcome: list[Any] = []
 
@@ -41,15 +41,23 @@ def run_in(netns: int, function: Callable[[], T], *, settle: bool = True) -> T:
             outcome.extend((False, e))
 
     before = _thread_count() if settle else 0
-    thread = threading.Thread(target=body, name="netns")
-    thread.start()
-    thread.join()
+    start_thread(body).join()
     if settle:
         _wait_for_threads(before)
     ok, value = outcome
     if ok:
         return value  # type: ignore[no-any-return]
     raise value
+
+
+def start_thread(body: Callable[[], None]) -> threading.Thread:
+    """A running thread for body(). Raises OSError if there can be no more of them."""
+    thread = threading.Thread(target=body, name="netns", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as e:  # what CPython makes of EAGAIN
+        raise OSError(errno.EAGAIN, str(e)) from None
+    return thread
 
 
 class NoEntry(OSError):
@@ -66,6 +74,11 @@ def _enter(netns: int) -> None:
 def _thread_count() -> int:
     with open("/proc/self/stat", "rb") as f:
         return int(f.read().rpartition(b")")[2].split()[17])  # field 20, num_threads (proc(5))
+
+
+def settle() -> None:
+    """Wait until there is one thread only, as fork() wants it. All others must have been joined."""
+    _wait_for_threads(1)
 
 
 def _wait_for_threads(count: int) -> None:

@@ -1,0 +1,157 @@
+"""Sockets made in advance by a thread in the namespace, with the entering itself faked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from passt.core import nspool
+from passt.core.nspool import NsSockets
+from passt.linux.syscall import CLONE_NEWNET
+
+INET, INET6, TCP, UDP = socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM, socket.SOCK_DGRAM
+
+
+class Inside:
+    """Entering the namespace, and opening sockets there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered: list[tuple[int, int, int]] = []
+        self.opened = 0
+        self.limit = 1_000_000
+        self.may_enter = True
+        self._open = nspool.open_socket
+        monkeypatch.setattr(nspool, "setns", self._setns)
+        monkeypatch.setattr(nspool, "open_socket", self._open_socket)
+
+    def _setns(self, fd: int, kind: int) -> None:
+        if not self.may_enter:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        self.entered.append((fd, kind, threading.get_ident()))
+
+    def _open_socket(self, family: int, kind: int) -> Any:
+        assert self.entered[-1][2] == threading.get_ident(), "not by the thread that entered last"
+        if self.opened == self.limit:
+            raise OSError(errno.EMFILE, "Too many open files")
+        self.opened += 1
+        return self._open(family, kind)
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> Inside:
+    return Inside(monkeypatch)
+
+
+@pytest.fixture
+def pool() -> Iterator[NsSockets]:
+    p = NsSockets(7, size=8)
+    yield p
+    p.close()
+
+
+def take(pool: NsSockets, count: int = 1, family: int = INET, kind: int = TCP) -> None:
+    """Take sockets, one after the other, each time with the thread at its end, and close them."""
+    for _ in range(count):
+        pool.take(family, kind).close()
+        for thread in pool._threads.values():
+            thread.join()
+
+
+@pytest.mark.parametrize("family", [INET, INET6])
+@pytest.mark.parametrize("kind", [TCP, UDP])
+@pytest.mark.usefixtures("inside")
+def test_sockets_are_ready_to_use(pool: NsSockets, family: int, kind: int) -> None:
+    s = pool.take(family, kind)
+    assert (s.family, s.type) == (family, kind)
+    assert type(s) is socket.SocketType
+    assert not os.get_blocking(s.fileno()) and not os.get_inheritable(s.fileno())
+    if kind == TCP:
+        assert s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert s.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE)
+    s.close()
+
+
+def test_nothing_is_opened_before_the_first_is_wanted(pool: NsSockets, inside: Inside) -> None:
+    assert (inside.entered, inside.opened) == ([], 0)
+    take(pool)
+    assert [entry[:2] for entry in inside.entered] == [(7, CLONE_NEWNET)]
+    assert inside.entered[0][2] != threading.get_ident()
+    assert inside.opened == 8
+
+
+def test_refilled_when_half_is_used(pool: NsSockets, inside: Inside) -> None:
+    take(pool, 4)
+    assert (len(inside.entered), inside.opened) == (1, 8)
+    take(pool)
+    assert (len(inside.entered), inside.opened) == (2, 12)
+
+
+def test_kinds_have_pools_of_their_own(pool: NsSockets, inside: Inside) -> None:
+    take(pool, family=INET)
+    take(pool, family=INET6)
+    take(pool, family=INET6, kind=UDP)
+    assert (len(inside.entered), inside.opened) == (3, 24)
+
+
+def test_namespace_that_may_not_be_entered_any_more(pool: NsSockets, inside: Inside) -> None:
+    take(pool, 4)
+    inside.may_enter = False
+    take(pool, 4)
+    for _ in range(2):
+        with pytest.raises(PermissionError):
+            pool.take(INET, TCP)
+    inside.may_enter = True
+    take(pool)
+
+
+def test_descriptors_run_out_in_the_middle(pool: NsSockets, inside: Inside) -> None:
+    inside.limit = 3
+    take(pool, 3)
+    with pytest.raises(OSError, match="Too many open files"):
+        pool.take(INET, TCP)
+    inside.limit = 5
+    take(pool, 2)
+    with pytest.raises(OSError, match="Too many open files"):
+        pool.take(INET, TCP)
+
+
+def test_no_more_threads(pool: NsSockets, inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    take(pool, 4)
+    with monkeypatch.context() as m:
+        m.setattr(threading.Thread, "start", refuse)
+        take(pool, 4)  # what is there does
+        with pytest.raises(OSError, match="can't start new thread") as e:
+            pool.take(INET, TCP)
+        assert e.value.errno == errno.EAGAIN
+    take(pool)
+
+
+def test_last_socket_is_taken_while_the_thread_ends(
+    pool: NsSockets, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has filled the pool and does not look again, yet it is still alive."""
+    take(pool, 8)
+    alive = iter([True])
+    monkeypatch.setattr(threading.Thread, "is_alive", lambda thread: next(alive, False))
+    for sock in pool._pools[INET, TCP]:
+        sock.close()
+    pool._pools[INET, TCP].clear()
+    pool.take(INET, TCP).close()
+
+
+def test_close_leaves_nothing_open(inside: Inside) -> None:
+    before = os.listdir("/proc/self/fd")
+    pool = NsSockets(7)
+    take(pool)
+    take(pool, kind=UDP)
+    pool.close()
+    assert os.listdir("/proc/self/fd") == before
