@@ -90,3 +90,25 @@ class TapLink:
             self.on_error(e)
         else:
             raise e
+
+
+class NoLink:
+    """No tap at all (--splice-only): there is nobody to send a frame to."""
+
+    tso = False
+    uso = False
+
+    def __init__(self, drops: Counter[str]) -> None:
+        self._drops = drops
+
+    def send(self, hdr: bytearray) -> None:
+        """Count a drop."""
+        self._drops["no tap"] += 1
+
+    def send_payload(self, parts: Sequence[Buffer]) -> None:
+        """Count a drop."""
+        self._drops["no tap"] += 1
+
+    def send_frame(self, frame: bytes) -> None:
+        """Count a drop."""
+        self._drops["no tap"] += 1

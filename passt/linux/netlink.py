@@ -298,13 +298,23 @@ def configure(plan: NsPlan) -> tuple[bytes, list[str]]:
     """
     with Rtnetlink() as nl:
         links = {link.name: link for link in nl.links()}
-        _step("bring up loopback interface in namespace", nl.set_link, links["lo"].index, up=True)
+        _loopback_up(nl, links["lo"])
         tap = links[plan.ifname]
         if plan.mac is not None:
             _step("set MAC address in namespace", nl.set_link, tap.index, address=addr.mac_text(plan.mac))
         _step("set queue length in namespace", nl.set_link, tap.index, txqlen=plan.txqlen)
         problems = _configure_tap(nl, tap.index, plan.mac or tap.mac, plan) if plan.configure else []
         return plan.mac or tap.mac, problems
+
+
+def loopback_up() -> None:
+    """Bring up the loopback interface of the calling thread's namespace. Raises OSError, naming the step."""
+    with Rtnetlink() as nl:
+        _loopback_up(nl, next(link for link in nl.links() if link.name == "lo"))
+
+
+def _loopback_up(nl: Rtnetlink, lo: Link) -> None:
+    _step("bring up loopback interface in namespace", nl.set_link, lo.index, up=True)
 
 
 def _step(what: str, function: Any, *args: Any, **kwargs: Any) -> None:

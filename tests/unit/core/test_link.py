@@ -98,3 +98,13 @@ def test_device_gone(monkeypatch: pytest.MonkeyPatch, tap: Tap) -> None:
     tap.link.send(HEADER)
     assert [e.errno for e in errors] == [errno.EBADFD]
     assert not tap.drops
+
+
+def test_without_a_tap_frames_are_counted() -> None:
+    drops: Counter[str] = Counter()
+    nowhere = link.NoLink(drops)
+    nowhere.send(HEADER)
+    nowhere.send_payload((HEADER, b"x"))
+    nowhere.send_frame(b"frame")
+    assert drops == {"no tap": 3}
+    assert (nowhere.tso, nowhere.uso) == (False, False)

@@ -362,6 +362,16 @@ def test_configure_only_what_is_always_done(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == ["link 1 up", "link 2 address=02:00:00:00:00:09", "link 2 txqlen=9000"]
 
 
+def test_loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netlink, "Rtnetlink", FakeRtnetlink)
+    monkeypatch.setattr(FakeRtnetlink, "failures", {})
+    netlink.loopback_up()
+    assert FakeRtnetlink.last.calls == ["link 1 up"]
+    monkeypatch.setattr(FakeRtnetlink, "failures", {"link 1 up": errno.EPERM})
+    with pytest.raises(OSError, match="Couldn't bring up loopback interface in namespace: Operation not permitted"):
+        netlink.loopback_up()
+
+
 def test_what_cannot_be_configured_is_told_and_the_rest_done(monkeypatch: pytest.MonkeyPatch) -> None:
     failures = {"address_2001:db8::2": errno.EACCES, "route_default_via_fe80::1": errno.ENETUNREACH}
     _, problems, calls = configured(monkeypatch, PLAN, **failures)
