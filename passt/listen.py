@@ -1,0 +1,254 @@
+"""Listening sockets in the loop: connections accepted and datagrams announced, and to whom they go.
+
+    rule      client           configuration    goes to
+    --------  ---------------  ---------------  -----------------------------------------------------
+    outbound  (loopback)       any              tcp_splice, from socket to socket
+    inbound   loopback         no --no-splice   tcp_splice
+    inbound   anybody          --splice-only    nobody: reset, counted
+    inbound   anybody          otherwise        tcp, through the tap
+    UDP       anybody          any              udp_in, which draws the same distinctions for each datagram
+
+All listeners are in one list, and the place in it is the data of a listener's epoll reference. A connection is
+accepted as a socket of the C type, non-blocking, and belongs to whom it is given to.
+
+An accept(2) in vain costs nearly as much as one that succeeds, so the number of them per event follows how many
+connections waited last time; what is left over is reported by epoll again, after others had their turn.
+
+Out of descriptors (EMFILE, ENFILE). The connection would stay in the queue and be reported for ever, so a spare
+descriptor is given up for as long as it takes to accept it and reset it. Where even that fails, and after a fault in
+a handler, the listener rests for a moment: no event can make us spin.
+
+    time     condition                                        consequence
+    -------  -----------------------------------------------  ------------------------------
+    100 ms   no spare descriptor, no memory, or a fault       the listener is watched again
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import log
+from .core.context import Context
+from .core.reactor import EPOLLIN, TYPE_LISTEN, ref_data
+from .core.rules import Listener, Rule
+from .linux import netns
+from .linux.syscall import accept
+from .listen_sock import NO_DESCRIPTOR, Failure, Wanted, open_ports
+from .tcp_sock import new_socket, reset_on_close
+from .wire.checksum import PROTO_TCP
+
+if TYPE_CHECKING:
+    from .tcp import Tcp
+    from .tcp_splice import TcpSplice
+    from .udp_in import UdpIn
+
+BUDGET_MAX = 16  # connections accepted for one event, so that established ones get their turn
+PATIENCE = 8  # events that use up the budget before it doubles
+REST = 0.1  # s
+
+_TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # accept4(2) has made it so; this tells the object
+# The queue is as it was, and the next attempt will fail, too; all other errors are about one connection, now gone
+_STUCK = frozenset((errno.ENOMEM, errno.ENOBUFS))
+_DEFECTS = frozenset((errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK))
+
+
+class Listeners:
+    """Everything that we listen on. `netns` is the descriptor of the namespace that outbound rules listen in."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        *,
+        tcp: Tcp | None,
+        tcp_splice: TcpSplice,
+        udp_in: UdpIn,
+        netns: int,
+        opened: Iterable[Listener] = (),
+    ) -> None:
+        self._ctx = ctx
+        self._tcp, self._tcp_splice, self._udp_in = tcp, tcp_splice, udp_in
+        self._netns = netns
+        self._by_index: list[Listener | None] = []
+        self._free: list[int] = []
+        self._by_rule: dict[Rule, dict[int, tuple[Listener, ...]]] = {}
+        self._held: Counter[tuple[int, bool, int]] = Counter()  # sockets by protocol, direction and port
+        self._budget = 1
+        self._streak = 0
+        self._resting: list[Listener] = []
+        self._timer = ctx.timers.services.new(self._resume)
+        self._spare = _spare_descriptor()
+        ctx.reactor.handle(TYPE_LISTEN, self.sock_handler)
+        for listener in opened:
+            self._watch(listener)
+
+    # Ports -----------------------------------------------------------------------------------------------------------
+
+    def ports(self, rule: Rule) -> set[int]:
+        """Ports of `rule` that are listened on now."""
+        return set(self._by_rule.get(rule, ()))
+
+    def has(self, proto: int, outbound: bool, port: int) -> bool:
+        """Whether any rule of that kind listens on `port`."""
+        return (proto, outbound, port) in self._held
+
+    def add(self, rule: Rule, port: int) -> None:
+        """Listen on a port of `rule`. Raises OSError, and nothing is changed then."""
+        for failure in self.add_all([(rule, port)]):
+            raise OSError(failure.errno, failure.reason)
+
+    def add_all(self, wanted: Sequence[Wanted]) -> list[Failure]:
+        """Listen on ports of rules of one direction; returns what failed. Not for ports that are listened on."""
+        outbound = bool(wanted) and wanted[0][0].outbound
+        listeners: list[Listener] = []
+        config = self._ctx.config
+        if outbound:
+            try:
+                failed = netns.run_in(self._netns, lambda: open_ports(config, wanted, listeners), settle=False)
+            except OSError as e:
+                return [Failure(rule, port, e.errno or 0) for rule, port in wanted]
+        else:
+            failed = open_ports(config, wanted, listeners)
+        for listener in listeners:
+            self._watch(listener)
+        return failed
+
+    def remove(self, rule: Rule, port: int) -> None:
+        """Stop listening on a port of `rule`. What came through it goes on."""
+        held = rule.proto, rule.outbound, port
+        for listener in self._by_rule[rule].pop(port):
+            self._by_index[listener.index] = None
+            self._free.append(listener.index)
+            self._ctx.reactor.retire(listener.fd, listener.sock)
+            self._held[held] -= 1
+        if not self._held[held]:
+            del self._held[held]
+
+    def close(self) -> None:
+        """Stop listening everywhere."""
+        for listener in filter(None, self._by_index):
+            self._ctx.reactor.retire(listener.fd, listener.sock)
+        for held in (self._by_index, self._by_rule, self._held, self._free, self._resting):
+            held.clear()
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+
+    def _watch(self, listener: Listener) -> None:
+        if self._free:
+            listener.index = self._free.pop()
+            self._by_index[listener.index] = listener
+        else:
+            listener.index = len(self._by_index)
+            self._by_index.append(listener)
+        rule, port = listener.rule, listener.port
+        ports = self._by_rule.setdefault(rule, {})
+        ports[port] = (*ports.get(port, ()), listener)
+        self._held[rule.proto, rule.outbound, port] += 1
+        self._ctx.reactor.watch(listener.fd, TYPE_LISTEN, listener.index, EPOLLIN)
+
+    # Events ----------------------------------------------------------------------------------------------------------
+
+    def sock_handler(self, ref: int, events: int, now: float) -> None:
+        """A listener is readable."""
+        listener = self._by_index[ref_data(ref)]
+        assert listener is not None, "it was retired when it left the list"
+        if listener.rule.proto != PROTO_TCP:
+            self._udp_in.sock_handler(listener, now)
+            return
+        left = self._budget
+        try:
+            while left:
+                self._accept(listener, now)
+                left -= 1
+        except BlockingIOError:
+            self._budget = max(1, self._budget - left)
+            self._streak = 0
+            return
+        self._streak += 1
+        if self._streak >= PATIENCE:
+            self._budget = min(2 * self._budget, BUDGET_MAX)
+            self._streak = 0
+
+    def _accept(self, listener: Listener, now: float) -> None:
+        """Accept one connection. Raises BlockingIOError when none waits, or the listener rests."""
+        try:
+            fd, peer, port = accept(listener.fd)
+        except BlockingIOError:
+            raise
+        except OSError as e:
+            self._accept_failed(listener, e, now)
+            return
+        sock: Any = new_socket(listener.sock.family, _TYPE, 0, fd)
+        ctx = self._ctx
+        if ctx.fwd.spliced(peer, listener.rule):
+            self._tcp_splice.accepted(listener, sock, peer, now)
+        elif self._tcp is not None:
+            self._tcp.accepted(listener, sock, peer, port, now)
+        else:
+            ctx.drops["listen: not from loopback"] += 1
+            reset_on_close(sock)
+            sock.close()
+
+    def _accept_failed(self, listener: Listener, e: OSError, now: float) -> None:
+        if e.errno in _DEFECTS:
+            raise e
+        if e.errno in NO_DESCRIPTOR:
+            self._refuse(listener, e, now)
+        elif e.errno in _STUCK:
+            self._rest(listener, now)
+            raise BlockingIOError
+        elif log.debug_on:
+            log.debug(f"Port {listener.port}: accept: {e.strerror}")
+
+    def _refuse(self, listener: Listener, e: OSError, now: float) -> None:
+        """Accept a connection with the spare descriptor, and reset it."""
+        log.warn_ratelimited("listen", f"Refusing connections to port {listener.port}: {e.strerror}", now)
+        if self._spare >= 0:
+            os.close(self._spare)
+        try:
+            fd, _, _ = accept(listener.fd)
+        except OSError:  # the descriptor went to somebody else, or the client has gone
+            self._rest(listener, now)
+            raise BlockingIOError from None
+        else:
+            sock = new_socket(socket.AF_INET, _TYPE, 0, fd)
+            reset_on_close(sock)
+            sock.close()
+            self._ctx.drops["listen: no descriptor"] += 1
+        finally:
+            self._spare = _spare_descriptor()
+
+    # Rest ------------------------------------------------------------------------------------------------------------
+
+    def fault(self, ref: int) -> None:
+        """Handling an event failed. What it was about is not known; the listener stays."""
+        listener = self._by_index[ref_data(ref)]
+        if listener is not None:
+            self._rest(listener, time.monotonic())
+
+    def _rest(self, listener: Listener, now: float) -> None:
+        """Do not look at a listener for a moment."""
+        self._ctx.reactor.change(listener.fd, 0)
+        if not self._resting:
+            self._ctx.timers.services.arm(self._timer, now + REST)
+        self._resting.append(listener)
+
+    def _resume(self, now: float) -> None:
+        for listener in self._resting:
+            if self._by_index[listener.index] is listener:
+                self._ctx.reactor.change(listener.fd, EPOLLIN)
+        self._resting.clear()
+
+
+def _spare_descriptor() -> int:
+    """The cheapest descriptor that there is; -1 if none can be had."""
+    try:
+        return os.eventfd(0)
+    except OSError:
+        return -1

@@ -1,0 +1,111 @@
+"""`auto`: listening on those ports of a rule that somebody has bound at the other side, while they are bound.
+
+    rule      ports bound in   TCP: listening     UDP: bound; also TCP listening, if TCP is automatic in this direction
+    --------  ---------------  -----------------  ----------------------------------------------------------------------
+    inbound   the namespace    listened on by us  received by us on the host
+    outbound  the host         on the other side  ... in the namespace, on loopback
+
+A port p of a rule that leads to t is listened on while t is bound. Nothing of ours counts as bound: where a rule of
+the other direction listens, the port is ours, and following it would be following our own echo. A port that another
+rule listens on already is left to that one. What is new is bound, what has vanished is closed, connections and flows
+that came through it go on. A port that cannot be bound is tried again each time, and said once, in debug.
+
+    time     condition                     consequence
+    -------  ----------------------------  --------------------------------------
+    0.8 s    there are automatic rules     the tables are read and compared again
+
+so that ports appear and vanish within a second. At start inbound comes first, so that a server in the namespace gets
+its port on the host; later outbound does. Without automatic rules there is no timer, and no file is opened.
+
+Cost of a look at both sides, both protocols, nothing new: 0.1 ms with a few ports bound, and 3 us for each listening
+socket and each UDP socket of either side; TCP connections cost nothing (`linux/ports.py`). Where that adds up, looks
+are made less often than every 0.8 s, so that they take a twentieth of the time at most.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from . import log
+from .core.context import Context
+from .core.rules import Rule
+from .linux.ports import PortTables
+from .listen import Listeners
+from .listen_sock import Wanted
+from .wire.checksum import PROTO_TCP, PROTO_UDP
+
+INTERVAL = 0.8  # s
+SHARE = 20  # at most one part in so many of the time
+
+
+class Scanner:
+    """The automatic rules. `host` and `ns` are the tables of both sides, where rules need them."""
+
+    def __init__(self, ctx: Context, listeners: Listeners, host: PortTables | None, ns: PortTables | None) -> None:
+        self._ctx = ctx
+        self._listeners = listeners
+        rules = [rule for rule in ctx.config.forwards if rule.auto]
+        self._inbound = [rule for rule in rules if not rule.outbound]
+        self._outbound = [rule for rule in rules if rule.outbound]
+        self._host, self._ns = host, ns
+        self._failed: dict[bool, set[Wanted]] = {False: set(), True: set()}  # by direction, at the last look
+        self._timer = -1
+
+    def start(self, now: float) -> None:
+        """Look for the first time, and again and again from then on."""
+        if not self._inbound and not self._outbound:
+            return
+        self._timer = self._ctx.timers.services.new(self._look)
+        self._follow(self._inbound, self._ns)
+        self._follow(self._outbound, self._host)
+        self._ctx.timers.services.arm(self._timer, now + INTERVAL)
+
+    def _look(self, now: float) -> None:
+        begin = time.perf_counter()
+        try:
+            self._follow(self._outbound, self._host)
+            self._follow(self._inbound, self._ns)
+        finally:  # a fault costs one look
+            cost = time.perf_counter() - begin
+            self._ctx.timers.services.arm(self._timer, now + max(INTERVAL, SHARE * cost))
+
+    def _follow(self, rules: list[Rule], tables: PortTables | None) -> None:
+        """Listen where `rules`, of one direction, lead to a port that is bound, and nowhere else."""
+        if not rules:
+            return
+        assert tables is not None, "opened where automatic rules are"
+        bound = self._bound(rules, tables)
+        listeners = self._listeners
+        new: list[Wanted] = []
+        for rule in rules:
+            wanted = {p for t in bound[rule.proto] if (p := t - rule.to + rule.first) in rule.ports}
+            have = listeners.ports(rule)
+            for port in have - wanted:
+                listeners.remove(rule, port)
+                log.debug(f"{rule.option}: port {port} is not bound any more")
+            new += [(rule, p) for p in sorted(wanted - have) if not listeners.has(rule.proto, rule.outbound, p)]
+        self._add(rules[0].outbound, new)
+
+    def _bound(self, rules: Sequence[Rule], tables: PortTables) -> dict[int, set[int]]:
+        """Ports by protocol that others than ourselves have bound at the side where `rules` lead."""
+        echo = not rules[0].outbound
+        ours = self._listeners.has
+        protos = {rule.proto for rule in rules}
+        tcp = set()
+        if PROTO_TCP in protos:
+            tcp = {port for port in tables.bound(PROTO_TCP) if not ours(PROTO_TCP, echo, port)}
+        udp = tables.bound(PROTO_UDP) if PROTO_UDP in protos else set()
+        return {PROTO_TCP: tcp, PROTO_UDP: {port for port in udp | tcp if not ours(PROTO_UDP, echo, port)}}
+
+    def _add(self, outbound: bool, new: list[Wanted]) -> None:
+        failures = self._listeners.add_all(new) if new else []
+        failed = {(f.rule, f.port): f for f in failures}
+        for wanted, failure in failed.items():
+            if wanted not in self._failed[outbound]:
+                log.debug(f"{failure.rule.option}: port {failure.port} cannot be had now: {failure.reason}")
+        if log.debug_on:
+            for rule, port in new:
+                if (rule, port) not in failed:
+                    log.debug(f"{rule.option}: listening on port {port}")
+        self._failed[outbound] = set(failed)

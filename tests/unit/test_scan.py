@@ -1,0 +1,271 @@
+"""Automatic ports: what is followed, what is our own echo, what happens to ports that cannot be had."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from passt import log, scan
+from passt.core.rules import Rule
+from passt.listen_sock import Failure, Wanted
+from passt.scan import INTERVAL, SHARE, Scanner
+from passt.wire.checksum import PROTO_TCP, PROTO_UDP
+
+from .support import T0, make_context, timers
+
+T = Rule("-t auto", PROTO_TCP, False, 1, 65535, 1, auto=True, weak=True)
+U = replace(T, option="-u auto", proto=PROTO_UDP)
+TO = replace(T, option="-T auto", outbound=True)
+UO = replace(U, option="-U auto", outbound=True)
+
+
+class World:
+    """Both sides: ports that others have bound, and what we listen on there, which shows in the tables as well."""
+
+    def __init__(self, *rules: Rule) -> None:
+        self.rules = rules
+        self.theirs: dict[tuple[str, int], set[int]] = {
+            (side, proto): set() for side in ("host", "ns") for proto in (PROTO_TCP, PROTO_UDP)
+        }
+        self.ours: dict[Rule, set[int]] = {}
+        self.refused: set[int] = set()
+        self.log: list[str] = []
+        self.ctx = make_context(forwards=rules)
+        host, ns = Tables(self, "host"), Tables(self, "ns")
+        self.scanner = Scanner(self.ctx, self, host, ns)  # type: ignore[arg-type]
+        self.deadlines = timers(self.ctx).services.deadlines
+
+    def binds(self, side: str, proto: int, *ports: int) -> None:
+        self.theirs[side, proto] |= set(ports)
+
+    def look(self, now: float = T0) -> None:
+        timers(self.ctx).services.fire(0, now)
+
+    # What listeners do
+
+    def ports(self, rule: Rule) -> set[int]:
+        return set(self.ours.get(rule, ()))
+
+    def has(self, proto: int, outbound: bool, port: int) -> bool:
+        return any(port in ports for r, ports in self.ours.items() if (r.proto, r.outbound) == (proto, outbound))
+
+    def add_all(self, wanted: list[Wanted]) -> list[Failure]:
+        assert len({rule.outbound for rule, _ in wanted}) == 1
+        failed = []
+        for rule, port in wanted:
+            assert port not in self.ports(rule)
+            if port in self.refused:
+                failed.append(Failure(rule, port, errno.EADDRINUSE))
+            else:
+                self.ours.setdefault(rule, set()).add(port)
+                self.log.append(f"+{rule.option} {port}")
+        return failed
+
+    def remove(self, rule: Rule, port: int) -> None:
+        self.ours[rule].remove(port)
+        self.log.append(f"-{rule.option} {port}")
+
+
+class Tables:
+    """What the kernel shows of one side: inbound rules listen on the host, outbound ones in the namespace."""
+
+    def __init__(self, world: World, side: str) -> None:
+        self.world = world
+        self.side = side
+        self.reads: list[int] = []
+
+    def bound(self, proto: int) -> set[int]:
+        self.reads.append(proto)
+        ours = (ports for r, ports in self.world.ours.items() if (r.proto, r.outbound) == (proto, self.side == "ns"))
+        return self.world.theirs[self.side, proto].union(*ours)
+
+
+# Following -----------------------------------------------------------------------------------------------------------
+
+
+def test_ports_appear_and_vanish() -> None:
+    w = World(T)
+    w.binds("ns", PROTO_TCP, 80)
+    w.binds("ns", PROTO_UDP, 53)
+    w.binds("host", PROTO_TCP, 22)
+    w.scanner.start(T0)
+    assert w.log == ["+-t auto 80"]
+    w.binds("ns", PROTO_TCP, 8080)
+    w.look()
+    w.theirs["ns", PROTO_TCP] = {8080}
+    w.look()
+    w.look()
+    assert w.log == ["+-t auto 80", "+-t auto 8080", "--t auto 80"]
+
+
+def test_within_the_range_and_moved() -> None:
+    w = World(replace(T, first=8000, last=8010, to=80))
+    w.binds("ns", PROTO_TCP, 79, 80, 85, 90, 91, 8000)
+    w.scanner.start(T0)
+    assert w.log == ["+-t auto 8000", "+-t auto 8005", "+-t auto 8010"]
+
+
+def test_outbound_follows_the_host() -> None:
+    w = World(TO)
+    w.binds("host", PROTO_TCP, 5432)
+    w.binds("ns", PROTO_TCP, 80)
+    w.scanner.start(T0)
+    assert w.ours == {TO: {5432}}
+
+
+@pytest.mark.parametrize(("rules", "expected"), [((U,), {53}), ((U, T), {53, 80})])
+def test_udp_follows_tcp_if_that_is_automatic(rules: tuple[Rule, ...], expected: set[int]) -> None:
+    w = World(*rules)
+    w.binds("ns", PROTO_TCP, 80)
+    w.binds("ns", PROTO_UDP, 53)
+    w.scanner.start(T0)
+    assert w.ours[U] == expected
+
+
+def test_tcp_of_the_other_direction_does_not_count_for_udp() -> None:
+    w = World(U, TO)
+    w.binds("ns", PROTO_TCP, 80)
+    w.binds("host", PROTO_TCP, 22)
+    w.scanner.start(T0)
+    assert w.ours == {TO: {22}}
+
+
+def test_port_of_another_rule_is_left_to_it() -> None:
+    fixed = replace(T, option="-t 80:8080", first=80, last=80, to=8080, auto=False, weak=False)
+    w = World(fixed, T)
+    w.ours[fixed] = {80}
+    w.binds("ns", PROTO_TCP, 80, 81)
+    w.scanner.start(T0)
+    assert w.log == ["+-t auto 81"]
+
+
+# Echo ----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_echo_between_the_directions() -> None:
+    w = World(T, U, TO, UO)
+    w.binds("ns", PROTO_TCP, 80)
+    w.binds("host", PROTO_TCP, 22)
+    w.binds("ns", PROTO_UDP, 53)
+    w.binds("host", PROTO_UDP, 123)
+    w.scanner.start(T0)
+    settled = {T: {80}, U: {53, 80}, TO: {22}, UO: {22, 123}}
+    assert w.ours == settled
+    for _ in range(3):
+        w.look()
+    assert w.ours == settled
+    for ports in w.theirs.values():
+        ports.clear()
+    w.look()
+    assert w.ours == {rule: set() for rule in settled}
+
+
+def test_fixed_rules_of_the_other_direction_are_ours() -> None:
+    fixed = replace(TO, option="-T 22", first=22, last=22, to=22, auto=False, weak=False)
+    w = World(T, fixed)
+    w.ours[fixed] = {22}
+    w.binds("ns", PROTO_TCP, 80)
+    w.scanner.start(T0)
+    assert w.ours[T] == {80}
+
+
+def test_a_server_on_both_sides_is_followed_from_neither_twice() -> None:
+    """Both have 80: each side's port is taken by its server, so that nothing can be bound, now and later."""
+    w = World(T, TO)
+    w.binds("ns", PROTO_TCP, 80)
+    w.binds("host", PROTO_TCP, 80)
+    w.refused = {80}
+    w.scanner.start(T0)
+    w.look()
+    assert w.log == []
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"), [(True, ["+-t auto 7", "+-T auto 8"]), (False, ["+-T auto 8", "+-t auto 7"])]
+)
+def test_inbound_first_at_start_and_last_later(start: bool, expected: list[str]) -> None:
+    w = World(T, TO)
+    if not start:
+        w.scanner.start(T0)
+    w.binds("ns", PROTO_TCP, 7)
+    w.binds("host", PROTO_TCP, 8)
+    if start:
+        w.scanner.start(T0)
+    else:
+        w.look()
+    assert w.log == expected
+
+
+# Failures ------------------------------------------------------------------------------------------------------------
+
+
+def test_ports_that_cannot_be_had_are_tried_again_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "debug", said.append)
+    w = World(T)
+    w.refused = {80}
+    w.binds("ns", PROTO_TCP, 80, 81)
+    w.scanner.start(T0)
+    for _ in range(3):
+        w.look()
+    assert said == ["-t auto: port 80 cannot be had now: Address already in use"]
+    w.refused = set()
+    w.look()
+    assert w.ours[T] == {80, 81}
+    w.refused = {80}
+    w.theirs["ns", PROTO_TCP] = set()
+    w.look()
+    w.binds("ns", PROTO_TCP, 80)
+    w.look()
+    assert said.count("-t auto: port 80 cannot be had now: Address already in use") == 2
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+def test_without_automatic_rules_nothing_ever_happens() -> None:
+    w = World(replace(T, auto=False, weak=False))
+    w.scanner = Scanner(w.ctx, w, None, None)  # type: ignore[arg-type]
+    w.scanner.start(T0)
+    assert w.deadlines == []
+
+
+def test_only_what_is_needed_is_read() -> None:
+    w = World(T)
+    host, ns = Tables(w, "host"), Tables(w, "ns")
+    w.scanner = Scanner(w.ctx, w, host, ns)  # type: ignore[arg-type]
+    w.scanner.start(T0)
+    assert (host.reads, ns.reads) == ([], [PROTO_TCP])
+
+
+def test_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = World(T)
+    w.scanner.start(T0)
+    assert w.deadlines == [T0 + INTERVAL]
+    cost = iter([0.0, 0.01, 0.0, 0.1])
+    monkeypatch.setattr(scan.time, "perf_counter", lambda: next(cost))
+    w.look(T0)
+    assert w.deadlines == [T0 + INTERVAL]
+    w.look(T0)
+    assert w.deadlines == [T0 + 0.1 * SHARE]
+
+
+def test_a_fault_costs_one_look() -> None:
+    def fail(proto: int) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    w = World(T)
+    w.scanner.start(T0)
+    tables = w.scanner._ns
+    assert tables is not None
+    works = tables.bound
+    tables.bound = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="Input/output error"):
+        w.look()
+    tables.bound = works  # type: ignore[method-assign]
+    w.binds("ns", PROTO_TCP, 80)
+    w.look()
+    assert w.ours == {T: {80}}
