@@ -315,11 +315,8 @@ class Tcp:
         except OSError as e:
             self._broken(conn, e.errno or errno.EIO, now)
             return
-        if conn.snd_nxt != before:
-            if conn.pingpong < PINGPONG_MAX and (due or now - conn.t_rx < ACK_DELAY):
-                conn.pingpong += 1
-            if conn.rcv_acked != conn.rcv_nxt and due:
-                conn.ack_due = True  # the answer did not acknowledge everything: the timer goes on
+        if conn.snd_nxt != before and conn.pingpong < PINGPONG_MAX and (due or now - conn.t_rx < ACK_DELAY):
+            conn.pingpong += 1
         self._schedule(conn, now)
 
     def _acknowledged(self, conn: TcpConn, una: int, window: int, duplicate: bool, now: float) -> None:

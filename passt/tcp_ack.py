@@ -125,7 +125,8 @@ class TcpAck:
     def timer_handler(self, now: float) -> None:
         """Send the acknowledgements that found no answer to ride on; look again at those that wait for the peer.
 
-        What the guest has acknowledged meanwhile is dropped from the sockets.
+        The latter wait until the peer has acknowledged all, whatever other segments said meanwhile. What the guest has
+        acknowledged is dropped from the sockets.
         """
         delayed, self._delayed = self._delayed, []
         for conn in delayed:
@@ -134,7 +135,7 @@ class TcpAck:
                 continue
             if conn.snd_una != conn.base:
                 self._out.consume(conn)
-            if not conn.ack_due:
+            if not conn.ack_due and conn.rcv_acked == conn.rcv_nxt:
                 continue
             if now - conn.t_rx < ACK_DELAY / 2:  # the timer was armed for another: this one has just begun to wait
                 self._delay(conn, now)

@@ -129,6 +129,30 @@ def test_many_bytes_are_acknowledged_as_the_peer_does() -> None:
     talk.expect_nothing()
 
 
+@pytest.mark.parametrize("how", ["room", "answer", "repeated"])
+def test_what_is_said_meanwhile_does_not_end_the_following(how: str) -> None:
+    """Other segments carry what was acknowledged so far; the rest is not forgotten for that."""
+    talk = open_connection()
+    talk.guest(ACK, bytes(60000))
+    talk.sock.info[BYTES_ACKED] = 1 + 80000
+    talk.guest(ACK, bytes(60000))
+    talk.taken()
+    talk.now += 0.001
+    if how == "room":
+        talk.tcp._conns[talk.key].low = True
+        talk.writable()
+    elif how == "answer":
+        talk.host(b"so far so good")
+    else:
+        talk.guest(ACK, bytes(1000), seq=1)
+    assert [s.ack for s in talk.taken()] in ([80001], [])
+    talk.wait(0.05)
+    talk.expect_nothing()
+    talk.sock.info[BYTES_ACKED] = 1 + 120000
+    talk.wait(0.02)
+    talk.expect(ACK, ack=120001)
+
+
 def test_peer_found_to_be_near_is_not_followed() -> None:
     talk = open_connection()
     talk.sock.info[MIN_RTT] = 50
