@@ -5,15 +5,22 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import pytest
 
 from passt import addr
 from passt.core.config import Ip4
+from passt.core.context import Context
 from passt.core.fwd import Forwarding
-from passt.udp_sock import open_socket
+from passt.core.rules import Listener, Rule
+from passt.udp_sock import BUFFER_FIRST, STRANGERS_MAX, Client, open_client, open_socket, opener
+from passt.wire.checksum import PROTO_UDP
 
 from .support import CONFIG, GUEST4, IP4, make_context
+from .udp_support import Between, PlainSockets
 
 PEER4 = addr.packed("198.51.100.9")
 
@@ -179,3 +186,204 @@ def test_outbound_address_and_interface(
     )
     open_socket(make_context(ip4=ip4).fwd, host, 5000, 9).close()
     assert Recorder.bound == bound
+
+
+# Clients of a listener -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    """On all addresses of IPv4."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.bind(("", 0))
+        yield Listener(Rule("-u", PROTO_UDP, False, port_of(s), port_of(s), 53), port_of(s), s)
+
+
+@pytest.fixture
+def peer() -> Iterator[socket.socket]:
+    """A client's socket."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.bind(("127.0.0.9", 0))
+        s.settimeout(5)
+        yield s
+
+
+def client_of(listener: Listener, peer: socket.socket, local: str = "127.0.0.5") -> Client:
+    host, port = peer.getsockname()[:2]
+    return Client(listener, addr.packed(host), port, addr.packed(local))
+
+
+def plain() -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+
+def reusable(s: socket.socket) -> bool:
+    return bool(s.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR))
+
+
+def test_a_clients_socket(listener: Listener, peer: socket.socket) -> None:
+    letters: list[Any] = []
+    with open_client(plain, client_of(listener, peer), letters) as s:
+        assert s.getsockname() == ("127.0.0.5", listener.port)
+        assert s.getpeername() == peer.getsockname()
+        assert reusable(s) and not reusable(listener.sock)
+        assert s.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > 2 * BUFFER_FIRST
+        assert s.getsockopt(socket.IPPROTO_IP, 11) == 1
+        peer.sendto(b"?", s.getsockname())
+        assert s.recv(9) == b"?"
+        s.send(b"!")
+        assert peer.recvfrom(9) == (b"!", ("127.0.0.5", listener.port))
+    assert letters == []
+
+
+def test_clients_share_the_port_with_each_other_and_nobody_else(listener: Listener, peer: socket.socket) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.8", port_of(peer)))
+        with (
+            open_client(plain, client_of(listener, peer), []) as a,
+            open_client(plain, client_of(listener, other), []) as b,
+            open_client(plain, client_of(listener, peer, "127.0.0.6"), []) as c,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as thief,
+        ):
+            for sender, where, receiver in ((peer, "127.0.0.5", a), (other, "127.0.0.5", b), (peer, "127.0.0.6", c)):
+                sender.sendto(b"x", (where, listener.port))
+                assert receiver.recv(9) == b"x"
+            thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            for host in ("", "127.0.0.5", "127.0.0.7"):
+                with pytest.raises(OSError, match="in use"):
+                    thief.bind((host, listener.port))
+
+
+def test_a_client_of_ipv4_beside_a_dual_stack_listener(peer: socket.socket) -> None:
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as s:
+        s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        s.bind(("::", 0))
+        listener = Listener(Rule("-u", PROTO_UDP, False, port_of(s), port_of(s), 53), port_of(s), s)
+        with open_client(plain, client_of(listener, peer), []) as a:
+            peer.sendto(b"?", ("127.0.0.5", listener.port))
+            assert a.recv(9) == b"?"
+        assert not reusable(s)
+
+
+def test_somebody_else_has_the_address(listener: Listener, peer: socket.socket) -> None:
+    """The listener does not keep sharing its port after a failure, and no socket is left over."""
+    listener.sock.close()
+    made: list[socket.socket] = []
+
+    def make() -> socket.socket:
+        made.append(plain())
+        return made[-1]
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as theirs, plain() as mine:
+        theirs.bind(("127.0.0.5", listener.port))
+        listener.sock = mine
+        with pytest.raises(OSError, match="in use"):
+            open_client(make, client_of(listener, peer), [])
+        assert not reusable(mine)
+    assert [s.fileno() for s in made] == [-1]
+
+
+def test_letters_of_strangers(listener: Listener, peer: socket.socket) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.bind(("127.0.0.3", 0))
+
+        def meanwhile(where: tuple[str, int]) -> None:
+            stranger.sendto(b"stranger", where)
+            stranger.sendto(b"", where)
+            peer.sendto(b"client", where)
+
+        Between.happens = meanwhile
+        letters: list[tuple[Client, bytes]] = []
+        client = client_of(listener, peer)
+        make = partial(Between, socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        with open_client(make, client, letters) as s:
+            other = client_of(listener, stranger)
+            assert letters == [(other, b"stranger"), (other, b""), (client, b"client")]
+            stranger.sendto(b"late", s.getsockname())
+            with pytest.raises(BlockingIOError):
+                s.recv(9)
+            assert listener.sock.recv(9) == b"late"
+
+
+def test_no_flood_leaves_a_strangers_datagram_behind(listener: Listener, peer: socket.socket) -> None:
+    """The buffer of a socket without its client holds no more than are taken out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+
+        def flood(where: tuple[str, int]) -> None:
+            for _ in range(2 * STRANGERS_MAX):
+                stranger.sendto(b"", where)
+
+        Between.happens = flood
+        letters: list[tuple[Client, bytes]] = []
+        make = partial(Between, socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        with open_client(make, client_of(listener, peer), letters) as s, pytest.raises(BlockingIOError):
+            s.recv(9)
+        assert 10 < len(letters) < STRANGERS_MAX
+
+
+class Journal(socket.socket):
+    """Notes what it is asked for, and is bound and connected to nothing."""
+
+    options: list[tuple[Any, ...]]
+    bound: list[Any]
+    peers: list[Any]
+    foreign = False  # the address to bind is no address of this host
+
+    def setsockopt(self, *args: Any) -> None:
+        Journal.options.append(args)
+
+    def bind(self, address: Any) -> None:
+        Journal.bound.append(address)
+        if Journal.foreign and (self._freebind not in Journal.options):
+            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+
+    def connect(self, address: Any) -> None:
+        Journal.peers.append(address)
+
+    @property
+    def _freebind(self) -> tuple[int, int, int]:
+        v6 = self.family == socket.AF_INET6
+        return (socket.IPPROTO_IPV6, 78, 1) if v6 else (socket.IPPROTO_IP, 15, 1)
+
+
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> type[Journal]:
+    for name in ("options", "bound", "peers"):
+        monkeypatch.setattr(Journal, name, [], raising=False)
+    return Journal
+
+
+@pytest.mark.parametrize("local", ["203.0.113.5", "2001:db8::5"])
+def test_an_address_that_is_on_no_interface(
+    journal: type[Journal], listener: Listener, monkeypatch: pytest.MonkeyPatch, local: str
+) -> None:
+    monkeypatch.setattr(Journal, "foreign", True)
+    a = addr.packed(local)
+    make = partial(Journal, addr.family(a), socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    open_client(make, Client(listener, a, 9, a), []).close()
+    assert [b[0] for b in journal.bound] == [local, local]
+    assert not reusable(listener.sock)
+
+
+def test_the_rules_interface(journal: type[Journal], listener: Listener, peer: socket.socket) -> None:
+    listener.rule = replace(listener.rule, ifname="eth7")
+    make = partial(Journal, socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    open_client(make, client_of(listener, peer), []).close()
+    assert (socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth7") in journal.options
+
+
+def test_link_local_clients_have_their_scope(journal: type[Journal], listener: Listener) -> None:
+    make = partial(Journal, socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    client = Client(listener, addr.packed("fe80::9"), 9, addr.packed("fe80::1"), 7)
+    open_client(make, client, []).close()
+    assert journal.bound == [("fe80::1", listener.port, 0, 7)]
+    assert journal.peers == [("fe80::9", 9, 0, 7)]
+    assert str(client) == f"[fe80::9]:9 -> [fe80::1]:{listener.port}"
+
+
+def test_sockets_are_opened_on_the_side_that_is_asked_for(ctx: Context) -> None:
+    ns = PlainSockets()
+    ctx.ns = cast(Any, ns)
+    for namespace, taken in ((False, 0), (True, 1)):
+        opener(ctx, namespace)(socket.AF_INET, socket.SOCK_DGRAM).close()
+        assert ns.taken == taken
