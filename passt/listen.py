@@ -119,12 +119,14 @@ class Listeners:
         return failed
 
     def remove(self, rule: Rule, port: int) -> None:
-        """Stop listening on a port of `rule`. What came through it goes on."""
+        """Stop listening on a port of `rule`. Connections go on; UDP flows would keep the port, and end."""
         held = rule.proto, rule.outbound, port
         for listener in self._by_rule[rule].pop(port):
             self._by_index[listener.index] = None
             self._free.append(listener.index)
             self._ctx.reactor.retire(listener.fd, listener.sock)
+            if rule.proto != PROTO_TCP:
+                self._udp_in.end(listener)
             self._held[held] -= 1
         if not self._held[held]:
             del self._held[held]

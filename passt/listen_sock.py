@@ -265,6 +265,8 @@ def _open(config: Config, rule: Rule, port: int, address: bytes, *, dual: bool =
             sock.listen(BACKLOG)
         else:
             sock.setsockopt(*_PKTINFO[family])
+            if dual:  # for IPv4 that tells what to answer from, also if the datagram was a broadcast
+                sock.setsockopt(*_PKTINFO[socket.AF_INET])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)
             sock.bind(_sockaddr(config, rule, port, address))

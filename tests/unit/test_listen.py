@@ -42,6 +42,9 @@ class Taker:
     def sock_handler(self, listener: Listener, now: float) -> None:
         self.got.append((listener.port, now))
 
+    def end(self, listener: Listener) -> None:
+        self.got.append((listener.port, "end"))
+
 
 class Rig:
     """Listeners around services that note what they get."""
@@ -355,6 +358,16 @@ def test_add_and_remove(make: Make) -> None:
     assert rig.was_reset()  # it had not been accepted
     rig.listeners.add(wanted, first)
     assert sorted(ref & 0xFFFFFFFF for ref in reactor(rig.ctx).refs.values()) == [0, 1]  # places are used again
+
+
+def test_udp_flows_end_with_their_listener(make: Make, port: int) -> None:
+    """Or their sockets would keep the port from the next one."""
+    rig = make(rule(port), rule(port, proto=PROTO_UDP))
+    tcp, udp = rig.opened
+    rig.listeners.remove(tcp.rule, port)
+    assert rig.udp_in.got == []
+    rig.listeners.remove(udp.rule, port)
+    assert rig.udp_in.got == [(port, "end")]
 
 
 def test_add_that_fails_changes_nothing(make: Make, port: int) -> None:

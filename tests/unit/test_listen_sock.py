@@ -182,10 +182,12 @@ def test_connections_have_the_options_of_their_listener(opened: Opened, port: in
     [
         (addr.LOOPBACK4, (socket.IPPROTO_IP, IP_PKTINFO)),
         (addr.LOOPBACK6, (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO)),
+        (None, (socket.IPPROTO_IP, IP_PKTINFO)),
+        (None, (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO)),
     ],
 )
 def test_datagrams_tell_where_they_were_sent(
-    opened: Opened, port: int, address: bytes, option: tuple[int, int]
+    opened: Opened, port: int, address: bytes | None, option: tuple[int, int]
 ) -> None:
     (sock,) = opened(CONFIG, rule(port, proto=PROTO_UDP, addr=address))
     assert sock.getsockopt(*option)
