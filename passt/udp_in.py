@@ -16,7 +16,8 @@ batch is handled is older than anything at the new sockets, so the listener is r
 number of batches. Only then those datagrams have their turn that came to a new socket before it was connected, of its
 own client or of others, who may get sockets in turn. What comes later to a new socket is read in a later turn.
 
-A datagram to a group or a broadcast address always comes by the listener, and goes to the flow of its client.
+A datagram to a group or a broadcast address always comes by the listener, and goes to the flow of its client. So does
+all of it if the client cannot have a socket because we may not bind the port (`udp_sock.Shared`).
 
 Dropped and counted: sources that nobody can answer to (multicast, broadcast, unspecified, port 0); clients of a family
 that the guest has no address in; clients for whom there is no socket, for the reason that the kernel gives.

@@ -40,7 +40,7 @@ Failure = tuple[OSError, int, memoryview]  # why, how many datagrams, the first 
 class End(Protocol):
     """A connected socket, and what we know of its options."""
 
-    fd: int
+    fd: int  # -1: `sock` is a `Shared`
     sock: Any
     gro: bool  # it joins datagrams
     segment: int  # its UDP_SEGMENT, 0 is off
@@ -105,10 +105,12 @@ def transmit(end: End, size: int, total: int, views: list[memoryview]) -> None:
             set_segment(end, size)
     elif size > end.segment and end.segment:
         set_segment(end, 0)
-    if total:
+    if not total:
+        end.sock.send(b"")  # writev of nothing does nothing
+    elif end.fd >= 0:
         os.writev(end.fd, views)
     else:
-        end.sock.send(b"")  # writev of nothing does nothing
+        end.sock.write(views)
 
 
 def send_again(

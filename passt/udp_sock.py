@@ -15,6 +15,9 @@ A socket that is bound and not yet connected gets what anybody sends to its port
 nothing that was meant for us, and thrown away. Beside a listener it is the listener's traffic: first datagrams of
 other clients, which are handed back to whoever asked for the socket. Until that is done the receive buffer is small,
 so that a bounded number of receives takes all that can have come before connect().
+
+A port below 1024 was bound with rights that we may have given up since (EACCES). Its clients have no sockets of their
+own: what they send keeps coming by the listener, which is also what answers them (`Shared`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
+from struct import Struct
 from typing import Any, NamedTuple
 
 from . import addr
@@ -29,7 +33,8 @@ from .core import nspool
 from .core.context import Context
 from .core.fwd import Forwarding, SockAddr
 from .core.rules import Listener
-from .linux.sockopt import IP_FREEBIND, IPV6_FREEBIND, recverr
+from .linux.mmsg import INFO4, INFO6
+from .linux.sockopt import IP_FREEBIND, IP_PKTINFO, IPV6_FREEBIND, SOL_UDP, UDP_SEGMENT, recverr
 
 BUFFER_SIZE = 4 << 20  # asked for; net.core.[rw]mem_max decide
 BUFFER_FIRST = 64 << 10  # of a client's socket until it is connected; the kernel doubles it
@@ -39,6 +44,8 @@ SIZE_MAX = 65535  # of a datagram
 BUSY_PORT = frozenset((errno.EACCES, errno.EADDRINUSE))
 
 _FREEBIND = {4: (socket.IPPROTO_IP, IP_FREEBIND), 16: (socket.IPPROTO_IPV6, IPV6_FREEBIND)}
+
+_SEGMENT = Struct("=H")
 
 Letter = tuple["Client", bytes]  # a datagram that came to another socket
 
@@ -158,14 +165,21 @@ def _connect(sock: Any, target: SockAddr) -> None:
 def open_client(make: Callable[[], Any], client: Client, letters: list[Letter]) -> Any:
     """A socket of `make` that gets what `client` sends from now on, and answers from the address it sent to.
 
-    `letters` is extended by what it received before that, from whomever. Raises OSError.
+    `letters` is extended by what it received before that, from whomever. Where the port must not be bound, a `Shared`
+    that only answers. Raises OSError.
     """
     rule = client.listener.rule
     sock = make()
     try:
         _prepare(sock, len(client.peer) == 16, rule.ifname)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_FIRST)
-        _bind_beside(sock, client)
+        try:
+            _bind_beside(sock, client)
+        except PermissionError as e:
+            if e.errno != errno.EACCES:
+                raise
+            sock.close()
+            return Shared(client)
         sock.connect(client.sockaddr(client.peer, client.port))
         letters += _strangers(sock, client)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
@@ -191,6 +205,52 @@ def _bind_beside(sock: Any, client: Client) -> None:
             sock.bind(here)
     finally:
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+
+
+class Shared:
+    """What looks like a socket towards a client, and is the listener's: no descriptor, nothing to receive, no errors.
+
+    TTL and hop limit are the listener's.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._sock = client.listener.sock
+        self._segment = 0
+        to = addr.text(client.peer)
+        if len(client.peer) == 16:
+            self._to: SockAddr = client.sockaddr(client.peer, client.port)
+            self._from = socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, INFO6.pack(client.local, client.scope)
+        else:
+            v4 = self._sock.family == socket.AF_INET
+            self._to = (to, client.port) if v4 else (f"::ffff:{to}", client.port, 0, 0)
+            self._from = socket.IPPROTO_IP, IP_PKTINFO, INFO4.pack(0, client.local, addr.ANY4)
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        """The listener stays."""
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        """UDP_SEGMENT is a matter of each send; others are not for one client to set."""
+        if (level, option) == (SOL_UDP, UDP_SEGMENT):
+            self._segment = value
+
+    def getsockopt(self, level: int, option: int) -> int:
+        return 0
+
+    def recvmsg(self, size: int, control: int, flags: int) -> Any:
+        raise BlockingIOError
+
+    def send(self, data: bytes) -> None:
+        self.write([memoryview(data)])
+
+    def write(self, views: list[memoryview]) -> None:
+        """Send a run. Raises OSError."""
+        control = [self._from]
+        if self._segment:
+            control.append((SOL_UDP, UDP_SEGMENT, _SEGMENT.pack(self._segment)))
+        self._sock.sendmsg(views, control, 0, self._to)
 
 
 def _strangers(sock: Any, client: Client) -> list[Letter]:

@@ -101,15 +101,19 @@ class SpliceFlow(IdleFlow):
         self.ends[CLIENT].other, self.ends[SERVER].other = self.ends[SERVER], self.ends[CLIENT]
 
     def watch(self, reactor: Reactor, kind: int) -> None:
-        reactor.watch(self.ends[CLIENT].fd, kind, self.index << 1 | CLIENT, EPOLLIN | EPOLLERR)
+        watched: list[int] = []
         try:
-            reactor.watch(self.ends[SERVER].fd, kind, self.index << 1 | SERVER, EPOLLIN | EPOLLERR)
+            for end in self.ends:
+                if end.fd >= 0:
+                    reactor.watch(end.fd, kind, self.index << 1 | end.side, EPOLLIN | EPOLLERR)
+                    watched.append(end.fd)
         except OSError:
-            reactor.forget(self.ends[CLIENT].fd)
+            for fd in watched:
+                reactor.forget(fd)
             raise
 
     def sockets(self) -> tuple[tuple[int, Any], ...]:
-        return tuple((end.fd, end.sock) for end in self.ends)
+        return tuple((end.fd, end.sock) for end in self.ends if end.fd >= 0)
 
 
 class UdpSplice:
@@ -155,8 +159,7 @@ class UdpSplice:
             self._flows.add(flow, flow.ends[CLIENT].sock, now)
         except (TableFull, OSError) as e:
             for _, sock in flow.sockets():
-                if sock is not None:
-                    sock.close()
+                sock.close()
             self._drops[f"udp splice: no flow: {reason(e) if isinstance(e, OSError) else 'table full'}"] += count
             return None
         if log.debug_on:

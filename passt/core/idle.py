@@ -8,7 +8,7 @@
 
 A protocol writes `flow.last = now` on each packet, and that is all it pays. One timer serves all flows of a protocol;
 it is armed only while there are flows, never before one could be due, and re-armed by the sweep that it causes. A flow
-has one socket, unless its class says otherwise (`watch`, `sockets`).
+has one socket, unless its class says otherwise (`watch`, `sockets`) or the socket is somebody else's (no descriptor).
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class IdleFlow(Flow):
 
     def watch(self, reactor: Reactor, kind: int) -> None:
         """Have the events of its sockets handled. Raises OSError, with none of them watched."""
-        reactor.watch(self.fd, kind, self.index, EPOLLIN | EPOLLERR)
+        if self.fd >= 0:
+            reactor.watch(self.fd, kind, self.index, EPOLLIN | EPOLLERR)
 
     def sockets(self) -> tuple[tuple[int, Any], ...]:
         """(descriptor, owner) of what is to be closed with the flow."""
-        return ((self.fd, self.sock),)
+        return ((self.fd, self.sock),) if self.fd >= 0 else ()
 
 
 F = TypeVar("F", bound=IdleFlow)

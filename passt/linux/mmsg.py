@@ -45,8 +45,8 @@ _CONTROL_DATA = socket.CMSG_LEN(0)
 _NAME_SPACE = 32  # struct sockaddr_in6 has 28 bytes; control messages are aligned like pointers
 
 _CMSG = Struct("@Nii")  # struct cmsghdr: length with this header, level, type
-_INFO4 = Struct("=i4s4s")  # struct in_pktinfo: interface, our address to answer from, destination
-_INFO6 = Struct("=16sI")  # struct in6_pktinfo: destination, interface
+INFO4 = Struct("=i4s4s")  # struct in_pktinfo: interface, our address to answer from, destination
+INFO6 = Struct("=16sI")  # struct in6_pktinfo: destination, interface
 _FAMILY = Struct("=H")
 _NAME4 = Struct("!H4s")  # after the family: port, address
 _NAME6 = Struct("!H4x16s")  # port, flow information, address
@@ -166,10 +166,10 @@ class Envelope(NamedTuple):
         while at + _CMSG.size <= len(envelope):
             size, level, kind = _CMSG.unpack_from(envelope, at)
             if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
-                interface, local, _ = _INFO4.unpack_from(envelope, at + _CONTROL_DATA)
+                interface, local, _ = INFO4.unpack_from(envelope, at + _CONTROL_DATA)
                 break  # says more than the other one
             if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
-                to, interface = _INFO6.unpack_from(envelope, at + _CONTROL_DATA)
+                to, interface = INFO6.unpack_from(envelope, at + _CONTROL_DATA)
                 to = _unmapped(to)
                 local = bytes(length) if addr.is_multicast(to) else to
             elif not size:

@@ -26,7 +26,7 @@ from passt.udp_sock import Client
 from .offload import received
 from .oracle import recomputed
 from .support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, T0, reactor, timers
-from .udp_support import Between, Lab, host_of, labs, port_of
+from .udp_support import Between, Lab, host_of, labs, port_of, unprivileged
 
 Start = Callable[..., Lab]
 TO = 7777  # the guest's port
@@ -328,6 +328,75 @@ def test_strangers_bring_strangers_up_to_a_limit(start: Start, between: Any, mon
     lab.turn()
     assert len(payloads(lab)) == lab.ctx.flows.count == 1 + 5
     assert lab.ctx.drops == {"udp: too much for one event": 2 * 6 - 5}
+
+
+# Ports that must not be bound again ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bound", "source", "destination"),
+    [
+        ("0.0.0.0", "127.0.0.9", "127.0.0.5"),
+        ("::", "::1", "::1"),
+        ("::", "127.0.0.9", "127.0.0.5"),
+    ],
+)
+def test_clients_of_a_low_port_are_served_by_the_listener(
+    start: Start, bound: str, source: str, destination: str
+) -> None:
+    lab = start()
+    listener = lab.listen(bound, to=TO)
+    with unprivileged(listener):
+        client = lab.client(listener, destination, source)
+        for data in (b"", b"?", os.urandom(9000)):
+            client.send(data)
+            lab.turn()
+            (p,) = packets(lab)
+            assert bytes(p[UDP].payload) == data
+            for reply in (b"", b"!", os.urandom(9000)):
+                answer(lab, p, reply)
+                assert client.recv(65536) == reply  # it is connected: from the address and port that it sent to
+    assert lab.ctx.flows.count == 1
+    assert reactor(lab.ctx).refs == {} and not lab.ctx.drops
+
+
+def test_runs_from_a_low_port(start: Start) -> None:
+    lab = start()
+    listener = lab.listen()
+    with unprivileged(listener):
+        client = lab.client(listener)
+        client.send(b"?")
+        lab.turn()
+    (p,) = packets(lab)
+    for size in (1000, 500):
+        sent = [os.urandom(size) for _ in range(9)] + [os.urandom(7)]
+        frames: list[int] = []
+        for i, data in enumerate(sent):
+            lab.ctx.pool.buf[i * 2000 : i * 2000 + len(data)] = data
+            frames += (i * 2000, i * 2000 + len(data), 0)
+        assert lab.udp is not None
+        lab.udp.tap_handler(lab.flow.key, frames, T0, 9)
+        assert [client.recv(65536) for _ in sent] == sent
+    answer(lab, p, b"alone")
+    assert client.recv(9) == b"alone"
+    assert listener.sock.getsockopt(socket.IPPROTO_IP, socket.IP_TTL) != 9  # what the guest's TTL was is not for all
+
+
+def test_flows_of_a_low_port_end_like_others(start: Start) -> None:
+    lab = start()
+    listener = lab.listen()
+    with unprivileged(listener):
+        clients = [lab.client(listener) for _ in range(2)]
+        for client in clients:
+            client.send(b"?")
+        lab.turn()
+        assert lab.ctx.flows.count == 2
+        timers(lab.ctx).services.fire(0, T0 + 181)
+        assert lab.flows == []
+        clients[0].send(b"?")
+        lab.turn()
+        lab.stop(listener)
+        assert lab.flows == []
 
 
 # What is refused -----------------------------------------------------------------------------------------------------

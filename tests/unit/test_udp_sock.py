@@ -16,7 +16,8 @@ from passt.core.config import Ip4
 from passt.core.context import Context
 from passt.core.fwd import Forwarding
 from passt.core.rules import Listener, Rule
-from passt.udp_sock import BUFFER_FIRST, STRANGERS_MAX, Client, open_client, open_socket, opener
+from passt.linux.sockopt import SOL_UDP, UDP_SEGMENT, read_errors
+from passt.udp_sock import BUFFER_FIRST, STRANGERS_MAX, Client, Shared, open_client, open_socket, opener
 from passt.wire.checksum import PROTO_UDP
 
 from .support import CONFIG, GUEST4, IP4, make_context
@@ -387,3 +388,38 @@ def test_sockets_are_opened_on_the_side_that_is_asked_for(ctx: Context) -> None:
     for namespace, taken in ((False, 0), (True, 1)):
         opener(ctx, namespace)(socket.AF_INET, socket.SOCK_DGRAM).close()
         assert ns.taken == taken
+
+
+class Forbidden(socket.socket):
+    def bind(self, address: Any) -> None:
+        raise PermissionError(errno.EACCES, "")
+
+
+def test_a_port_that_must_not_be_bound_is_shared(listener: Listener, peer: socket.socket) -> None:
+    made: list[socket.socket] = []
+
+    def make() -> socket.socket:
+        made.append(Forbidden(socket.AF_INET, socket.SOCK_DGRAM))
+        return made[-1]
+
+    shared = open_client(make, client_of(listener, peer), [])
+    assert isinstance(shared, Shared)
+    assert (made[0].fileno(), shared.fileno(), reusable(listener.sock)) == (-1, -1, False)
+    assert read_errors(cast(Any, shared)) == []
+    shared.send(b"!")
+    assert peer.recvfrom(9) == (b"!", ("127.0.0.5", listener.port))
+    shared.setsockopt(SOL_UDP, UDP_SEGMENT, 2)
+    shared.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 2)
+    shared.write([memoryview(b"abc"), memoryview(b"de")])
+    assert [peer.recv(9) for _ in range(3)] == [b"ab", b"cd", b"e"]
+    shared.close()
+    assert listener.sock.fileno() >= 0
+
+
+def test_other_reasons_not_to_bind_are_failures(listener: Listener, peer: socket.socket) -> None:
+    class Never(socket.socket):
+        def bind(self, address: Any) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with pytest.raises(PermissionError):
+        open_client(partial(Never, socket.AF_INET, socket.SOCK_DGRAM), client_of(listener, peer), [])

@@ -19,7 +19,7 @@ from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
 from passt.udp_splice import CLIENT, KEPT_MAX, SERVER, SpliceFlow
 
 from .support import T0, reactor, timers
-from .udp_support import Between, Lab, host_of, labs, port_of
+from .udp_support import Between, Lab, host_of, labs, port_of, unprivileged
 
 Start = Callable[..., Lab]
 
@@ -217,6 +217,23 @@ def test_strangers_of_the_servers_socket_are_nobodys(start: Start, monkeypatch: 
     where = talk.begin()
     talk.server.sendto(b"!", where)
     assert lab.recv(talk.client) == b"!"
+
+
+def test_clients_of_a_low_port_are_served_by_the_listener(talk: Talk) -> None:
+    lab = talk.lab
+    with unprivileged(talk.listener):
+        where = talk.begin()
+        for _ in range(2):
+            there, back = ([os.urandom(n) for n in (1400, 1400, 1400, 0, 9, 9000)] for _ in range(2))
+            for a, b in zip(there, back, strict=True):
+                talk.client.send(a)
+                talk.server.sendto(b, where)
+            assert [lab.recv(talk.server) for _ in there] == there
+            assert [lab.recv(talk.client) for _ in back] == back
+    assert [end.fd >= 0 for end in talk.flow.ends] == [False, True]
+    assert list(reactor(lab.ctx).refs) == [talk.flow.ends[SERVER].fd]
+    lab.stop(talk.listener)
+    assert lab.flows == [] and reactor(lab.ctx).refs == {}
 
 
 # Addresses and ports -------------------------------------------------------------------------------------------------
@@ -458,6 +475,21 @@ def test_the_other_target_cannot_be_had_after_a_refusal(start: Start) -> None:
     talk.client.send(b"found")
     lab.turn()
     assert server.recv(9) == b"found"
+
+
+def test_the_datagram_that_was_kept_cannot_be_sent(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = start()
+    talk = Talk(lab)
+    talk.server.close()
+    talk.client.send(b"lost")
+    lab.turn()
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOBUFS, "")
+
+    monkeypatch.setattr(os, "writev", full)
+    lab.until(lambda: lab.ctx.drops["udp splice: ECONNREFUSED"] > 0)
+    assert lab.ctx.drops == {"udp splice: ECONNREFUSED": 1, "udp splice: send: ENOBUFS": 1}
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

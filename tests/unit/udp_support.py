@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 from passt import addr
 from passt.core import nspool
@@ -184,3 +187,26 @@ class Between(socket.socket):
     def connect(self, address: Any) -> None:
         type(self).happens(self.getsockname())
         super().connect(address)
+
+
+class Unprivileged(socket.socket):
+    """A socket of somebody who may not bind ports of listeners."""
+
+    ports: frozenset[int] = frozenset()
+
+    def bind(self, address: Any) -> None:
+        if address[1] in Unprivileged.ports:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        super().bind(address)
+
+
+@contextmanager
+def unprivileged(*listeners: Listener) -> Iterator[None]:
+    """While this holds, nobody may bind the ports of these."""
+    with (
+        mock.patch.object(Unprivileged, "ports", frozenset(listener.port for listener in listeners)),
+        mock.patch.object(
+            nspool, "open_socket", lambda family, kind: Unprivileged(family, kind | socket.SOCK_NONBLOCK)
+        ),
+    ):
+        yield
