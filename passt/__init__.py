@@ -12,6 +12,8 @@ Where a packet goes
                         ARP -> arp    NS, RS -> ndp    UDP 67 -> dhcp    UDP 547 -> dhcpv6         answers -> link
                         echo -> icmp    UDP -> udp    TCP -> tcp      flow, or a new one: fwd -> host socket
     host -> guest   socket -> tcp / udp / icmp -> pre-cooked header and a view of the payload -> link -> tap fd
+                    listening socket -> listen -> tcp / udp_in, and on as above
+    loopbacks       listening socket -> listen -> tcp_splice / udp_in, udp_splice -> socket of the other side
     time            timerfds -> tcp / udp / icmp / ndp, each handed `now`
 
 Layers: a module imports from lower ones only (tests/test_layers.py holds that)
@@ -21,7 +23,7 @@ Layers: a module imports from lower ones only (tests/test_layers.py holds that)
     6  conf*, daemon, wiring              argv -> frozen Config; the composition root
     5  pasta*, isolation, terminal,       namespaces, the command in them, who we are; --trace
        trace
-    4  tap                                the way in
+    4  tap, listen*, scan                 the ways in: frames; connections and datagrams of others
     3  arp ndp dhcp dhcpv6                configuration services
        icmp udp* tcp*                     the data plane
     2  core                               loop, timers, packet pool, the way out, flows, forwarding rules

@@ -3,12 +3,13 @@
     open      namespaces, PID, log and pcap files by path; then inherited descriptors are closed
     spawn     (no namespace given) one with a process in it that waits for us
     read      the host's links, addresses, routes, resolvers; decide what the guest gets
-    create    the tap, inside; become nobody if we were root
-    wire      the services, around one Context
+    listen    on the host, as who we were started by: it may be root, who has ports below 1024
+    create    the tap, inside; listen there, too; become nobody if we were root
+    wire      the services, around one Context; listen on automatic ports that are wanted already
     detach    PID file; to the background unless in the foreground: the parent exits when nothing is left to do
     run       let the command start, and turn the loop
 
-Before `detach` every error ends the program with one line and status 1, and what was made goes with it. Imports that
+Before `detach` every error ends the program with a message and status 1, and what was made goes with it. Imports that
 take time come after `spawn`, while the other process prepares its namespace.
 
     end of the loop           when                                            exit status
@@ -32,11 +33,12 @@ from functools import partial
 from io import FileIO
 from typing import TYPE_CHECKING
 
-from . import isolation, log
+from . import addr, isolation, log
 from .conf import Options
 from .core.pcap import Pcap
 from .core.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS, ref_fd
 from .isolation import Identity
+from .linux import netns
 from .log import Fatal
 from .terminal import Terminal
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from .core.context import Context
     from .core.link import Capture, TapLink
     from .linux.routes import NsPlan
+    from .linux.tun import Tap as TapDevice
     from .pasta import Target, Watch
     from .tap import Tap
 
@@ -69,13 +72,16 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> i
     identity = isolation.choose_identity(options.runas)
     target, watch, files = open_all(options, env, identity, inherited)
     try:
-        ctx, link, tap, plan = build(options, target, identity)
+        ctx, way, plan = build(options, target, identity)
         end = End(ctx, target)
-        tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, target, plan, end)
-        _capture(ctx, link, tap, options, files.pcap)
+        if way is not None:
+            link, tap = way
+            tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, target, plan, end)
+            _capture(ctx, link, tap, options, files.pcap)
         gc.collect()
         gc.freeze()
         if target.init is None and not options.foreground:
+            netns.settle()
             go_background(files.pid)
         else:
             _write_pid(files.pid)
@@ -130,26 +136,43 @@ def _create(what: str, path: str | None) -> FileIO | None:
 # Read, decide, create, wire ----------------------------------------------------------------------------------------
 
 
-def build(options: Options, target: Target, identity: Identity) -> tuple[Context, TapLink, Tap, NsPlan]:
-    """From the host's configuration to wired services. We are `identity` afterwards."""
-    from . import conf_net, pasta, wiring  # all of it now: who we become may not be able to read Python's files
+def build(options: Options, target: Target, identity: Identity) -> tuple[Context, tuple[TapLink, Tap] | None, NsPlan]:
+    """From the host's configuration to wired services; no link and tap with --splice-only. We are `identity` then."""
+    from . import conf_net, listen_sock, pasta, wiring  # who we become may not be able to read Python's files
     from .linux import netlink
 
     if log.trace_on:
         from . import trace  # noqa: F401
     decision = conf_net.decide(options, netlink.read_host(), _resolvers(), have_v6=os.path.exists(IF_INET6))
+    config = decision.config
+    _raise_descriptor_limit()
+    listen_sock.check_limit(config)
+    host = listen_sock.open_side(config, outbound=False)
     root = isolation.is_machine_root()
     if not root:
         isolation.become(identity)
         pasta.join_userns(target)
-    device, mac, problems = pasta.create_tap(target, decision.plan)
+    device, mac, problems = _create_tap(target, decision)
+    ns = listen_sock.NOTHING
+    if any(rule.outbound or rule.auto for rule in config.forwards):
+        ns = pasta.inside(target, partial(listen_sock.open_side, config, outbound=True))
     if root:
-        isolation.become(identity)
+        isolation.become(identity, keep_capabilities=target.init is None and identity.uid != 0)
         if target.init is not None and identity.uid != 0:
             pasta.join_userns(target)  # which brings back the rights over our own child's namespace
-    _raise_descriptor_limit()
     _report(identity, decision, problems, quiet=target.init is not None and not log.debug_on)
-    return *wiring.wire(decision, device, mac), replace(decision.plan, mac=mac)
+    return *wiring.wire(decision, device, mac, target.netns, host, ns), replace(decision.plan, mac=mac)
+
+
+def _create_tap(target: Target, decision: Decision) -> tuple[TapDevice | None, bytes, list[str]]:
+    """The tap, set up, its MAC address, and what could not be set up; with --splice-only the loopback interface."""
+    from . import pasta
+    from .linux import netlink
+
+    if decision.config.splice_only:
+        pasta.inside(target, netlink.loopback_up)
+        return None, addr.BROADCAST_MAC, []
+    return pasta.create_tap(target, decision.plan)
 
 
 def _resolvers() -> Resolvers:

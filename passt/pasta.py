@@ -9,8 +9,9 @@ rights in it, and what to wait for. Spawning is making a child and then attachin
     root             being root                                           becomes nobody (--runas), joins that of its
                                                                           own child, if there is one
 
-The tap is created by a thread inside (`linux/netns.py`). If somebody deletes it later, it can be created anew as long
-as there are rights; root that became nobody has none in other people's namespaces.
+What must be done inside (creating the tap, opening sockets) is done by a thread that enters (`linux/netns.py`), then
+and later: if somebody deletes the tap it is created anew. So root that becomes nobody keeps the rights for that, unless
+the user namespace of its own child gives them (`isolation.py`).
 
 Gone: a namespace bound to a file is watched by inotify (deletion in its directory), one under /proc by a pidfd of its
 process and by looking once per second, since procfs reports nothing.
@@ -22,7 +23,9 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from . import isolation, log, pasta_init
 from .isolation import Identity
@@ -39,6 +42,8 @@ from .linux.syscall import (
 )
 from .log import Fatal
 from .pasta_init import Command
+
+T = TypeVar("T")
 
 
 class Init:
@@ -179,13 +184,23 @@ def _helper(
         os._exit(0)
 
 
-# The tap -----------------------------------------------------------------------------------------------------------
+# Inside ------------------------------------------------------------------------------------------------------------
+
+
+def inside(target: Target, function: Callable[[], T]) -> T:
+    """function() in the network namespace of `target`, by a thread. Raises Fatal."""
+    try:
+        return netns.run_in(target.netns, function)
+    except netns.NoEntry as e:
+        raise Fatal(f"Couldn't enter the network namespace: {e.strerror} (give its --userns, or be root)") from None
+    except OSError as e:
+        raise Fatal(e.strerror) from None
 
 
 def create_tap(target: Target, plan: NsPlan) -> tuple[tun.Tap, bytes, list[str]]:
     """Create and set up the tap inside; returns it, its MAC address, and what could not be set up. Raises Fatal."""
 
-    def inside() -> tuple[tun.Tap, bytes, list[str]]:
+    def create() -> tuple[tun.Tap, bytes, list[str]]:
         tap = tun.open_tap(plan.ifname)
         try:
             return tap, *netlink.configure(plan)
@@ -193,12 +208,7 @@ def create_tap(target: Target, plan: NsPlan) -> tuple[tun.Tap, bytes, list[str]]
             os.close(tap.fd)
             raise
 
-    try:
-        return netns.run_in(target.netns, inside)
-    except netns.NoEntry as e:
-        raise Fatal(f"Couldn't enter the network namespace: {e.strerror} (give its --userns, or be root)") from None
-    except OSError as e:
-        raise Fatal(e.strerror) from None
+    return inside(target, create)
 
 
 # Watching ----------------------------------------------------------------------------------------------------------

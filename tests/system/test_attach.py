@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -16,7 +17,9 @@ from .support import (
     DEADLINE,
     Runner,
     User,
+    addresses,
     alive,
+    by_name,
     enter,
     handles,
     new_host,
@@ -192,10 +195,23 @@ def test_deleted_interface_comes_back_with_its_address(pasta: Runner) -> None:
     assert (done.returncode, done.stdout) == (0, "1\n")
 
 
+def test_deleted_interface_comes_back_though_root_became_nobody(root_pasta: Runner) -> None:
+    with new_host() as target:
+        daemon = root_pasta.daemon("--config-net", "--netns", target.name, "-I", "tap9")
+        before = by_name(target.show("address"), "tap9")
+        target.ip("link", "del", "tap9")
+        wait_for(lambda: len(target.show("link")) == 2, "the interface comes back")
+        wait_for(lambda: "UP" in by_name(target.show("address"), "tap9")["flags"], "the interface is up")
+        assert addresses(by_name(target.show("address"), "tap9")) == addresses(before)
+        assert os.stat(f"/proc/{daemon}").st_uid == 65534
+
+
 def test_deleted_interface_that_cannot_come_back(root_pasta: Runner) -> None:
     with new_host() as target:
-        process = root_pasta.start("-f", "-q", "--netns", target.name, "-I", "tap9", stderr=subprocess.PIPE)
+        options = "-f", "-q", "--runas", "0", "--netns", target.name, "-I", "tap9"
+        process = root_pasta.start(*options, stderr=subprocess.PIPE)
         wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, 3))  # so that nothing can be opened
         target.ip("link", "del", "tap9")
         _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1

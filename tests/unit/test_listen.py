@@ -246,7 +246,7 @@ class Descriptors:
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
     monkeypatch.setattr(log, "_last", {})
-    monkeypatch.setattr(log, "warn", said.append)
+    monkeypatch.setattr(log, "_write", lambda level, text: said.append(text))
     return said
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import pytest
@@ -15,19 +16,26 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 
 from passt import addr, log, wiring
+from passt.core import nspool
 from passt.core.context import Context
-from passt.core.link import NO_OFFLOAD, VNET, TapLink
+from passt.core.link import NO_OFFLOAD, VNET, NoLink, TapLink
 from passt.core.reactor import (
+    TYPE_LISTEN,
     TYPE_PING,
     TYPE_TAP,
     TYPE_TCP,
+    TYPE_TCP_SPLICE,
     TYPE_TCP_TIMER,
     TYPE_TIMER,
     TYPE_UDP,
+    TYPE_UDP_SPLICE,
     make_ref,
 )
+from passt.core.rules import Rule
 from passt.linux.tun import Tap as Device
+from passt.listen_sock import NOTHING, open_side
 from passt.tap import Tap
+from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST_MAC, OUR_MAC
 
 
@@ -48,7 +56,9 @@ class Wired:
         self.ctx: Context
         self.link: TapLink
         self.tap: Tap
-        self.ctx, self.link, self.tap = wiring.wire(cast(Any, Decision), device, GUEST_MAC)
+        self.ctx, way = wiring.wire(cast(Any, Decision), device, GUEST_MAC, -1, NOTHING, NOTHING)
+        assert way is not None
+        self.link, self.tap = way
 
     def sends(self, packet: Packet, turns: int = 1) -> None:
         ether = Ether(src=addr.mac_text(GUEST_MAC), dst=addr.mac_text(OUR_MAC))
@@ -68,23 +78,29 @@ class Wired:
         self.guest.close()
 
 
-@pytest.fixture
-def wired() -> Iterator[Wired]:
+@pytest.fixture(autouse=True)
+def descriptors() -> Iterator[None]:
+    """Close what no object closes."""
     before = set(os.listdir("/proc/self/fd"))
-    w = Wired()
-    yield w
-    w.close()
-    for fd in set(os.listdir("/proc/self/fd")) - before:  # timers, which live as long as the process does
+    yield
+    for fd in set(os.listdir("/proc/self/fd")) - before:  # timers and the like, which live as long as the process does
         try:
-            if "timerfd" in os.readlink(f"/proc/self/fd/{fd}"):
+            if re.search("timerfd|eventfd", os.readlink(f"/proc/self/fd/{fd}")):
                 os.close(int(fd))
         except FileNotFoundError:
             pass  # the directory's own descriptor
 
 
+@pytest.fixture
+def wired() -> Iterator[Wired]:
+    w = Wired()
+    yield w
+    w.close()
+
+
 def test_context_is_complete(wired: Wired) -> None:
     for field in fields(Context):
-        assert getattr(wired.ctx, field.name) is not None or field.name == "ns"
+        assert getattr(wired.ctx, field.name) is not None
     assert wired.ctx.guest.mac == GUEST_MAC
     assert (wired.ctx.guest.addr4, wired.ctx.guest.addr6) == (GUEST4, GUEST6)
     assert (wired.link.tso, wired.link.uso) == (True, False)
@@ -123,6 +139,65 @@ def test_ping_is_handed_on(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen[0][:1] == b"\x08"
 
 
+# Without a tap -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("proto", "kind"), [(PROTO_TCP, socket.SOCK_STREAM), (PROTO_UDP, socket.SOCK_DGRAM)])
+def test_loopback_to_loopback_without_a_tap(monkeypatch: pytest.MonkeyPatch, proto: int, kind: int) -> None:
+    """An outbound rule; both of its sides are in our own namespace here."""
+    monkeypatch.setattr(nspool, "setns", lambda fd, kind: None)
+
+    class SpliceOnly:
+        config = CONFIG
+
+    with socket.socket(type=kind) as server, socket.socket(type=kind) as client, socket.socket(type=kind) as free:
+        for s in (server, free):
+            s.bind(("127.0.0.1", 0))
+        at, to = free.getsockname()[1], server.getsockname()[1]
+        free.close()
+        rule = Rule("-T x", proto, True, at, at, to)
+        SpliceOnly.config = replace(CONFIG, ip6=None, splice_only=True, forwards=(rule,))
+        ns = open_side(SpliceOnly.config, outbound=True)
+        ctx, way = wiring.wire(cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, -1, NOTHING, ns)
+        assert way is None and isinstance(ctx.link, NoLink)
+        if proto == PROTO_TCP:
+            server.listen()
+        for s in (server, client):
+            s.settimeout(5)
+        client.connect(("127.0.0.1", at))
+        client.send(b"through")
+        ctx.reactor.turn(5)
+        if proto == PROTO_TCP:
+            accepted, _ = server.accept()
+            with accepted:
+                while not (data := received(accepted)):
+                    ctx.reactor.turn(5)
+        else:
+            data = server.recv(100)
+        assert data == b"through"
+        for flow in filter(None, ctx.flows.by_index):
+            assert ctx.reactor.on_fault is not None
+            monkeypatch.setattr(log, "_write", lambda level, text: None)
+            ctx.reactor.on_fault(make_ref(SPLICE[proto], flow.fd, flow.index << 1), OSError(), 0)
+        assert ctx.flows.count == 0
+        assert ctx.ns is not None
+        ctx.ns.close()
+        ctx.reactor.turn(0)
+        ctx.reactor.close()
+        ns.listeners[0].sock.close()
+
+
+SPLICE = {PROTO_TCP: TYPE_TCP_SPLICE, PROTO_UDP: TYPE_UDP_SPLICE}
+
+
+def received(s: socket.socket) -> bytes:
+    """What is there, nothing if there is nothing yet."""
+    try:
+        return s.recv(100, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return b""
+
+
 # Faults --------------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +223,7 @@ def test_a_fault_goes_to_the_owner_of_the_event(
 def test_a_fault_costs_one_connection(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "_last", {})
     lines: list[str] = []
-    monkeypatch.setattr(log, "warn", lines.append)
+    monkeypatch.setattr(log, "_write", lambda level, text: lines.append(text))
     to_host = IP(src=addr.text(GUEST4), dst=addr.text(GATEWAY4))
     with socket.create_server(("127.0.0.1", 0)) as server:
         for sport in (40000, 40001):
@@ -169,6 +244,36 @@ def test_a_fault_costs_one_connection(wired: Wired, monkeypatch: pytest.MonkeyPa
         assert "R" in reset.flags and reset.dport == 40000
     assert wired.ctx.flows.by_index[0] is None and wired.ctx.flows.by_index[1] is not None
     assert lines == ["Handling an event of type tcp failed: ZeroDivisionError('a defect of ours')"]
+
+
+def test_a_fault_of_a_listener_is_handed_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays, and is not looked at for a moment."""
+    monkeypatch.setattr(log, "_last", {})
+    monkeypatch.setattr(log, "_write", lambda level, text: None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    class Config:
+        config = replace(CONFIG, forwards=(Rule("-t x", PROTO_TCP, False, port, port, port),))
+
+    host = open_side(Config.config, outbound=False)
+    ctx, _ = wiring.wire(cast(Any, Config), None, addr.BROADCAST_MAC, -1, host, NOTHING)
+    events: list[float] = []
+
+    def fail(ref: int, mask: int, now: float) -> None:
+        events.append(now)
+        raise ZeroDivisionError("a defect of ours")
+
+    ctx.reactor.handle(TYPE_LISTEN, fail)
+    with socket.create_connection(("127.0.0.1", port)):
+        for _ in range(5):
+            ctx.reactor.turn(0)
+        assert len(events) == 1
+        while len(events) < 2:
+            ctx.reactor.turn(5)
+    ctx.reactor.close()
+    host.listeners[0].sock.close()
 
 
 def test_the_tap_is_watched(wired: Wired) -> None:
