@@ -57,25 +57,25 @@ class Scanner:
         if not self._inbound and not self._outbound:
             return
         self._timer = self._ctx.timers.services.new(self._look)
-        self._follow(self._inbound, self._ns)
-        self._follow(self._outbound, self._host)
+        self._follow_all((self._inbound, self._ns), (self._outbound, self._host))
         self._ctx.timers.services.arm(self._timer, now + INTERVAL)
 
     def _look(self, now: float) -> None:
         begin = time.perf_counter()
         try:
-            self._follow(self._outbound, self._host)
-            self._follow(self._inbound, self._ns)
+            self._follow_all((self._outbound, self._host), (self._inbound, self._ns))
         finally:  # a fault costs one look
             cost = time.perf_counter() - begin
             self._ctx.timers.services.arm(self._timer, now + max(INTERVAL, SHARE * cost))
 
-    def _follow(self, rules: list[Rule], tables: PortTables | None) -> None:
+    def _follow_all(self, *directions: tuple[list[Rule], PortTables | None]) -> None:
+        """Read all tables, then act: what we cease to listen on stays bound for this turn, and is not ours any more."""
+        found = [(rules, self._bound(rules, tables)) for rules, tables in directions if rules]
+        for rules, bound in found:
+            self._follow(rules, bound)
+
+    def _follow(self, rules: list[Rule], bound: dict[int, set[int]]) -> None:
         """Listen where `rules`, of one direction, lead to a port that is bound, and nowhere else."""
-        if not rules:
-            return
-        assert tables is not None, "opened where automatic rules are"
-        bound = self._bound(rules, tables)
         listeners = self._listeners
         new: list[Wanted] = []
         for rule in rules:
@@ -87,8 +87,9 @@ class Scanner:
             new += [(rule, p) for p in sorted(wanted - have) if not listeners.has(rule.proto, rule.outbound, p)]
         self._add(rules[0].outbound, new)
 
-    def _bound(self, rules: Sequence[Rule], tables: PortTables) -> dict[int, set[int]]:
+    def _bound(self, rules: Sequence[Rule], tables: PortTables | None) -> dict[int, set[int]]:
         """Ports by protocol that others than ourselves have bound at the side where `rules` lead."""
+        assert tables is not None, "opened where automatic rules are"
         echo = not rules[0].outbound
         ours = self._listeners.has
         protos = {rule.proto for rule in rules}

@@ -31,6 +31,7 @@ class World:
             (side, proto): set() for side in ("host", "ns") for proto in (PROTO_TCP, PROTO_UDP)
         }
         self.ours: dict[Rule, set[int]] = {}
+        self.closing: dict[Rule, set[int]] = {}  # removed, and bound until the turn ends
         self.refused: set[int] = set()
         self.log: list[str] = []
         self.ctx = make_context(forwards=rules)
@@ -43,6 +44,7 @@ class World:
 
     def look(self, now: float = T0) -> None:
         timers(self.ctx).services.fire(0, now)
+        self.closing.clear()
 
     # What listeners do
 
@@ -66,6 +68,7 @@ class World:
 
     def remove(self, rule: Rule, port: int) -> None:
         self.ours[rule].remove(port)
+        self.closing.setdefault(rule, set()).add(port)
         self.log.append(f"-{rule.option} {port}")
 
 
