@@ -14,7 +14,11 @@ right. The association in the answer has the IAID of the client's first one; a c
 one all the same, since it was told by our router advertisement that addresses are managed here, except in answer to an
 INFORMATION-REQUEST.
 
-The server's identifier is a DUID-LLT of our MAC and the time at which we started. Search lists are not compressed.
+The server's identifier is a DUID-LLT of our MAC and the time at which we started. Search lists are not compressed. A
+client that tells its name, or asks for it, is told ours for it (--fqdn), and that we update no DNS (RFC 4704, 6).
+
+An answer is no longer than the link takes in one packet: search domains at the end that do not fit, and refused
+associations beyond `REFUSED_MAX`, are left out.
 
 Left out: leases and their timers (nothing ends), prefixes, temporary addresses, Rapid Commit, relays, Reconfigure.
 """
@@ -22,12 +26,13 @@ Left out: leases and their timers (nothing ends), prefixes, temporary addresses,
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from . import addr, log
-from .core.config import Config, Ip6
+from .core.config import MTU_MAX, Config, Ip6
 from .core.context import Context
-from .wire import dhcpv6, domain, ether
-from .wire.dhcpv6 import Ia, IaAddress, Message
+from .wire import dhcpv6, domain, ether, ip, udp
+from .wire.dhcpv6 import Fqdn, Ia, IaAddress, Message
 
 NONE, OURS, EITHER = range(3)  # what the server identifier of a message must be
 
@@ -42,6 +47,8 @@ RULES = {
 }
 CHECKED = frozenset((dhcpv6.REQUEST, dhcpv6.RENEW, dhcpv6.CONFIRM))  # the addresses in these must be right
 DEFAULT_IAID = 1
+REFUSED_MAX = 16  # associations with status in an answer: they fit into 1280 bytes, whatever the client asks for
+IP_UDP = ip.HEADER6.size + udp.HEADER.size
 
 
 def associations(message: Message) -> tuple[Ia, ...]:
@@ -82,19 +89,28 @@ def granted(message: Message, assigned: bytes) -> dhcpv6.Option:
     return Ia(next(asked, DEFAULT_IAID), (IaAddress(assigned).emit(),)).emit()
 
 
-def dns(ip6: Ip6, config: Config) -> tuple[dhcpv6.Option, ...]:
-    """Resolvers and search list, as far as they are to be told."""
+def names(message: Message, ip6: Ip6, config: Config) -> dhcpv6.Options:
+    """Resolvers and the client's name, as far as they are to be told. Raises Malformed."""
     options = []
     if config.advertise_dns and ip6.dns:
         options.append((dhcpv6.OPT_DNS, b"".join(ip6.dns)))
-    if config.advertise_search and config.dns_search:
-        options.append((dhcpv6.OPT_SEARCH, domain.encode_list(config.dns_search)))
+    told = dhcpv6.find(message.options, dhcpv6.OPT_FQDN)
+    if config.fqdn and (told is not None or dhcpv6.requests(message.options, dhcpv6.OPT_FQDN)):
+        asked = 0 if told is None else Fqdn.parse(told).flags
+        flags = Fqdn.NO_UPDATES | (Fqdn.OVERRIDDEN if asked & Fqdn.SERVER_UPDATES else 0)
+        options.append(Fqdn(flags, domain.encode(config.fqdn)).emit())
     return tuple(options)
+
+
+def search(domains: tuple[str, ...], room: int) -> dhcpv6.Options:
+    """The search list, as far as it and its header fit into `room` bytes."""
+    told = domain.leading(domains, room - dhcpv6.OPTION.size)
+    return ((dhcpv6.OPT_SEARCH, domain.encode_list(told)),) if told else ()
 
 
 def reply(message: Message, server_id: bytes, ip6: Ip6, assigned: bytes, config: Config) -> Message:
     """The answer to a message that is not to be ignored. Raises Malformed."""
-    wrong = off_link(message, assigned)
+    wrong = off_link(message, assigned)[:REFUSED_MAX]
     if wrong:
         given: tuple[dhcpv6.Option, ...] = tuple(map(refused, wrong))
     elif message.kind == dhcpv6.INFORMATION_REQUEST:
@@ -103,9 +119,13 @@ def reply(message: Message, server_id: bytes, ip6: Ip6, assigned: bytes, config:
         given = (granted(message, assigned),)
     client_id = dhcpv6.find(message.options, dhcpv6.OPT_CLIENT_ID) or b""
     identities = (dhcpv6.OPT_SERVER_ID, server_id), (dhcpv6.OPT_CLIENT_ID, client_id)
-    rest = () if wrong else dns(ip6, config)
+    rest = () if wrong else names(message, ip6, config)
     kind = RULES[message.kind][1]
-    return Message(kind, message.transaction, (identities[0], *given, identities[1], *rest))
+    answer = Message(kind, message.transaction, (identities[0], *given, identities[1], *rest))
+    if wrong or not config.advertise_search:
+        return answer
+    room = (config.mtu or MTU_MAX) - IP_UDP - len(answer.emit())
+    return replace(answer, options=(*answer.options, *search(config.dns_search, room)))
 
 
 class Dhcpv6:
@@ -129,10 +149,11 @@ class Dhcpv6:
         if ignore(message, dst, self.server_id, config) or ip6 is None or ip6.addr is None:
             return None
         answer = reply(message, self.server_id, ip6, ip6.addr, config)
-        for ia in off_link(message, ip6.addr):
+        for ia in off_link(message, ip6.addr)[:1]:
             wrong = next(a for a in ia.addresses if a != ip6.addr)
-            log.info(f"DHCPv6: requested address {addr.text(wrong)} not on link")
-        log.info(f"DHCPv6: received {dhcpv6.NAMES[message.kind]}, sending {dhcpv6.NAMES[answer.kind]}")
+            log.info_ratelimited("DHCPv6 link", f"DHCPv6: requested address {addr.text(wrong)} not on link", now)
+        what = f"DHCPv6: received {dhcpv6.NAMES[message.kind]}, sending {dhcpv6.NAMES[answer.kind]}"
+        log.info_ratelimited(what, what, now)
         frame = ether.udp_frame(
             src_mac,
             config.our_mac,

@@ -14,7 +14,8 @@
                                     drawn each time   6.2.4), and armed again
 
 A router advertisement carries the /64 of the guest's address for autoconfiguration, our MAC, the MTU, resolvers and
-search list; all lifetimes are as long as the format allows. Its M flag is set where our DHCPv6 has an address to give.
+search list, as many domains of it as the link takes in one packet; all lifetimes are as long as the format allows. Its
+M flag is set where our DHCPv6 has an address to give.
 
 Left out: routers' other duties. No redirects, no duplicate detection for our own link-local address (nobody else is
 on the link), no reachability state: the guest's MAC is that of its last frame.
@@ -23,11 +24,12 @@ on the link), no reachability state: the guest's MAC is that of its last frame.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from . import addr, log
-from .core.config import Config, Ip6
+from .core.config import MTU_MAX, Config, Ip6
 from .core.context import Context
-from .wire import ether, ndp
+from .wire import ether, ip, ndp
 from .wire.cursor import Malformed
 from .wire.ndp import NeighbourAdvertisement, NeighbourSolicitation, RouterAdvertisement, RouterSolicitation
 
@@ -71,11 +73,12 @@ def router_advertisement(ip6: Ip6, config: Config) -> RouterAdvertisement:
         options.append(ndp.Mtu(config.mtu))
     if config.advertise_dns and ip6.dns:
         options.append(ndp.Rdnss(ip6.dns))
-    if config.advertise_search and config.dns_search:
-        options.append(ndp.Dnssl(config.dns_search))
     managed = ip6.addr is not None and not config.no_dhcpv6
     flags = RouterAdvertisement.MANAGED if managed else 0
-    return RouterAdvertisement(HOP_LIMIT, flags, ROUTER_LIFETIME, tuple(options))
+    advertisement = RouterAdvertisement(HOP_LIMIT, flags, ROUTER_LIFETIME, tuple(options))
+    room = (config.mtu or MTU_MAX) - ip.HEADER6.size - len(advertisement.emit())
+    names = ndp.Dnssl.leading(config.dns_search, room) if config.advertise_search else ()
+    return replace(advertisement, options=(*options, ndp.Dnssl(names))) if names else advertisement
 
 
 class Ndp:

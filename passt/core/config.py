@@ -63,6 +63,8 @@ class Config:
     mtu: int = MTU_DEFAULT  # 0: none is assigned or advertised
     scope_id: int = 0  # index of the host interface that link-local destinations are reached through
     dns_search: tuple[str, ...] = ()
+    hostname: str = ""  # what the guest is to be called; empty: nothing is said about it
+    fqdn: str = ""
     advertise_dns: bool = False
     advertise_search: bool = False
     no_tcp: bool = False

@@ -28,6 +28,7 @@ OPT_PAD = 0
 OPT_MASK = 1
 OPT_ROUTER = 3
 OPT_DNS = 6
+OPT_HOSTNAME = 12
 OPT_MTU = 26
 OPT_LEASE = 51
 OPT_OVERLOAD = 52
@@ -36,6 +37,7 @@ OPT_SERVER_ID = 54
 OPT_PARAMETERS = 55
 OPT_MAX_SIZE = 57
 OPT_RAPID_COMMIT = 80  # RFC 4039
+OPT_FQDN = 81  # RFC 4702
 OPT_SEARCH = 119  # RFC 3397
 OPT_ROUTES = 121  # RFC 3442
 OPT_END = 255
@@ -44,6 +46,7 @@ OVERLOAD_FILE = 1  # bits of OPT_OVERLOAD: which fields hold options, not names
 OVERLOAD_SNAME = 2
 
 OPTIONS_MIN = 60  # cookie and options are never shorter than BOOTP's 64 bytes of vendor information (RFC 951, 3)
+BOOTP_SIZE = 300  # of any BOOTP message (RFC 951, 3)
 SIZE_MIN = 576  # every client takes an IP datagram of this size (RFC 2131, 2)
 
 
@@ -67,6 +70,31 @@ def _emit_options(options: Mapping[int, bytes]) -> bytes:
             out += bytes((code, len(piece))) + piece
     out.append(OPT_END)
     return bytes(out.ljust(OPTIONS_MIN, b"\0"))
+
+
+@dataclass(frozen=True, slots=True)
+class Fqdn:
+    """Client FQDN option (RFC 4702, 2): flags, two codes that are 255 from a server, name in either encoding."""
+
+    LAYOUT = Struct("!BBB")
+    SERVER_UPDATES = 1  # flag S: the server updates the client's address record in the DNS
+    OVERRIDDEN = 2  # O: S is not as the client asked
+    CANONICAL = 4  # E: the name is encoded as in the DNS; without it, as ASCII text
+    NO_UPDATES = 8  # N: the server updates nothing
+    CODE = 255
+
+    flags: int
+    name: bytes  # a client's need not be fully qualified
+
+    @classmethod
+    def parse(cls, value: bytes) -> Fqdn:
+        """Raises Malformed."""
+        c = Cursor(value, "DHCP client FQDN")
+        flags, _, _ = c.unpack(cls.LAYOUT)
+        return cls(flags, c.rest())
+
+    def emit(self) -> bytes:
+        return self.LAYOUT.pack(self.flags, self.CODE, self.CODE) + self.name
 
 
 @dataclass(frozen=True, slots=True)

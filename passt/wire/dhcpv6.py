@@ -30,9 +30,11 @@ OPT_SERVER_ID = 2
 OPT_IA_NA = 3
 OPT_IA_TA = 4
 OPT_IA_ADDRESS = 5
+OPT_REQUESTED = 6  # option codes that the client would like to have (RFC 8415, 21.7)
 OPT_STATUS = 13
 OPT_DNS = 23  # RFC 3646, 3
 OPT_SEARCH = 24  # RFC 3646, 4
+OPT_FQDN = 39  # RFC 4704, 4
 
 STATUS_NOT_ON_LINK = 4
 INFINITE = 0xFFFFFFFF
@@ -42,7 +44,7 @@ Option = tuple[int, bytes]
 Options = tuple[Option, ...]
 
 _MESSAGE = Struct("!B3s")
-_OPTION = Struct("!HH")
+OPTION = Struct("!HH")
 _DUID_LLT = Struct("!HHI6s")  # type, hardware type, seconds since 2000 modulo 2**32, MAC
 _DUID_TYPE_LLT = 1
 _HARDWARE_ETHERNET = 1
@@ -53,18 +55,24 @@ def parse_options(c: Cursor) -> Options:
     """The options up to the end of the region."""
     options = []
     while c.left:
-        code, length = c.unpack(_OPTION)
+        code, length = c.unpack(OPTION)
         options.append((code, c.take(length)))
     return tuple(options)
 
 
 def emit_options(options: Iterable[Option]) -> bytes:
-    return b"".join(_OPTION.pack(code, len(value)) + value for code, value in options)
+    return b"".join(OPTION.pack(code, len(value)) + value for code, value in options)
 
 
 def find(options: Options, code: int) -> bytes | None:
     """The value of the first option `code`."""
     return next((value for found, value in options if found == code), None)
+
+
+def requests(options: Options, code: int) -> bool:
+    """Whether the client would like to have the option `code`. Raises Malformed."""
+    c = Cursor(find(options, OPT_REQUESTED) or b"", "DHCPv6 option request")
+    return code in iter(lambda: c.u16() if c.left else None, None)
 
 
 def duid_llt(mac: bytes, unix_time: float) -> bytes:
@@ -147,6 +155,27 @@ class Ia:
         if self.temporary:
             return OPT_IA_TA, self.LAYOUT_TA.pack(self.iaid) + emit_options(self.options)
         return OPT_IA_NA, self.LAYOUT_NA.pack(self.iaid, self.t1, self.t2) + emit_options(self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Fqdn:
+    """Client FQDN option (RFC 4704, 4): flags, and a name that a client need not have qualified."""
+
+    SERVER_UPDATES = 1  # flag S: the server updates the client's address record in the DNS
+    OVERRIDDEN = 2  # O: S is not as the client asked
+    NO_UPDATES = 4  # N: the server updates nothing
+
+    flags: int
+    name: bytes  # as in the DNS
+
+    @classmethod
+    def parse(cls, value: bytes) -> Fqdn:
+        """Raises Malformed."""
+        c = Cursor(value, "DHCPv6 client FQDN")
+        return cls(c.u8(), c.rest())
+
+    def emit(self) -> Option:
+        return OPT_FQDN, bytes((self.flags,)) + self.name
 
 
 def status(code: int, text: str) -> Option:

@@ -40,6 +40,17 @@ def encode_list(names: Iterable[str]) -> bytes:
     return b"".join(map(encode, names))
 
 
+def leading(names: Iterable[str], room: int) -> tuple[str, ...]:
+    """As many names from the front as take no more than `room` bytes together, without compression."""
+    found = []
+    for name in names:
+        room -= len(encode(name))
+        if room < 0:
+            break
+        found.append(name)
+    return tuple(found)
+
+
 def compress_list(names: Iterable[str]) -> bytes:
     """Names one after the other, with pointers into what went before (RFC 3397, section 2)."""
     out = bytearray()

@@ -133,6 +133,12 @@ class Dnssl:
         _, lifetime = c.unpack(cls.LAYOUT)
         return cls(domain.decode_list(c.rest()), lifetime)
 
+    @classmethod
+    def leading(cls, names: tuple[str, ...], room: int) -> tuple[str, ...]:
+        """As many names from the front as an option of at most `room` bytes, 2040 at any rate, can hold."""
+        size = min(room, 8 * 255) // 8 * 8
+        return domain.leading(names, size - _OPTION.size - cls.LAYOUT.size)
+
     def emit(self) -> bytes:
         return _option(self.KIND, self.LAYOUT.pack(0, self.lifetime) + domain.encode_list(self.names))
 

@@ -58,7 +58,6 @@ def ask(ctx: Context, message: Message) -> Message:
     [
         (dhcp.DISCOVER, dhcp.OFFER),
         (dhcp.REQUEST, dhcp.ACK),
-        (None, dhcp.ACK),
         (dhcp.OFFER, None),
         (dhcp.DECLINE, None),
         (dhcp.ACK, None),
@@ -76,6 +75,28 @@ def test_message_types(ctx: Context, kind: int | None, answer: int | None) -> No
         assert send(ctx, message) is None
     else:
         assert ask(ctx, message).options[dhcp.OPT_TYPE] == bytes((answer,))
+
+
+def test_bootp(ctx: Context) -> None:
+    """No message type in the answer, nor what belongs to it (RFC 1534, 2)."""
+    frame = send(ctx, request(None))
+    assert frame is not None
+    assert not ignore(request(None), CONFIG)
+    packet = dissect(frame)
+    assert (packet["BOOTP"].op, packet["BOOTP"].yiaddr) == (2, "192.0.2.2")
+    assert packet["DHCP"].options[:4] == [
+        ("subnet_mask", "255.255.255.0"),
+        ("router", "192.0.2.1"),
+        ("interface-mtu", 65520),
+        "end",
+    ]
+    assert packet["UDP"].len == 8 + 300
+
+
+def test_bootp_without_vendor_information(ctx: Context) -> None:
+    Dhcp(ctx).tap_handler(GUEST_MAC, addr.ANY4, addr.BROADCAST4, request(None).emit()[:236] + bytes(64), T0)
+    answer = Message.parse(link(ctx).take_one()[42:])
+    assert (answer.yiaddr, answer.options[dhcp.OPT_ROUTER]) == (GUEST4, GATEWAY4)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +158,34 @@ def test_fields_that_hold_options_do_not(ctx: Context) -> None:
     message = replace(request(OVERLOAD=b"\3"), sname=b"\xff".ljust(64, b"\0"), file=b"\xff".ljust(128, b"\0"))
     answer = ask(ctx, message)
     assert (answer.sname, answer.file) == (bytes(64), bytes(128))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "wanted", "told"),
+    [
+        (None, b"", None),
+        (None, b"\x51", "0c ff ff 02766d 076578616d706c65 00"),  # asked for, not told
+        ("04 00 00 03666f6f", b"", "0c ff ff 02766d 076578616d706c65 00"),
+        ("05 00 00 03666f6f", b"", "0e ff ff 02766d 076578616d706c65 00"),  # S: overridden
+        ("00 00 00 666f6f", b"", "08 ff ff 766d2e6578616d706c65"),  # in ASCII
+        ("f1 00 00", b"", "0a ff ff 766d2e6578616d706c65"),  # flags that must be zero are not answered
+        ("0c 00 00 03666f6f", b"", "0c ff ff 02766d 076578616d706c65 00"),  # N: nor would we
+    ],
+)
+def test_names_of_the_guest(theirs: str | None, wanted: bytes, told: str | None) -> None:
+    ctx = make_context(hostname="vm", fqdn="vm.example")
+    options = {"PARAMETERS": wanted} if wanted else {}
+    if theirs is not None:
+        options["FQDN"] = bytes.fromhex(theirs)
+    answer = ask(ctx, request(dhcp.REQUEST, **options)).options
+    assert answer[dhcp.OPT_HOSTNAME] == b"vm"
+    assert answer.get(dhcp.OPT_FQDN) == (bytes.fromhex(told) if told else None)
+    assert not {dhcp.OPT_HOSTNAME, dhcp.OPT_FQDN} & ask(make_context(), request(**options)).options.keys()
+
+
+def test_name_of_the_guest_that_is_cut_off() -> None:
+    with pytest.raises(Malformed, match="FQDN truncated"):
+        ask(make_context(fqdn="vm.example"), request(FQDN=b"\x04\0"))
 
 
 def test_broadcast_flag(ctx: Context) -> None:
@@ -267,6 +316,46 @@ def test_a_name_that_does_not_fit() -> None:
     assert len(answer.options[dhcp.OPT_DNS]) == 240
 
 
+LONG = {
+    **FULL,
+    "hostname": f"{'h' * 60}." * 3 + "h" * 60,
+    "fqdn": f"{'f' * 60}." * 3 + "f" * 60,
+    "dns_search": names(6),
+}
+
+
+@pytest.mark.parametrize(
+    ("message", "left_out"),
+    [
+        (request(MAX_SIZE=b"\xff\xff", FQDN=b"\4\0\0"), set()),
+        (request(FQDN=b"\4\0\0"), {dhcp.OPT_SEARCH, dhcp.OPT_FQDN}),
+        (request(dhcp.REQUEST, FQDN=b"\4\0\0", RAPID_COMMIT=b""), {dhcp.OPT_SEARCH, dhcp.OPT_FQDN}),
+        (request(None, FQDN=b"\4\0\0"), {dhcp.OPT_SEARCH, dhcp.OPT_FQDN, dhcp.OPT_HOSTNAME}),
+    ],
+)
+def test_what_does_not_fit_is_left_out_in_order(message: Message, left_out: set[int]) -> None:
+    whole = {1, 3, 6, 12, 26, 81, 119} | (set() if message.options.get(dhcp.OPT_TYPE) is None else {51, 53, 54})
+    assert ask(make_context(**LONG), message).options.keys() == whole - left_out
+
+
+@pytest.mark.parametrize("kind", [None, dhcp.DISCOVER, dhcp.REQUEST])
+def test_what_must_be_told_fits_into_the_shortest_answer(kind: int | None) -> None:
+    """Even where the gateway is outside the subnet, and there are more resolvers than options allow."""
+    servers = tuple(packed(f"192.0.2.{i}") for i in range(75))
+    ip4 = replace(IP4, dns=servers, gateway=packed("198.51.100.1"), prefix_len=32)
+    answer = ask(make_context(**{**LONG, "ip4": ip4}), request(kind, RAPID_COMMIT=b"", FQDN=b"\4\0\0"))
+    assert {dhcp.OPT_MASK, dhcp.OPT_ROUTER, dhcp.OPT_ROUTES} <= answer.options.keys()
+
+
+@pytest.mark.parametrize(("mtu", "longest"), [(1280, 1280), (576, 576), (68, 576), (0, 65535)])
+def test_not_longer_than_the_link_takes(mtu: int, longest: int) -> None:
+    """The client may say that it takes more than the MTU; and 576 bytes anyway."""
+    frame = send(make_context(**{**LONG, "dns_search": names(30), "mtu": mtu}), request(MAX_SIZE=b"\xff\xff"))
+    assert frame is not None
+    assert len(frame) - 14 <= longest
+    assert (len(frame) > 2000) == (mtu == 0)
+
+
 # Logs, and bad input -----------------------------------------------------------------------------------------------
 
 
@@ -280,10 +369,36 @@ def test_a_name_that_does_not_fit() -> None:
     ],
 )
 def test_log(ctx: Context, monkeypatch: pytest.MonkeyPatch, message: Message, line: str) -> None:
+    assert heard(monkeypatch, ctx, message) == [line, "    from 52:54:00:12:34:56"]
+
+
+def heard(monkeypatch: pytest.MonkeyPatch, ctx: Context, *messages: Message) -> list[str]:
+    """What is logged about messages that come at the same time."""
     lines: list[str] = []
+    monkeypatch.setattr(log, "_last", {})
     monkeypatch.setattr(log, "info", lines.append)
-    send(ctx, message)
-    assert lines == [line, "    from 52:54:00:12:34:56"]
+    monkeypatch.setattr(log, "say", lambda _, text: lines.append(text))
+    for message in messages:
+        send(ctx, message)
+    return lines
+
+
+def test_a_flood_from_many_clients(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody is answered, nobody is remembered, and the log does not grow with them."""
+    server = Dhcp(ctx)
+    monkeypatch.setattr(log, "_last", {})
+    lines: list[str] = []
+    monkeypatch.setattr(log, "say", lambda _, text: lines.append(text))
+    for number in range(1000):
+        mac = b"\x02\0\0\0" + number.to_bytes(2, "big")
+        message = replace(request(), chaddr=mac + bytes(10), xid=number)
+        server.tap_handler(mac, addr.ANY4, addr.BROADCAST4, message.emit(), T0)
+        frame = link(ctx).take_one()
+        answer = Message.parse(frame[42:])
+        assert (frame[:6], answer.chaddr[:6], answer.xid, answer.yiaddr) == (mac, mac, number, GUEST4)
+    assert vars(server) == {"_ctx": ctx}
+    assert len(log._last) == 1
+    assert lines == ["DHCP: offer to discover"]
 
 
 @given(st.binary(max_size=80))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from passt import log
 from passt.addr import packed
 from passt.core.context import Context
-from passt.dhcpv6 import RULES, Dhcpv6, ignore
-from passt.wire import dhcpv6
+from passt.dhcpv6 import REFUSED_MAX, RULES, Dhcpv6, ignore
+from passt.wire import dhcpv6, domain
 from passt.wire.cursor import Malformed
 from passt.wire.dhcpv6 import Ia, IaAddress, Message
 
@@ -45,13 +45,18 @@ class Talk:
         self.seen: bytes | None = None
 
     def send(
-        self, kind: int, *options: dhcpv6.Option, server_id: bytes | None = b"", dst: bytes = GROUP
+        self,
+        kind: int,
+        *options: dhcpv6.Option,
+        server_id: bytes | None = b"",
+        dst: bytes = GROUP,
+        client: dhcpv6.Option = CLIENT,
     ) -> bytes | None:
         """The answering frame. The server identifier is what the message type calls for unless given."""
         if server_id == b"":
             server_id = self.server.server_id if kind in (dhcpv6.REQUEST, dhcpv6.RENEW) else None
         theirs = () if server_id is None else ((dhcpv6.OPT_SERVER_ID, server_id),)
-        message = Message(kind, XID, (CLIENT, *theirs, *options))
+        message = Message(kind, XID, (client, *theirs, *options))
         self.seen = self.server.tap_handler(GUEST_MAC, GUEST_LL, dst, 546, message.emit(), T0)
         frames = link(self.ctx).take()
         assert (self.seen is None) == (not frames)
@@ -195,6 +200,38 @@ def test_an_option_less(change: dict[str, Any], absent: int) -> None:
     assert whole - {code for code, _ in Talk(**{**FULL, **change}).ask(dhcpv6.SOLICIT).options} == {absent}
 
 
+NAME = b"\x02vm\x07example\0"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ((), None),
+        (((dhcpv6.OPT_REQUESTED, b"\0\x17\0\x27"),), b"\4" + NAME),
+        (((dhcpv6.OPT_FQDN, b"\0\3foo"),), b"\4" + NAME),
+        (((dhcpv6.OPT_FQDN, b"\1\3foo"),), b"\6" + NAME),  # S: overridden
+        (((dhcpv6.OPT_FQDN, b"\xf4"),), b"\4" + NAME),  # N: nor would we; flags that must be zero are not answered
+    ],
+)
+@pytest.mark.parametrize("kind", ["SOLICIT", "REQUEST", "INFORMATION_REQUEST"])
+def test_name_of_the_guest(kind: str, theirs: dhcpv6.Options, told: bytes | None) -> None:
+    options = Talk(fqdn="vm.example").ask(CODE[kind], *theirs).options
+    assert dhcpv6.find(options, dhcpv6.OPT_FQDN) == told
+    assert dhcpv6.find(Talk().ask(CODE[kind], *theirs).options, dhcpv6.OPT_FQDN) is None
+
+
+@pytest.mark.parametrize(("mtu", "count"), [(1280, 4), (1500, 5), (65520, 6), (0, 6)])
+def test_search_list_that_does_not_fit(mtu: int, count: int) -> None:
+    domains = tuple(f"{i}" + f".{'d' * 59}" * 3 for i in range(6))  # 184 bytes each
+    fqdn = dhcpv6.OPT_FQDN, b"\0"
+    talk = Talk(**{**FULL, "mtu": mtu, "dns_search": domains, "fqdn": f"{'f' * 63}." * 3 + "f" * 61})
+    frame = talk.send(dhcpv6.SOLICIT, fqdn)
+    assert frame is not None
+    assert len(frame) - 14 <= (mtu or 65535)
+    options = Message.parse(frame[62:]).options
+    assert domain.decode_list(dhcpv6.find(options, dhcpv6.OPT_SEARCH) or b"") == domains[:count]
+
+
 def test_information() -> None:
     codes = [code for code, _ in Talk(**FULL).ask(dhcpv6.INFORMATION_REQUEST).options]
     assert codes == [dhcpv6.OPT_SERVER_ID, dhcpv6.OPT_CLIENT_ID, dhcpv6.OPT_DNS, dhcpv6.OPT_SEARCH]
@@ -207,8 +244,7 @@ def test_address_though_none_was_asked_for(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["REQUEST", "RENEW", "CONFIRM"])
 def test_not_on_link(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(log, "info", lines.append)
+    lines = heard(monkeypatch)
     talk = Talk(**FULL)
     message = talk.ask(CODE[kind], WRONG)
     status = dhcpv6.OPT_STATUS, b"\0\4Prefix not appropriate for link."
@@ -227,6 +263,18 @@ def test_temporary_address_not_on_link() -> None:
     assert found[0] == dhcpv6.OPT_IA_TA
 
 
+@pytest.mark.parametrize("wrong", [WRONG, Ia(5, (IaAddress(OTHER).emit(),), 0, 0, True).emit()])
+def test_more_wrong_associations_than_an_answer_holds(monkeypatch: pytest.MonkeyPatch, wrong: dhcpv6.Option) -> None:
+    lines = heard(monkeypatch)
+    talk = Talk(mtu=1280)
+    longest = dhcpv6.OPT_CLIENT_ID, b"\0\2\0\0\0\1".ljust(dhcpv6.DUID_MAX, b"x")  # DUID-EN (RFC 8415, 11.3)
+    frame = talk.send(dhcpv6.CONFIRM, *(wrong,) * 1400, client=longest)
+    assert frame is not None
+    assert len(frame) - 14 <= 1280
+    assert len(Message.parse(frame[62:]).options) == 2 + REFUSED_MAX
+    assert len(lines) == 2
+
+
 @pytest.mark.parametrize("kind", ["SOLICIT", "REBIND"])
 def test_hint_is_no_demand(kind: str) -> None:
     assert Talk().ask(CODE[kind], WRONG).options[1] == Ia(0x1234, (ADDRESS,)).emit()
@@ -241,10 +289,17 @@ def test_hint_is_no_demand(kind: str) -> None:
     ],
 )
 def test_log(monkeypatch: pytest.MonkeyPatch, kind: str, line: str) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(log, "info", lines.append)
+    lines = heard(monkeypatch)
     Talk().send(CODE[kind])
     assert lines == [line]
+
+
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged from now on."""
+    lines: list[str] = []
+    monkeypatch.setattr(log, "_last", {})
+    monkeypatch.setattr(log, "say", lambda _, text: lines.append(text))
+    return lines
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------

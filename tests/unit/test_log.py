@@ -223,6 +223,12 @@ def test_rate_limit(stderr: Path) -> None:
     ]
 
 
+def test_rate_limit_tells_whether_it_spoke(stderr: Path) -> None:
+    said = [log.info_ratelimited("dhcp", "asked", now) for now in (0.0, 1.0, 10.0, 10.1)]
+    assert said == [True, False, True, False]
+    assert stderr.read_text().splitlines() == ["asked", "asked (1 similar messages held back)"]
+
+
 def test_fatal_is_a_line_or_several() -> None:
     assert str(log.Fatal("cannot open X: no such file: create it")) == "cannot open X: no such file: create it"
     assert str(log.Fatal("X", OSError("Y"))) == "X\nY"

@@ -169,6 +169,22 @@ def test_search_list_of_any_length_is_sound(label_length: int) -> None:
     assert RouterAdvertisement.parse(parts(link(ctx).take_one())[3]).options[-1] == Dnssl(("a" * label_length,))
 
 
+@pytest.mark.parametrize(("mtu", "count"), [(1280, 6), (1500, 7), (65520, 11), (0, 11)])
+def test_search_list_that_does_not_fit(mtu: int, count: int) -> None:
+    """Neither into a packet nor, where that is long, into an option."""
+    domains = tuple(f"{i:02}" + f".{'d' * 59}" * 3 for i in range(20))  # 185 bytes each
+    ctx = make_context(mtu=mtu, advertise_search=True, dns_search=domains)
+    ask_for_router(ctx)
+    frame = link(ctx).take_one()
+    assert len(frame) - 14 <= (mtu or 65535)
+    assert RouterAdvertisement.parse(parts(frame)[3]).options[-1] == Dnssl(domains[:count])
+
+
+def test_not_even_one_search_domain_fits() -> None:
+    config = replace(CONFIG, mtu=150, advertise_search=True, dns_search=("d" * 63,))
+    assert not any(isinstance(o, Dnssl) for o in router_advertisement(IP6, config).options)
+
+
 @pytest.mark.parametrize("change", [{"no_dhcpv6": True}, {"ip6": replace(IP6, addr=None)}])
 def test_managed_only_where_dhcpv6_answers(change: dict[str, Any]) -> None:
     config = replace(CONFIG, **change)

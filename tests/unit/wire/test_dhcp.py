@@ -10,7 +10,7 @@ from scapy.layers.dhcp import BOOTP, DHCP
 from passt.addr import packed
 from passt.wire import dhcp
 from passt.wire.cursor import Malformed
-from passt.wire.dhcp import Message
+from passt.wire.dhcp import Fqdn, Message
 
 CHADDR = bytes.fromhex("525400123456") + bytes(10)
 HEAD = "0101 06 00 deadbeef 0003 8000 00000000 00000000 00000000 00000000" + CHADDR.hex() + "00" * 192
@@ -118,6 +118,23 @@ def test_overload(overload: int, found: dict[int, bytes], file_left: bool, sname
 def test_malformed(data: bytes, reason: str) -> None:
     with pytest.raises(Malformed, match=reason):
         Message.parse(data)
+
+
+def test_fqdn_both_ways() -> None:
+    literal = bytes.fromhex("0c ff ff 02766d 076578616d706c65 00")
+    option = Fqdn(Fqdn.NO_UPDATES | Fqdn.CANONICAL, b"\x02vm\x07example\0")
+    assert Fqdn.parse(literal) == option
+    assert option.emit() == literal
+    assert Fqdn.parse(b"\x05\0\0vm") == Fqdn(Fqdn.SERVER_UPDATES | Fqdn.CANONICAL, b"vm")
+
+
+@given(st.binary(max_size=20))
+def test_fqdn_parses_or_malformed(value: bytes) -> None:
+    if len(value) < 3:
+        with pytest.raises(Malformed, match="client FQDN truncated"):
+            Fqdn.parse(value)
+    else:
+        assert Fqdn.parse(value).emit() == value[:1] + b"\xff\xff" + value[3:]
 
 
 @given(st.binary(max_size=300) | st.binary(max_size=80).map(lambda b: DISCOVER[:240] + b))

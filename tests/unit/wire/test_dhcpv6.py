@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scapy.layers.dhcp6 import (
     DUID_LLT,
     DHCP6_Reply,
+    DHCP6OptClientFQDN,
     DHCP6OptClientId,
     DHCP6OptIA_NA,
     DHCP6OptIA_TA,
@@ -19,7 +20,7 @@ from scapy.layers.dhcp6 import (
 from passt.addr import packed
 from passt.wire import dhcpv6
 from passt.wire.cursor import Cursor, Malformed
-from passt.wire.dhcpv6 import Ia, IaAddress, Message
+from passt.wire.dhcpv6 import Fqdn, Ia, IaAddress, Message
 
 ADDRESS = packed("2001:db8::2")
 MAC = bytes.fromhex("9a559a559a55")
@@ -124,6 +125,26 @@ def test_malformed(literal: str, reason: str) -> None:
 def test_short_association(length: int) -> None:
     with pytest.raises(Malformed, match="IA truncated"):
         Ia.parse((dhcpv6.OPT_IA_NA, bytes(length)))
+
+
+def test_fqdn_both_ways() -> None:
+    literal = bytes.fromhex("06 02766d 076578616d706c65 00")
+    option = Fqdn(Fqdn.NO_UPDATES | Fqdn.OVERRIDDEN, b"\x02vm\x07example\0")
+    assert Fqdn.parse(literal) == option
+    assert option.emit() == (dhcpv6.OPT_FQDN, literal)
+    theirs = DHCP6OptClientFQDN(option.emit()[1].join([b"\0\x27\0\x0d", b""]))
+    assert (theirs.flags, theirs.fqdn) == (6, b"vm.example.")
+    with pytest.raises(Malformed, match="client FQDN truncated"):
+        Fqdn.parse(b"")
+
+
+def test_requested() -> None:
+    options = ((dhcpv6.OPT_REQUESTED, bytes.fromhex("0017 0027")),)
+    assert dhcpv6.requests(options, dhcpv6.OPT_FQDN)
+    assert not dhcpv6.requests(options, dhcpv6.OPT_SEARCH)
+    assert not dhcpv6.requests((), dhcpv6.OPT_FQDN)
+    with pytest.raises(Malformed, match="option request truncated"):
+        dhcpv6.requests(((dhcpv6.OPT_REQUESTED, b"\0\x17\0"),), dhcpv6.OPT_FQDN)
 
 
 @given(st.binary(max_size=80))

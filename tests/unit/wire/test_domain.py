@@ -23,6 +23,12 @@ def test_encode() -> None:
     assert domain.encode("a") == b"\x01a\0"
 
 
+@pytest.mark.parametrize(("room", "count"), [(-1, 0), (0, 0), (2, 0), (3, 1), (7, 1), (8, 2), (9, 2), (11, 3), (99, 3)])
+def test_leading(room: int, count: int) -> None:
+    names = ("a", "bcd", "e.")  # 3, 5 and 3 bytes
+    assert domain.leading(names, room) == names[:count]
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a..b", ".a", "a" * 64, "ü.example", "a.b.."])
 def test_not_a_name(name: str) -> None:
     with pytest.raises(ValueError, match="domain name"):
