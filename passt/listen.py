@@ -113,6 +113,9 @@ class Listeners:
             except OSError as e:
                 return [Failure(rule, port, e.errno or 0) for rule, port in wanted]
         else:
+            for rule, port in wanted:
+                if rule.proto != PROTO_TCP:
+                    self._udp_in.make_way(port)
             failed = open_ports(config, wanted, listeners)
         for listener in listeners:
             self._watch(listener)
@@ -153,6 +156,8 @@ class Listeners:
         ports[port] = (*ports.get(port, ()), listener)
         self._held[rule.proto, rule.outbound, port] += 1
         self._ctx.reactor.watch(listener.fd, TYPE_LISTEN, listener.index, EPOLLIN)
+        if listener.rule.proto != PROTO_TCP:
+            self._udp_in.begin(listener)
 
     # Events ----------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 Guest -> host (`tap_handler`, once per flow and batch)
     The key finds the flow, or makes one: host address by the forwarding rules, a socket connected to it. The datagrams
-    of the batch are joined to runs (`udp_run.py`) and each run is one write with UDP_SEGMENT (`udp_io.py`).
+    of the batch are joined to runs (`udp_run.py`) and each run is one write with UDP_SEGMENT (`udp_io.py`). The host
+    sees the guest's port, or the one that leads to it (`UdpIn.open_socket`), if it can be had.
 
 Host -> guest (`sock_handler`, on EPOLLIN)
     If the guest has sent since we last received, one datagram is likely and one plain receive takes it. Everything else
@@ -85,6 +86,10 @@ class Udp:
         self._gro = probe_udp_gro()
         log.debug(f"UDP: UDP_SEGMENT {'on' if self._segments > 1 else 'off'}, UDP_GRO {'on' if self._gro else 'off'}")
         self._hops = default_hops()
+        # Opens the socket of a flow that the guest begins: (host's address, guest's port, host's port, now)
+        self.opener: Callable[[bytes, int, int, float], Any] = lambda host, sport, dport, now: open_socket(
+            ctx.fwd, host, sport, dport
+        )
         self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now))
         ctx.reactor.handle(TYPE_UDP, self.sock_handler)
 
@@ -133,7 +138,7 @@ class Udp:
         sport, dport = int.from_bytes(key[-4:-2], "big"), int.from_bytes(key[-2:], "big")
         host = ctx.fwd.outbound(dst, dport)
         flow = UdpFlow(key, host, now, 0 if addr.is_multicast(host) else self._hops[len(host)])
-        e = self._open(flow, lambda: open_socket(ctx.fwd, host, sport, dport), len(frames) // 3, now)
+        e = self._open(flow, lambda: self.opener(host, sport, dport, now), len(frames) // 3, now)
         if isinstance(e, OSError):
             self._refused(e, key, src, dst, self._mv[frames[0] : frames[1]], now)
         if e is not None:
@@ -256,9 +261,15 @@ class Udp:
         self._deliver(flow, runs(mv, frames, SEGMENTS_MAX if self._ctx.link.uso else 1))
 
     def end(self, listener: Listener) -> None:
-        """A listener closes: what came by it ends with it, since its sockets keep the port from the next listener."""
-        for flow in [f for f in self._by_key.values() if f.origin is not None and f.origin.listener is listener]:
-            self._flows.close(flow)
+        """A listener in the host closes: what may use its port ends, or the next listener could not have the port."""
+        for flow in list(self._by_key.values()):
+            if flow.sport == listener.to if flow.origin is None else flow.origin.listener is listener:
+                self._flows.close(flow)
+
+    def make_way(self, port: int) -> None:
+        """Somebody is about to listen on `port`, which flows that the guest began may have: they begin again."""
+        for flow in [f for f in self._by_key.values() if f.origin is None and f.sport == port]:
+            self._flows.close_at_once(flow)
 
     # Errors, and the guest's hardware address ------------------------------------------------------------------------
 

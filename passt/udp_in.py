@@ -19,6 +19,11 @@ own client or of others, who may get sockets in turn. What comes later to a new 
 A datagram to a group or a broadcast address always comes by the listener, and goes to the flow of its client. So does
 all of it if the client cannot have a socket because we may not bind the port (`udp_sock.Shared`).
 
+The guest's own flows. From a guest port that a listener leads to, it is seen as coming from the listener's port: who
+answers there, and who writes there first, finds the same program. So the sockets of those flows are bound beside the
+listener, too (`open_socket`). Flows that were there before the listener, as is usual with `auto`, have the port that it
+wants, and begin again (`make_way`).
+
 Dropped and counted: sources that nobody can answer to (multicast, broadcast, unspecified, port 0); clients of a family
 that the guest has no address in; clients for whom there is no socket, for the reason that the kernel gives.
 """
@@ -35,7 +40,7 @@ from .core.rules import Listener
 from .linux.mmsg import SLOT, AddressReceiver, Envelope
 from .udp import Udp
 from .udp_io import reason
-from .udp_sock import Client, Letter, open_client, opener
+from .udp_sock import Client, Letter, Shared, open_client, open_socket, opener
 from .udp_splice import UdpSplice
 
 BATCHES_MAX = 8  # for one event
@@ -58,6 +63,10 @@ class UdpIn:
         self.splice = UdpSplice(ctx)
         self._receiver = AddressReceiver()
         self._letters: list[Letter] = []
+        self._timer = ctx.timers.services.new(self._deliver_letters)
+        self._leading: dict[int, list[Listener]] = {}  # to a port of the guest
+        if udp is not None:
+            udp.opener = self.open_socket
 
     def sock_handler(self, listener: Listener, now: float) -> None:
         """A listener is readable."""
@@ -127,8 +136,42 @@ class UdpIn:
         make = opener(self._ctx, client.listener.rule.outbound)
         return open_client(lambda: make(addr.family(client.peer), socket.SOCK_DGRAM), client, self._letters)
 
+    # Ports -----------------------------------------------------------------------------------------------------------
+
+    def make_way(self, port: int) -> None:
+        """Somebody is about to listen on `port` of the host."""
+        if self._udp is not None:
+            self._udp.make_way(port)
+
+    def begin(self, listener: Listener) -> None:
+        """A listener opens."""
+        rule = listener.rule
+        if not rule.outbound and rule.target is None and rule.ifname is None:
+            self._leading.setdefault(listener.to, []).append(listener)
+
     def end(self, listener: Listener) -> None:
         """A listener closes: what came by it ends with it, since its sockets keep the port from the next listener."""
+        leading = self._leading.get(listener.to, [])
+        if listener in leading:
+            leading.remove(listener)
         self.splice.end(listener)
-        if self._udp is not None:
+        if self._udp is not None and not listener.rule.outbound:
             self._udp.end(listener)
+
+    def open_socket(self, host: bytes, sport: int, dport: int, now: float) -> Any:
+        """A socket connected to `host`, for a flow that the guest begins from port `sport`. Raises OSError."""
+        fwd = self._ctx.fwd
+        source, interface = fwd.source(host)
+        for listener in self._leading.get(sport, ()) if interface is None else ():
+            client = Client(listener, host, dport, source or bytes(len(host)), fwd.scope(host))
+            try:
+                sock = self._open(client)
+            except OSError:
+                continue  # the port as such cannot be had for this
+            if self._letters:
+                self._ctx.timers.services.arm(self._timer, now)
+            if isinstance(sock, Shared) or sock.getsockname() == sock.getpeername():
+                sock.close()  # it would tell of no errors; it would hear itself
+                continue
+            return sock
+        return open_socket(fwd, host, sport, dport)

@@ -77,10 +77,12 @@ class Forwarding:
 
     def sockaddr(self, a: bytes, port: int) -> SockAddr:
         """For connect() and bind(): what has the scope of a link (RFC 4007, 4) goes through the template interface."""
-        if len(a) == 4:
-            return addr.text(a), port
-        link_scope = addr.is_link_local(a) or (a[0] == 0xFF and a[1] & 0xF in (1, 2))
-        return addr.text(a), port, 0, self._config.scope_id if link_scope else NO_SCOPE
+        return (addr.text(a), port) if len(a) == 4 else (addr.text(a), port, 0, self.scope(a))
+
+    def scope(self, a: bytes) -> int:
+        """The interface that an address with the scope of a link is reached through, 0 for others."""
+        link_scope = len(a) == 16 and (addr.is_link_local(a) or (a[0] == 0xFF and a[1] & 0xF in (1, 2)))
+        return self._config.scope_id if link_scope else NO_SCOPE
 
     # Host to guest -----------------------------------------------------------------------------------------------
 

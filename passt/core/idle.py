@@ -82,7 +82,7 @@ class IdleFlows(Generic[F]):
         except OSError as e:
             if e.errno not in NO_DESCRIPTORS or not self.by_key:
                 raise
-        self._close_at_once(min(self.by_key.values(), key=_last))
+        self.close_at_once(min(self.by_key.values(), key=_last))
         return make()
 
     def add(self, flow: F, sock: socket.socket, now: float) -> None:
@@ -121,7 +121,7 @@ class IdleFlows(Generic[F]):
         if flow is not None and (own := self.by_key.get(flow.key)) is flow:
             self.close(own)
 
-    def _close_at_once(self, flow: F) -> None:
+    def close_at_once(self, flow: F) -> None:
         """Forget `flow` and give its descriptors back now. Their numbers go to the sockets that are opened next, which
         may so get an event meant for these in the same turn: the handlers of idle flows bear being called for nothing.
         """

@@ -32,6 +32,7 @@ class Taker:
 
     def __init__(self) -> None:
         self.got: list[tuple[Any, ...]] = []
+        self.ports: list[tuple[int, str]] = []  # that UDP is told of
 
     def accepted(self, listener: Listener, sock: Any, *who: Any) -> None:
         self.got.append((listener.port, *who))
@@ -42,8 +43,14 @@ class Taker:
     def sock_handler(self, listener: Listener, now: float) -> None:
         self.got.append((listener.port, now))
 
+    def make_way(self, port: int) -> None:
+        self.ports.append((port, "make way"))
+
+    def begin(self, listener: Listener) -> None:
+        self.ports.append((listener.port, "begin"))
+
     def end(self, listener: Listener) -> None:
-        self.got.append((listener.port, "end"))
+        self.ports.append((listener.port, "end"))
 
 
 class Rig:
@@ -360,14 +367,19 @@ def test_add_and_remove(make: Make) -> None:
     assert sorted(ref & 0xFFFFFFFF for ref in reactor(rig.ctx).refs.values()) == [0, 1]  # places are used again
 
 
-def test_udp_flows_end_with_their_listener(make: Make, port: int) -> None:
-    """Or their sockets would keep the port from the next one."""
+def test_udp_is_told_of_its_ports(make: Make, port: int) -> None:
+    """Its flows share them, or must give way."""
     rig = make(rule(port), rule(port, proto=PROTO_UDP))
     tcp, udp = rig.opened
-    rig.listeners.remove(tcp.rule, port)
-    assert rig.udp_in.got == []
-    rig.listeners.remove(udp.rule, port)
-    assert rig.udp_in.got == [(port, "end")]
+    assert rig.udp_in.ports == [(port, "begin")]
+    for listener in (tcp, udp):
+        rig.listeners.remove(listener.rule, port)
+    assert rig.udp_in.ports == [(port, "begin"), (port, "end")]
+    reactor(rig.ctx).end_turn(T0)
+    rig.udp_in.ports.clear()
+    rig.listeners.add(tcp.rule, port)
+    rig.listeners.add(udp.rule, port)
+    assert rig.udp_in.ports == [(port, "make way"), (port, "begin")]
 
 
 def test_add_that_fails_changes_nothing(make: Make, port: int) -> None:

@@ -399,6 +399,137 @@ def test_flows_of_a_low_port_end_like_others(start: Start) -> None:
         assert lab.flows == []
 
 
+# The guest's own flows from ports that listeners lead to -------------------------------------------------------------
+
+
+def guest_key(peer: socket.socket, sport: int) -> bytes:
+    """Of a flow from the guest to a socket on the host's loopback."""
+    v4 = peer.family == socket.AF_INET
+    ends = GUEST4 + GATEWAY4 if v4 else GUEST6 + GATEWAY6
+    return ends + sport.to_bytes(2, "big") + port_of(peer).to_bytes(2, "big")
+
+
+@pytest.mark.parametrize(("bound", "host"), [("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::", "::1")])
+@pytest.mark.parametrize("remapped", [False, True])
+def test_the_guest_is_seen_with_the_port_that_leads_to_it(local: Start, bound: str, host: str, remapped: bool) -> None:
+    lab = local(no_splice=True)
+    listener = lab.listen(bound, to=TO if remapped else None)
+    peers = [lab.socket(host) for _ in range(2)]
+    for i, peer in enumerate(peers):
+        guest_sends(lab, guest_key(peer, listener.to), b"hello %d" % i)
+        data, where = peer.recvfrom(99)
+        assert (data, where[:2]) == (b"hello %d" % i, (host, listener.port))
+        peer.sendto(b"hello yourself", where)
+        lab.turn()
+        assert payloads(lab) == [b"hello yourself"]
+    assert lab.ctx.flows.count == 2
+    assert not listener.sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    newcomer = lab.client(listener, host)
+    newcomer.send(b"?")
+    lab.turn()
+    assert payloads(lab) == [b"?"]
+    assert not lab.ctx.drops
+
+
+def test_other_ports_of_the_guest_are_kept_as_they_are(local: Start) -> None:
+    lab = local(no_splice=True)
+    lab.listen(to=TO)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.bind(("", 0))
+        free = port_of(s)
+    peer = lab.socket()
+    guest_sends(lab, guest_key(peer, free), b"hello")
+    assert peer.recvfrom(9)[1][1] == free
+
+
+def test_who_writes_while_the_guests_socket_is_opened(start: Start, between: Any) -> None:
+    """First datagrams of clients are for the listener, whoever got them."""
+    lab = start()
+    listener = lab.listen("0.0.0.0", to=TO)
+    peer, client = lab.socket(), lab.client(listener)
+    once = [True]
+
+    def meanwhile(where: Any) -> None:
+        if once and once.pop():
+            client.send(b"first")
+
+    between(meanwhile)
+    guest_sends(lab, guest_key(peer, TO), b"hello")
+    assert peer.recvfrom(9) == (b"hello", ("127.0.0.1", listener.port))
+    lab.turn()
+    (p,) = packets(lab)
+    assert bytes(p[UDP].payload) == b"first"
+    answer(lab, p, b"!")
+    assert client.recv(9) == b"!"
+
+
+@pytest.mark.parametrize("rule", [{"target": addr.packed("198.51.100.7")}, {"ifname": "lo"}, {"outbound": True}])
+def test_rules_that_do_not_lead_to_the_guest_alone(local: Start, rule: dict[str, Any]) -> None:
+    lab = local(no_splice=True)
+    listener = lab.listen(to=TO, **rule)
+    peer = lab.socket()
+    guest_sends(lab, guest_key(peer, TO), b"hello")
+    assert peer.recvfrom(9)[1][1] != listener.port
+    lab.udp_in.end(listener)
+
+
+def test_a_port_that_must_not_be_bound_is_not_the_guests(local: Start) -> None:
+    lab = local(no_splice=True)
+    listener, peer = lab.listen(to=TO), lab.socket()
+    with unprivileged(listener):
+        guest_sends(lab, guest_key(peer, TO), b"hello")
+    assert peer.recvfrom(9)[1][1] != listener.port
+    assert lab.flow.fd >= 0
+
+
+def test_a_port_that_cannot_be_had_for_this(local: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = local(no_splice=True)
+    listener, peer = lab.listen(to=TO), lab.socket()
+
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EADDRINUSE, "")
+
+    monkeypatch.setattr(udp_in, "open_client", refused)
+    guest_sends(lab, guest_key(peer, TO), b"hello")
+    assert peer.recvfrom(9)[1][1] != listener.port
+    assert not lab.ctx.drops
+
+
+def test_the_guest_writes_to_the_port_that_leads_to_it(local: Start) -> None:
+    """By way of the host: its socket must not hear itself, and the listener gets what it sends."""
+    lab = local(no_splice=True)
+    listener = lab.listen()
+    key = GUEST4 + GATEWAY4 + listener.to.to_bytes(2, "big") + listener.port.to_bytes(2, "big")
+    guest_sends(lab, key, b"myself")
+    assert lab.flow.sock.getsockname() != lab.flow.sock.getpeername()
+    lab.turn()
+    (p,) = packets(lab)
+    assert (p[IP].src, bytes(p[UDP].payload)) == (addr.text(GATEWAY4), b"myself")
+
+
+def test_flows_of_the_guest_make_way_for_a_listener(local: Start) -> None:
+    """With `auto`, the guest has bound a port and sent from it before we listen there."""
+    lab = local(no_splice=True)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.bind(("", 0))
+        port = port_of(s)
+    peer = lab.socket()
+    key = guest_key(peer, port)
+    guest_sends(lab, key, b"early")
+    assert peer.recvfrom(9)[1][1] == port
+    with pytest.raises(OSError, match="in use"):
+        lab.listen("::", port)
+    lab.udp_in.make_way(port)
+    assert lab.flows == []
+    listener = lab.listen("::", port)
+    guest_sends(lab, key, b"later")
+    data, where = peer.recvfrom(9)
+    assert (data, where[1]) == (b"later", port)
+    lab.stop(listener)
+    assert lab.flows == []
+    lab.listen("::", port)
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -550,20 +681,19 @@ def test_a_client_of_this_host_through_the_tap(local: Start) -> None:
     assert client.recv(9) == b"!"
 
 
-def test_a_peer_that_the_guest_wrote_to_comes_by_a_listener(local: Start) -> None:
-    """The flow that the guest began gives way: the peer knows us by the listener's port now."""
+def test_a_peer_that_the_guest_wrote_to_comes_by_another_port(local: Start) -> None:
+    """The flow that the guest began gives way: the peer knows us by the port that it writes to."""
     lab = local(no_splice=True)
-    listener = lab.listen()
+    one, other = lab.listen(to=TO), lab.listen(to=TO)
     peer = lab.socket()
-    key = GUEST4 + GATEWAY4 + listener.to.to_bytes(2, "big") + port_of(peer).to_bytes(2, "big")
+    key = guest_key(peer, TO)
     guest_sends(lab, key, b"hello")
-    data, before = peer.recvfrom(9)
-    assert (data, before == listener.sock.getsockname()) == (b"hello", False)
-    peer.sendto(b"hello yourself", listener.sock.getsockname())
+    assert peer.recvfrom(9) == (b"hello", one.sock.getsockname())
+    peer.sendto(b"hello yourself", other.sock.getsockname())
     lab.turn()
     assert payloads(lab) == [b"hello yourself"]
     guest_sends(lab, key, b"!")
-    assert peer.recvfrom(9) == (b"!", listener.sock.getsockname())
+    assert peer.recvfrom(9) == (b"!", other.sock.getsockname())
     assert lab.ctx.flows.count == 1
 
 

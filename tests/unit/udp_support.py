@@ -70,6 +70,7 @@ class Lab:
         whole = Rule("-u", PROTO_UDP, outbound, port, port, port if to is None else to)
         listener = Listener(replace(whole, **rule), port, sock)
         self.listeners[sock.fileno()] = listener
+        self.udp_in.begin(listener)
         return listener
 
     def stop(self, listener: Listener) -> None:
