@@ -156,9 +156,8 @@ def _segment(hdr: Buffer, number: int, size: int, total: int) -> bytearray:
     start += VNET.size
     less = total - min(size, total - number * size)
     if start == _START4:
-        total, ident = _U16.unpack_from(out, _IP4_LENGTH)[0] - less, _U16.unpack_from(out, _IP4_ID)[0] + number
-        _U16.pack_into(out, _IP4_LENGTH, total)
-        _U16.pack_into(out, _IP4_ID, ident & 0xFFFF)
+        _U16.pack_into(out, _IP4_LENGTH, _U16.unpack_from(out, _IP4_LENGTH)[0] - less)
+        _U16.pack_into(out, _IP4_ID, _U16.unpack_from(out, _IP4_ID)[0] + number & 0xFFFF)
         _U16.pack_into(out, _IP4_CSUM, 0)
         _U16.pack_into(out, _IP4_CSUM, 0xFFFF - ones_sum(out[VNET.size + 14 : _START4]))
     else:
