@@ -7,13 +7,14 @@ import fnmatch
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import lab as laboratory
-from .contenders import CONTENDERS, Contender, seated
+from .contenders import CONTENDERS, Contender, Seat, seated
 from .lab import Lab, LabError, Placement, placements
 from .report import Line, Report, markdown, read, save, show
 from .rows import ROWS, Bench, Row
@@ -56,7 +57,8 @@ def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placemen
     """Take one sample into `line`; a failure is kept as such and does not end the run."""
     cell = line.cell(contender.name)
     try:
-        with seated(lab, contender, row.mtu, row.ports, place.daemon) as seat:
+        unseated = nullcontext(Seat(lab.host, None, "", ""))  # another daemon would have the ports already
+        with unseated if row.starts else seated(lab, contender, row.mtu, row.ports, place.daemon) as seat:
             result = row.measure(Bench(lab, contender, seat, place, seconds))
             if not seat.alive():
                 raise LabError("the daemon ended meanwhile")
