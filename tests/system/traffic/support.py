@@ -179,8 +179,10 @@ class Namespace:
 class Guest(Namespace):
     """What is behind a pasta that runs for `user` on `host`."""
 
-    def __init__(self, host: Namespace, user: User, *options: str) -> None:
+    def __init__(self, host: Namespace, user: User, *options: str, descriptors: int = 0) -> None:
         pasta = [PASTA] if PASTA else [user.python, "-m", "passt"]
+        if descriptors:
+            pasta = ["prlimit", f"--nofile={descriptors}:{descriptors}", *pasta]
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the guest
         on_host = ["nsenter", "-t", str(host.pid), *_differing(host.pid), "--"]
         argv = [*on_host, *user.command([*pasta, *options, "--"])]
@@ -233,9 +235,9 @@ class Lan:
     guests: list[Guest] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def pasta(self, user: User, *options: str) -> Iterator[Guest]:
-        """A guest of `pasta OPTIONS`."""
-        guest = Guest(self.host, user, *options)
+    def pasta(self, user: User, *options: str, descriptors: int = 0) -> Iterator[Guest]:
+        """A guest of `pasta OPTIONS`, which may have so many descriptors."""
+        guest = Guest(self.host, user, *options, descriptors=descriptors)
         try:
             yield guest
         except BaseException:
