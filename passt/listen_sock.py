@@ -35,7 +35,7 @@ from typing import Any
 from . import addr, log
 from .core.config import Config
 from .core.rules import Listener, Rule
-from .linux.ports import PortTables
+from .linux.ports import PortTables, open_tables
 from .linux.sockopt import IP_FREEBIND, IP_PKTINFO, IPV6_FREEBIND
 from .linux.tcpinfo import Features, probe
 from .log import Fatal
@@ -114,7 +114,7 @@ def open_side(config: Config, outbound: bool) -> Side:
 
 def _open_tables() -> PortTables:
     try:
-        return PortTables()
+        return open_tables()
     except OSError as e:
         raise Fatal(f"Couldn't open {e.filename}, which automatic port forwarding needs: {e.strerror}") from None
 

@@ -273,7 +273,7 @@ def test_no_proc_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/thread-self/net/tcp")
 
-    monkeypatch.setattr(listen_sock, "PortTables", missing)
+    monkeypatch.setattr(listen_sock, "open_tables", missing)
     config = replace(CONFIG, forwards=(rule(1, 65535, auto=True, weak=True),))
     with pytest.raises(Fatal, match=r"^Couldn't open /proc/thread-self/net/tcp, which .* needs: No such file"):
         open_side(config, True)

@@ -1,17 +1,18 @@
-"""/proc/net/{tcp,tcp6,udp,udp6}: which lines mean a bound port, how much is read, and any bytes at all."""
+"""Bound ports, by sock_diag and by /proc/net: what means one, how much is read, and any bytes at all."""
 
 from __future__ import annotations
 
 import os
 import socket
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passt.linux import ports
-from passt.linux.ports import PortTables, parse
+from passt.linux.ports import DiagTables, PortTables, ProcTables, open_tables, parse, parse_diag
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
 HEADER = b"  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -31,10 +32,10 @@ UDP = HEADER + (
 )
 
 
-def files(directory: Path, **texts: bytes) -> PortTables:
+def files(directory: Path, **texts: bytes) -> ProcTables:
     for name in ("tcp", "tcp6", "udp", "udp6"):
         (directory / name).write_bytes(texts.get(name, HEADER))
-    return PortTables(str(directory))
+    return ProcTables(str(directory))
 
 
 def test_listening_and_bound() -> None:
@@ -75,7 +76,7 @@ def test_kernel_without_ipv6(tmp_path: Path) -> None:
     (tmp_path / "tcp6").unlink()
     (tmp_path / "udp6").unlink()
     (tmp_path / "tcp").write_bytes(TCP)
-    tables = PortTables(str(tmp_path))
+    tables = ProcTables(str(tmp_path))
     assert tables.bound(PROTO_TCP) == {8080, 22}
     tables.close()
 
@@ -84,15 +85,15 @@ def test_without_proc_nothing_stays_open(tmp_path: Path) -> None:
     (tmp_path / "tcp").write_bytes(TCP)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(FileNotFoundError):
-        PortTables(str(tmp_path))
+        ProcTables(str(tmp_path))
     assert os.listdir("/proc/self/fd") == before
 
 
 def test_connections_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every read gives one line here, as if it were a page: the first that is not listening is the last one read."""
-    line = len(TCP.splitlines(keepends=True)[1])
-    lines = [x.rstrip(b"\n").ljust(line - 1) + b"\n" for x in TCP.splitlines()]
-    tables = files(tmp_path, tcp=b"".join(lines), udp=b"".join(lines))
+    line = 4096
+    lines = b"".join(x.rstrip(b"\n").ljust(line - 1) + b"\n" for x in TCP.splitlines())
+    tables = files(tmp_path, tcp=lines, udp=lines)
     reads: list[int] = []
 
     def pread(fd: int, size: int, offset: int) -> bytes:
@@ -100,21 +101,109 @@ def test_connections_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return real(fd, line, offset)
 
     real = os.pread
-    monkeypatch.setattr(ports.os, "pread", pread)
+    monkeypatch.setattr(os, "pread", pread)
     (tmp_path / "tcp6").write_bytes(b"")
     assert tables.bound(PROTO_TCP) == {8080, 22}
     assert reads == [0, 1, 2, 3, 0]
     reads.clear()
+    (tmp_path / "udp6").write_bytes(UDP)
     tables.bound(PROTO_UDP)
-    assert reads[:6] == [0, 1, 2, 3, 4, 5]
+    assert reads == [0, 1, 2, 3, 4, 5, 0]  # up to the end, which a short part tells
     tables.close()
 
 
-def test_against_the_kernel() -> None:
-    tables = PortTables()
-    with socket.socket() as t, socket.socket(type=socket.SOCK_DGRAM) as u, socket.socket(type=socket.SOCK_DGRAM) as c:
+# sock_diag -----------------------------------------------------------------------------------------------------------
+
+
+def message(kind: int, rest: bytes, sequence: int = 7) -> bytes:
+    return struct.pack("=IHHII", 16 + len(rest), kind, 2, sequence, 0) + rest
+
+
+def socket_message(port: int, sequence: int = 7) -> bytes:
+    """struct inet_diag_msg, with an attribute of one byte (INET_DIAG_SHUTDOWN) and its padding."""
+    attribute = struct.pack("=HHBxxx", 5, 8, 0)
+    return message(20, b"\x02\x0a\x00\x00" + port.to_bytes(2, "big") + bytes(66) + attribute, sequence)
+
+
+DONE = message(3, bytes(4))
+ENOENT = message(2, struct.pack("=i", -2) + bytes(16))
+
+
+@pytest.mark.parametrize(
+    ("data", "ports", "last"),
+    [
+        (socket_message(80) + socket_message(443), {80, 443}, False),
+        (socket_message(80) + DONE, {80}, True),
+        (DONE + socket_message(80), set(), True),
+        (b"", set(), False),
+        (socket_message(80, sequence=6) + message(3, bytes(4), sequence=6), set(), False),  # of another dump
+        (message(20, bytes(4)), set(), False),
+        (message(99, bytes(60)), set(), False),
+        (socket_message(80)[:-4], set(), False),
+        (socket_message(80) + bytes(20), {80}, False),
+    ],
+)
+def test_parts_of_a_dump(data: bytes, ports: set[int], last: bool) -> None:
+    found: set[int] = set()
+    assert parse_diag(data, 7, found) == last
+    assert found == ports
+
+
+def test_refusal() -> None:
+    with pytest.raises(FileNotFoundError, match="sock_diag"):
+        parse_diag(ENOENT, 7, set())
+
+
+@given(st.binary() | st.lists(st.sampled_from([socket_message(80), DONE, ENOENT, b"\x10", bytes(3)])).map(b"".join))
+def test_any_bytes_give_ports_or_an_error(data: bytes) -> None:
+    found: set[int] = set()
+    try:
+        parse_diag(data, 7, found)
+    except OSError:
+        pass  # the kernel says so
+    assert all(0 <= port < 65536 for port in found)
+
+
+def test_kernel_without_ipv6_by_sock_diag(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = DiagTables._dump
+
+    def dump(self: DiagTables, family: int, proto: int, ports: set[int]) -> None:
+        if family == socket.AF_INET6:
+            parse_diag(ENOENT, 7, ports)
+        real(self, family, proto, ports)
+
+    monkeypatch.setattr(DiagTables, "_dump", dump)
+    tables = DiagTables()
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        assert s.getsockname()[1] in tables.bound(PROTO_TCP)
+    tables.close()
+
+
+def test_files_do_where_there_is_no_sock_diag(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = open_tables()
+    assert isinstance(tables, DiagTables)
+    tables.close()
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(DiagTables, "_dump", lambda self, family, proto, ports: parse_diag(ENOENT, 7, ports))
+    with pytest.raises(FileNotFoundError):
+        DiagTables()
+    assert len(os.listdir("/proc/self/fd")) == before
+    tables = open_tables()
+    assert isinstance(tables, ProcTables)
+    tables.close()
+
+
+# Both ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [DiagTables, ProcTables])
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_against_the_kernel(kind: Callable[[], PortTables], family: int, address: str) -> None:
+    tables = kind()
+    udp_kind = socket.SOCK_DGRAM
+    with socket.socket(family) as t, socket.socket(family, udp_kind) as u, socket.socket(family, udp_kind) as c:
         for s in (t, u, c):
-            s.bind(("127.0.0.1", 0))
+            s.bind((address, 0))
         tcp, udp, connected = (s.getsockname()[1] for s in (t, u, c))
         assert tcp not in tables.bound(PROTO_TCP)
         t.listen()
@@ -123,3 +212,16 @@ def test_against_the_kernel() -> None:
         assert udp in tables.bound(PROTO_UDP)
         assert connected not in tables.bound(PROTO_UDP)
     tables.close()
+
+
+@pytest.mark.parametrize("kind", [DiagTables, ProcTables])
+def test_many_ports(kind: Callable[[], PortTables]) -> None:
+    """More than one part of a dump, or of a file, holds."""
+    tables = kind()
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(400)]
+    try:
+        assert {s.getsockname()[1] for s in servers} <= tables.bound(PROTO_TCP)
+    finally:
+        for s in servers:
+            s.close()
+        tables.close()
