@@ -163,6 +163,8 @@ def test_low_ports(hosted: Runner, on_host: Place) -> None:
     assert os.stat(f"/proc/{daemon}").st_uid != 0
     with guest(target) as place:
         talk(place.server(LOW), on_host.client(LOW))
+    done = hosted.run("--config-net", *options(u=f"{LOW}"), "--", "id", "-u")  # a command is nobody's, too
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 # Not to be had --------------------------------------------------------------------------------------------------------
