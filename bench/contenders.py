@@ -74,7 +74,7 @@ _C = "/usr/bin/pasta"
 
 
 def _ports(tcp: str) -> list[str]:
-    return ["-t", tcp, "-u", "5401", "-T", "none", "-U", "none"]
+    return ["-t", tcp, "-u", "none" if tcp == "none" else "5401", "-T", "none", "-U", "none"]
 
 
 def _ours(pid: int, mtu: int, ports: str) -> list[str]:
@@ -104,7 +104,7 @@ CONTENDERS = (
 
 
 @contextmanager
-def seated(lab: Lab, contender: Contender, mtu: int, ports: str = LOAD_PORTS, cpu: int | None = None) -> Iterator[Seat]:
+def seated(lab: Lab, contender: Contender, mtu: int, ports: str = "none", cpu: int | None = None) -> Iterator[Seat]:
     """`contender` at work for a new guest that has a default route, until the context ends; on processor `cpu`.
 
     Every sample has a daemon of its own: daemons keep sockets in stock, and those have the send buffer of the time when
