@@ -304,7 +304,7 @@ class Tcp:
                 self._broken(conn, error, now)
                 return
         if events & EPOLLOUT and conn.low and conn.sock is not None:
-            self._acks.writable(conn)
+            self._acks.writable(conn, now)
 
     def _to_tap(self, conn: TcpConn, now: float) -> None:
         """Send what the socket has, and see to the timer."""

@@ -21,6 +21,10 @@ not with each segment, and its right edge never moves left. When the buffer is t
 kernel stops calling it writable, EPOLLOUT says when to promise more; waiting for EPOLLOUT is also what makes the
 kernel grow a buffer that limits the connection. Nothing is promised in the hope that it will fit, so nothing needs to
 be dropped; if the kernel takes less all the same, the rest is dropped, counted, and asked for when there is room.
+
+A guest does not send less than a segment or half of the largest window it has seen, whichever is less (RFC 9293,
+3.8.6.2.1): it waits for more window, until after 200 ms it probes. So what is left never becomes that small without
+the window being computed again; if it stays so while the socket drains, the timer of delayed acknowledgements looks.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from .core.context import Context
 from .core.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from .linux import tcpinfo
 from .tcp_buf import TcpOut
-from .tcp_conn import SOCK_ACCEPTED, WINDOW_MAX, TcpConn
+from .tcp_conn import SOCK_ACCEPTED, TAP_FIN_RCVD, WINDOW_MAX, TcpConn
 
 ACK_DELAY = 0.010  # s; half as much to half as much again, since one timer serves all
 PINGPONG_MAX = 3
@@ -49,6 +53,7 @@ class TcpAck:
         self._ctx = ctx
         self._out = out
         self._features = features
+        self._segment = (ctx.config.mtu or 1500) - 40  # the longest that the guest sends
         self._delayed: list[TcpConn] = []
         self._timer = ctx.timers.services.new(self.timer_handler)
 
@@ -59,8 +64,8 @@ class TcpAck:
             conn.rcv_acked = conn.rcv_nxt
         else:
             self._follow(conn, n)
-        if (conn.rcv_edge - conn.rcv_nxt) * 2 < conn.rcv_full or conn.lost:
-            self.open_window(conn)
+        if conn.rcv_edge - conn.rcv_nxt < conn.rcv_low or conn.lost:
+            self.open_window(conn, now)
             must_ack = True
         if must_ack or (conn.rcv_acked != before and (n >= BULK or conn.pingpong < PINGPONG)):
             self._out.ack(conn)
@@ -99,7 +104,7 @@ class TcpAck:
             conn.near = True
             conn.rcv_acked = conn.rcv_nxt
 
-    def open_window(self, conn: TcpConn) -> None:
+    def open_window(self, conn: TcpConn, now: float) -> None:
         """Move the right edge as far as the socket can take more, and ask for EPOLLOUT where that is not far."""
         size, used = tcpinfo.send_buffer(conn.sock, self._features)
         window = (size - used) * 3 // 4  # kernel memory holds its own descriptors too
@@ -107,26 +112,31 @@ class TcpAck:
             peer = tcpinfo.u32(tcpinfo.tcp_info(conn.sock), tcpinfo.SND_WND)
             window = min(window, max(peer, WINDOW_FLOOR))
         conn.rcv_edge = max(conn.rcv_edge, conn.rcv_nxt + min(window, WINDOW_MAX), conn.rcv_nxt)
-        conn.rcv_full = conn.rcv_edge - conn.rcv_nxt
+        window = conn.rcv_edge - conn.rcv_nxt
+        conn.rcv_max = max(conn.rcv_max, conn.rcv_edge - conn.rcv_acked)  # to the guest it begins at rcv_acked
+        conn.rcv_low = max(window // 2, min(self._segment, conn.rcv_max // 2))
         if used * 3 > size * 2 or conn.lost:
             conn.low = True
             self._ctx.reactor.change(conn.fd, INTEREST | EPOLLOUT)
+        elif window < conn.rcv_low and used and not conn.queued:
+            self.look_later(conn, now)
 
-    def writable(self, conn: TcpConn) -> None:
+    def writable(self, conn: TcpConn, now: float) -> None:
         """The send buffer has room again: promise it, and have what was dropped sent again at once."""
         conn.low = False
         lost, conn.lost = conn.lost, False
-        self.open_window(conn)
+        self.open_window(conn, now)
         self._out.ack(conn)
         if lost:
             for _ in range(3):  # duplicate acknowledgements start a fast retransmission (RFC 5681, 3.2)
                 self._out.ack(conn)
 
     def timer_handler(self, now: float) -> None:
-        """Send the acknowledgements that found no answer to ride on; look again at those that wait for the peer.
+        """Send the acknowledgements that found no answer to ride on; look again at those that wait for the peer, and at
+        windows that are too small.
 
-        The latter wait until the peer has acknowledged all, whatever other segments said meanwhile. What the guest has
-        acknowledged is dropped from the sockets.
+        Who waits for the peer does so until it has acknowledged all, whatever other segments said meanwhile. What the
+        guest has acknowledged is dropped from the sockets.
         """
         delayed, self._delayed = self._delayed, []
         for conn in delayed:
@@ -135,6 +145,10 @@ class TcpAck:
                 continue
             if conn.snd_una != conn.base:
                 self._out.consume(conn)
+            if conn.rcv_edge - conn.rcv_nxt < conn.rcv_low and not conn.low and not conn.events & TAP_FIN_RCVD:
+                self.open_window(conn, now)
+                if conn.rcv_edge - conn.rcv_nxt >= conn.rcv_low:
+                    self._out.ack(conn)
             if not conn.ack_due and conn.rcv_acked == conn.rcv_nxt:
                 continue
             if now - conn.t_rx < ACK_DELAY / 2:  # the timer was armed for another: this one has just begun to wait

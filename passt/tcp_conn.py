@@ -110,7 +110,8 @@ class TcpConn(Flow):
         "queued",  # the timer of delayed acknowledgements will look at this connection
         "rcv_acked",
         "rcv_edge",
-        "rcv_full",  # window when it was last computed: it is computed again when half of it is used up
+        "rcv_low",  # a window smaller than this is computed again
+        "rcv_max",  # largest window that the guest has seen
         "rcv_nxt",
         "recover",
         "retries",
@@ -136,7 +137,7 @@ class TcpConn(Flow):
         self.l4 = self.ip_sum = self.tcp_sum = 0
         self.mss = tcp.MSS_DEFAULT
         self.chunk = self.ws_from = self.ws_to = 0
-        self.isn_tap = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_full = 0
+        self.isn_tap = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_low = self.rcv_max = 0
         self.snd_una = self.snd_nxt = self.snd_wnd = self.base = self.recover = 0
         self.gso = self.near = self.low = self.lost = self.ack_due = False
         self.queued = self.urgent = self.eager = self.keepalive = False

@@ -219,7 +219,7 @@ class TcpOpen:
         self._ctx.flows.activate(conn)
         if log.debug_on:
             log.debug(f"Flow {conn.index} (TCP connection): {conn.endpoints} => HOST {conn.dst[0]} port {conn.dst[1]}")
-        self._acks.open_window(conn)
+        self._acks.open_window(conn, now)
         self._out.syn_ack(conn, conn.ws_to != 0)
         conn.snd_nxt = conn.snd_una + 1
         conn.t_rx = now
@@ -329,7 +329,7 @@ class TcpOpen:
             self._out.fit(conn)
             conn.isn_tap = seq
             conn.rcv_nxt = conn.rcv_acked = seq + 1
-            conn.rcv_full = WINDOW_DEFAULT
+            conn.rcv_max, conn.rcv_low = WINDOW_DEFAULT, WINDOW_DEFAULT // 2
             conn.rcv_edge = conn.rcv_nxt + WINDOW_DEFAULT
             conn.t_rx = now
             self._table.half_open -= 1

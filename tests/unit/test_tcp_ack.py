@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 
 import pytest
 
 from passt.core.reactor import EPOLLOUT
 from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, SND_WND
-from passt.wire.tcp import ACK, PSH
+from passt.wire.tcp import ACK, FIN, PSH, SYN
 from tests.unit.support import GATEWAY4, reactor
-from tests.unit.tcp_support import ALL, Talk, fake_sockets, open_connection
+from tests.unit.tcp_support import ALL, FakeSocket, Talk, fake_sockets, open_connection
 
 __all__ = ["fake_sockets"]
 
@@ -212,10 +213,10 @@ def test_window_respects_the_peers_and_has_a_floor() -> None:
     talk.sock.info[SND_WND] = 10
     conn = talk.tcp._conns[talk.key]
     conn.rcv_edge = conn.rcv_nxt
-    talk.tcp._acks.open_window(conn)
+    talk.tcp._acks.open_window(conn, talk.now)
     assert conn.rcv_edge - conn.rcv_nxt == 65536
     talk.sock.info[SND_WND] = 300_000
-    talk.tcp._acks.open_window(conn)
+    talk.tcp._acks.open_window(conn, talk.now)
     assert conn.rcv_edge - conn.rcv_nxt == 300_000
 
 
@@ -225,7 +226,7 @@ def test_window_without_a_field(hidden: str) -> None:
     conn = talk.tcp._conns[talk.key]
     conn.rcv_edge = conn.rcv_nxt
     talk.sock.info[SND_WND] = 1 << 20
-    talk.tcp._acks.open_window(conn)
+    talk.tcp._acks.open_window(conn, talk.now)
     # All of the free buffer; or half of the buffer is taken as used, and the peer's window is smaller than the rest.
     assert conn.rcv_edge - conn.rcv_nxt == ((4 << 20) * 3 // 4 if hidden == "snd_wnd" else 1 << 20)
 
@@ -235,7 +236,7 @@ def test_right_edge_never_moves_left() -> None:
     conn = talk.tcp._conns[talk.key]
     before = conn.rcv_edge
     talk.sock.wmem = talk.sock.sndbuf
-    talk.tcp._acks.open_window(conn)
+    talk.tcp._acks.open_window(conn, talk.now)
     assert conn.rcv_edge == before
 
 
@@ -257,6 +258,83 @@ def test_low_buffer_is_waited_for_and_then_promised() -> None:
     talk.writable()
     assert not conn.low
     assert edge(talk) == 1 + len(talk.sock.sent) + (1 << 20)
+
+
+def test_what_is_left_is_never_less_than_the_guest_would_send() -> None:
+    """Half of the largest window so far: with less, the guest waits until its timer makes it probe."""
+    talk = Talk(peer=GATEWAY4)
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    talk.syn()
+    talk.sock.info[SND_WND] = 104_448
+    talk.writable()
+    talk.expect(SYN | ACK)
+    talk.guest(ACK)
+    talk.sock.info[SND_WND] = 62_464
+    talk.guest(ACK, bytes(72_960))
+    assert edge(talk) == 1 + 72_960 + 65_536
+    talk.guest(ACK, bytes(29_184))  # less than half of the window, but what is left is less than half of the largest
+    assert edge(talk) == 1 + 72_960 + 29_184 + 65_536
+
+
+def test_the_guest_sees_a_window_that_begins_where_the_peer_is() -> None:
+    """What the peer has not acknowledged yet is window to the guest: so it is larger, and so is the half of it."""
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    talk = Talk()
+    talk.syn()
+    talk.sock.info[SND_WND] = 0
+    talk.writable()
+    talk.expect(SYN | ACK)
+    talk.guest(ACK)
+    talk.guest(ACK, bytes(60_000))
+    talk.sock.info[BYTES_ACKED] = 1 + 60_000
+    talk.guest(ACK, bytes(40_000))
+    s = talk.taken()[-1]
+    assert s.ack == 60_001 and s.window << 8 == 105_472
+    talk.guest(ACK, bytes(20_000))  # 45,536 are left
+    assert edge(talk) == 60_001 + 125_440
+
+
+def small_window() -> Talk:
+    """The send buffer has room for less than the guest would send, but is not so full that EPOLLOUT would tell more."""
+    talk = near()
+    talk.sock.sndbuf, talk.sock.wmem = 100_000, 60_000
+    conn = talk.tcp._conns[talk.key]
+    while conn.rcv_edge - conn.rcv_nxt > 40_000:
+        talk.guest(ACK, bytes(10_000))
+    assert edge(talk) - conn.rcv_nxt + conn.isn_tap <= 40_000 and not conn.low
+    return talk
+
+
+def test_small_window_is_looked_at_until_it_is_not() -> None:
+    talk = small_window()
+    talk.wait(0.05)
+    talk.expect_nothing()  # as small as it was: nothing that would help the guest
+    talk.sock.sndbuf, talk.sock.wmem = 1_000_000, 0
+    talk.wait(0.02)
+    assert talk.expect(ACK).window << 8 > 65_000
+    talk.wait(1.0)
+    talk.expect_nothing()
+    assert not any(talk.timers.services.deadlines)
+
+
+def test_small_window_of_an_empty_buffer_is_left_alone() -> None:
+    """Nothing will make it larger, and an idle connection costs nothing."""
+    talk = small_window()
+    talk.sock.wmem = 0
+    talk.sock.sndbuf = 50_000
+    talk.wait(1.0)
+    talk.expect_nothing()
+    assert not any(talk.timers.services.deadlines)
+
+
+def test_small_window_does_not_matter_behind_fin() -> None:
+    talk = small_window()
+    talk.guest(FIN | ACK)
+    talk.taken()
+    talk.sock.sndbuf, talk.sock.wmem = 1_000_000, 0
+    talk.wait(1.0)
+    talk.expect_nothing()
+    assert not any(talk.timers.services.deadlines)
 
 
 def test_window_is_not_computed_for_every_segment() -> None:
