@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from . import __version__
@@ -146,19 +147,19 @@ def trace(text: str) -> None:
 
 def warn_ratelimited(key: str, text: str, now: float, interval: float = 10.0) -> None:
     """Warn at most once per `interval` seconds for each `key`; the next line tells how many were held back."""
-    _ratelimited(WARNING, key, text, now, interval)
+    _ratelimited(warn, key, text, now, interval)
 
 
 def info_ratelimited(key: str, text: str, now: float, interval: float = 10.0) -> bool:
     """The same for what is no warning, but that a guest can cause as often as it likes. Tells whether it was said."""
-    return _ratelimited(INFO, key, text, now, interval)
+    return _ratelimited(info, key, text, now, interval)
 
 
-def _ratelimited(level: int, key: str, text: str, now: float, interval: float) -> bool:
+def _ratelimited(write: Callable[[str], None], key: str, text: str, now: float, interval: float) -> bool:
     last, held = _last.get(key, (-interval, 0))
     if now - last < interval:
         _last[key] = (last, held + 1)
         return False
     _last[key] = (now, 0)
-    say(level, f"{text} ({held} similar messages held back)" if held else text)
+    write(f"{text} ({held} similar messages held back)" if held else text)
     return True

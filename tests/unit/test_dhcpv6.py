@@ -298,7 +298,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is logged from now on."""
     lines: list[str] = []
     monkeypatch.setattr(log, "_last", {})
-    monkeypatch.setattr(log, "say", lambda _, text: lines.append(text))
+    monkeypatch.setattr(log, "info", lines.append)
     return lines
 
 
