@@ -1,4 +1,6 @@
-"""The command: `pasta`, also called `passt4netns`, or `python -m passt`.
+"""The commands: `pasta`, also called `passt4netns`, or `python -m passt`; and `passt`, or `python -m passt.vm`.
+
+As with the original, which of them it is follows from the name that it is called by.
 
 Only what parsing needs is imported here, so that --help, --version and errors are quick.
 """
@@ -12,13 +14,13 @@ from collections.abc import Sequence
 
 from . import log
 from .conf import Done, parse
+from .core.config import PASST, PASTA
 from .linux.proc import ephemeral_ports, inherited_fds
 from .log import Fatal
 
-PROGRAM = "pasta"
 HASH_SEED = "PYTHONHASHSEED"
 SAVED_HASH_SEED = "PASST_SAVED_PYTHONHASHSEED"
-VM_MODE = "passt"
+NETNS_ALIAS = "passt4netns"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,16 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     _fill_stdio()
     inherited = inherited_fds()
     try:
-        if os.path.basename(name) == VM_MODE:
-            raise Fatal("Connecting virtual machines (passt) is not part of this version: call pasta")
-        options = parse(words, PROGRAM, ephemeral_ports())
+        options = parse(words, mode(name), ephemeral_ports())
+        if options.fd is not None and options.fd not in inherited:
+            raise Fatal(f"Invalid --fd: {options.fd} (it is not open)")
         _want_random_hashes()
         env = _command_environment()
-        log.setup(PROGRAM, options.level, syslog=options.log_file is None, log_file=options.log_file)
+        log.setup(options.mode, options.level, syslog=options.log_file is None, log_file=options.log_file)
 
         from . import daemon
 
-        return daemon.run(options, env, inherited)
+        return daemon.run(options, env, [fd for fd in inherited if fd != options.fd])
     except Done as e:
         sys.stdout.write(str(e))
         sys.stdout.flush()
@@ -47,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(*e.args)
     except OSError as e:
         return _fail(e.strerror or str(e))
+
+
+def mode(name: str) -> str:
+    """What the program is, called `name`: PASST or PASTA."""
+    base = os.path.basename(name)
+    return PASST if "passt" in base and "pasta" not in base and base != NETNS_ALIAS else PASTA
 
 
 def _fill_stdio() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from . import conf_ports, log
 from .conf_parse import Getopt
-from .conf_table import PORT_SPECS, TABLE, Done, Fields, Options
+from .conf_table import DEFAULTS, PORT_SPECS, Done, Fields, Options, table
 from .core.config import PASTA
 from .log import Fatal
 
@@ -21,12 +21,15 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = c
 
     `program` is the mode, PASTA or PASST, `ephemeral` the ports that the kernel gives to clients, None if unknown.
     """
-    fields: Fields = {}
-    words = Getopt(program, TABLE, argv)
+    fields: Fields = {"mode": program, **DEFAULTS[program]}
+    words = Getopt(program, table(program), argv)
     for option, argument in words:
         option.action(fields, argument)
-    _target(fields, words.operands)
-    _check(fields)
+    if program == PASTA:
+        _target(fields, words.operands)
+        _check(fields)
+    elif words.operands:
+        raise Fatal(f"Extra non-option argument: {words.operands[0]}")
     specs = fields.pop(PORT_SPECS, [])
     options = Options(**fields)
     rules = conf_ports.forwards(specs, options, program, conf_ports.EPHEMERAL if ephemeral is None else ephemeral)

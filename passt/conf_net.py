@@ -1,4 +1,4 @@
-"""Options and the host's configuration -> what the guest sees (Config) and what is set up in the namespace (NsPlan).
+"""Options and the host's configuration -> what the guest sees (Config) and what is set up in a namespace (NsPlan).
 
 Pure: the host's tables and the text of /etc/resolv.conf come in as values, decisions go out, remarks with them.
 Nothing here refuses to start because of what the host has; a family is judged by itself:
@@ -10,6 +10,8 @@ Nothing here refuses to start because of what the host has; a family is judged b
     nothing usable                          local mode: 169.254.2.1/16 and 169.254.2.2; fe80::1 as IPv6 gateway
     a kernel without the family             the family is off
 
+The plan is for pasta only: a virtual machine sets itself up, by what DHCP, DHCPv6 and router advertisements tell it.
+
 What -a, -g, -n, -I say replaces what was found, in local mode too. An interface that the user named (-i,
 --outbound-if4/6) and that has no address in any wanted family is an error: it would not do what was asked for.
 """
@@ -20,11 +22,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from . import addr, conf_ports, log
-from .conf_table import DNS_MAX, SEARCH_MAX, Options
-from .core.config import Config, Ip4, Ip6
+from .conf_table import DNS_MAX, GUEST, SEARCH_MAX, Options
+from .conf_values import is_domain
+from .core.config import FRAME_MTU_MAX, PASTA, Config, Ip4, Ip6
 from .linux import routes
 from .linux.routes import Address, Host, Link, NsPlan, Route
-from .linux.tun import MTU_MAX as TAP_MTU_MAX
 from .log import Fatal
 
 LOCAL_ADDR4 = bytes((169, 254, 2, 1))
@@ -61,7 +63,7 @@ def parse_resolv_conf(text: str) -> Resolvers:
             except ValueError:
                 log.debug(f"/etc/resolv.conf: {line.strip()}: not an address, left out")
         elif keyword == "search" and not search:
-            search = tuple(words[:SEARCH_MAX])
+            search = tuple(filter(is_domain, words))[:SEARCH_MAX]  # "." is a usual way to say that there is none
     return Resolvers(tuple(servers), search)
 
 
@@ -88,7 +90,7 @@ class Decision:
     """The outcome: for the data plane, for the namespace, and for the print-out."""
 
     config: Config
-    plan: NsPlan
+    plan: NsPlan | None  # None with a virtual machine
     template4: Link | None
     template6: Link | None
     remarks: Remarks
@@ -97,9 +99,10 @@ class Decision:
 def decide(options: Options, host: Host, resolvers: Resolvers, *, have_v6: bool = True) -> Decision:
     """Everything that follows from the command line and the host. Raises Fatal."""
     remarks = Remarks()
-    mtu = min(options.mtu, TAP_MTU_MAX)
+    mtu = min(options.mtu, FRAME_MTU_MAX)
     if mtu != options.mtu:
-        remarks.warn(f"A tap device takes at most {mtu} bytes: using MTU {mtu}, not {options.mtu}")
+        carrier = "A tap device" if options.mode == PASTA else "A frame on the socket"
+        remarks.warn(f"{carrier} takes at most {mtu} bytes: using MTU {mtu}, not {options.mtu}")
     template4 = _template(options, host, remarks, v6=False) if options.use.v4 else None
     template6 = _template(options, host, remarks, v6=True) if options.use.v6 and have_v6 else None
     _check_named(options, host, template4, template6)
@@ -108,22 +111,11 @@ def decide(options: Options, host: Host, resolvers: Resolvers, *, have_v6: bool 
     if ip4 is None and ip6 is None:
         raise Fatal("No address family left: IPv6 is not possible and IPv4 was not asked for (leave out -6)")
     conf_ports.check_families(options.forwards, ip4 is not None, ip6 is not None)
-    template = template4 if template4 and ip4 else template6 if template6 and ip6 else None
-    plan = NsPlan(
-        ifname=options.ns_ifname or (template.name if template else LOCAL_IFNAME),
-        mac=options.ns_mac,
-        mtu=mtu,
-        txqlen=queue_length(mtu),
-        configure=options.config_net,
-        addresses=(*_addresses(options, host, template4, ip4), *_addresses(options, host, template6, ip6)),
-        routes=(
-            *_routes(options, host, template4, ip4, remarks),
-            *_routes(options, host, template6, ip6, remarks),
-        ),
-    )
+    used4, used6 = template4 if ip4 else None, template6 if ip6 else None
     config = _config(options, mtu, ip4, ip6, resolvers, template6 or template4)
+    plan = _plan(options, host, used4, used6, config, remarks) if options.mode == PASTA else None
     _remark_dns(options, ip4, ip6, remarks)
-    return Decision(config, plan, template4 if ip4 else None, template6 if ip6 else None, remarks)
+    return Decision(config, plan, used4, used6, remarks)
 
 
 def queue_length(mtu: int) -> int:
@@ -136,12 +128,15 @@ def _config(
     options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, resolvers: Resolvers, scope: Link | None
 ) -> Config:
     return Config(
+        mode=options.mode,
         ip4=ip4,
         ip6=ip6,
         our_mac=options.our_mac,
         mtu=mtu,
         scope_id=scope.index if scope else 0,
         dns_search=() if options.search_none else options.search or resolvers.search,
+        hostname=options.hostname,
+        fqdn=options.fqdn,
         advertise_dns=options.dhcp_dns,
         advertise_search=options.dhcp_search,
         no_tcp=options.no_tcp,
@@ -327,6 +322,25 @@ def _dns(
 # The namespace -----------------------------------------------------------------------------------------------------
 
 
+def _plan(
+    options: Options, host: Host, template4: Link | None, template6: Link | None, config: Config, remarks: Remarks
+) -> NsPlan:
+    template = template4 or template6
+    ip4, ip6 = config.ip4, config.ip6
+    return NsPlan(
+        ifname=options.ns_ifname or (template.name if template else LOCAL_IFNAME),
+        mac=options.ns_mac,
+        mtu=config.mtu,
+        txqlen=queue_length(config.mtu),
+        configure=options.config_net,
+        addresses=(*_addresses(options, host, template4, ip4), *_addresses(options, host, template6, ip6)),
+        routes=(
+            *_routes(options, host, template4, ip4, remarks),
+            *_routes(options, host, template6, ip6, remarks),
+        ),
+    )
+
+
 def _addresses(options: Options, host: Host, template: Link | None, ip: Ip4 | Ip6 | None) -> tuple[Address, ...]:
     if ip is None or ip.addr is None:
         return ()
@@ -368,6 +382,19 @@ def _remark_routes(host: Host, template: Link, count: int, remarks: Remarks, v6:
 # Print-out ---------------------------------------------------------------------------------------------------------
 
 
+def describe_socket(path: str) -> str:
+    """The line that tells where a virtual machine is to connect; clients read it. It comes before all others."""
+    return f"UNIX domain socket bound at {path}"
+
+
+def describe_client(path: str) -> Iterator[str]:
+    """The lines behind all others that say how to connect a virtual machine."""
+    yield ""
+    yield "You can now start qemu (>= 7.2):"
+    netdev = f"stream,id=s,server=off,addr.type=unix,addr.path={path}"
+    yield f"    kvm ... -device virtio-net-pci,netdev=s -netdev {netdev}"
+
+
 def describe(decision: Decision) -> Iterator[str]:
     """The lines that say at start what was chosen."""
     c, ip4, ip6 = decision.config, decision.config.ip4, decision.config.ip6
@@ -380,14 +407,15 @@ def describe(decision: Decision) -> Iterator[str]:
     out = [addr.text(ip.addr_out) for ip in (ip4, ip6) if ip and ip.addr_out]
     if out:
         yield f"Outbound address: {', '.join(out)}"
-    yield f"Namespace interface: {decision.plan.ifname}"
+    if decision.plan:
+        yield f"Namespace interface: {decision.plan.ifname}"
     yield "MAC:"
     yield f"    host: {addr.mac_text(c.our_mac)}"
     if ip4:
         yield from _describe4(c, ip4)
     if ip6:
         yield from _describe6(c, ip6)
-    yield from conf_ports.describe(c.forwards)
+    yield from conf_ports.describe(c.forwards, GUEST[c.mode])
 
 
 def _describe4(c: Config, ip: Ip4) -> Iterator[str]:

@@ -15,7 +15,10 @@ from .log import Fatal
 
 
 class Option(Protocol):
-    """What the grammar must know of an option. `short` and `arg` are empty when there is none."""
+    """What the grammar must know of an option. `short` and `arg` are empty when there is none.
+
+    Options of the same action are two names of one.
+    """
 
     @property
     def name(self) -> str: ...
@@ -25,6 +28,9 @@ class Option(Protocol):
 
     @property
     def arg(self) -> str: ...
+
+    @property
+    def action(self) -> object: ...
 
 
 OptionT = TypeVar("OptionT", bound=Option)
@@ -72,7 +78,7 @@ class Getopt(Generic[OptionT]):
         if name in self._long:
             return self._long[name]
         matches = [long for long in self._long if long.startswith(name)]
-        if len(matches) > 1:
+        if len({(self._long[m].action, self._long[m].arg) for m in matches}) > 1:
             which = " ".join(f"'--{m}'" for m in matches)
             raise Fatal(f"{self._program}: option '--{name}' is ambiguous; possibilities: {which}")
         if not matches:

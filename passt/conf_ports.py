@@ -459,8 +459,8 @@ def check_families(rules: Iterable[Rule], v4: bool, v6: bool) -> None:
 # Print-out ---------------------------------------------------------------------------------------------------------
 
 
-def describe(rules: Sequence[Rule]) -> Iterator[str]:
-    """One line per protocol and direction: what is forwarded where."""
+def describe(rules: Sequence[Rule], guest: str = "namespace") -> Iterator[str]:
+    """One line per protocol and direction: what is forwarded where. `guest` is what the other side is called."""
     lines = []
     for outbound, where in ((False, "to"), (True, "from")):
         for proto, name in ((PROTO_TCP, "TCP"), (PROTO_UDP, "UDP")):
@@ -468,7 +468,7 @@ def describe(rules: Sequence[Rule]) -> Iterator[str]:
             if some:
                 texts = [_describe(r) for r in some[:_LISTED_MAX]]
                 more = len(some) - len(texts)
-                lines.append(f"    {name} {where} namespace: {', '.join(texts)}{f', and {more} more' if more else ''}")
+                lines.append(f"    {name} {where} {guest}: {', '.join(texts)}{f', and {more} more' if more else ''}")
     if lines:
         yield "Port forwarding:"
         yield from lines

@@ -1,19 +1,23 @@
-"""The options: one table, from which both the parser and --help are made.
+"""The options: one table, from which both the parser and --help are made, for pasta and for passt.
 
 An entry says how an option is written and what it does to the fields of `Options`, a dictionary while the command line
 is read. Its action is a function of the dictionary and the argument; there are few kinds of them.
+
+An option that exists in one mode only is known in the other, too, by its long name: that says where it belongs, or
+does nothing where it always did nothing. The letter is free for others there. Entries without help are options of the
+original that do not exist here; they say so, in the words of getopt_long(3), by which clients know what is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import conf_values as values
 from . import log
 from .conf_values import NONE
-from .core.config import MTU_DEFAULT, OUR_MAC
+from .core.config import MTU_DEFAULT, OUR_MAC, PASST, PASTA
 from .core.rules import Rule
 from .log import Fatal
 
@@ -40,6 +44,7 @@ class Pair:
 class Options:
     """What the command line asks for; nothing here was compared with the host yet."""
 
+    mode: str = PASTA
     level: int = log.INFO
     foreground: bool = False
     log_file: str | None = None
@@ -66,6 +71,8 @@ class Options:
     search: tuple[str, ...] = ()
     search_none: bool = False
     dhcp_search: bool = False
+    hostname: str = ""
+    fqdn: str = ""
 
     no_tcp: bool = False
     no_udp: bool = False
@@ -83,6 +90,10 @@ class Options:
     host_lo_to_ns_lo: bool = False
     freebind: bool = False
 
+    socket_path: str | None = None  # None: the first default path that is free
+    fd: int | None = None
+    one_off: bool = False
+
     ns_ifname: str | None = None
     ns_mac: bytes | None = None
     config_net: bool = False
@@ -98,18 +109,26 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One entry. `short` and `arg` are empty when there is none; `help` lines are separated by newlines."""
+    """One entry. `short` and `arg` are empty when there is none; `help` lines are separated by newlines.
+
+    In `help`, {guest} stands for what it is called in a mode.
+    """
 
     name: str
     short: str
     arg: str
     action: Action
     help: str
+    mode: str | None = None  # the only mode that has it
+    ignored: bool = False  # in the other mode, as a long option
 
 
 class Done(Exception):
     """--help and --version: print the text on standard output, exit status 0."""
 
+
+DEFAULTS: dict[str, Fields] = {PASTA: {}, PASST: {"dhcp_dns": True, "dhcp_search": True}}  # unlike those of Options
+GUEST = {PASTA: "namespace", PASST: "guest"}
 
 # Kinds of actions --------------------------------------------------------------------------------------------------
 
@@ -155,6 +174,25 @@ def _mapping(field: str) -> Action:
     return action
 
 
+def _absent(name: str, why: str) -> Option:
+    """An option that clients may know from the original."""
+    text, _, arg = name.partition(" ")
+
+    def action(fields: Fields, _: str) -> None:
+        raise Fatal(f"{fields['mode']}: unrecognized option '--{text}': {why}")
+
+    return Option(text, "", arg, action, "", PASST)
+
+
+def _elsewhere(option: Option) -> Option:
+    """The entry in the mode that does not have it."""
+
+    def refuse(_: Fields, __: str) -> None:
+        raise Fatal(f"--{option.name} is for {option.mode} mode only")
+
+    return replace(option, short="", action=_nothing if option.ignored else refuse)
+
+
 def _outbound_if(v6: bool) -> Action:
     return lambda fields, text: _put(fields, "outbound_if", values.interface(text), v6)
 
@@ -189,10 +227,20 @@ def _search(fields: Fields, text: str) -> None:
     if text == NONE:
         fields.update(search=(), search_none=True)
         return
-    domains = (*fields.get("search", ()), values.domain(text))
-    if len(domains) > SEARCH_MAX:
-        raise Fatal(f"Cannot use DNS search domain {text} (at most {SEARCH_MAX})")
-    fields.update(search=domains, search_none=False)
+    for name in text.split(" "):  # QEMU gives all of its search domains as one argument
+        domains = (*fields.get("search", ()), values.domain(name))
+        if len(domains) > SEARCH_MAX:
+            raise Fatal(f"Cannot use DNS search domain {name} (at most {SEARCH_MAX})")
+        fields.update(search=domains, search_none=False)
+
+
+def _socket(fields: Fields, text: str) -> None:
+    fields.update(socket_path=values.socket_path(text), fd=None)
+
+
+def _fd(fields: Fields, text: str) -> None:
+    """One connection is all there will be."""
+    fields.update(fd=values.fd(text), socket_path=None, one_off=True)
 
 
 def _userns(fields: Fields, text: str) -> None:
@@ -215,14 +263,14 @@ def _deprecated_copy(name: str, field: str) -> Action:
     return action
 
 
-def _help(_: Fields, __: str) -> None:
-    raise Done(usage())
+def _help(fields: Fields, _: str) -> None:
+    raise Done(usage(fields["mode"]))
 
 
-def _version(_: Fields, __: str) -> None:
+def _version(fields: Fields, _: str) -> None:
     from . import __version__
 
-    raise Done(f"pasta {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n")
+    raise Done(f"{fields['mode']} {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n")
 
 
 def _nothing(_: Fields, __: str) -> None:
@@ -278,7 +326,7 @@ TABLE = (
     Option("outbound-if6", "", "NAME", _outbound_if(True),
            "Bind outbound IPv6 sockets to interface NAME"),
     Option("dns", "D", "ADDR", _dns,
-           "Tell the namespace this resolver, up to three per family\n"
+           "Tell the {guest} this resolver, up to three per family\n"
            "'none': tell none; default: from /etc/resolv.conf"),
     Option("dns-forward", "", "ADDR", _per_family("dns_forward", values.dns_forward),
            "Forward queries sent to ADDR to the host's resolver\n"
@@ -287,12 +335,20 @@ TABLE = (
            "Resolver on the host to forward queries to\n"
            "default: the first in /etc/resolv.conf"),
     Option("search", "S", "DOMAIN", _search,
-           "Tell the namespace this search domain, up to six\n"
+           "Tell the {guest} this search domain, up to six\n"
            "'none': tell none; default: from /etc/resolv.conf"),
     Option("dhcp-dns", "", "", _set("dhcp_dns", True),
-           "Pass resolvers by DHCP, DHCPv6 and NDP"),
+           "Pass resolvers by DHCP, DHCPv6 and NDP", PASTA),
     Option("dhcp-search", "", "", _set("dhcp_search", True),
-           "Pass search domains by DHCP, DHCPv6 and NDP"),
+           "Pass search domains by DHCP, DHCPv6 and NDP", PASTA),
+    Option("no-dhcp-dns", "", "", _set("dhcp_dns", False),
+           "Don't pass resolvers by DHCP, DHCPv6 and NDP", PASST),
+    Option("no-dhcp-search", "", "", _set("dhcp_search", False),
+           "Don't pass search domains by DHCP, DHCPv6 and NDP", PASST),
+    Option("hostname", "H", "NAME", _value("hostname", values.hostname),
+           "Tell the {guest} by DHCP that this is its name"),
+    Option("fqdn", "", "NAME", _value("fqdn", values.fqdn),
+           "Tell the {guest} by DHCP and DHCPv6 its name with domain"),
     Option("no-tcp", "", "", _set("no_tcp", True),
            "Disable TCP"),
     Option("no-udp", "", "", _set("no_udp", True),
@@ -321,68 +377,101 @@ TABLE = (
     Option("ipv6-only", "6", "", _set("use", Pair(False, True)),
            "Enable IPv6 operation only"),
     Option("tcp-ports", "t", "SPEC", _ports("t"),
-           "Forward TCP ports of the host to the namespace, repeatable\n"
-           "SPEC is 'none', 'auto' (those bound there, the default),\n"
-           "'all', or a list: 22, 8080:80, 5000-5010:6000-6010, ~5003,\n"
+           "Forward TCP ports of the host to the {guest}, repeatable\n"
+           "SPEC is 'none', the default of passt, 'auto', that of pasta\n"
+           "(those bound in the namespace; not for passt), 'all', or a\n"
+           "list: 22, 8080:80, 5000-5010:6000-6010, ~5003,\n"
            "127.0.0.1/22, %eth0/22, 6443:192.0.2.20/6443: see passt(1)"),
     Option("udp-ports", "u", "SPEC", _ports("u"),
            "The same for UDP"),
     Option("tcp-ns", "T", "SPEC", _ports("T"),
            "Forward TCP ports of the namespace's loopback to the host's\n"
-           "SPEC as for -t, without address and interface"),
+           "SPEC as for -t, without address and interface", PASTA, ignored=True),
     Option("udp-ns", "U", "SPEC", _ports("U"),
-           "The same for UDP"),
+           "The same for UDP", PASTA, ignored=True),
     Option("host-lo-to-ns-lo", "", "", _set("host_lo_to_ns_lo", True),
            "Connect the host's loopback to that of the namespace,\n"
-           "not to its address"),
+           "not to its address", PASTA),
     Option("no-splice", "", "", _set("no_splice", True),
            "Forward loopback connections to the namespace through the\n"
-           "tap interface, like all others"),
+           "tap interface, like all others", PASTA, ignored=True),
     Option("splice-only", "", "", _set("splice_only", True),
-           "Forward loopback connections only: no tap interface"),
+           "Forward loopback connections only: no tap interface", PASTA),
     Option("freebind", "", "", _set("freebind", True),
            "Let -t and -u listen on addresses that don't exist yet"),
+    Option("socket", "s", "PATH", _socket,
+           "Listen for the guest on UNIX domain socket PATH\n"
+           "default: /tmp/passt_1.socket, or the next that is free", PASST, ignored=True),
+    Option("socket-path", "", "PATH", _socket,
+           "The same", PASST, ignored=True),
+    Option("fd", "F", "FD", _fd,
+           "The guest is connected already, to this open descriptor\n"
+           "implies --one-off", PASST),
+    Option("one-off", "1", "", _set("one_off", True),
+           "Quit when the guest disconnects", PASST),
     Option("ns-ifname", "I", "NAME", _value("ns_ifname", values.interface),
            "Name of the interface in the namespace\n"
-           "default: that of the interface with the default route"),
+           "default: that of the interface with the default route", PASTA, ignored=True),
     Option("userns", "", "PATH", _userns,
-           "Join this user namespace; default: that of the PID"),
+           "Join this user namespace; default: that of the PID", PASTA),
     Option("netns", "", "PATH|NAME", _value("netns", values.path),
-           "Join this network namespace; NAME is one of ip-netns(8)"),
+           "Join this network namespace; NAME is one of ip-netns(8)", PASTA),
     Option("netns-only", "", "", _netns_only,
            "Don't join or create a user namespace\n"
-           "implied by --netns without --userns"),
+           "implied by --netns without --userns", PASTA),
     Option("no-netns-quit", "", "", _set("netns_quit", False),
-           "Don't quit when the network namespace goes away"),
+           "Don't quit when the network namespace goes away", PASTA),
     Option("config-net", "", "", _config_net,
-           "Configure the interface in the namespace"),
+           "Configure the interface in the namespace", PASTA),
     Option("no-copy-routes", "", "", _deprecated_copy("no-copy-routes", "copy_routes"),
-           "With --config-net: only set a default route (deprecated)"),
+           "With --config-net: only set a default route (deprecated)", PASTA),
     Option("no-copy-addrs", "", "", _deprecated_copy("no-copy-addrs", "copy_addrs"),
-           "With --config-net: only set one address (deprecated)"),
+           "With --config-net: only set one address (deprecated)", PASTA),
     Option("ns-mac-addr", "", "ADDR", _value("ns_mac", values.guest_mac),
-           "Set MAC address of the interface in the namespace"),
+           "Set MAC address of the interface in the namespace", PASTA),
+    _absent("vhost-user", "the guest is served on a stream socket here (qemu -netdev stream)"),
+    _absent("print-capabilities", "it is about vhost-user, and the guest is served on a stream socket here"),
+    _absent("repair-path PATH", "connections do not migrate with the guest here"),
 )  # fmt: skip
 
 _COLUMN = 32
 
 
-def usage() -> str:
+_HEADS = {
+    PASTA: """\
+Usage: pasta [OPTION]... [COMMAND] [ARGS]...
+       pasta [OPTION]... PID
+       pasta [OPTION]... --netns PATH|NAME
+
+Without PID or --netns, run COMMAND or a login shell in new user and network
+namespaces, and connect them. Otherwise connect an existing namespace.
+""",
+    PASST: """\
+Usage: passt [OPTION]...
+
+Listen on a UNIX domain socket, and connect the virtual machine that comes
+there, by -netdev stream of qemu.
+""",
+}
+
+
+def table(mode: str) -> tuple[Option, ...]:
+    """The options as they are in a mode, PASTA or PASST."""
+    return tuple(option if option.mode in (None, mode) else _elsewhere(option) for option in TABLE)
+
+
+def listed(mode: str) -> tuple[Option, ...]:
+    """The options that a mode has."""
+    return tuple(option for option in TABLE if option.help and option.mode in (None, mode))
+
+
+def usage(mode: str) -> str:
     """The text of --help."""
-    lines = [
-        "Usage: pasta [OPTION]... [COMMAND] [ARGS]...",
-        "       pasta [OPTION]... PID",
-        "       pasta [OPTION]... --netns PATH|NAME",
-        "",
-        "Without PID or --netns, run COMMAND or a login shell in new user and network",
-        "namespaces, and connect them. Otherwise connect an existing namespace.",
-        "",
-        "Options:",
-    ]
-    for option in TABLE:
+    lines = [_HEADS[mode], "Options:"]
+    for option in listed(mode):
         short = f"-{option.short}, " if option.short else "    "
         head = f"  {short}--{option.name} {option.arg}".rstrip()
-        first, *rest = option.help.split("\n")
+        first, *rest = option.help.format(guest=GUEST[mode]).split("\n")
         lines.append(f"{head:<{_COLUMN}}{first}" if len(head) < _COLUMN else f"{head}\n{'':<{_COLUMN}}{first}")
         lines += [f"{'':<{_COLUMN}}  {line}" for line in rest]
     return "\n".join(lines) + "\n"

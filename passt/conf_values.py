@@ -11,14 +11,16 @@ import re
 from . import addr
 from .core.config import MTU_MAX, MTU_MIN
 from .log import Fatal
+from .wire.domain import labels
 
 IFNAME_MAX = 15  # IFNAMSIZ less the final NUL
 IFNAME_RULE = f"1 to {IFNAME_MAX} characters, no blanks, '/', ':' or '%'"
-NAME_MAX = 253  # RFC 1035, 3.1: 255 octets in wire form
-LABEL_MAX = 63
+SOCKET_PATH_MAX = 107  # bytes: sizeof(sun_path) less the final NUL (unix(7))
+FD_MAX = 2**31 - 1
 NONE = "none"
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
+_HOST_LABEL = re.compile(r"[0-9A-Za-z_]([0-9A-Za-z_-]*[0-9A-Za-z_])?\Z")
 _NUMBER = re.compile(r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z", re.ASCII)
 
 
@@ -153,11 +155,53 @@ def mapped(text: str) -> bytes:
 
 def domain(text: str) -> str:
     """A domain for the search list; a final dot is allowed."""
-    labels = text.removesuffix(".").split(".")
-    valid = len(text) <= NAME_MAX and all(0 < len(os.fsencode(label)) <= LABEL_MAX for label in labels)
-    if not valid or re.search(r"\s", text):
-        raise Fatal(f"Cannot use DNS search domain {text} (one name, labels of 1 to {LABEL_MAX} characters)")
+    if not is_domain(text):
+        raise Fatal(f"Cannot use DNS search domain {text} (ASCII, labels of 1 to 63 characters, 253 in all)")
     return text
+
+
+def is_domain(text: str) -> bool:
+    """Whether it can be encoded and printed."""
+    try:
+        return bool(labels(text)) and text.isprintable() and " " not in text
+    except ValueError:
+        return False
+
+
+def _host(text: str, message: str) -> str:
+    """The name of a host (RFC 1123, 2.1; underscores occur), without a final dot."""
+    if not is_domain(text) or not all(_HOST_LABEL.match(label) for label in text.removesuffix(".").split(".")):
+        raise Fatal(f"{message} {text} (labels of 1 to 63 letters, digits and inner hyphens, 253 characters in all)")
+    return text.removesuffix(".")
+
+
+def hostname(text: str) -> str:
+    return _host(text, "Invalid hostname:")
+
+
+def fqdn(text: str) -> str:
+    return _host(text, "Invalid FQDN:")
+
+
+def socket_path(text: str) -> str:
+    try:
+        size = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        size = 0
+    if not 0 < size <= SOCKET_PATH_MAX or "\0" in text:
+        raise Fatal(f"Invalid socket path: {text} (1 to {SOCKET_PATH_MAX} bytes)")
+    return text
+
+
+def fd(text: str) -> int:
+    """A descriptor that is not standard input, output or error."""
+    try:
+        value = number(text)
+    except ValueError:
+        value = -1
+    if not 2 < value <= FD_MAX:
+        raise Fatal(f"Invalid --fd: {text} (give the number of an open descriptor, 3 or more)")
+    return value
 
 
 def path(text: str) -> str:

@@ -144,7 +144,8 @@ def build(options: Options, target: Target, identity: Identity) -> tuple[Context
     if log.trace_on:
         from . import trace  # noqa: F401
     decision = conf_net.decide(options, netlink.read_host(), _resolvers(), have_v6=os.path.exists(IF_INET6))
-    config = decision.config
+    config, plan = decision.config, decision.plan
+    assert plan is not None  # there is one for every namespace
     _raise_descriptor_limit()
     listen_sock.check_limit(config)
     host = listen_sock.open_side(config, outbound=False)
@@ -152,7 +153,7 @@ def build(options: Options, target: Target, identity: Identity) -> tuple[Context
     if not root:
         isolation.become(identity)
         pasta.join_userns(target)
-    device, mac, problems = _create_tap(target, decision)
+    device, mac, problems = _create_tap(target, plan, splice_only=config.splice_only)
     ns = listen_sock.NOTHING
     if any(rule.outbound or rule.auto for rule in config.forwards):
         ns = pasta.inside(target, partial(listen_sock.open_side, config, outbound=True))
@@ -161,18 +162,18 @@ def build(options: Options, target: Target, identity: Identity) -> tuple[Context
         if target.init is not None and identity.uid != 0:
             pasta.join_userns(target)  # which brings back the rights over our own child's namespace
     _report(identity, decision, problems, quiet=target.init is not None and not log.debug_on)
-    return *wiring.wire(decision, device, mac, target.netns, host, ns), replace(decision.plan, mac=mac)
+    return *wiring.wire(decision, device, mac, target.netns, host, ns), replace(plan, mac=mac)
 
 
-def _create_tap(target: Target, decision: Decision) -> tuple[TapDevice | None, bytes, list[str]]:
+def _create_tap(target: Target, plan: NsPlan, *, splice_only: bool) -> tuple[TapDevice | None, bytes, list[str]]:
     """The tap, set up, its MAC address, and what could not be set up; with --splice-only the loopback interface."""
     from . import pasta
     from .linux import netlink
 
-    if decision.config.splice_only:
+    if splice_only:
         pasta.inside(target, netlink.loopback_up)
         return None, addr.BROADCAST_MAC, []
-    return pasta.create_tap(target, decision.plan)
+    return pasta.create_tap(target, plan)
 
 
 def _resolvers() -> Resolvers:

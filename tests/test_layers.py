@@ -46,6 +46,7 @@ LAYERS = {
     "wiring": 6,
     "cli": 7,
     "__main__": 8,
+    "vm": 8,
 }
 
 

@@ -15,6 +15,7 @@ PASST = "passt"
 MTU_DEFAULT = 65520  # 65535 - 14 (Ethernet header), rounded down to a multiple of 4
 MTU_MIN = 68  # RFC 791, 3.2
 MTU_MAX = 65535
+FRAME_MTU_MAX = 65535 - 14  # what a tap device takes, and the length of a frame on a stream socket allows
 OUR_MAC = bytes.fromhex("9a559a559a55")
 
 

@@ -28,7 +28,6 @@ from .syscall import ioctl_number
 TUN_DEVICE = "/dev/net/tun"
 IFNAMSIZ = 16
 VNET_HDR_LEN = 10
-MTU_MAX = 65535 - 14  # what the driver takes: 65535 less the Ethernet header
 
 IFF_TAP = 0x0002
 IFF_NO_PI = 0x1000

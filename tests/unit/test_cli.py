@@ -41,15 +41,58 @@ def main(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     return python(f"from passt.cli import main; raise SystemExit(main({[name, *words]!r}))")
 
 
-@pytest.mark.parametrize("name", ["pasta", "/usr/bin/pasta", "passt4netns", "/x/passt/__main__.py"])
-def test_names(name: str) -> None:
-    assert main(name, "--version").stdout.startswith("pasta ")
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("pasta", "pasta"),
+        ("/usr/bin/pasta", "pasta"),
+        ("passt4netns", "pasta"),
+        ("/x/passt/__main__.py", "pasta"),
+        ("/x/passt/pasta", "pasta"),
+        ("", "pasta"),
+        ("passt", "passt"),
+        ("/usr/bin/passt", "passt"),
+        ("passt.avx2", "passt"),
+        ("/opt/my-passt", "passt"),
+    ],
+)
+def test_mode_is_that_of_the_name(name: str, mode: str) -> None:
+    assert cli.mode(name) == mode
 
 
-def test_virtual_machines_are_for_later() -> None:
-    done = main("/usr/bin/passt", "--version")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "not part of this version" in done.stderr
+@pytest.mark.parametrize("name", ["pasta", "passt"])
+def test_mode_is_said(name: str) -> None:
+    assert main(name, "--version").stdout.startswith(f"{name} {__version__}\n")
+    assert main(name, "--help").stdout.startswith(f"Usage: {name} ")
+    assert main(name, "--nonsense").stderr == f"{name}: unrecognized option '--nonsense'\n"
+
+
+def test_module_for_virtual_machines() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "passt.vm", "-f", "extra"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "Extra non-option argument: extra\n")
+
+
+def test_descriptor_must_be_open() -> None:
+    done = main("passt", "--fd", "77")
+    assert (done.returncode, done.stderr) == (1, "Invalid --fd: 77 (it is not open)\n")
+
+
+def test_descriptor_of_the_guest_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    reader, writer = os.pipe()
+    monkeypatch.setattr(cli, "inherited_fds", lambda: [reader, writer])
+    monkeypatch.setattr(log, "setup", lambda *_, **__: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("passt.daemon.run", lambda options, _, inherited: told.append((options.fd, inherited)) or 5)
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    try:
+        assert cli.main(["passt", "-F", str(reader)]) == 5
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert told == [(reader, [writer])]
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt import addr, conf, log
-from passt.conf_table import TABLE, Done, Options, Pair, usage
+from passt.conf_table import TABLE, Done, Options, Pair, listed, usage
+from passt.core.config import PASST, PASTA
 from passt.core.rules import Rule
 from passt.log import Fatal
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
@@ -66,6 +67,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--dns-forward 192.0.2.7 --dns-host ::1", {"dns_forward": Pair(A4, None), "dns_host": Pair(None, addr.LOOPBACK6)}),
     ("-S a.example -S b.example.", {"search": ("a.example", "b.example."), "search_none": False}),
     ("-S a.example -S none", {"search": (), "search_none": True}),
+    ("-H vm -H VM-2.example. --fqdn vm.example", {"hostname": "VM-2.example", "fqdn": "vm.example"}),
     ("-S none.", {"search": ("none.",), "search_none": False}),
     ("--dhcp-dns --dhcp-search", {"dhcp_dns": True, "dhcp_search": True}),
     ("--no-tcp --no-udp --no-icmp", {"no_tcp": True, "no_udp": True, "no_icmp": True, "forwards": ()}),
@@ -126,6 +128,7 @@ def test_options(line: str, fields: dict[str, Any]) -> None:
     assert conf.parse(line.split()) == Options(**expected)
 
 
+NAME_RULE = "(labels of 1 to 63 letters, digits and inner hyphens, 253 characters in all)"
 BAD = [
     ("--nonsense", "pasta: unrecognized option '--nonsense'"),
     ("--map-guest-address 1.2.3.4", "pasta: unrecognized option '--map-guest-address'"),
@@ -167,7 +170,21 @@ BAD = [
     ("-D nonsense", "Cannot use DNS address nonsense (not an IPv4 or IPv6 address)"),
     ("-D 1.1.1.1 -D 1.1.1.2 -D 1.1.1.3 -D 1.1.1.4", "Cannot use DNS address 1.1.1.4 (at most 3 per family)"),
     ("-S a -S b -S c -S d -S e -S f -S g", "Cannot use DNS search domain g (at most 6)"),
-    ("-S a..b", "Cannot use DNS search domain a..b (one name, labels of 1 to 63 characters)"),
+    ("-S a..b", "Cannot use DNS search domain a..b (ASCII, labels of 1 to 63 characters, 253 in all)"),
+    ("-S .", "Cannot use DNS search domain . (ASCII, labels of 1 to 63 characters, 253 in all)"),
+    ("-S ü.example", "Cannot use DNS search domain ü.example (ASCII, labels of 1 to 63 characters, 253 in all)"),
+    ("-H -x", f"Invalid hostname: -x {NAME_RULE}"),
+    ("-H $(reboot)", f"Invalid hostname: $(reboot) {NAME_RULE}"),
+    ("--fqdn a..b", f"Invalid FQDN: a..b {NAME_RULE}"),
+    ("--fqdn .", f"Invalid FQDN: . {NAME_RULE}"),
+    ("-s /tmp/s", "pasta: invalid option -- 's'"),
+    ("-F 5", "pasta: invalid option -- 'F'"),
+    ("--fd=5", "--fd is for passt mode only"),
+    ("--one-off", "--one-off is for passt mode only"),
+    ("-1", "pasta: invalid option -- '1'"),
+    ("--no-dhcp-dns", "--no-dhcp-dns is for passt mode only"),
+    ("--no-dhcp-search", "--no-dhcp-search is for passt mode only"),
+    ("--vhost-user", "--vhost-user is for passt mode only"),
     ("--dns-forward 127.0.0.53", "Invalid DNS forwarding address: 127.0.0.53 (is loopback)"),
     ("--dns-host 0.0.0.0", "Invalid host nameserver address: 0.0.0.0 (is unspecified)"),
     ("--map-host-loopback 127.0.0.1", "Invalid address to remap to host: 127.0.0.1 (is loopback)"),
@@ -203,6 +220,109 @@ def test_empty_arguments() -> None:
             conf.parse(words)
     with pytest.raises(Fatal, match="Invalid interface name"):
         conf.parse(["-i", ""])
+    with pytest.raises(Fatal, match="Invalid hostname"):
+        conf.parse(["-H", ""])
+    with pytest.raises(Fatal, match="Cannot use DNS search domain"):
+        conf.parse(["-S", ""])
+    with pytest.raises(Fatal, match="Invalid socket path"):
+        conf.parse(["-s", ""], PASST)
+
+
+def test_search_domains_in_one_argument() -> None:
+    """As QEMU gives them."""
+    assert conf.parse(["--search", "a.example b.example", "-S", "c"]).search == ("a.example", "b.example", "c")
+    with pytest.raises(Fatal, match=r"domain g \(at most 6"):
+        conf.parse(["-S", "a b c d e f g"])
+    for text in ("a  b", "a\tb", "a\nb", "a\x1bb"):
+        with pytest.raises(Fatal, match="Cannot use DNS search domain"):
+            conf.parse(["-S", text])
+
+
+# For virtual machines ----------------------------------------------------------------------------------------------
+
+PASST_DEFAULTS = {"mode": PASST, "dhcp_dns": True, "dhcp_search": True, "forwards": ()}
+GOOD_PASST: list[tuple[str, dict[str, Any]]] = [
+    ("", {}),
+    ("-s /tmp/s", {"socket_path": "/tmp/s"}),
+    ("--socket-path=/tmp/s --socket /tmp/t", {"socket_path": "/tmp/t"}),
+    ("--sock /tmp/s", {"socket_path": "/tmp/s"}),  # two names of one option are not ambiguous
+    ("-F 5", {"fd": 5, "one_off": True}),
+    ("--fd 0x5", {"fd": 5, "one_off": True}),
+    ("-s /tmp/s -F 5", {"fd": 5, "one_off": True}),
+    ("-F 5 -s /tmp/s", {"socket_path": "/tmp/s", "one_off": True}),
+    ("-1fq", {"one_off": True, "foreground": True, "level": log.WARNING}),
+    ("--no-dhcp-dns --no-dhcp-search", {"dhcp_dns": False, "dhcp_search": False}),
+    ("-t 22", {"forwards": (Rule("-t 22", PROTO_TCP, False, 22, 22, 22),)}),
+    ("-H vm --fqdn vm.example", {"hostname": "vm", "fqdn": "vm.example"}),
+    # long options of pasta that do nothing
+    ("--ns-ifname eth0 --tcp-ns=22 --udp-ns none --no-splice", {}),
+    ("--", {}),
+    # libvirt, libguestfs, QEMU
+    ("--one-off --socket /run/s --pid /run/p --interface eth42 --hostname h --fqdn h.test.local --address 192.0.2.7 "
+     "--netmask 24 --address 2001:db8::7",
+     {"one_off": True, "socket_path": "/run/s", "pid_file": "/run/p", "interface": "eth42", "hostname": "h",
+      "fqdn": "h.test.local", "address": Pair(A4, A6), "prefix_len": Pair(0, 0), "netmask": 24}),
+    ("--one-off --socket /tmp/s --pid /tmp/p --address 192.0.2.7 --netmask 16 --mac-addr 52:56:00:00:00:02 "
+     "--gateway 192.0.2.8",
+     {"one_off": True, "socket_path": "/tmp/s", "pid_file": "/tmp/p", "address": Pair(A4, None),
+      "prefix_len": Pair(0, 0), "netmask": 16, "our_mac": bytes.fromhex("525600000002"), "gateway": Pair(B4, None)}),
+    ("--quiet --no-dhcp-dns --freebind --ipv4-only --pid /tmp/p --fd 3",
+     {"level": log.WARNING, "dhcp_dns": False, "freebind": True, "use": Pair(True, False), "pid_file": "/tmp/p",
+      "fd": 3, "one_off": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "fields"), GOOD_PASST)
+def test_passt(line: str, fields: dict[str, Any]) -> None:
+    assert conf.parse(line.split(), PASST) == Options(**{**PASST_DEFAULTS, **fields})
+
+
+def test_passt_forwards_libvirt_specification() -> None:
+    spec = "2001:db8:ac10:fd01::1:10/22:2022,1000-1050,~1020,~1030-1040"
+    rules = conf.parse(["--tcp-ports", spec, "-u", "all"], PASST).forwards
+    inbound = [(r.first, r.last, r.to) for r in rules if r.proto == PROTO_TCP]
+    assert inbound == [(22, 22, 2022), (1000, 1019, 1000), (1021, 1029, 1021), (1041, 1050, 1041)]
+    assert {r.proto for r in rules} == {PROTO_TCP, PROTO_UDP}
+    assert not any(r.outbound or r.auto for r in rules)
+
+
+BAD_PASST = [
+    ("true", "Extra non-option argument: true"),
+    ("-f 1234", "Extra non-option argument: 1234"),
+    ("-- -f", "Extra non-option argument: -f"),
+    ("-", "Extra non-option argument: -"),
+    ("--nonsense", "passt: unrecognized option '--nonsense'"),
+    ("-T 22", "passt: invalid option -- 'T'"),
+    ("-I eth0", "passt: invalid option -- 'I'"),
+    *((f"--{name}", f"--{name} is for pasta mode only") for name in (
+        "config-net", "no-copy-routes", "no-copy-addrs", "netns-only", "no-netns-quit", "host-lo-to-ns-lo",
+        "splice-only", "dhcp-dns", "dhcp-search")),
+    *((f"--{name} x", f"--{name} is for pasta mode only") for name in ("netns", "userns", "ns-mac-addr")),
+    ("--netns", "passt: option '--netns' requires an argument"),
+    ("-s " + "s" * 108, f"Invalid socket path: {'s' * 108} (1 to 107 bytes)"),
+    ("-F 2", "Invalid --fd: 2 (give the number of an open descriptor, 3 or more)"),
+    ("-F x", "Invalid --fd: x (give the number of an open descriptor, 3 or more)"),
+    ("-F 2147483648", "Invalid --fd: 2147483648 (give the number of an open descriptor, 3 or more)"),
+    ("-t auto", None),
+    ("--vhost-user", "passt: unrecognized option '--vhost-user': the guest is served on a stream socket here "
+     "(qemu -netdev stream)"),
+    ("--print-capabilities", "passt: unrecognized option '--print-capabilities': it is about vhost-user, and the guest "
+     "is served on a stream socket here"),
+    ("--repair-path x", "passt: unrecognized option '--repair-path': connections do not migrate with the guest here"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_PASST)
+def test_passt_errors(line: str, message: str | None) -> None:
+    with pytest.raises(Fatal) as e:
+        conf.parse(line.split(), PASST)
+    assert message is None or str(e.value) == message
+
+
+def test_longest_socket_path() -> None:
+    assert conf.parse(["-s", "s" * 107], PASST).socket_path == "s" * 107
+    with pytest.raises(Fatal, match="Invalid socket path"):
+        conf.parse(["-s", "ü" * 54], PASST)  # 108 bytes
 
 
 def test_version_and_help_stop_at_once() -> None:
@@ -210,17 +330,25 @@ def test_version_and_help_stop_at_once() -> None:
         conf.parse(["--version", "--nonsense"])
     with pytest.raises(Done, match=r"^Usage: pasta"):
         conf.parse(["-h", "-m", "7"])
+    with pytest.raises(Done, match=r"^passt \d"):
+        conf.parse(["--version"], PASST)
+    with pytest.raises(Done, match=r"^Usage: passt"):
+        conf.parse(["-h"], PASST)
     with pytest.raises(Fatal, match="unrecognized"):
         conf.parse(["--nonsense", "--version"])
 
 
-def test_help_names_every_option_once_between_blanks() -> None:
-    words = usage().replace(",", " ").split()
-    for option in TABLE:
+@pytest.mark.parametrize("mode", [PASTA, PASST])
+def test_help_names_every_option_once_between_blanks(mode: str) -> None:
+    words = usage(mode).replace(",", " ").split()
+    for option in listed(mode):
         assert words.count(f"--{option.name}") >= 1
         if option.short:
             assert f"-{option.short}" in words
-    assert all(len(line) < 100 for line in usage().splitlines())
+    assert all(len(line) < 100 for line in usage(mode).splitlines())
+    for option in set(TABLE) - set(listed(mode)):
+        assert f"--{option.name}" not in words
+    assert "{" not in usage(mode)
 
 
 def test_names_are_unique() -> None:
@@ -255,7 +383,7 @@ WORDS = st.one_of(
 )
 
 
-@given(st.lists(WORDS, max_size=8))
-def test_any_command_line_gives_options_or_one_line(words: list[str]) -> None:
+@given(st.lists(WORDS, max_size=8), st.sampled_from([PASTA, PASST]))
+def test_any_command_line_gives_options_or_one_line(words: list[str], mode: str) -> None:
     with contextlib.suppress(Fatal, Done):
-        assert isinstance(conf.parse(words), Options)
+        assert conf.parse(words, mode).mode == mode

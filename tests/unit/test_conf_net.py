@@ -9,9 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt import addr, conf, log
-from passt.conf_net import Decision, Resolvers, decide, describe, parse_resolv_conf, queue_length
-from passt.linux.routes import RT_SCOPE_LINK, Address, Hop, Host, Link, Route
+from passt.conf_net import (
+    Decision,
+    Resolvers,
+    decide,
+    describe,
+    describe_client,
+    describe_socket,
+    parse_resolv_conf,
+    queue_length,
+)
+from passt.core.config import PASST
+from passt.linux.routes import RT_SCOPE_LINK, Address, Hop, Host, Link, NsPlan, Route
 from passt.log import Fatal
+from passt.wire import domain
 
 
 def ip(text: str) -> bytes:
@@ -41,6 +52,16 @@ HOST = Host(
     routes6=(Route(ANY6, 0, (Hop(2, ip("2001:db8::1")),), metric=1024), Route(ip("2001:db8::"), 64, (Hop(2),))),
 )
 RESOLVERS = Resolvers((ip("192.0.2.53"), ip("2001:db8::53")), ("example.org",))
+
+
+def guest_of(line: str = "", host: Host = HOST, resolvers: Resolvers = RESOLVERS, *, have_v6: bool = True) -> Decision:
+    """The same for a virtual machine."""
+    return decide(conf.parse(line.split(), PASST), host, resolvers, have_v6=have_v6)
+
+
+def plan_of(decision: Decision) -> NsPlan:
+    assert decision.plan is not None
+    return decision.plan
 
 
 def given_host(
@@ -77,9 +98,9 @@ def test_a_usual_host() -> None:
     assert (ip4.dns, ip6.dns) == ((ip("192.0.2.53"),), (ip("2001:db8::53"),))
     assert (ip4.dns_match, ip4.dns_host) == (None, ip("192.0.2.53"))
     assert (d.config.dns_search, d.config.scope_id, d.config.mtu) == (("example.org",), 2, 65520)
-    assert (d.plan.ifname, d.plan.mtu, d.plan.configure) == ("eth0", 65520, True)
-    assert [a.addr for a in d.plan.addresses] == [ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::2")]
-    assert [r.prefix_len for r in d.plan.routes] == [24, 0, 64, 0]
+    assert (plan_of(d).ifname, plan_of(d).mtu, plan_of(d).configure) == ("eth0", 65520, True)
+    assert [a.addr for a in plan_of(d).addresses] == [ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::2")]
+    assert [r.prefix_len for r in plan_of(d).routes] == [24, 0, 64, 0]
     assert remarks(d) == []
 
 
@@ -90,9 +111,9 @@ def test_options_take_the_place_of_what_was_found() -> None:
     assert ip6
     assert (ip4.addr, ip4.prefix_len, ip4.gateway, ip4.our_addr) == (ip("10.0.0.5"), 20, ip("10.0.0.1"), ip("10.0.0.1"))
     assert (ip6.addr, ip6.prefix_len, ip6.gateway, ip6.our_ll) == (ip("fd00::5"), 64, ip("fe80::9"), ip("fe80::9"))
-    assert (d.plan.ifname, d.plan.mtu, d.plan.mac) == ("x0", 1400, bytes.fromhex("020000000009"))
-    assert d.plan.addresses == (Address(0, ip("10.0.0.5"), 20), Address(0, ip("fd00::5"), 64))
-    assert [str(r) for r in d.plan.routes] == ["default via 10.0.0.1", "default via fe80::9"]
+    assert (plan_of(d).ifname, plan_of(d).mtu, plan_of(d).mac) == ("x0", 1400, bytes.fromhex("020000000009"))
+    assert plan_of(d).addresses == (Address(0, ip("10.0.0.5"), 20), Address(0, ip("fd00::5"), 64))
+    assert [str(r) for r in plan_of(d).routes] == ["default via 10.0.0.1", "default via fe80::9"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +124,7 @@ def test_prefix_length(line: str, prefix_len: int) -> None:
     d = given_host(line)
     assert d.config.ip4
     assert d.config.ip4.prefix_len == prefix_len
-    assert d.plan.addresses[0].prefix_len == prefix_len
+    assert plan_of(d).addresses[0].prefix_len == prefix_len
 
 
 @pytest.mark.parametrize(
@@ -118,15 +139,15 @@ def test_prefix_length_of_an_address_without_a_host(address: str, prefix_len: in
 
 def test_deprecated_options_copy_less() -> None:
     d = given_host("--config-net --no-copy-addrs --no-copy-routes -4")
-    assert d.plan.addresses == (Address(0, ip("192.0.2.2"), 24),)
-    assert [str(r) for r in d.plan.routes] == ["default via 192.0.2.1"]
+    assert plan_of(d).addresses == (Address(0, ip("192.0.2.2"), 24),)
+    assert [str(r) for r in plan_of(d).routes] == ["default via 192.0.2.1"]
 
 
 @pytest.mark.parametrize(("line", "v4", "v6"), [("-4", True, False), ("-6", False, True), ("", True, True)])
 def test_families(line: str, v4: bool, v6: bool) -> None:
     d = given_host(line)
     assert ((d.config.ip4 is not None), (d.config.ip6 is not None)) == (v4, v6)
-    assert (4 in {len(a.addr) for a in d.plan.addresses}, 16 in {len(r.dst) for r in d.plan.routes}) == (v4, v6)
+    assert (4 in {len(a.addr) for a in plan_of(d).addresses}, 16 in {len(r.dst) for r in plan_of(d).routes}) == (v4, v6)
     assert d.config.no_dhcp == (not v4)
     assert (d.config.no_ndp, d.config.no_ra, d.config.no_dhcpv6) == (not v6,) * 3
 
@@ -143,7 +164,7 @@ def test_small_mtu_is_too_small_for_ipv6() -> None:
 
 def test_large_mtu_is_clamped_to_what_the_device_takes() -> None:
     d = given_host("-m 65535")
-    assert (d.config.mtu, d.plan.mtu) == (65521, 65521)
+    assert (d.config.mtu, plan_of(d).mtu) == (65521, 65521)
     assert remarks(d) == ["A tap device takes at most 65521 bytes: using MTU 65521, not 65535"]
 
 
@@ -166,8 +187,8 @@ def test_local_mode() -> None:
     assert (ip4.addr, ip4.prefix_len, ip4.gateway) == (ip("169.254.2.1"), 16, ip("169.254.2.2"))
     assert (ip6.addr, ip6.gateway, ip6.our_ll) == (None, ip("fe80::1"), ip("fe80::1"))
     assert d.config.no_dhcpv6
-    assert d.plan.ifname == "tap0"
-    assert [str(r) for r in d.plan.routes] == ["default via 169.254.2.2", "default via fe80::1"]
+    assert plan_of(d).ifname == "tap0"
+    assert [str(r) for r in plan_of(d).routes] == ["default via 169.254.2.2", "default via fe80::1"]
     assert remarks(d) == [
         "No interfaces with usable IPv4 routes",
         "No interfaces with usable IPv6 routes",
@@ -189,7 +210,7 @@ def test_one_family_local() -> None:
     assert d.config.ip4
     assert d.config.ip6
     assert (d.config.ip4.addr, d.config.ip6.addr) == (ip("192.0.2.2"), None)
-    assert d.plan.ifname == "eth0"
+    assert plan_of(d).ifname == "eth0"
 
 
 def test_no_default_route() -> None:
@@ -353,6 +374,14 @@ def test_search() -> None:
     assert given_host("-S none").config.dns_search == ()
 
 
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [("search .", ()), ("search . a.example", ("a.example",)), ("search ü.example a..b b", ("b",)), ("search", ())],
+)
+def test_search_domains_that_no_packet_can_hold(line: str, names: tuple[str, ...]) -> None:
+    assert parse_resolv_conf(line).search == names
+
+
 def test_resolv_conf() -> None:
     text = (
         "# nameserver 1.1.1.1\n;nameserver 1.1.1.2\n nameserver 9.9.9.9  \nnameserver\t9.9.9.10\t# ours\n"
@@ -365,9 +394,79 @@ def test_resolv_conf() -> None:
     assert parse_resolv_conf("") == Resolvers()
 
 
-@given(st.text())
+@given(st.text() | st.text("abü.- \t\x7f").map("search {}".format))
 def test_any_resolv_conf_is_read(text: str) -> None:
-    assert all(len(s) in (4, 16) for s in parse_resolv_conf(text).servers)
+    found = parse_resolv_conf(text)
+    assert all(len(s) in (4, 16) for s in found.servers)
+    assert domain.decode_list(domain.encode_list(found.search)) == tuple(n.removesuffix(".") for n in found.search)
+
+
+# Virtual machines --------------------------------------------------------------------------------------------------
+
+
+def test_a_usual_host_of_a_virtual_machine() -> None:
+    d, like = guest_of("-H vm --fqdn vm.example"), given_host("-t none -u none -T none -U none").config
+    assert d.plan is None
+    assert d.config == replace(
+        like, mode=PASST, advertise_dns=True, advertise_search=True, hostname="vm", fqdn="vm.example"
+    )
+    assert (d.config.mtu, d.config.forwards, d.config.no_ra) == (65520, (), False)
+
+
+def test_what_a_virtual_machine_is_not_told() -> None:
+    config = guest_of("--no-dhcp-dns --no-dhcp-search --no-dhcp --no-ra").config
+    assert (config.advertise_dns, config.advertise_search) == (False, False)
+    assert (config.no_dhcp, config.no_ra, config.no_ndp, config.no_dhcpv6) == (True, True, False, False)
+    config = guest_of("-D none -S none").config
+    assert config.ip4 and config.ip6
+    assert (config.ip4.dns, config.ip6.dns, config.dns_search) == ((), (), ())
+
+
+def test_services_that_the_host_leaves_nothing_to_say() -> None:
+    nothing = guest_of("", Host((LO,)))
+    assert nothing.config.ip4 and nothing.config.ip6
+    assert (nothing.config.no_dhcp, nothing.config.no_dhcpv6, nothing.config.no_ra) == (False, True, False)
+    assert guest_of("-4").config.no_ndp
+    assert guest_of("-6").config.no_dhcp
+    assert guest_of("", replace(HOST, routes4=HOST.routes4[1:])).config.no_dhcp  # no gateway
+
+
+def test_mtu_of_a_virtual_machine() -> None:
+    d = guest_of("-m 65535")
+    assert d.config.mtu == 65521
+    assert "A frame on the socket takes at most 65521 bytes: using MTU 65521, not 65535" in remarks(d)
+    assert guest_of("-m 1000").config.ip6 is None
+    assert guest_of("-m 0").config.mtu == 0
+
+
+def test_warnings_about_what_a_virtual_machine_is_told() -> None:
+    lines = ["No IPv4 nameserver available for DHCP", "No IPv6 nameserver available for NDP/DHCPv6"]
+    assert remarks(guest_of("", resolvers=Resolvers())) == ["Couldn't get any nameserver address", *lines]
+    assert remarks(guest_of("--no-dhcp-dns", resolvers=Resolvers())) == ["Couldn't get any nameserver address"]
+
+
+def test_print_out_for_a_virtual_machine() -> None:
+    d = guest_of("-4 -t 2222:22 -S a.example")
+    assert [describe_socket("/tmp/s"), *describe(d), *describe_client("/tmp/s")] == [
+        "UNIX domain socket bound at /tmp/s",
+        "Template interface: eth0 (IPv4)",
+        "MAC:",
+        "    host: 9a:55:9a:55:9a:55",
+        "    NAT to host 127.0.0.1: 192.0.2.1",
+        "DHCP:",
+        "    assign: 192.0.2.2",
+        "    mask: 255.255.255.0",
+        "    router: 192.0.2.1",
+        "DNS:",
+        "    192.0.2.53",
+        "DNS search list:",
+        "    a.example",
+        "Port forwarding:",
+        "    TCP to guest: 2222 -> 22",
+        "",
+        "You can now start qemu (>= 7.2):",
+        "    kvm ... -device virtio-net-pci,netdev=s -netdev stream,id=s,server=off,addr.type=unix,addr.path=/tmp/s",
+    ]
 
 
 # The queue, the print-out ------------------------------------------------------------------------------------------
@@ -381,7 +480,7 @@ def test_routes_that_are_left_out_are_named() -> None:
     many = tuple(Route(i.to_bytes(4, "big"), 32, (Hop(2),)) for i in range(1, 5000))
     decision = given_host("--config-net", replace(HOST, routes4=(*HOST.routes4, *many)))
     assert any("copying the 4096 widest" in r for r in remarks(decision))
-    assert sum(len(r.dst) == 4 for r in decision.plan.routes) == 4096
+    assert sum(len(r.dst) == 4 for r in plan_of(decision).routes) == 4096
 
 
 def test_queue_holds_a_window() -> None:
