@@ -351,7 +351,7 @@ def forwards(
     A letter that does not occur means `auto` in pasta, and nothing in passt. Raises Fatal.
     """
     for letter, text in specs:
-        _check_wanted(letter, text, options, mode)
+        _check_wanted(letter, text, options)
     for letter in INBOUND + OUTBOUND:
         _check_modes([_given(letter, text) for at, text in specs if at == letter])
     rules = [rule for letter, text in specs for rule in parse_spec(letter, text, mode, ephemeral)]
@@ -368,10 +368,8 @@ def _is_off(letter: str, options: Options) -> bool:
     return options.no_tcp if letter in "tT" else options.no_udp
 
 
-def _check_wanted(letter: str, text: str, options: Options, mode: str) -> None:
+def _check_wanted(letter: str, text: str, options: Options) -> None:
     name, option = "TCP" if letter in "tT" else "UDP", _shown(_given(letter, text))
-    if mode == PASST and letter in OUTBOUND:
-        raise Fatal(f"-{letter} is for pasta mode only: leave out {option}")
     if text != NONE and _is_off(letter, options):
         raise Fatal(f"{name} port forwarding requested but {name} is disabled: {option} (and --no-{name.lower()})")
 

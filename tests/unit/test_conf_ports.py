@@ -358,15 +358,11 @@ def test_virtual_machines_get_what_was_asked_for() -> None:
     assert together("", mode=PASST) == ()
     assert [rule.option for rule in together("-t 80", mode=PASST)] == ["-t 80"]
     assert len(together("-t all", mode=PASST)) == 2
-    for line, message in (
-        ("-t auto", "'auto' port forwarding is only allowed for pasta: -t auto: 'auto' at character 1: "
-                    "give ports, or 'all'"),
-        ("-T none", "-T is for pasta mode only: leave out -T none"),
-        ("-U 53", "-U is for pasta mode only: leave out -U 53"),
-    ):  # fmt: skip
-        with pytest.raises(Fatal) as e:
-            together(line, mode=PASST)
-        assert str(e.value) == message
+    with pytest.raises(Fatal) as e:
+        together("-t auto", mode=PASST)
+    assert str(e.value) == (
+        "'auto' port forwarding is only allowed for pasta: -t auto: 'auto' at character 1: give ports, or 'all'"
+    )
 
 
 ADD_UP = [
