@@ -230,15 +230,17 @@ def _forwarded_loads() -> list[Row]:
         ("lo-tcp-crr-1", f"forwarded loopback {crr}, 1 flow", "tcp-answer", "tcp-crr", 1, ""),
         ("lo-tcp-crr-16", f"forwarded loopback {crr}, 16 flows", "tcp-answer", "tcp-crr", 16, "0.7 x C"),
     )
-    rows = [
-        Row(name, title, "1/s", "CPU us", BIG, "apart", load(server, client, flows, "loopback"), target, inbound=True,
-            ports=LOAD_PORTS)  # fmt: skip
-        for name, title, server, client, flows, target in plan
-    ]
+    rows = []
+    for name, title, server, client, flows, target in plan:
+        measure = load(server, client, flows, "loopback")
+        rows.append(_forwarded(name, title, measure, target))
     measure = load("tcp-answer", "tcp-crr", 16, "inbound")
-    rows.append(Row("fwd-tcp-crr-16", f"forwarded {crr} from peer, 16 flows", "1/s", "CPU us", BIG, "apart", measure,
-                    inbound=True, ports=LOAD_PORTS))  # fmt: skip
+    rows.append(_forwarded("fwd-tcp-crr-16", f"forwarded {crr} from peer, 16 flows", measure, ""))
     return rows
+
+
+def _forwarded(name: str, title: str, measure: Callable[[Bench], Sample], target: str) -> Row:
+    return Row(name, title, "1/s", "CPU us", BIG, "apart", measure, target, inbound=True, ports=LOAD_PORTS)
 
 
 def _cost(name: str, title: str, unit: str, measure: Callable[[Bench], Sample], target: str, ports: str) -> Row:

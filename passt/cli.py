@@ -38,9 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         env = _command_environment()
         log.setup(options.mode, options.level, syslog=options.log_file is None, log_file=options.log_file)
 
-        from . import daemon
+        inherited = [fd for fd in inherited if fd != options.fd]
+        if options.mode == PASST:
+            from . import daemon_passt
 
-        return daemon.run(options, env, [fd for fd in inherited if fd != options.fd])
+            return daemon_passt.run(options, inherited)
+        from . import daemon_pasta
+
+        return daemon_pasta.run(options, env, inherited)
     except Done as e:
         sys.stdout.write(str(e))
         sys.stdout.flush()

@@ -297,6 +297,10 @@ class Icmp:
         if events & EPOLLIN:
             self._receive(flow, now)
 
+    def forget(self) -> None:
+        """The guest is gone: end all flows."""
+        self._flows.close_all()
+
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref): end that flow, and only that."""
         self._flows.fault(ref_data(ref))

@@ -31,7 +31,7 @@ header is inside the packet before it is read. What fails is dropped and counted
     family off  IPv4 or IPv6 is disabled                           ipv4 disabled, ipv6 disabled
     others      no such protocol here (IGMP, MLD, SCTP ...)        ip protocol, icmp type
 
-Checksums of the guest are not verified: they are partial (the offload), and a namespace's memory does not flip bits.
+Checksums of the guest are not verified: they are partial (the offload), or came through memory that does not flip bits.
 A fault in a handler costs the frame, and ends the TCP connection or UDP flow that it was about; it is counted as
 "fault" and logged.
 """
@@ -45,7 +45,7 @@ from struct import Struct
 from . import addr, log
 from .arp import Arp
 from .core.context import Context
-from .core.link import VNET
+from .core.link import NO_OFFLOAD, VNET
 from .core.packet import FRAME_ROOM, VNET_LEN
 from .core.reactor import EPOLLIN, TYPE_TAP, ref_fd
 from .core.reassembly import Reassembly
@@ -80,13 +80,17 @@ class Tap:
     """Reads the tap and dispatches. The services are its collaborators, wired by the composition root."""
 
     def __init__(
-        self, ctx: Context, *, arp: Arp, ndp: Ndp, dhcp: Dhcp, dhcpv6: Dhcpv6, icmp: Icmp, udp: Udp, tcp: Tcp
-    ) -> None:
+        self, ctx: Context, *, arp: Arp, ndp: Ndp, dhcp: Dhcp, dhcpv6: Dhcpv6, icmp: Icmp, udp: Udp, tcp: Tcp,
+        vnet: bool = True,
+    ) -> None:  # fmt: skip
         self._ctx = ctx
+        self._vnet = vnet  # whether the bytes before a frame are a vnet header, and not of another frame
         self._pool, self._guest = ctx.pool, ctx.guest
         self._have4, self._have6 = ctx.config.ip4 is not None, ctx.config.ip6 is not None
         self._arp, self._ndp, self._dhcp, self._dhcpv6 = arp, ndp, dhcp, dhcpv6
         self._icmp, self._udp, self._tcp = icmp, udp, tcp
+        # Hosts behind the guest that rules lead to: what they answer does not tell where the guest is.
+        self._behind = {rule.target for rule in ctx.config.forwards if not rule.outbound}
         self._reassembly = Reassembly(ctx.drops)
         self._first = (ctx.pool.mv[:FRAME_ROOM],)
         self._budget = 1
@@ -134,9 +138,9 @@ class Tap:
                 self._budget = min(self._budget * 2, BUDGET_MAX)
                 self._streak = 0
         if frames:
-            self._batch(frames, now)
+            self.batch(frames, now)
 
-    def _batch(self, frames: list[int], now: float) -> None:
+    def batch(self, frames: list[int], now: float) -> None:
         """Classify frames, a flat list of (start, end), and hand groups of one flow to their protocol."""
         if frames[1] - frames[0] >= VNET_LEN + _ETH_LEN:
             mac = self._pool.mv[frames[0] + VNET_LEN + 6 : frames[0] + VNET_LEN + 12]
@@ -145,7 +149,9 @@ class Tap:
         capture = self.capture
         for i in range(0, len(frames), 2):
             if capture is not None:
-                capture(False, self._pool.copy(frames[i], frames[i + 1]))
+                header = frames[i] + VNET_LEN
+                before = self._pool.copy(frames[i], header) if self._vnet else NO_OFFLOAD
+                capture(False, before + self._pool.copy(header, max(header, frames[i + 1])))
             try:
                 self._frame(frames[i], frames[i + 1], now)
             except Malformed as e:
@@ -273,7 +279,7 @@ class Tap:
             self._configure(start, addresses, sport, l4 + 8, end, now)
             return
         key = self._key(addresses, l4)
-        gso_size = pool.unpack(VNET, start, end)[3]
+        gso_size = pool.unpack(VNET, start, end)[3] if self._vnet else 0
         group = self._udp_groups.get(key)
         if group is None:
             self._udp_groups[key] = [l4 + 8, end, gso_size]
@@ -379,7 +385,7 @@ class Tap:
     def _seen(self, src: bytes) -> None:
         """Remember the source address of the guest."""
         guest = self._guest
-        if addr.is_loopback(src) or not addr.is_unicast(src):
+        if addr.is_loopback(src) or not addr.is_unicast(src) or src in self._behind:
             return
         if len(src) == 4:
             guest.addr4 = src
@@ -387,6 +393,18 @@ class Tap:
             guest.addr6_ll = src
         else:
             guest.addr6 = src
+
+    def forget(self) -> None:
+        """Another guest comes: end the flows of this one, and know nothing of its fragments and addresses."""
+        self._tcp.forget()
+        self._udp.forget()
+        self._icmp.forget()
+        self._reassembly = Reassembly(self._ctx.drops)
+        ip4, ip6 = self._ctx.config.ip4, self._ctx.config.ip6
+        guest = self._guest
+        guest.mac, guest.addr6_ll = addr.BROADCAST_MAC, addr.ANY6
+        guest.addr4 = ip4.addr if ip4 else addr.ANY4
+        guest.addr6 = ip6.addr if ip6 and ip6.addr else addr.ANY6
 
     def _new_mac(self, mac: bytes) -> None:
         """The guest sends from another address: frames to it go there from now on."""

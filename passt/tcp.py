@@ -432,6 +432,18 @@ class Tcp:
         if conn is not None:
             self._table.abort(conn)
 
+    def forget(self) -> None:
+        """The guest is gone: RST to all host peers."""
+        for conn in list(self._table.by_key.values()):
+            self._table.reset_by_guest(conn)
+
+    def resume(self, now: float) -> None:
+        """The link takes frames again: those that waited for it go on."""
+        stalled, self._out.stalled = self._out.stalled, {}
+        for conn in stalled.values():
+            if conn.sock is not None:
+                self._to_tap(conn, now)
+
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another address on the link from now on."""
         self._table.set_guest_mac(mac)

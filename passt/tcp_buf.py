@@ -70,6 +70,7 @@ class TcpOut:
         self._config = ctx.config
         self._tso = tso
         self._peek_off = features.peek_off
+        self.stalled: dict[int, TcpConn] = {}  # connections whose data waits until the link takes frames, by index
         self._buf = memoryview(bytearray(PEEK_MAX))
         # With MSG_TRUNC the kernel writes nothing, with SO_PEEK_OFF nobody peeks into it: memory that is never touched.
         self._discard = memoryview(mmap.mmap(-1, DISCARD_MAX))
@@ -164,6 +165,9 @@ class TcpOut:
     def data(self, conn: TcpConn) -> None:
         """Send what the socket has and the guest's window takes, and FIN after the last byte. Raises OSError."""
         while not conn.events & TAP_FIN_SENT:
+            if self._link.full:
+                self.stalled[conn.index] = conn
+                return
             in_flight = conn.snd_nxt - conn.snd_una
             want = conn.snd_wnd - in_flight
             if want <= 0 or (want < conn.mss and in_flight):

@@ -292,6 +292,10 @@ class Udp:
         if flow is not None:
             self._flows.close(flow)
 
+    def forget(self) -> None:
+        """The guest is gone: end all flows."""
+        self._flows.close_all()
+
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another hardware address: all pre-cooked headers get it."""
         for flow in self._by_key.values():

@@ -9,14 +9,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
-from . import log
+from . import addr, log
 from .arp import Arp
 from .conf_net import Decision
 from .core.context import Context, Guest
 from .core.flow import FlowTable, check_hash
 from .core.fwd import Forwarding
-from .core.link import NoLink, TapLink
+from .core.link import Link, NoLink, TapLink
 from .core.nspool import NsSockets
 from .core.packet import PacketPool
 from .core.reactor import (
@@ -36,7 +37,7 @@ from .dhcpv6 import Dhcpv6
 from .icmp import Icmp
 from .linux.tun import Tap as TapDevice
 from .listen import Listeners
-from .listen_sock import Side
+from .listen_sock import NOTHING, Side
 from .ndp import Ndp
 from .scan import Scanner
 from .tap import Tap
@@ -45,45 +46,68 @@ from .tcp_splice import TcpSplice
 from .udp import Udp
 from .udp_in import UdpIn
 
+if TYPE_CHECKING:
+    from .core.stream_link import StreamLink
+
 Faults = dict[int, Callable[[int], None]]  # by type of the epoll reference
 
 
 def wire(
     decision: Decision, device: TapDevice | None, mac: bytes, netns: int, host: Side, ns: Side
 ) -> tuple[Context, tuple[TapLink, Tap] | None]:
-    """All services around one Context, and the ways out and in if there is a tap device.
+    """All services for a namespace, and the ways out and in if there is a tap device.
 
     `netns` is the descriptor of the guest's network namespace, `host` and `ns` what was opened on either side.
     """
-    check_hash()
-    config = decision.config
-    reactor = Reactor()
     drops: Counter[str] = Counter()
     out = TapLink(device.fd, drops, tso=device.tso, uso=device.uso) if device else None
+    ctx, faults = _context(decision, out or NoLink(drops), drops, mac)
+    ctx.ns = NsSockets(netns)
+    udp = tcp = way = None
+    if out is not None:
+        udp, tcp = Udp(ctx), Tcp(ctx)
+        tap = _wire_tap(ctx, udp, tcp, faults, vnet=True)
+        tap.watch(out.fd)
+        way = out, tap
+    _wire_ports(ctx, tcp, udp, netns, host, ns, faults)
+    return ctx, way
+
+
+def wire_machine(decision: Decision, host: Side) -> tuple[Context, StreamLink, Tap]:
+    """All services for a virtual machine, and the ways out and in. Nobody is connected yet."""
+    from .core.stream_link import StreamLink
+
+    drops: Counter[str] = Counter()
+    link = StreamLink(drops, lambda _: None)
+    ctx, faults = _context(decision, link, drops, addr.BROADCAST_MAC)
+    udp, tcp = Udp(ctx), Tcp(ctx)
+    tap = _wire_tap(ctx, udp, tcp, faults, vnet=False)
+    link.on_room = tcp.resume
+    _wire_ports(ctx, tcp, udp, -1, host, NOTHING, faults)
+    ctx.reactor.at_turn_end.append(link.at_turn_end)
+    return ctx, link, tap
+
+
+def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) -> tuple[Context, Faults]:
+    """What all services share, and the table of who handles whose faults, to be filled in."""
+    check_hash()
+    config = decision.config
     guest = Guest(mac=mac)
     if config.ip4:
         guest.addr4 = config.ip4.addr
     if config.ip6 and config.ip6.addr:
         guest.addr6 = config.ip6.addr
-    ctx = Context(
-        config, reactor, TimerPool(reactor), PacketPool(), out or NoLink(drops), FlowTable(), Forwarding(config), guest,
-        drops, NsSockets(netns),
-    )  # fmt: skip
+    reactor = Reactor()
     faults: Faults = {}
     reactor.on_fault = partial(_fault, faults)
-    udp = tcp = way = None
-    if out is not None:
-        udp, tcp = Udp(ctx), Tcp(ctx)
-        way = out, _wire_tap(ctx, out.fd, udp, tcp, faults)
-    _wire_ports(ctx, tcp, udp, netns, host, ns, faults)
-    return ctx, way
+    timers, pool = TimerPool(reactor), PacketPool()
+    return Context(config, reactor, timers, pool, link, FlowTable(), Forwarding(config), guest, drops), faults
 
 
-def _wire_tap(ctx: Context, fd: int, udp: Udp, tcp: Tcp, faults: Faults) -> Tap:
+def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults, *, vnet: bool) -> Tap:
     """What the guest's frames go to."""
     ndp, icmp = Ndp(ctx), Icmp(ctx)
-    tap = Tap(ctx, arp=Arp(ctx), ndp=ndp, dhcp=Dhcp(ctx), dhcpv6=Dhcpv6(ctx), icmp=icmp, udp=udp, tcp=tcp)
-    tap.watch(fd)
+    tap = Tap(ctx, arp=Arp(ctx), ndp=ndp, dhcp=Dhcp(ctx), dhcpv6=Dhcpv6(ctx), icmp=icmp, udp=udp, tcp=tcp, vnet=vnet)
     ndp.start(time.monotonic())
     faults.update({TYPE_TCP: tcp.fault, TYPE_TCP_TIMER: tcp.fault, TYPE_UDP: udp.fault, TYPE_PING: icmp.fault})
     return tap

@@ -115,6 +115,11 @@ class IdleFlows(Generic[F]):
             self._ctx.reactor.retire(fd, owner)
         self._ctx.flows.free(flow)
 
+    def close_all(self) -> None:
+        """Close every flow."""
+        for flow in list(self.by_key.values()):
+            self.close(flow)
+
     def fault(self, index: int) -> None:
         """Close flow `index`, if it is one of these."""
         flow = self._ctx.flows.by_index[index]

@@ -37,6 +37,7 @@ class Link(Protocol):
 
     tso: bool  # whether TCP super-frames may be sent
     uso: bool  # whether UDP super-frames may be sent
+    full: bool  # whether frames would be dropped now, so that who can wait should
 
     def send(self, hdr: bytearray) -> None:
         """Send a frame that is complete in `hdr`, vnet header first."""
@@ -50,6 +51,8 @@ class Link(Protocol):
 
 class TapLink:
     """A tap device opened with IFF_VNET_HDR."""
+
+    full = False  # its queue is the guest's; what does not fit is a drop
 
     def __init__(self, fd: int, drops: Counter[str], *, tso: bool = True, uso: bool) -> None:
         self.fd = fd
@@ -97,6 +100,7 @@ class NoLink:
 
     tso = False
     uso = False
+    full = False
 
     def __init__(self, drops: Counter[str]) -> None:
         self._drops = drops

@@ -42,10 +42,11 @@ EPOLLET = select.EPOLLET
 # Reference types. One line per kind of watched descriptor; TYPE_NAMES is what --trace prints.
 TYPE_NAMES = (
     "none", "tap", "tcp", "tcp timer", "udp", "ping", "timer", "signal", "netns", "child",
-    "listen", "tcp splice", "udp splice",
+    "listen", "tcp splice", "udp splice", "guest", "guest listen",
 )  # fmt: skip
 TYPE_NONE, TYPE_TAP, TYPE_TCP, TYPE_TCP_TIMER, TYPE_UDP, TYPE_PING, TYPE_TIMER = range(7)
-TYPE_SIGNAL, TYPE_NETNS, TYPE_CHILD, TYPE_LISTEN, TYPE_TCP_SPLICE, TYPE_UDP_SPLICE = range(7, len(TYPE_NAMES))
+TYPE_SIGNAL, TYPE_NETNS, TYPE_CHILD, TYPE_LISTEN, TYPE_TCP_SPLICE, TYPE_UDP_SPLICE = range(7, 13)
+TYPE_GUEST, TYPE_GUEST_LISTEN = range(13, len(TYPE_NAMES))
 
 MAX_EVENTS = 256  # per wait; more stay in the kernel until the next turn
 

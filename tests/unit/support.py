@@ -41,6 +41,7 @@ class FakeLink:
     def __init__(self, *, tso: bool = True, uso: bool = True) -> None:
         self.tso = tso
         self.uso = uso
+        self.full = False
         self.frames: list[bytes] = []
         self.vnet: list[bytes] = []
 

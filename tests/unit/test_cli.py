@@ -85,7 +85,7 @@ def test_descriptor_of_the_guest_is_not_closed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cli, "inherited_fds", lambda: [reader, writer])
     monkeypatch.setattr(log, "setup", lambda *_, **__: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("passt.daemon.run", lambda options, _, inherited: told.append((options.fd, inherited)) or 5)
+    monkeypatch.setattr("passt.daemon_passt.run", lambda options, inherited: told.append((options.fd, inherited)) or 5)
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     try:
         assert cli.main(["passt", "-F", str(reader)]) == 5

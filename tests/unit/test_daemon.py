@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from passt import daemon, log, pasta
+from passt import daemon, daemon_pasta, log, pasta
 from passt.conf_net import Resolvers
 from passt.conf_table import Options
 from passt.core.context import Context
@@ -89,13 +89,13 @@ def default_signals() -> Iterator[None]:
 
 def spawned(ctx: Context) -> tuple[End, FakeInit]:
     init = FakeInit()
-    end = End(ctx, Target(-1, None, init=cast(Any, init)))
+    end = End(ctx, cast(Any, init))
     end.attend(None)
     return end, init
 
 
 def attached(ctx: Context, watch: FakeWatch | None = None) -> End:
-    end = End(ctx, Target(-1, None))
+    end = End(ctx, None)
     end.attend(cast(Any, watch))
     return end
 
@@ -216,7 +216,7 @@ def test_tap_comes_back_under_its_number(ctx: Context, monkeypatch: pytest.Monke
     monkeypatch.setattr(pasta, "create_tap", lambda target, p: (TapDevice(new, p.ifname, True, True, True), p.mac, []))
     monkeypatch.setattr(log, "warn", lambda text: None)
     link, tap = TapLink(old, Counter(), uso=True), FakeTap()
-    daemon.reopen(ctx, link, cast(Any, tap), Target(-1, None), plan, attached(ctx))
+    daemon_pasta.reopen(ctx, link, cast(Any, tap), Target(-1, None), plan, attached(ctx))
     assert (tap.watched, reactor(ctx).refs, link.fd) == ([old], {}, old)
     assert (os.fstat(old).st_ino, os.get_inheritable(old)) == (device.st_ino, False)
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -233,7 +233,8 @@ def test_tap_that_cannot_come_back_ends_us(ctx: Context, monkeypatch: pytest.Mon
     monkeypatch.setattr(log, "warn", lambda text: None)
     monkeypatch.setattr(log, "err", said.append)
     end = attached(ctx)
-    daemon.reopen(ctx, TapLink(-1, Counter(), uso=True), cast(Any, FakeTap()), Target(-1, None), NsPlan("tap5"), end)
+    link = TapLink(-1, Counter(), uso=True)
+    daemon_pasta.reopen(ctx, link, cast(Any, FakeTap()), Target(-1, None), NsPlan("tap5"), end)
     assert (end.status, reactor(ctx).stopped) == (1, True)
     assert said == ["Interface tap5 was deleted and can't be made anew, exiting: not allowed"]
 
@@ -245,37 +246,37 @@ def test_files_are_created_empty_and_private(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     path.write_text("old")
     before = path.stat().st_ino
-    file = daemon._create("PID", str(path))
+    file = daemon.create("PID", str(path))
     assert file is not None
     assert (path.read_text(), path.stat().st_ino) == ("", before)
-    daemon._write_pid(file)
+    daemon.write_pid(file)
     assert path.read_text() == f"{os.getpid()}\n"
     assert file.closed
-    fresh = daemon._create("PID", str(tmp_path / "new"))
+    fresh = daemon.create("PID", str(tmp_path / "new"))
     assert fresh is not None
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o600
     assert not os.get_inheritable(fresh.fileno())
     fresh.close()
-    assert daemon._create("PID", None) is None
-    daemon._write_pid(None)
+    assert daemon.create("PID", None) is None
+    daemon.write_pid(None)
 
 
 def test_file_that_cannot_be_created(tmp_path: Path) -> None:
     with pytest.raises(Fatal, match=r"^Couldn't open PID file .*/no/pid: No such file or directory$"):
-        daemon._create("PID", str(tmp_path / "no" / "pid"))
+        daemon.create("PID", str(tmp_path / "no" / "pid"))
 
 
 def test_pid_file_that_cannot_be_written() -> None:
     with pytest.raises(Fatal, match="PID file write: No space left on device"):
-        daemon._write_pid(FileIO("/dev/full", "w"))
+        daemon.write_pid(FileIO("/dev/full", "w"))
 
 
 def test_resolv_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "resolv.conf"
     monkeypatch.setattr(daemon, "RESOLV_CONF", str(path))
-    assert daemon._resolvers() == Resolvers()
+    assert daemon.read_resolvers() == Resolvers()
     path.write_bytes(b"# \xff\nnameserver 192.0.2.53\n")
-    assert daemon._resolvers() == Resolvers((bytes((192, 0, 2, 53)),))
+    assert daemon.read_resolvers() == Resolvers((bytes((192, 0, 2, 53)),))
 
 
 # Background --------------------------------------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def test_capture_of_both_directions(ctx: Context, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(log, "info", lambda text: None)
     link, tap = TapLink(-1, Counter(), uso=True), FakeTap()
     with FileIO(tmp_path / "pcap", "w") as file:
-        daemon._capture(ctx, link, cast(Any, tap), Options(pcap="pcap"), file)
+        daemon.attach_capture(ctx, link, cast(Any, tap), Options(pcap="pcap"), file)
         assert link.capture is not None
         assert tap.capture is not None
         link.capture(True, bytes(VNET.size) + b"out")
@@ -354,6 +355,6 @@ def test_capture_of_both_directions(ctx: Context, tmp_path: Path, monkeypatch: p
 
 def test_no_capture_costs_nothing(ctx: Context) -> None:
     link, tap = TapLink(-1, Counter(), uso=True), FakeTap()
-    daemon._capture(ctx, link, cast(Any, tap), Options(), None)
+    daemon.attach_capture(ctx, link, cast(Any, tap), Options(), None)
     assert link.capture is tap.capture is None
     assert reactor(ctx).at_turn_end == []

@@ -35,7 +35,9 @@ from passt.core.context import Guest
 from passt.core.link import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET
 from passt.core.packet import FRAME_ROOM, VNET_LEN
 from passt.core.reactor import EPOLLIN, TYPE_TAP, make_ref
+from passt.core.rules import Rule
 from passt.tap import BUDGET_MAX, PATIENCE, Tap
+from passt.wire.checksum import PROTO_TCP
 from passt.wire.cursor import Malformed
 from tests.unit.support import GUEST4, GUEST6, GUEST_LL, GUEST_MAC, IP4, IP6, OUR_MAC, T0, make_context, reactor
 
@@ -510,6 +512,15 @@ SEEN = [
     (ip4(Raw(bytes(8)), src=addr.packed("192.0.2.9"), proto=2), {}),  # not for us: nothing is learnt
     (ether(ARP(psrc="192.0.2.9", pdst="192.0.2.1")), {}),
 ]
+
+
+def test_a_host_behind_the_guest_is_not_the_guest(start: Start) -> None:
+    """What a rule's target address answers does not move the guest there."""
+    behind = addr.packed("192.0.2.20")
+    rule = Rule("-t 80:192.0.2.20/80", PROTO_TCP, outbound=False, first=80, last=80, to=80, target=behind)
+    tap = start(forwards=(rule,))
+    tap.batch(ip4(tcp(), src=behind))
+    assert tap.ctx.guest.addr4 == GUEST4
 
 
 @pytest.mark.parametrize(("frame", "learnt"), SEEN)

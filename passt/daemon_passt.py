@@ -1,0 +1,87 @@
+"""The composition root of passt: from parsed options to a running loop, and back to an exit status.
+
+    open      PID and pcap files, the guest's socket by path (or --fd); then inherited descriptors are closed
+    read      the host's links, addresses, routes, resolvers; decide what the guest gets
+    listen    on the host, as who we were started by: it may be root, who has ports below 1024; become nobody then
+    wire      the services, around one Context
+    detach    PID file; to the background unless in the foreground: the parent exits when nothing is left to do
+    run       turn the loop: a guest may connect
+
+Before `detach` every error ends the program with a message and status 1, and the socket's path goes with it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from . import daemon, isolation, log
+from .conf import Options
+from .daemon import End
+
+if TYPE_CHECKING:
+    from .core.context import Context
+    from .core.stream_link import StreamLink
+    from .isolation import Identity
+    from .tap import Tap
+
+
+def run(options: Options, inherited: Sequence[int]) -> int:
+    """From options to exit status. Raises Fatal, with everything undone, at start."""
+    from . import passt
+
+    identity = isolation.choose_identity(options.runas)
+    files = daemon.open_files(options)
+    isolation.close_fds(inherited)
+    guest = listener = path = None
+    if options.fd is not None:
+        guest = passt.inherited(options.fd)
+    else:
+        listener, path = passt.listen(options.socket_path)
+    try:
+        ctx, link, tap = build(options, identity, path)
+        end = End(ctx, None)
+        daemon.attach_capture(ctx, link, tap, options, files.pcap)
+        clients = passt.Clients(ctx, link, tap, listener, end.done if options.one_off else None)
+        gc.collect()
+        gc.freeze()
+        if options.foreground:
+            daemon.write_pid(files.pid)
+        else:
+            daemon.go_background(files.pid)
+        end.attend()
+    except BaseException:
+        if path is not None:
+            with suppress(OSError):  # it may be root's, and we somebody else by now
+                os.unlink(path)
+        raise
+    if guest is not None:
+        clients.serve(guest)
+    ctx.reactor.run()
+    return end.status
+
+
+def build(options: Options, identity: Identity, path: str | None) -> tuple[Context, StreamLink, Tap]:
+    """From the host's configuration to wired services. We are `identity` afterwards."""
+    from . import conf_net, listen_sock, wiring  # who we become may not be able to read Python's files
+    from .linux import netlink
+
+    if log.trace_on:
+        from . import trace  # noqa: F401
+    have_v6 = os.path.exists(daemon.IF_INET6)
+    decision = conf_net.decide(options, netlink.read_host(), daemon.read_resolvers(), have_v6=have_v6)
+    daemon.raise_descriptor_limit()
+    listen_sock.check_limit(decision.config)
+    host = listen_sock.open_side(decision.config, outbound=False)
+    wired = wiring.wire_machine(decision, host)
+    isolation.become(identity)
+    if path is not None:
+        log.info(conf_net.describe_socket(path))
+    daemon.report(identity, decision, [], quiet=False)
+    if path is not None:
+        for line in conf_net.describe_client(path):
+            log.info(line)
+    return wired

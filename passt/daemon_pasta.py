@@ -1,0 +1,150 @@
+"""The composition root of pasta: from parsed options to a running loop, and back to an exit status.
+
+    open      namespaces, PID, log and pcap files by path; then inherited descriptors are closed
+    spawn     (no namespace given) one with a process in it that waits for us
+    read      the host's links, addresses, routes, resolvers; decide what the guest gets
+    listen    on the host, as who we were started by: it may be root, who has ports below 1024
+    create    the tap, inside; listen there, too; become nobody if we were root
+    wire      the services, around one Context; listen on automatic ports that are wanted already
+    detach    PID file; to the background unless in the foreground: the parent exits when nothing is left to do
+    run       let the command start, and turn the loop
+
+Before `detach` every error ends the program with a message and status 1, and what was made goes with it. Imports that
+take time come after `spawn`, while the other process prepares its namespace.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from . import addr, daemon, isolation, log
+from .conf import Options
+from .daemon import End, Files
+from .isolation import Identity
+from .linux import netns
+from .log import Fatal
+
+if TYPE_CHECKING:
+    from .core.context import Context
+    from .core.link import TapLink
+    from .linux.routes import NsPlan
+    from .linux.tun import Tap as TapDevice
+    from .pasta import Target, Watch
+    from .tap import Tap
+
+
+def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> int:
+    """From options to exit status. `env` is that of the command. Raises Fatal, with everything undone, at start."""
+    identity = isolation.choose_identity(options.runas)
+    target, watch, files = open_all(options, env, identity, inherited)
+    try:
+        ctx, way, plan = build(options, target, identity)
+        end = End(ctx, target.init)
+        if way is not None:
+            link, tap = way
+            tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, target, plan, end)
+            daemon.attach_capture(ctx, link, tap, options, files.pcap)
+        gc.collect()
+        gc.freeze()
+        if target.init is None and not options.foreground:
+            netns.settle()
+            daemon.go_background(files.pid)
+        else:
+            daemon.write_pid(files.pid)
+        end.attend(watch)
+    except BaseException:
+        if target.init is not None:
+            target.init.abandon()
+        raise
+    if target.init is not None:
+        if not log.debug_on:
+            log.quiet_stderr()  # the terminal is the command's now
+        target.init.start()
+    ctx.reactor.run()
+    return end.status
+
+
+def open_all(
+    options: Options, env: Mapping[str, str], identity: Identity, inherited: Sequence[int]
+) -> tuple[Target, Watch | None, Files]:
+    """Everything that the command line names, and then the namespace that it does not name."""
+    from . import pasta, pasta_init
+
+    target = watch = None
+    if options.pid is not None or options.netns is not None:
+        target = pasta.open_target(options.pid, options.netns, options.userns, options.netns_only)
+        pasta.check_foreign(target)
+        if target.path and options.netns_quit:
+            watch = pasta.Watch(target.path)
+    files = daemon.open_files(options)
+    isolation.close_fds(inherited)
+    if target is None:
+        words = options.command
+        command = pasta_init.Command(words[0], words, env) if words else pasta_init.login_shell(env)
+        target = pasta.spawn(command, identity, options.userns, options.netns_only)
+    return target, watch, files
+
+
+def build(options: Options, target: Target, identity: Identity) -> tuple[Context, tuple[TapLink, Tap] | None, NsPlan]:
+    """From the host's configuration to wired services; no link and tap with --splice-only. We are `identity` then."""
+    from . import conf_net, listen_sock, pasta, wiring  # who we become may not be able to read Python's files
+    from .linux import netlink
+
+    if log.trace_on:
+        from . import trace  # noqa: F401
+    decision = conf_net.decide(
+        options, netlink.read_host(), daemon.read_resolvers(), have_v6=os.path.exists(daemon.IF_INET6)
+    )
+    config, plan = decision.config, decision.plan
+    assert plan is not None  # there is one for every namespace
+    daemon.raise_descriptor_limit()
+    listen_sock.check_limit(config)
+    host = listen_sock.open_side(config, outbound=False)
+    root = isolation.is_machine_root()
+    if not root:
+        isolation.become(identity)
+        pasta.join_userns(target)
+    device, mac, problems = _create_tap(target, plan, splice_only=config.splice_only)
+    ns = listen_sock.NOTHING
+    if any(rule.outbound or rule.auto for rule in config.forwards):
+        ns = pasta.inside(target, partial(listen_sock.open_side, config, outbound=True))
+    if root:
+        isolation.become(identity, keep_capabilities=target.init is None and identity.uid != 0)
+        if target.init is not None and identity.uid != 0:
+            pasta.join_userns(target)  # which brings back the rights over our own child's namespace
+    daemon.report(identity, decision, problems, quiet=target.init is not None and not log.debug_on)
+    return *wiring.wire(decision, device, mac, target.netns, host, ns), replace(plan, mac=mac)
+
+
+def _create_tap(target: Target, plan: NsPlan, *, splice_only: bool) -> tuple[TapDevice | None, bytes, list[str]]:
+    """The tap, set up, its MAC address, and what could not be set up; with --splice-only the loopback interface."""
+    from . import pasta
+    from .linux import netlink
+
+    if splice_only:
+        pasta.inside(target, netlink.loopback_up)
+        return None, addr.BROADCAST_MAC, []
+    return pasta.create_tap(target, plan)
+
+
+def reopen(ctx: Context, link: TapLink, tap: Tap, target: Target, plan: NsPlan, end: End) -> None:
+    """Somebody deleted the tap: make it anew, as it was, under the same descriptor number; or end the program."""
+    from . import pasta
+
+    log.warn(f"Interface {plan.ifname} was deleted: making it anew")
+    try:
+        device, _, problems = pasta.create_tap(target, plan)
+    except Fatal as e:
+        end.failed(f"Interface {plan.ifname} was deleted and can't be made anew, exiting: {e}")
+        return
+    for problem in problems:
+        log.warn(problem)
+    ctx.reactor.forget(link.fd)
+    os.dup2(device.fd, link.fd, inheritable=False)
+    os.close(device.fd)
+    tap.watch(link.fd)

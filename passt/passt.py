@@ -1,0 +1,191 @@
+"""The virtual machine's side: the UNIX socket that QEMU connects to, and the one guest behind it.
+
+    state       event                                   what happens
+    ----------  --------------------------------------  -------------------------------------------------------------
+    waiting     a client connects                       it is the guest
+    serving     another client connects                 accepted and closed at once
+    serving     the guest's socket closes, fails,       its flows end, what was observed of it is forgotten; waiting
+                or its framing makes no sense           again, or the end with --one-off and --fd
+
+The socket is made in the file system with mode 0700: whoever may connect to it may speak for us. A path at which
+nobody listens any more is taken over, one at which somebody does is an error, and so is anything that is no socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+from struct import Struct
+from typing import TYPE_CHECKING
+
+from . import log
+from .core.context import Context
+from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
+from .log import Fatal
+from .stream import Stream
+
+if TYPE_CHECKING:
+    from .core.stream_link import StreamLink
+    from .tap import Tap
+
+DEFAULT_PATH = "/tmp/passt_{}.socket"
+DEFAULT_MAX = 99
+PATH_MAX = 107  # sizeof(sun_path) less the final NUL (unix(7))
+MODE = 0o700
+_UCRED = Struct("=iII")  # struct ucred: pid, uid, gid
+SEND_BUFFER = 4 << 20  # bytes asked for; net.core.wmem_max decides
+
+
+# The socket in the file system -------------------------------------------------------------------------------------
+
+
+def listen(path: str | None) -> tuple[socket.socket, str]:
+    """A listening socket at `path`, or at the first free default one; returns it and its path. Raises Fatal."""
+    if path is not None:
+        return _listen_at(path), path
+    for number in range(1, DEFAULT_MAX + 1):
+        path = DEFAULT_PATH.format(number)
+        try:
+            return _listen_at(path), path
+        except Fatal as e:
+            log.debug(str(e))
+    raise Fatal(f"No free socket path from {DEFAULT_PATH.format(1)} to {path}: give one with --socket")
+
+
+def _listen_at(path: str) -> socket.socket:
+    """Raises Fatal."""
+    if len(os.fsencode(path)) > PATH_MAX:
+        raise Fatal(f"Invalid socket path: {path} (at most {PATH_MAX} bytes)")
+    _clear(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    mask = os.umask(0o777 & ~MODE)
+    try:
+        sock.bind(path)
+        sock.listen(1)
+    except OSError as e:
+        sock.close()
+        raise Fatal(f"Couldn't bind UNIX socket {path}: {e.strerror}") from None
+    finally:
+        os.umask(mask)
+    return sock
+
+
+def _clear(path: str) -> None:
+    """Remove a socket that nobody listens at any more. Raises Fatal for anything else that is there."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise Fatal(f"Couldn't bind UNIX socket {path}: there is a file of that name, which is no socket")
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise Fatal(f"Couldn't bind UNIX socket {path}: {e.strerror}") from None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        error = probe.connect_ex(path)
+    if error in (0, errno.EAGAIN):
+        raise Fatal(f"Socket path {path} already in use")
+    if error != errno.ECONNREFUSED:
+        raise Fatal(f"Couldn't bind UNIX socket {path}: {os.strerror(error)}")
+    try:
+        os.unlink(path)
+    except OSError as e:
+        raise Fatal(f"Couldn't remove stale socket {path}: {e.strerror}") from None
+
+
+def inherited(fd: int) -> socket.socket:
+    """The connected stream socket that --fd names. Raises Fatal."""
+    try:
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        connected = sock.type == socket.SOCK_STREAM and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as e:
+        raise Fatal(f"Invalid --fd: {fd} ({e.strerror})") from None
+    if not connected:
+        raise Fatal(f"Invalid --fd: {fd} (not a connected stream socket)")
+    return sock
+
+
+# The guest ---------------------------------------------------------------------------------------------------------
+
+
+class Clients:
+    """Who is connected, one at a time. `listener` is None where nobody else can come.
+
+    `on_end()` is called when the guest is gone and the program with it; None: the next one may come.
+    """
+
+    def __init__(
+        self,
+        ctx: Context,
+        link: StreamLink,
+        tap: Tap,
+        listener: socket.socket | None,
+        on_end: Callable[[], None] | None,
+    ) -> None:
+        self._ctx, self._link, self._tap = ctx, link, tap
+        self._stream = Stream(ctx, tap, self.gone)
+        self._listener = listener
+        self._on_end = on_end
+        self._sock: socket.socket | None = None
+        link.want_write = self._want_write
+        link.on_error = lambda e: self.gone(e.strerror or "error")
+        ctx.reactor.handle(TYPE_GUEST, self._handle)
+        if listener is not None:
+            ctx.reactor.handle(TYPE_GUEST_LISTEN, self._accept)
+            ctx.reactor.watch(listener.fileno(), TYPE_GUEST_LISTEN, 0, EPOLLIN)
+
+    def _accept(self, ref: int, events: int, now: float) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as e:
+            log.warn_ratelimited("guest accept", f"Couldn't accept a guest: {e.strerror}", now)
+            return
+        if self._sock is not None:
+            log.info("Another client connected: closed, there is a guest already")
+            sock.close()
+            return
+        sock.setblocking(False)
+        log.info(f"Accepted connection from PID {_peer_pid(sock)}")
+        self.serve(sock)
+
+    def serve(self, sock: socket.socket) -> None:
+        """Make `sock` the guest."""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self._sock = sock
+        self._stream.attach(sock)
+        self._link.attach(sock)
+        self._ctx.reactor.watch(sock.fileno(), TYPE_GUEST, 0, EPOLLIN)
+
+    def _handle(self, ref: int, events: int, now: float) -> None:
+        """The guest's socket has something for us, takes more, or is no more."""
+        if events & EPOLLOUT:
+            self._link.writable(now)
+        if events & ~EPOLLOUT and self._sock is not None:
+            self._stream.read(now)
+
+    def _want_write(self, wanted: bool) -> None:
+        if self._sock is not None:
+            self._ctx.reactor.change(self._sock.fileno(), EPOLLIN | (EPOLLOUT if wanted else 0))
+
+    def gone(self, reason: str) -> None:
+        """The guest is no more, because it `reason`."""
+        sock, self._sock = self._sock, None
+        if sock is None:
+            return
+        log.info(f"The guest {reason}, {'exiting' if self._on_end else 'waiting for another'}")
+        self._stream.attach(None)
+        self._link.attach(None)
+        self._ctx.reactor.retire(sock.fileno(), sock)
+        if self._on_end is not None:
+            self._on_end()
+        else:
+            self._tap.forget()
+
+
+def _peer_pid(sock: socket.socket) -> int:
+    """PID of the other end (SO_PEERCRED, unix(7))."""
+    pid: int = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
+    return pid
