@@ -89,7 +89,7 @@ class Half:
 class SpliceConn(Flow):
     """A connection. `sock` is the client's; `key` is empty, since nobody looks for it."""
 
-    __slots__ = ("ended", "halves", "inbound", "other", "peer", "port", "targets")
+    __slots__ = ("early", "halves", "inbound", "other", "peer", "port", "targets")
     kind = "TCP connection (spliced)"
 
     def __init__(self, sock: Any, peer: bytes, listener: Listener, targets: list[bytes]) -> None:
@@ -100,7 +100,7 @@ class SpliceConn(Flow):
         self.inbound = not listener.rule.outbound
         self.targets = targets  # addresses that were not tried yet
         self.other: Any = None  # the socket towards the server
-        self.ended = 0  # EPOLLRDHUP: the client had sent all it has before the server was connected
+        self.early = 0  # events of the client before the server was connected
         self.halves: tuple[Half, ...] = ()  # none before the server is connected
 
 
@@ -185,23 +185,22 @@ class TcpSplice:
         if side == 0:
             if events & (EPOLLERR | EPOLLHUP):
                 self._abort(conn)  # it has given up
-            conn.ended |= events & EPOLLRDHUP  # what it sent waits
+            conn.early |= events  # what it sent waits
             return
         error = conn.other.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             self._drop_other(conn)
+            events = 0  # they were those of the socket that failed
             try:
                 self._connect(conn, error, now)
             except OSError as e:
                 self._failed(conn, e.errno or errno.EIO, now)
         elif events & EPOLLOUT:
             self._connected(conn)
-        if conn.halves:
-            conn.halves[0].ending = bool(conn.ended)
-            conn.halves[1].ending = bool(events & EPOLLRDHUP)
-            for half in conn.halves:  # the client's events came before anybody could handle them
-                if conn.state:
-                    self._move(conn, half)
+        for half, seen in zip(conn.halves, (conn.early, events), strict=False):  # no halves: not connected
+            half.urgent, half.ending = bool(seen & EPOLLPRI), bool(seen & EPOLLRDHUP)
+            if conn.state:
+                self._move(conn, half)
 
     # Moving ------------------------------------------------------------------------------------------------------
 
@@ -316,12 +315,16 @@ class TcpSplice:
                 break
             if not half.held:
                 half.ending = True  # or a mark at the end of what was sent: a receive tells them apart
+                state = IDLE
                 break
             total += half.held
         self._pipes.give_back(half.pipe, 0)
         half.pipe = None
-        half.bulk = total >= BULK_MIN and not half.urgent
-        return self._small(half) if half.urgent or half.ending else state
+        if half.urgent or (half.ending and state == IDLE):
+            half.bulk = False  # or what `_small` leaves pending would be overtaken
+            return self._small(half)
+        half.bulk = state == AGAIN or total >= BULK_MIN
+        return state
 
     # Ending ------------------------------------------------------------------------------------------------------
 

@@ -373,6 +373,35 @@ def test_a_fast_stream_lets_others_have_their_turn(lab: Lab, monkeypatch: pytest
     assert got == data
 
 
+def test_order_is_kept_when_the_end_is_far_behind(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end is announced while more is left than one turn moves, and the reader is slow."""
+    monkeypatch.setattr("passt.tcp_splice.ROUNDS", 1)
+    monkeypatch.setattr("passt.tcp_splice.PIPE_SIZE", 16 * 4096)
+    lab.door.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200_000)
+    client, server = lab.pair()
+    (conn,) = [f for f in lab.ctx.flows.by_index if f is not None]
+    cast(Any, conn).other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+    rng = random.Random(4)
+    data = rng.randbytes(2 * MIB)
+    left = memoryview(data)
+    got = bytearray()
+    while len(got) < len(data):
+        try:
+            while left:
+                left = left[client.send(left) :]
+                if not left:
+                    client.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            pass
+        lab.reactor.turn(0)
+        try:
+            got += server.recv(rng.randrange(1, 100_000))
+        except BlockingIOError:
+            lab.reactor.turn(0.01)
+    assert hashlib.sha256(got).digest() == hashlib.sha256(data).digest()
+    assert lab.outcome(server) == "end"
+
+
 @pytest.mark.parametrize("size", [10, 4 * COPY_MAX])
 def test_urgent_data_stays_in_line(lab: Lab, size: int) -> None:
     client, server = lab.pair()
@@ -598,6 +627,14 @@ def slowly(lab: Lab) -> list[Slow]:
     return made
 
 
+def now_connected(lab: Lab, made: list[Slow]) -> socket.socket:
+    """What the server has of the connection that took a while."""
+    made[0].inner.setblocking(True)
+    made[0].inner.connect(lab.server.getsockname())
+    made[0].inner.setblocking(False)
+    return lab.accepted()
+
+
 def test_connecting_takes_a_while(lab: Lab) -> None:
     """What the client sent meanwhile, and its end, are not forgotten."""
     made = slowly(lab)
@@ -605,12 +642,21 @@ def test_connecting_takes_a_while(lab: Lab) -> None:
     client.send(b"question")
     client.shutdown(socket.SHUT_WR)
     lab.until(lambda: made)
-    made[0].inner.setblocking(True)
-    made[0].inner.connect(lab.server.getsockname())
-    made[0].inner.setblocking(False)
-    server = lab.accepted()
+    server = now_connected(lab, made)
     assert lab.read(server, 8) == b"question"
     assert lab.outcome(server) == "end"
+
+
+def test_urgent_data_while_connecting_takes_a_while(lab: Lab) -> None:
+    """The mark is announced once, and bulk would stop at it."""
+    lab.door.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200_000)  # all of it arrives at once
+    made = slowly(lab)
+    client = lab.client()
+    for data, flags in ((bytes(COPY_MAX + 1000), 0), (b"!", socket.MSG_OOB), (bytes(1000), 0)):
+        assert client.send(data, flags) == len(data)
+    lab.until(lambda: made)
+    server = now_connected(lab, made)
+    assert lab.read(server, COPY_MAX + 2001) == bytes(COPY_MAX + 1000) + b"!" + bytes(1000)
 
 
 def test_connecting_takes_a_while_and_fails(lab: Lab) -> None:
