@@ -6,9 +6,9 @@
     outbound  the host         on the other side  ... in the namespace, on loopback
 
 A port p of a rule that leads to t is listened on while t is bound. Nothing of ours counts as bound: where a rule of
-the other direction listens, the port is ours, and following it would be following our own echo. A port that another
-rule listens on already is left to that one. What is new is bound, what has vanished is closed, connections and flows
-that came through it go on. A port that cannot be bound is tried again each time, and said once, in debug.
+the other direction listens, the port is ours, and following it would be following our own echo. What is new is bound,
+what has vanished is closed, connections and flows that came through it go on. A port that cannot be bound is tried
+again each time, and said once, in debug.
 
     time     condition                     consequence
     -------  ----------------------------  --------------------------------------
@@ -85,7 +85,7 @@ class Scanner:
             for port in have - wanted:
                 listeners.remove(rule, port)
                 log.debug(f"{rule.option}: port {port} is not bound any more")
-            new += [(rule, p) for p in sorted(wanted - have) if not listeners.has(rule.proto, rule.outbound, p)]
+            new += [(rule, p) for p in sorted(wanted - have)]
         self._add(rules[0].outbound, new)
 
     def _bound(self, rules: Sequence[Rule], tables: PortTables | None) -> dict[int, set[int]]:

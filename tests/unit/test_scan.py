@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from passt import log, scan
+from passt import addr, log, scan
 from passt.core.rules import Rule
 from passt.listen_sock import Failure, Wanted
 from passt.scan import INTERVAL, SHARE, Scanner
@@ -136,13 +136,15 @@ def test_tcp_of_the_other_direction_does_not_count_for_udp() -> None:
     assert w.ours == {TO: {22}}
 
 
-def test_port_of_another_rule_is_left_to_it() -> None:
-    fixed = replace(T, option="-t 80:8080", first=80, last=80, to=8080, auto=False, weak=False)
-    w = World(fixed, T)
+def test_rules_with_different_addresses_listen_on_the_same_port() -> None:
+    """Also if one of them has it before the other."""
+    v4, v6 = (replace(T, option=f"-t {a}/auto", addr=addr.packed(a)) for a in ("127.0.0.1", "::1"))
+    fixed = replace(T, option="-t 192.0.2.1/80", first=80, last=80, to=80, addr=addr.packed("192.0.2.1"), auto=False)
+    w = World(fixed, v4, v6)
     w.ours[fixed] = {80}
-    w.binds("ns", PROTO_TCP, 80, 81)
+    w.binds("ns", PROTO_TCP, 80)
     w.scanner.start(T0)
-    assert w.log == ["+-t auto 81"]
+    assert w.ours == {fixed: {80}, v4: {80}, v6: {80}}
 
 
 # Echo ----------------------------------------------------------------------------------------------------------------
