@@ -98,12 +98,13 @@ def inherited(fd: int) -> socket.socket:
     """The connected stream socket that --fd names. Raises Fatal."""
     try:
         sock = socket.socket(fileno=fd)
-        sock.setblocking(False)
         connected = sock.type == socket.SOCK_STREAM and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as e:
         raise Fatal(f"Invalid --fd: {fd} ({e.strerror})") from None
     if not connected:
+        sock.close()
         raise Fatal(f"Invalid --fd: {fd} (not a connected stream socket)")
+    sock.setblocking(False)
     return sock
 
 
