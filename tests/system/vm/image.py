@@ -1,0 +1,170 @@
+"""The test guest: Debian's cloud kernel with an initial RAM disk made of programs of this machine.
+
+The kernel package is downloaded by apt-get(8) and unpacked, never installed. The RAM disk has busybox, the ISC DHCP
+client and iperf3 with the libraries they need, the virtio modules with theirs, and guest/init, which takes commands. It
+is not compressed: an emulated processor would spend a second on that.
+
+Both are kept in `$XDG_CACHE_HOME/passt-tests`, the kernel by its version, the RAM disk by a digest of everything in it,
+so that a second run needs no network and no time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+META_PACKAGE = "linux-image-cloud-amd64"
+PROGRAMS = ("busybox", "dhclient", "iperf3")
+MODULES = ("virtio_pci", "virtio_net", "virtio_console")
+GUEST = Path(__file__).with_name("guest")
+DOWNLOAD_TIMEOUT = 120.0
+
+
+@dataclass(frozen=True)
+class Image:
+    """What QEMU boots."""
+
+    kernel: Path
+    initrd: Path
+
+
+def cache() -> Path:
+    """Where images are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(base, "passt-tests")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def image() -> Image:
+    """The image, made if it is not there yet."""
+    kernel = _kernel()
+    files = dict(_guest_files(kernel))
+    digest = hashlib.sha256()
+    for name, (content, mode) in sorted(files.items()):
+        digest.update(f"{name} {mode:o} {len(content)}\n".encode())
+        digest.update(content)
+    initrd = cache() / f"initrd-{digest.hexdigest()[:16]}"
+    if not initrd.exists():
+        _put(initrd, b"".join(_cpio(files)))
+    return Image(kernel / "vmlinuz", initrd)
+
+
+def _put(path: Path, content: bytes) -> None:
+    """A file that is there as a whole or not at all, whoever else makes it at the same time."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
+        f.write(content)
+    os.rename(f.name, path)
+
+
+def _run(*command: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+# The kernel ---------------------------------------------------------------------------------------------------------
+
+
+def _kernel() -> Path:
+    """A directory with `vmlinuz` and `modules`: of the newest kernel that apt knows, or else that was kept."""
+    found = re.search(r"Depends: (linux-image-\S+)", _run("apt-cache", "depends", META_PACKAGE))
+    if not found:
+        kept = sorted(cache().glob("linux-image-*"), key=lambda path: path.stat().st_mtime)
+        if not kept:
+            raise RuntimeError(f"apt knows no {META_PACKAGE}: run `apt-get update` first")
+        return kept[-1]
+    package = found[1]
+    version = re.search(r"Candidate: (\S+)", _run("apt-cache", "policy", package))
+    assert version, f"apt knows no version of {package}"
+    path = cache() / f"{package}_{version[1].replace(':', '_')}"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=cache()) as name:
+            _unpack(package, Path(name))
+            try:
+                os.rename(Path(name, "kernel"), path)
+            except FileExistsError:
+                pass  # another run was faster, with the same
+    return path
+
+
+def _unpack(package: str, directory: Path) -> None:
+    """Make `kernel` in `directory` from the package."""
+    os.chmod(directory, 0o755)
+    _run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=", package, cwd=directory)
+    (archive,) = directory.glob("*.deb")
+    _run("dpkg-deb", "-x", str(archive), "tree", cwd=directory)
+    kernel = directory / "kernel"
+    (kernel / "modules").mkdir(parents=True)
+    (vmlinuz,) = directory.glob("tree/boot/vmlinuz-*")
+    vmlinuz.rename(kernel / "vmlinuz")
+    for module in directory.glob("tree/**/kernel/**/*.ko*"):
+        if re.match(r"(virtio|(net_)?failover)", module.name):
+            content = module.read_bytes()
+            unpacked = lzma.decompress(content) if module.suffix == ".xz" else content
+            (kernel / "modules" / module.name.removesuffix(".xz")).write_bytes(unpacked)
+
+
+def _depends(module: bytes) -> list[str]:
+    """The modules that `module` needs, by the entry for that in its .modinfo section."""
+    entry = re.search(rb"\0depends=([^\0]*)\0", module)
+    assert entry, "a kernel module without a list of what it depends on"
+    return [name.replace("-", "_") for name in entry[1].decode().split(",") if name]
+
+
+def _in_order(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """`names` and what they depend on, in the order of loading."""
+    order: dict[str, bytes] = {}
+    for name in names:
+        if name not in order:
+            content = (directory / f"{name}.ko").read_bytes()
+            order |= _in_order(directory, tuple(_depends(content)))
+            order[name] = content
+    return order
+
+
+# The RAM disk -------------------------------------------------------------------------------------------------------
+
+
+def _guest_files(kernel: Path) -> Iterator[tuple[str, tuple[bytes, int]]]:
+    """Name, content and mode of all files of the guest. A name that is met twice is the same file."""
+    for path in GUEST.iterdir():
+        yield path.name, (path.read_bytes(), 0o100755)
+    modules = _in_order(kernel / "modules", MODULES)
+    yield "modules/order", ("".join(f"{name}.ko\n" for name in modules).encode(), 0o100644)
+    for name, content in modules.items():
+        yield f"modules/{name}.ko", (content, 0o100644)
+    for name in PROGRAMS:
+        program = shutil.which(name, path=f"{os.environ.get('PATH')}:/usr/sbin:/sbin")
+        if not program:
+            raise RuntimeError(f"{name} is not installed: run scripts/setup test")
+        yield f"bin/{name}", (Path(program).read_bytes(), 0o100755)
+        for library in re.findall(r"(?:=> )?(/\S+) \(0x", _run("ldd", program)):
+            yield library[1:], (Path(library).read_bytes(), 0o100755)
+
+
+def _cpio(files: dict[str, tuple[bytes, int]]) -> Iterator[bytes]:
+    """A cpio archive of the "newc" format, as the kernel has it in Documentation/driver-api/early-userspace."""
+    parents = {str(parent) for name in files for parent in Path(name).parents} - {"."}
+    directories = dict.fromkeys(sorted(parents), (b"", 16877))  # a parent comes before what is in it
+    for inode, (name, (content, mode)) in enumerate([*directories.items(), *files.items()], 1):
+        yield _member(name, content, mode, inode)
+    yield _member("TRAILER!!!", b"", 0, 0)
+
+
+def _member(name: str, content: bytes, mode: int, inode: int) -> bytes:
+    fields = (inode, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0)
+    head = b"070701" + b"".join(b"%08X" % f for f in fields) + name.encode() + b"\0"
+    return head + bytes(-len(head) % 4) + content + bytes(-len(content) % 4)

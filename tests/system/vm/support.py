@@ -1,0 +1,196 @@
+"""Running passt on the host of the traffic tests, for a machine or for a client that speaks its protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..support import DEADLINE, User, alive, wait_for
+from ..traffic.support import PEER, PEER6, Lan, Namespace
+
+PASST = os.environ.get("PASST")  # another passt than ours, to try the tests themselves
+_OURS = "import sys; from passt.cli import main; sys.exit(main(['passt', *sys.argv[1:]]))"
+START_DEADLINE = 10.0  # seconds to be ready, or to give up
+LISTENS = 0x10000  # in the flags of /proc/net/unix: __SO_ACCEPTCON
+
+
+def passt_command(user: User, *options: str) -> list[str]:
+    """The command line that runs passt as `user`."""
+    return user.command([*([PASST] if PASST else [user.python, "-c", _OURS]), *options])
+
+
+def on_host(host: Namespace, user: User, *options: str) -> list[str]:
+    """The same in the namespaces of `host`, to be executed by the test. Files are those of `host`."""
+    return host.argv(passt_command(user, *options))
+
+
+def seen_from_here(host: Namespace, path: Path | str) -> str:
+    """The name by which the test finds a file of `host`."""
+    return f"/proc/{host.pid}/root{path}"
+
+
+def listens(host: Namespace, path: Path | str) -> bool:
+    """Whether a UNIX socket listens at `path`; asked of the kernel, since to try would be to connect."""
+    for line in Path(f"/proc/{host.pid}/net/unix").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[7:] == [str(path)] and int(fields[3], 16) & LISTENS:
+            return True
+    return False
+
+
+Done = subprocess.CompletedProcess[str]
+
+
+def _without_syslog(said: str) -> str:
+    """`said` without what the C original adds where there is no syslog."""
+    return re.sub(r"Failed to send \d+ bytes to syslog\n", "", said)
+
+
+def run(host: Namespace, user: User, *options: str, pass_fds: Sequence[int] = ()) -> Done:
+    """passt to its end, or until it is in the background."""
+    command = on_host(host, user, *options)
+    done = subprocess.run(
+        command, cwd="/", env=user.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        timeout=START_DEADLINE, pass_fds=pass_fds,
+    )  # fmt: skip
+    done.stderr = _without_syslog(done.stderr)
+    return done
+
+
+class Passt:
+    """passt in the foreground, at a socket that listens, or on a descriptor."""
+
+    def __init__(self, host: Namespace, user: User, options: Sequence[str], path: Path | None, fd: int = -1) -> None:
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with passt
+        self.path = path
+        where = ["-s", str(path)] if path else ["-F", str(fd)]
+        command = on_host(host, user, "-f", *where, *options)
+        self.process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command], cwd="/", env=user.env, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=self._stderr, pass_fds=(fd,) if fd >= 0 else (),
+        )  # fmt: skip
+        try:
+            wait_for(lambda: not self.alive() or path is None or listens(host, path), "passt listens")
+            assert self.alive() or path is None, f"passt ended with {self.process.returncode}: {self.said()}"
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def daemon(self) -> int:
+        """PID of passt."""
+        return self.process.pid
+
+    def alive(self) -> bool:
+        """Whether passt still runs."""
+        return self.process.poll() is None
+
+    def said(self) -> str:
+        """What passt wrote to its standard error so far."""
+        self._stderr.seek(0)
+        return _without_syslog(self._stderr.read())
+
+    def expect(self, text: str, times: int = 1) -> None:
+        """Wait until passt has said `text` so many times."""
+        wait_for(lambda: self.said().count(text) >= times, f"passt says {text!r} {times} times")
+
+    def expect_end(self) -> None:
+        """Wait for it to end by itself, with status 0."""
+        status = self.process.wait(DEADLINE)
+        assert status == 0, f"passt ended with {status}: {self.said()}"
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+        self._stderr.close()
+
+    def close(self) -> None:
+        """End it as init would: with status 0, and no traceback to show."""
+        if self.alive():
+            self.process.send_signal(signal.SIGTERM)
+        status, said = self.process.wait(DEADLINE), self.said()
+        self._stderr.close()
+        assert status == 0, f"passt ended with {status}: {said}"
+        assert "Traceback" not in said, said
+
+
+@contextlib.contextmanager
+def passt(lan: Lan, user: User, *options: str) -> Iterator[Passt]:
+    """passt with a socket in a directory of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        if user.uid != os.geteuid():
+            os.chown(name, user.uid, user.gid)
+        made = Passt(lan.host, user, options, Path(name, "socket"))
+        try:
+            yield made
+        except BaseException:
+            print(made.said())
+            made.kill()
+            raise
+        made.close()
+
+
+class Standing:
+    """One passt for many tests, and another one after a test that it did not survive."""
+
+    def __init__(self, lan: Lan, user: User, *options: str) -> None:
+        self._start = functools.partial(passt, lan, user, *options)
+        self._stack = contextlib.ExitStack()
+        self._passt: Passt | None = None
+
+    def passt(self) -> Passt:
+        """The one that runs."""
+        if self._passt is not None and not self._passt.alive():
+            with contextlib.suppress(AssertionError):  # the test that ended it has failed for it
+                self._stack.close()
+            self._passt = None
+        if self._passt is None:
+            self._passt = self._stack.enter_context(self._start())
+        return self._passt
+
+    def close(self) -> None:
+        """End it."""
+        self._stack.close()
+
+
+class Background:
+    """passt in the background: the command, its end, and the daemon it leaves, which goes with the context."""
+
+    def __init__(self, host: Namespace, user: User, *options: str, pass_fds: Sequence[int] = ()) -> None:
+        path = f"/tmp/passt-test-{os.getpid()}.pid"
+        self.done = run(host, user, "-P", path, *options, pass_fds=pass_fds)
+        assert self.done.returncode == 0, self.done.stderr
+        file = Path(seen_from_here(host, path))
+        text = file.read_text()
+        file.unlink()
+        assert re.fullmatch(r"[1-9]\d*\n", text)
+        self.pid = int(text)
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if alive(self.pid):
+            os.kill(self.pid, signal.SIGTERM)
+            wait_for(lambda: not alive(self.pid), "the daemon ends")
+
+
+@contextlib.contextmanager
+def name_server(lan: Lan) -> Iterator[None]:
+    """A name server on the peer, at the port where guests look for one, that knows `name.test`."""
+    records = ["--address=/name.test/192.0.2.77", "--address=/name.test/2001:db8::77"]
+    flags = ["-k", "--no-resolv", "--no-hosts", "--no-daemon", "--bind-interfaces", "-u", "root", "-x", ""]
+    at = [f"--listen-address={PEER}", f"--listen-address={PEER6}"]
+    with lan.peer.popen("dnsmasq", *flags, *at, *records, stderr=subprocess.DEVNULL) as server:
+        ask = ("dig", "+short", "+time=1", "+tries=1", f"@{PEER}", "name.test")
+        wait_for(lambda: server.poll() is None and "192.0.2.77" in lan.peer.run(*ask, check=False).stdout, "dnsmasq")
+        yield

@@ -1,0 +1,265 @@
+"""How passt comes to its client: by a socket it makes, or a descriptor it is given; in the foreground or not; and when
+it goes. Tests of paths that nobody has asked for run with a /tmp of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from ..support import User, alive, wait_for
+from ..traffic.support import HOST, PEER, Lan, Namespace
+from .client import Client
+from .support import Background, Passt, listens, passt, run, seen_from_here
+
+DEFAULT = "/tmp/passt_{}.socket"
+
+
+@pytest.fixture
+def private(lan: Lan) -> Iterator[Namespace]:
+    """The host with an empty /tmp."""
+    made = Namespace(lan.host.argv(["unshare", "--mount"]), lan.host.user)
+    made.run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/tmp")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def directory(private: Namespace, anyone: User) -> str:
+    """A directory of the user's own, in the private /tmp."""
+    private.run("mkdir", "-m", "0700", "/tmp/own")
+    private.run("chown", f"{anyone.uid}:{anyone.gid}", "/tmp/own")
+    return "/tmp/own"
+
+
+def client(host: Namespace, path: str) -> Client:
+    return Client.at(seen_from_here(host, path))
+
+
+def fails(host: Namespace, user: User, *options: str, text: str, pass_fds: Sequence[int] = ()) -> None:
+    """passt ends with status 1, and the reason on standard error."""
+    done = run(host, user, "-f", *options, pass_fds=pass_fds)
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# The path -----------------------------------------------------------------------------------------------------------
+
+
+def test_default_path_is_the_first_free_one(private: Namespace, anyone: User) -> None:
+    with Background(private, anyone) as first, Background(private, anyone) as second:
+        for n, server in ((1, first), (2, second)):
+            path = DEFAULT.format(n)
+            assert f"UNIX domain socket bound at {path}\n" in server.done.stderr
+            netdev = f"-netdev stream,id=s,server=off,addr.type=unix,addr.path={path}\n"
+            assert f"-device virtio-net-pci,netdev=s {netdev}" in server.done.stderr
+            with client(private, path) as guest:
+                guest.configure().ping(PEER)
+        os.kill(first.pid, signal.SIGKILL)
+        wait_for(lambda: not alive(first.pid), "the daemon ends")
+        with Background(private, anyone) as third:
+            assert f"bound at {DEFAULT.format(1)}\n" in third.done.stderr
+            with client(private, DEFAULT.format(1)) as guest:
+                guest.configure()
+
+
+@pytest.mark.parametrize("option", ["-s", "--socket"])
+def test_given_path(private: Namespace, anyone: User, directory: str, option: str) -> None:
+    path = f"{directory}/socket"
+    with Background(private, anyone, option, path) as server:
+        assert f"UNIX domain socket bound at {path}\n" in server.done.stderr
+        with client(private, path) as guest:
+            guest.configure().ping(PEER)
+
+
+def test_only_the_owner_may_connect(private: Namespace, anyone: User, directory: str) -> None:
+    with Background(private, anyone, "-s", f"{directory}/socket"):
+        status = os.stat(seen_from_here(private, f"{directory}/socket"))
+        assert stat.S_ISSOCK(status.st_mode)
+        assert stat.S_IMODE(status.st_mode) == 0o700
+        assert status.st_uid == anyone.uid
+
+
+def test_stale_socket_is_taken_over(private: Namespace, anyone: User, directory: str) -> None:
+    path = f"{directory}/socket"
+    with Background(private, anyone, "-s", path) as first:
+        os.kill(first.pid, signal.SIGKILL)
+        wait_for(lambda: not alive(first.pid), "the daemon ends")
+    with Background(private, anyone, "-s", path), client(private, path) as guest:
+        guest.configure()
+
+
+def test_live_socket_is_not_taken_over(private: Namespace, anyone: User, directory: str) -> None:
+    path = f"{directory}/socket"
+    with Background(private, anyone, "-s", path):
+        with client(private, path) as guest:
+            guest.configure()
+            fails(private, anyone, "-s", path, text=f"Socket path {path} already in use")
+            guest.ping(PEER)
+        wait_for(lambda: not connected(private, path), "passt notices")
+        fails(private, anyone, "-s", path, text=f"Socket path {path} already in use")
+
+
+def connected(host: Namespace, path: str) -> bool:
+    """Whether there is a connection on the socket at `path`."""
+    lines = Path(f"/proc/{host.pid}/net/unix").read_text().splitlines()
+    return sum(line.endswith(f" {path}") for line in lines) > 1
+
+
+def test_other_files_are_not_replaced(private: Namespace, anyone: User, directory: str) -> None:
+    path = f"{directory}/letter"
+    private.write(path, "dear")
+    fails(private, anyone, "-s", path, text=path)
+    assert Path(seen_from_here(private, path)).read_text() == "dear"
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/no/such/dir/socket", "/no/such/dir/socket"),
+        ("/tmp/" + "x" * 103, "Invalid socket path: /tmp/xxx"),
+        ("", "Invalid socket path: "),
+    ],
+)
+def test_impossible_path(private: Namespace, anyone: User, path: str, text: str) -> None:
+    fails(private, anyone, "-s", path, text=text)
+
+
+# The descriptor -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def on_descriptor(host: Namespace, user: User, *options: str) -> Iterator[tuple[Passt, Client]]:
+    """passt on one end of a socket pair, and a client on the other."""
+    ours, theirs = socket.socketpair()
+    with Client(ours) as guest:
+        with theirs:
+            server = Passt(host, user, options, None, theirs.fileno())
+        try:
+            yield server, guest
+        except BaseException:
+            print(server.said())
+            server.kill()
+            raise
+    server.expect_end()
+    server.close()
+
+
+def test_descriptor(lan: Lan, anyone: User) -> None:
+    """The connection is there from the start, and passt goes with it."""
+    with on_descriptor(lan.host, anyone) as (server, guest):
+        guest.configure().ping(PEER)
+        assert server.alive()
+
+
+def test_descriptor_in_the_background(lan: Lan, anyone: User) -> None:
+    """As QEMU does it: standard error is read to its end, status 0 means ready, and the PID file has a number."""
+    ours, theirs = socket.socketpair()
+    with Client(ours) as guest:
+        with theirs:
+            fd = theirs.fileno()
+            server = Background(lan.host, anyone, "--quiet", "--fd", str(fd), pass_fds=(fd,))
+        with server:
+            assert server.done.stderr == server.done.stdout == ""
+            guest.configure().ping(PEER)
+            guest.sock.close()
+            wait_for(lambda: not alive(server.pid), "passt goes with its client")
+
+
+@pytest.mark.parametrize("fd", ["2", "-1", "x", "", "4294967296"])
+def test_invalid_descriptor(lan: Lan, anyone: User, fd: str) -> None:
+    fails(lan.host, anyone, "-F", fd, text=f"Invalid --fd: {fd}")
+
+
+@pytest.mark.parametrize("kind", ["closed", "file"])
+def test_descriptor_that_is_no_socket(lan: Lan, anyone: User, kind: str) -> None:
+    with open("/dev/null") as file:
+        fd = 99 if kind == "closed" else file.fileno()
+        fails(lan.host, anyone, "-F", str(fd), text=str(fd), pass_fds=() if kind == "closed" else (fd,))
+
+
+# The end ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["-1", "--one-off"])
+def test_one_off(lan: Lan, anyone: User, option: str) -> None:
+    with passt(lan, anyone, option) as server:
+        with Client.at(str(server.path)) as guest:
+            guest.configure().ping(PEER)
+            assert server.alive()
+        server.expect_end()
+        assert "Client connection closed, exiting" in server.said()
+
+
+def test_one_off_ends_on_a_length_that_lies(lan: Lan, ordinary_user: User) -> None:
+    with passt(lan, ordinary_user, "-1") as server:
+        with Client.at(str(server.path)) as guest:
+            guest.configure().send_bytes(b"\xff\xff\xff\xff", 4)
+            assert guest.at_end()
+        server.expect_end()
+
+
+def test_without_one_off_it_stays(lan: Lan, anyone: User) -> None:
+    with passt(lan, anyone) as server:
+        for n in range(3):
+            with Client.at(str(server.path)) as guest:
+                guest.configure().ping(PEER)
+            server.expect("Client connection closed", n + 1)
+        assert server.said().count("accepted connection from PID") == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+@pytest.mark.parametrize("with_client", [True, False])
+def test_signals(lan: Lan, ordinary_user: User, number: signal.Signals, with_client: bool) -> None:
+    with passt(lan, ordinary_user) as server, contextlib.ExitStack() as stack:
+        if with_client:
+            stack.enter_context(Client.at(str(server.path))).configure()
+        server.process.send_signal(number)
+        server.expect_end()
+
+
+# Foreground and background ------------------------------------------------------------------------------------------
+
+
+def test_background_lets_go_of_its_terminal(private: Namespace, anyone: User, directory: str) -> None:
+    """The command has ended, with the PID file written and the socket listening, and the daemon leads a session."""
+    path = f"{directory}/socket"
+    with Background(private, anyone, "-s", path) as server:
+        assert listens(private, path)
+        assert os.getsid(server.pid) == server.pid
+        assert {os.readlink(f"/proc/{server.pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
+
+
+def test_foreground_writes_its_own_pid(lan: Lan, anyone: User, open_dir: Path) -> None:
+    with passt(lan, anyone, "-P", f"{open_dir}/pid") as server:
+        assert (open_dir / "pid").read_text() == f"{server.daemon}\n"
+
+
+def test_what_it_says(lan: Lan, anyone: User) -> None:
+    """The lines that programs look for."""
+    with passt(lan, anyone) as server:
+        said = server.said()
+        assert f"DHCP:\n    assign: {HOST}\n    mask: 255.255.255.0\n    router: 198.51.100.1\n" in said
+        assert f"UNIX domain socket bound at {server.path}\n" in said
+
+
+def test_quiet(private: Namespace, anyone: User, directory: str) -> None:
+    with Background(private, anyone, "-q", "-s", f"{directory}/socket") as server:
+        assert server.done.stderr == server.done.stdout == ""
+
+
+def test_log_file(private: Namespace, anyone: User, directory: str) -> None:
+    log = f"{directory}/log"
+    with Background(private, anyone, "-l", log, "-s", f"{directory}/socket"):
+        with client(private, f"{directory}/socket") as guest:
+            guest.configure()
+        file = Path(seen_from_here(private, log))
+        wait_for(lambda: "Client connection closed" in file.read_text(), "the end of the client is logged")
+        assert f"accepted connection from PID {os.getpid()}" in file.read_text()
