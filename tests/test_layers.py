@@ -36,6 +36,7 @@ LAYERS = {
     "scan": 4,
     "stream": 4,
     "passt": 5,
+    "qrap": 5,
     "pasta": 5,
     "isolation": 5,
     "seccomp": 5,

@@ -6,9 +6,12 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from passt.conf_table import TABLE
 
-PAGE = Path(__file__).parent.parent / "passt.1"
+REPOSITORY = Path(__file__).parent.parent
+PAGE = REPOSITORY / "passt.1"
 
 
 def test_every_option_has_its_entry_and_no_other() -> None:
@@ -21,8 +24,9 @@ def test_every_option_has_its_entry_and_no_other() -> None:
     assert entries == {option.name: option.short for option in TABLE if option.help}
 
 
-def test_page_is_well_formed() -> None:
+@pytest.mark.parametrize("name", ["passt.1", "qrap.1"])
+def test_page_is_well_formed(name: str) -> None:
     done = subprocess.run(
-        ["mandoc", "-T", "lint", "-W", "warning", str(PAGE)], capture_output=True, text=True, check=False
+        ["mandoc", "-T", "lint", "-W", "warning", str(REPOSITORY / name)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "")

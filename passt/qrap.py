@@ -1,0 +1,178 @@
+"""qrap: connect to passt, then become QEMU: for a QEMU that has no `-netdev stream` (before 7.2).
+
+    qrap FD QEMU ARGS...     the connection is descriptor FD, which the arguments name: -net socket,fd=FD
+    qrap ARGS...             QEMU is found, its network arguments are replaced by ones for descriptor 5
+
+`-netdev socket` and `-netdev stream` speak the same protocol, but the former cannot connect to a UNIX socket by itself.
+Which of the sockets /tmp/passt_N.socket has a passt behind it that is free is found out as a guest would: a passt that
+has its guest closes the connection at once, a free one answers an ARP request, or a neighbour solicitation where it has
+no IPv4. Whole frames are read, because QEMU goes on where we stop. A passt whose last guest has just gone may not have
+noticed yet, so the search is repeated as long as there is one that closes the connection.
+
+After exec(2) nothing of us is left but the descriptor.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from struct import Struct
+
+from .addr import ANY4
+from .wire import arp, ndp
+from .wire.ether import HEADER, TYPE_ARP, icmp6_frame, multicast_mac
+
+USAGE = "Usage: qrap [FD QEMU] [QEMU_ARG]..."
+PATHS = tuple(f"/tmp/passt_{n}.socket" for n in range(1, 100))
+DEFAULT_FD = 5
+TIMEOUT = 0.5  # seconds for passt to answer
+TRIES = 50
+INTERVAL = 0.05  # seconds between tries, while a passt is busy
+LENGTH = Struct("!I")
+
+# What the probe claims to be, and asks for: passt answers for every address but its guest's.
+MAC = bytes.fromhex("020000000001")
+LINK_LOCAL = bytes.fromhex("fe8000000000000000000000000000ff")
+TARGET4 = bytes((192, 0, 0, 8))  # the dummy address of RFC 7600
+TARGET6 = bytes.fromhex("fe8000000000000000000000000000fe")
+
+CONFLICTING = ("virtio-net-pci", "virtio-net-ccw", "e1000", "e1000e", "rtl8139")
+
+
+class QrapError(Exception):
+    """Why QEMU is not started."""
+
+
+def probe() -> bytes:
+    """An ARP request and a neighbour solicitation, as the stream has them."""
+    request = arp.Packet(arp.REQUEST, MAC, ANY4, bytes(6), TARGET4)
+    group = bytes.fromhex("ff0200000000000000000001ff") + TARGET6[13:]  # solicited-node (RFC 4291, 2.7.1)
+    solicitation = ndp.NeighbourSolicitation(TARGET6)
+    frames = (
+        HEADER.pack(b"\xff" * 6, MAC, TYPE_ARP) + request.emit(),
+        icmp6_frame(multicast_mac(group), MAC, LINK_LOCAL, group, solicitation.emit()),
+    )
+    return b"".join(LENGTH.pack(len(frame)) + frame for frame in frames)
+
+
+def _answers(sock: socket.socket) -> bool:
+    """Whether passt sends a frame; it is read to its end. ConnectionResetError if it closes the connection instead."""
+    sock.settimeout(TIMEOUT)
+    sock.sendall(probe())
+    try:
+        (length,) = LENGTH.unpack(_read(sock, LENGTH.size))
+        _read(sock, length)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _read(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        if not piece:
+            raise ConnectionResetError
+        data += piece
+    return data
+
+
+def attach(path: str) -> socket.socket | None:
+    """A connection to the free passt at `path`, or None. ConnectionResetError, BrokenPipeError: one that is busy."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(path)
+        if _answers(sock):
+            return sock
+    except (ConnectionResetError, BrokenPipeError):
+        sock.close()
+        raise
+    except OSError:
+        pass  # no socket there, or nobody behind it, or not for us
+    sock.close()
+    return None
+
+
+def search(paths: Sequence[str]) -> tuple[str, socket.socket]:
+    """Path and connection of the first free passt; QrapError if there is none."""
+    for _ in range(TRIES):
+        busy = 0
+        for path in paths:
+            try:
+                if sock := attach(path):
+                    return path, sock
+            except (ConnectionResetError, BrokenPipeError):
+                busy += 1
+        if not busy:
+            raise QrapError("No passt found at /tmp/passt_N.socket: start passt first")
+        time.sleep(INTERVAL)
+    raise QrapError(f"No free passt found at /tmp/passt_N.socket: {busy} with a guest already")
+
+
+def find_qemu() -> str:
+    """The QEMU of this machine."""
+    names = ("kvm", "qemu-kvm", f"qemu-system-{platform.machine()}", "/usr/libexec/qemu-kvm")
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise QrapError(f"Couldn't find QEMU: none of {', '.join(names)}")
+
+
+def patched(args: Sequence[str]) -> list[str]:
+    """`args` without network devices and back-ends, and then with one of each for descriptor 5."""
+    kept: list[str] = []
+    i = 0
+    while i < len(args):
+        option = args[i].removeprefix("-") if args[i].startswith("--") else args[i]
+        value = args[i + 1] if i + 1 < len(args) else ""
+        if option in ("-net", "-netdev") or (option == "-device" and value.split(",")[0] in CONFLICTING):
+            i += 2
+            continue
+        kept.append(args[i])
+        i += 1
+    device = "virtio-net-ccw" if platform.machine() == "s390x" else "virtio-net-pci"
+    return [*kept, "-netdev", f"socket,fd={DEFAULT_FD},id=hostnet0", "-device", f"{device},netdev=hostnet0"]
+
+
+def command(args: Sequence[str]) -> tuple[int, list[str]]:
+    """Descriptor and command line that `args` ask for. QrapError: a descriptor that cannot be."""
+    if len(args) >= 2 and args[0].isascii() and args[0].isdigit():
+        fd = int(args[0])
+        if not 2 < fd < os.sysconf("SC_OPEN_MAX"):
+            raise QrapError(f"Invalid file descriptor: {args[0]}")
+        return fd, list(args[1:])
+    return DEFAULT_FD, [find_qemu(), *patched(args)]
+
+
+def run(args: Sequence[str]) -> None:
+    """Become QEMU; QrapError if that fails."""
+    fd, argv = command(args)
+    path, sock = search(PATHS)
+    sock.settimeout(None)
+    print(f"Connected to {path}", file=sys.stderr, flush=True)
+    if sock.fileno() == fd:
+        os.set_inheritable(fd, True)
+    else:
+        os.dup2(sock.fileno(), fd)
+    try:
+        os.execvp(argv[0], argv)
+    except OSError as e:
+        raise QrapError(f"Couldn't run {argv[0]}: {e.strerror}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status, if there is any return: 0 for --help, 1 for an error. `argv` is sys.argv by default."""
+    args = list((sys.argv if argv is None else argv)[1:])
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if args else sys.stderr)
+        return 0 if args else 1
+    try:
+        run(args)
+    except QrapError as e:
+        print(f"qrap: {e}", file=sys.stderr)
+    return 1
