@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from ..support import User, alive, wait_for
+from ..support import REPOSITORY, User, alive, wait_for
 from ..traffic.support import HOST, PEER, Lan, Namespace
 from .client import Client
 from .support import Background, Passt, listens, passt, run, seen_from_here
@@ -23,9 +25,15 @@ DEFAULT = "/tmp/passt_{}.socket"
 
 @pytest.fixture
 def private(lan: Lan) -> Iterator[Namespace]:
-    """The host with an empty /tmp."""
+    """The host with a /tmp that has nothing but the program, should that be there."""
     made = Namespace(lan.host.argv(["unshare", "--mount"]), lan.host.user)
-    made.run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/tmp")
+    made.run("mkdir", "-p", "/run/tmp")
+    made.run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/run/tmp")
+    for kept in {str(REPOSITORY), sys.prefix}:
+        if kept.startswith("/tmp/"):
+            made.run("mkdir", "-p", f"/run{kept}")
+            made.run("mount", "--bind", kept, f"/run{kept}")
+    made.run("mount", "--move", "/run/tmp", "/tmp")
     yield made
     made.close()
 
@@ -130,6 +138,30 @@ def test_other_files_are_not_replaced(private: Namespace, anyone: User, director
 )
 def test_impossible_path(private: Namespace, anyone: User, path: str, text: str) -> None:
     fails(private, anyone, "-s", path, text=text)
+
+
+QRAP = "import sys; from passt.qrap import main; sys.exit(main())"
+ASK = """
+import socket
+from passt import qrap
+sock = socket.socket(fileno=5)
+sock.settimeout(10)
+sock.sendall(qrap.probe())
+print(len(sock.recv(4096)))
+"""
+
+
+def test_qrap(private: Namespace, anyone: User) -> None:
+    """It gives the program a connection to the first passt without a guest."""
+    with Background(private, anyone), Background(private, anyone), client(private, DEFAULT.format(1)) as guest:
+        guest.configure()
+        qrap = [anyone.python, "-c", QRAP, "5", anyone.python, "-c", ASK]
+        done = subprocess.run(
+            private.argv(anyone.command(qrap)), env=anyone.env, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert done.stderr == f"Connected to {DEFAULT.format(2)}\n"
+        assert int(done.stdout) >= 46
+        guest.ping(PEER)
 
 
 # The descriptor -----------------------------------------------------------------------------------------------------
@@ -239,7 +271,8 @@ def test_background_lets_go_of_its_terminal(private: Namespace, anyone: User, di
 
 def test_foreground_writes_its_own_pid(lan: Lan, anyone: User, open_dir: Path) -> None:
     with passt(lan, anyone, "-P", f"{open_dir}/pid") as server:
-        assert (open_dir / "pid").read_text() == f"{server.daemon}\n"
+        file = open_dir / "pid"
+        wait_for(lambda: file.exists() and file.read_text() == f"{server.daemon}\n", "the PID file")
 
 
 def test_what_it_says(lan: Lan, anyone: User) -> None:
