@@ -3,7 +3,8 @@
 A pooled timer is never armed more often than needed. It keeps the time at which its descriptor will fire
 (`expiry`); a later deadline leaves the descriptor alone and is only compared when it fires, an earlier one re-arms
 it. A timer returned to the pool stays armed: a spurious wake-up finds no owner, and the next connection that wants a
-later deadline than the pending expiry needs no system call at all.
+later deadline than the pending expiry needs no system call at all. IDLE_MAX of them wait for connections; those
+beyond, after a flood, are closed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .reactor import EPOLLIN, TYPE_TCP_TIMER, TYPE_TIMER, Reactor, ref_data, ref
 
 NEVER = float("inf")
 NO_OWNER = 0xFFFFFFFF
+IDLE_MAX = 128
 
 
 def _drain(fd: int) -> bool:
@@ -28,6 +30,18 @@ def _drain(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+class _Descriptor:
+    """Owns `fd`."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 class Timers:
@@ -81,8 +95,12 @@ class TimerPool:
 
     def give_back(self, fd: int) -> None:
         """Return a timer; it may stay armed, and then fires for nobody."""
-        self._reactor.retarget(fd, NO_OWNER)
-        self._free.append(fd)
+        if len(self._free) < IDLE_MAX:
+            self._reactor.retarget(fd, NO_OWNER)
+            self._free.append(fd)
+        else:
+            del self._expiry[fd]
+            self._reactor.retire(fd, _Descriptor(fd))
 
     def at(self, fd: int, deadline: float) -> None:
         """See to it that timer `fd` fires at `deadline` or before."""

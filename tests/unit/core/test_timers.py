@@ -227,3 +227,21 @@ def test_descriptors_do_not_block(clock: Clock) -> None:
     assert select.select([fd], [], [], 0)[0] == []
     with pytest.raises(BlockingIOError):
         os.read(fd, 8)
+
+
+def test_timers_beyond_those_kept_are_closed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one of those closed, that is due in the same turn, fires for nobody."""
+    monkeypatch.setattr("passt.core.timers.IDLE_MAX", 2)
+    fds = [clock.pool.take(i) for i in range(5)]
+    for fd in fds:
+        clock.pool.at(fd, time.monotonic())
+        clock.pool.give_back(fd)
+    clock.turn()
+    assert clock.fired == []
+    for fd in fds[2:]:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    assert {clock.pool.take(1), clock.pool.take(2)} == set(fds[:2])
+    clock.pool.at(clock.pool.take(3), time.monotonic())  # a new one, which may have an old number
+    clock.turn()
+    assert 3 in clock.fired
