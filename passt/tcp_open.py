@@ -258,7 +258,7 @@ class TcpOpen:
         keys = self._keys(listener, peer, peer_port)
         if not keys:
             return "tcp inbound: no address"
-        free = [key for key in keys if key not in table.by_key]
+        free = [key for key in keys if self._is_free(key)]
         if not free:
             return "tcp inbound: endpoints in use"
         conn = TcpConn(free[0])
@@ -283,6 +283,17 @@ class TcpOpen:
             client = addr.endpoint(peer, peer_port)
             log.debug(f"Flow {conn.index} (TCP connection): HOST {client} -> port {listener.port} => {conn.endpoints}")
         return ""
+
+    def _is_free(self, key: bytes) -> bool:
+        """Whether there is no connection between these endpoints.
+
+        A client that was reset uses its port again at once, and may be accepted before we hear of its former end.
+        """
+        conn = self._table.by_key.get(key)
+        if conn is not None and conn.sock is not None and tcpinfo.is_closed(conn.sock):
+            self._table.reset_by_host(conn)
+            return True
+        return conn is None
 
     def _keys(self, listener: Listener, peer: bytes, peer_port: int) -> list[bytes]:
         """Between which endpoints the guest may see the connection: first choice first, none if it cannot."""

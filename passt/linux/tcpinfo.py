@@ -5,6 +5,7 @@ bytes. Every field used here has a fallback where it is used; `HAS` is probed on
 test to hide a field.
 
     field              offset  size  since
+    tcpi_state              0     1  2.4
     tcpi_snd_cwnd          80     4  2.4
     tcpi_bytes_acked      120     8  4.1
     tcpi_min_rtt          148     4  4.6
@@ -27,6 +28,7 @@ _U64 = Struct("=Q")
 _MEMINFO = Struct("=9I")  # include/uapi/linux/sock_diag.h, SK_MEMINFO_*: [3] sndbuf, [5] wmem_queued
 
 BYTES_ACKED, MIN_RTT, SND_WND = 120, 148, 228
+TCP_CLOSE = 7  # tcpi_state, include/net/tcp_states.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,11 @@ def tcp_info(sock: Any) -> bytes:
     """The raw structure, as long as the kernel has it (at most TCP_INFO_LEN). Raises OSError."""
     info: bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_LEN)
     return info
+
+
+def is_closed(sock: Any) -> bool:
+    """Whether a socket that was connected is so no more: reset, or at its end in both directions. Raises OSError."""
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE)
 
 
 def u32(info: bytes, offset: int) -> int:

@@ -20,7 +20,7 @@ from passt.core.context import Guest
 from passt.core.flow import FlowTable
 from passt.core.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, make_ref
 from passt.core.timers import NO_OWNER
-from passt.linux.tcpinfo import BYTES_ACKED, SO_PEEK_OFF, probe, tcp_info, u64
+from passt.linux.tcpinfo import BYTES_ACKED, SO_PEEK_OFF, TCP_CLOSE, probe, tcp_info, u64
 from passt.tcp_conn import WINDOW_DEFAULT, event_text
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN, SynOptions
 from tests.unit.oracle import recomputed
@@ -527,6 +527,17 @@ def test_endpoints_in_use() -> None:
     first, _ = FakeSocket.made
     talk.guest(ACK | PSH, b"alive")
     assert first.sent == b"alive" and not first.closed
+
+
+def test_a_client_that_comes_back_before_we_heard_of_its_end() -> None:
+    """Its kernel had the port free for it again, so the first connection is gone: the guest is told, and asked anew."""
+    talk = accepted_connection()
+    talk.sock.info[0] = TCP_CLOSE
+    first = talk.sock
+    talk.accept(PEER4)
+    assert [s.flags for s in talk.taken()] == [RST | ACK, SYN]
+    talk.end_turn()
+    assert first.closed and not talk.ctx.drops
 
 
 def test_endpoints_in_use_by_the_guests_connection() -> None:
