@@ -21,6 +21,11 @@ def is_loopback(a: bytes) -> bool:
     return a == LOOPBACK6 or (a[:12] == V4_MAPPED_PREFIX and a[12] == 127)
 
 
+def unmapped(a: bytes) -> bytes:
+    """The IPv4 address that is mapped into an IPv6 one (RFC 4291, 2.5.5.2), or else `a` itself."""
+    return a[12:] if a[:12] == V4_MAPPED_PREFIX else a
+
+
 def is_unspecified(a: bytes) -> bool:
     return not any(a)
 

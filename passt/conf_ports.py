@@ -169,8 +169,9 @@ def _address(piece: _Piece) -> bytes:
         address = addr.packed(text)
     except ValueError:
         raise _Wrong(piece, "not an IPv4 or IPv6 address") from None
-    if address[:12] == addr.V4_MAPPED_PREFIX and len(address) == 16:
-        raise _Wrong(piece, f"an IPv4 address in IPv6 notation: give {addr.text(address[12:])}")
+    plain = addr.unmapped(address)
+    if plain != address:
+        raise _Wrong(piece, f"an IPv4 address in IPv6 notation: give {addr.text(plain)}")
     return address
 
 

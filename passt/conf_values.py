@@ -108,7 +108,7 @@ def _checked(text: str, refuse: str, message: str) -> bytes:
         "loopback": addr.is_loopback(value),
         "multicast": addr.is_multicast(value),
         "broadcast": value == addr.BROADCAST4,
-        "IPv4-mapped": value[:12] == addr.V4_MAPPED_PREFIX and len(value) == 16,
+        "IPv4-mapped": addr.unmapped(value) != value,
         "IPv4-compatible": len(value) == 16 and not any(value[:12]) and any(value[12:14]),
     }
     for kind in refuse.split():

@@ -35,12 +35,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import log
 from .core.context import Context
+from .core.idle import NO_DESCRIPTORS
+from .core.nspool import new_socket
 from .core.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from .core.rules import Listener, Rule
 from .linux import netns
 from .linux.syscall import accept
-from .listen_sock import NO_DESCRIPTOR, Failure, Wanted, open_ports
-from .tcp_sock import new_socket, reset_on_close
+from .listen_sock import Failure, Wanted, open_ports
+from .tcp_sock import reset
 from .wire.checksum import PROTO_TCP
 
 if TYPE_CHECKING:
@@ -199,13 +201,12 @@ class Listeners:
             self._tcp.accepted(listener, sock, peer, port, now)
         else:
             ctx.drops["listen: not from loopback"] += 1
-            reset_on_close(sock)
-            sock.close()
+            reset(sock)
 
     def _accept_failed(self, listener: Listener, e: OSError, now: float) -> None:
         if e.errno in _DEFECTS:
             raise e
-        if e.errno in NO_DESCRIPTOR:
+        if e.errno in NO_DESCRIPTORS:
             self._refuse(listener, e, now)
         elif e.errno in _STUCK:
             self._rest(listener, now)
@@ -224,9 +225,7 @@ class Listeners:
             self._rest(listener, now)
             raise BlockingIOError from None
         else:
-            sock = new_socket(socket.AF_INET, _TYPE, 0, fd)
-            reset_on_close(sock)
-            sock.close()
+            reset(new_socket(socket.AF_INET, _TYPE, 0, fd))
             self._ctx.drops["listen: no descriptor"] += 1
         finally:
             self._spare = _spare_descriptor()

@@ -34,9 +34,11 @@ from typing import Any
 
 from . import addr, log
 from .core.config import Config
+from .core.idle import NO_DESCRIPTORS
+from .core.nspool import new_socket
 from .core.rules import Listener, Rule
 from .linux.ports import PortTables, open_tables
-from .linux.sockopt import IP_FREEBIND, IP_PKTINFO, IPV6_FREEBIND
+from .linux.sockopt import IP_PKTINFO, freebind
 from .linux.tcpinfo import Features, probe
 from .log import Fatal
 from .tcp_sock import prepare_listener
@@ -48,18 +50,12 @@ RETRY_INTERVAL = 0.05  # s
 BACKLOG = 4096  # connections that wait to be accepted; net.core.somaxconn may say less
 RESERVE = 128  # descriptors that must be left for flows, and for us
 
-NO_DESCRIPTOR = frozenset((errno.EMFILE, errno.ENFILE))
 _NO_FAMILY = frozenset((errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL))
 _FLAGS = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _PKTINFO = {
     socket.AF_INET: (socket.IPPROTO_IP, IP_PKTINFO, 1),
     socket.AF_INET6: (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1),
 }
-_FREEBIND = {
-    socket.AF_INET: (socket.IPPROTO_IP, IP_FREEBIND, 1),
-    socket.AF_INET6: (socket.IPPROTO_IPV6, IPV6_FREEBIND, 1),
-}
-new_socket = socket.SocketType  # the C type, for speed and size
 
 Wanted = tuple[Rule, int]  # a port of a rule
 
@@ -162,7 +158,7 @@ def _check_interface(rule: Rule) -> None:
 
 def _check_descriptors(failed: Iterable[Failure]) -> None:
     for f in failed:
-        if f.errno in NO_DESCRIPTOR:
+        if f.errno in NO_DESCRIPTORS:
             raise Fatal(f"Can't open enough sockets for port specifier: {f.rule.option} ({f.reason})")
 
 
@@ -255,7 +251,7 @@ def _open(config: Config, rule: Rule, port: int, address: bytes, *, dual: bool =
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
         if config.freebind and not rule.outbound:
-            sock.setsockopt(*_FREEBIND[family])
+            sock.setsockopt(*freebind(family), 1)
         if rule.ifname is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, rule.ifname.encode() + b"\0")
         if tcp:

@@ -22,12 +22,12 @@ from typing import Any
 from . import addr, log
 from .core.context import Context
 from .core.fwd import Forwarding, SockAddr
+from .core.nspool import new_socket
 from .core.reactor import EPOLLOUT, TYPE_TCP
 from .linux.tcpinfo import SO_PEEK_OFF, Features
 from .tcp_ack import INTEREST
 from .tcp_conn import TcpConn
 
-new_socket = socket.SocketType  # the C type itself: making its subclass `socket.socket` costs as much again
 KEEPIDLE_MAX = 32767  # s, MAX_TCP_KEEPIDLE of Linux
 _RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
 
@@ -106,3 +106,9 @@ def keep_alive(sock: Any, idle: float) -> None:
 def reset_on_close(sock: Any) -> None:
     """Have close() send RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+
+
+def reset(sock: Any) -> None:
+    """Close a socket that was never watched, with RST."""
+    reset_on_close(sock)
+    sock.close()

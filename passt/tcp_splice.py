@@ -125,8 +125,7 @@ class TcpSplice:
             ctx.flows.insert(conn)
         except TableFull:
             ctx.drops["splice: table full"] += 1
-            tcp_sock.reset_on_close(sock)
-            sock.close()
+            tcp_sock.reset(sock)
             return
         try:
             ctx.reactor.watch(conn.fd, TYPE_TCP_SPLICE, conn.index << 1, INTEREST)
@@ -368,5 +367,4 @@ class TcpSplice:
 
 def _plain(sockaddr: tuple[Any, ...]) -> tuple[bytes, int]:
     """The packed address, without its mapping into IPv6, and the port."""
-    a = addr.packed(sockaddr[0].partition("%")[0])
-    return (a[12:] if a[:12] == addr.V4_MAPPED_PREFIX else a), sockaddr[1]
+    return addr.unmapped(addr.packed(sockaddr[0].partition("%")[0])), sockaddr[1]

@@ -34,7 +34,7 @@ from .core.context import Context
 from .core.fwd import Forwarding, SockAddr
 from .core.rules import Listener
 from .linux.mmsg import INFO4, INFO6
-from .linux.sockopt import IP_FREEBIND, IP_PKTINFO, IPV6_FREEBIND, SOL_UDP, UDP_SEGMENT, recverr
+from .linux.sockopt import IP_PKTINFO, SOL_UDP, UDP_SEGMENT, freebind, recverr
 
 BUFFER_SIZE = 4 << 20  # asked for; net.core.[rw]mem_max decide
 BUFFER_FIRST = 64 << 10  # of a client's socket until it is connected; the kernel doubles it
@@ -42,8 +42,6 @@ BUFFER_FIRST = 64 << 10  # of a client's socket until it is connected; the kerne
 STRANGERS_MAX = 2 * BUFFER_FIRST // 576 + 1
 SIZE_MAX = 65535  # of a datagram
 BUSY_PORT = frozenset((errno.EACCES, errno.EADDRINUSE))
-
-_FREEBIND = {4: (socket.IPPROTO_IP, IP_FREEBIND), 16: (socket.IPPROTO_IPV6, IPV6_FREEBIND)}
 
 _SEGMENT = Struct("=H")
 
@@ -201,7 +199,7 @@ def _bind_beside(sock: Any, client: Client) -> None:
             if e.errno != errno.EADDRNOTAVAIL:
                 raise
             # Datagrams get to the listener for an address that is on no interface: a route of type `local`
-            sock.setsockopt(*_FREEBIND[len(client.local)], 1)
+            sock.setsockopt(*freebind(addr.family(client.local)), 1)
             sock.bind(here)
     finally:
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)

@@ -26,7 +26,7 @@ from ..linux.syscall import CLONE_NEWNET, setns
 POOL_SIZE = 128  # sockets of each kind; C10K-like rates use up some fifty batches a second
 Kind = tuple[int, int]  # address family, socket type
 
-new_socket = socket.SocketType  # the C type: half the price of socket.socket
+new_socket = socket.SocketType  # the C type: making its subclass `socket.socket` costs as much again
 
 
 def open_socket(family: int, kind: int) -> Any:

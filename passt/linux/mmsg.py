@@ -150,7 +150,7 @@ class Envelope(NamedTuple):
             port, peer = _NAME4.unpack_from(envelope, _FAMILY.size)
         else:
             port, peer = _NAME6.unpack_from(envelope, _FAMILY.size)
-        peer = _unmapped(peer)
+        peer = addr.unmapped(peer)
         local, interface = cls._destination(envelope, len(peer))
         if len(peer) == 16 and (addr.is_link_local(peer) or addr.is_link_local(local)):
             return cls(peer, port, local, _SCOPE.unpack_from(envelope, _SCOPE_AT)[0] or interface)
@@ -170,13 +170,9 @@ class Envelope(NamedTuple):
                 break  # says more than the other one
             if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
                 to, interface = INFO6.unpack_from(envelope, at + _CONTROL_DATA)
-                to = _unmapped(to)
+                to = addr.unmapped(to)
                 local = bytes(length) if addr.is_multicast(to) else to
             elif not size:
                 break  # the rest is as it was before the call
             at += socket.CMSG_SPACE(size - _CONTROL_DATA)
         return local, interface
-
-
-def _unmapped(a: bytes) -> bytes:
-    return a[12:] if a[:12] == addr.V4_MAPPED_PREFIX else a

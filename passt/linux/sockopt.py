@@ -60,6 +60,11 @@ def recverr(family: int) -> tuple[int, int]:
     return (socket.IPPROTO_IP, IP_RECVERR) if family == socket.AF_INET else (socket.IPPROTO_IPV6, IPV6_RECVERR)
 
 
+def freebind(family: int) -> tuple[int, int]:
+    """(level, option) that lets a socket be bound to an address that is on no interface."""
+    return (socket.IPPROTO_IP, IP_FREEBIND) if family == socket.AF_INET else (socket.IPPROTO_IPV6, IPV6_FREEBIND)
+
+
 _LAYOUT = Struct("=IBBBxII")
 _FAMILY = Struct("=H")
 

@@ -19,6 +19,7 @@ from passt.core.rules import Listener, Rule
 from passt.linux import netns
 from passt.listen import BUDGET_MAX, PATIENCE, REST, Listeners
 from passt.listen_sock import open_ports
+from passt.tcp_sock import reset
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
 from .support import T0, make_context, reactor, timers
@@ -267,7 +268,7 @@ def test_clients_are_refused_with_the_spare_descriptor(
     for _ in range(3):
         rig.connect(port)
         # The connection is closed through its socket object, which gives its descriptor back
-        monkeypatch.setattr(listen, "reset_on_close", lambda sock: (reset(sock), setattr(limit, "left", 1)))
+        monkeypatch.setattr(listen, "reset", lambda sock: (reset(sock), setattr(limit, "left", 1)))
         rig.fire()
         assert rig.was_reset()
         limit.left = 0
@@ -278,9 +279,6 @@ def test_clients_are_refused_with_the_spare_descriptor(
     rig.connect(port)
     rig.fire()
     assert len(rig.splice.got) == 1
-
-
-reset = listen.reset_on_close
 
 
 @pytest.mark.usefixtures("warnings")
