@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from ..traffic.support import PEER, PEER6, Lan, Namespace
 
 PASST = os.environ.get("PASST")  # another passt than ours, to try the tests themselves
 _OURS = "import sys; from passt.cli import main; sys.exit(main(['passt', *sys.argv[1:]]))"
+# What passt says of its clients
+ACCEPTED = r"(?i)accepted connection from PID"
+GONE = r"Client connection closed|The guest .*, (waiting for another|exiting)"
 START_DEADLINE = 10.0  # seconds to be ready, or to give up
 LISTENS = 0x10000  # in the flags of /proc/net/unix: __SO_ACCEPTCON
 
@@ -68,20 +72,24 @@ class Passt:
     """passt in the foreground, at a socket that listens, or on a descriptor."""
 
     def __init__(self, host: Namespace, user: User, options: Sequence[str], path: Path | None, fd: int = -1) -> None:
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with passt
+        self._stderr = tempfile.TemporaryFile("a+", errors="replace")  # noqa: SIM115 - closed with passt
         self.path = path
         where = ["-s", str(path)] if path else ["-F", str(fd)]
-        command = on_host(host, user, "-f", *where, *options)
+        pid = Path(f"/tmp/passt-test-{os.getpid()}-{time.monotonic_ns()}.pid")
+        command = on_host(host, user, "-f", "-P", str(pid), *where, *options)
         self.process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command], cwd="/", env=user.env, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=self._stderr, pass_fds=(fd,) if fd >= 0 else (),
         )  # fmt: skip
         try:
-            wait_for(lambda: not self.alive() or path is None or listens(host, path), "passt listens")
-            assert self.alive() or path is None, f"passt ended with {self.process.returncode}: {self.said()}"
+            wait_for(lambda: not self.alive() or (pid.exists() and pid.read_text()), "passt is ready")
+            assert self.alive(), f"passt ended with {self.process.returncode}: {self.said()}"
+            assert pid.read_text() == f"{self.daemon}\n"
         except BaseException:
             self.kill()
             raise
+        finally:
+            pid.unlink(missing_ok=True)
 
     @property
     def daemon(self) -> int:
@@ -97,9 +105,13 @@ class Passt:
         self._stderr.seek(0)
         return _without_syslog(self._stderr.read())
 
-    def expect(self, text: str, times: int = 1) -> None:
-        """Wait until passt has said `text` so many times."""
-        wait_for(lambda: self.said().count(text) >= times, f"passt says {text!r} {times} times")
+    def count(self, pattern: str) -> int:
+        """How often passt has said something that matches `pattern`."""
+        return len(re.findall(pattern, self.said()))
+
+    def expect(self, pattern: str, times: int = 1) -> None:
+        """Wait until passt has said so many times what matches `pattern`."""
+        wait_for(lambda: self.count(pattern) >= times, f"passt says {pattern!r} {times} times")
 
     def expect_end(self) -> None:
         """Wait for it to end by itself, with status 0."""

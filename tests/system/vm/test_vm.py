@@ -19,7 +19,7 @@ from ..traffic.servers import bytes_server, digest, running
 from ..traffic.support import GATEWAY, GATEWAY6, HOST, HOST6, PEER, PEER6, Lan, in_thread, read_all
 from .image import Image
 from .machine import VirtualMachine
-from .support import Passt, name_server, passt
+from .support import ACCEPTED, Passt, name_server, passt
 
 DHCP = "udhcpc -i eth0 -n -q -s /dhcp -O search -O mtu -O staticroutes"
 DHCP6 = "echo 'request dhcp6.name-servers, dhcp6.domain-search;' >/tmp/dhclient.conf; "
@@ -168,11 +168,11 @@ def test_datagrams(vm: VirtualMachine, lan: Lan, direction: str) -> None:
 
 def test_reboot(vm: VirtualMachine, server: Passt) -> None:
     """The same connection to QEMU, a guest that starts from nothing."""
-    before = server.said().count("accepted connection")
+    before = server.count(ACCEPTED)
     vm.reboot()
     assert configure(vm)["ip"] == HOST
     vm.run(f"ping -c 1 -W 5 {PEER}")
-    assert server.said().count("accepted connection") == before
+    assert server.count(ACCEPTED) == before
 
 
 def test_power_cycle(vm: VirtualMachine, server: Passt) -> None:
