@@ -92,6 +92,7 @@ class TcpOpen:
         self._acks = acks
         self._table = table
         self._secret = os.urandom(16)  # RFC 6528: new at each start
+        self._replaced = 0  # connections whose client came back
         self.half_open_max = flow_limit(HALF_OPEN_MAX, HALF_OPEN_SHARE)
 
     def segments(self, conn: TcpConn | None, key: bytes, segments: list[int], now: float) -> TcpConn | None:
@@ -164,9 +165,13 @@ class TcpOpen:
             self._out.syn_ack(conn, conn.ws_to != 0)
 
     def isn(self, key: bytes, now: float) -> int:
-        """Our initial sequence number, RFC 6528: a keyed hash of the endpoints plus a clock of 4 us."""
+        """Our initial sequence number, RFC 6528: a keyed hash of the endpoints plus a clock of 4 us.
+
+        A connection may be replaced in the turn in which it began, at the same time: so that an answer to the first
+        SYN does not look like one to the second, each replacement is a tick of the clock, too.
+        """
         h = siphash24(self._secret, key)
-        return ((h >> 32 ^ h) + int(now * 250_000)) & _MASK
+        return ((h >> 32 ^ h) + int(now * 250_000) + self._replaced) & _MASK
 
     def _number(self, conn: TcpConn, now: float) -> None:
         """Choose where our sequence begins: nothing is sent yet, and the first byte comes after SYN."""
@@ -292,6 +297,7 @@ class TcpOpen:
         conn = self._table.by_key.get(key)
         if conn is not None and conn.sock is not None and tcpinfo.is_closed(conn.sock):
             self._table.reset_by_host(conn)
+            self._replaced += 1
             return True
         return conn is None
 

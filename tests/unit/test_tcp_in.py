@@ -540,6 +540,21 @@ def test_a_client_that_comes_back_before_we_heard_of_its_end() -> None:
     assert first.closed and not talk.ctx.drops
 
 
+def test_a_client_that_comes_back_in_the_turn_in_which_it_was_accepted() -> None:
+    """An answer of the guest to the first SYN is none to the second."""
+    talk = asked()
+    first = talk.isn
+    talk.sock.info[0] = TCP_CLOSE
+    talk.accept(PEER4)
+    rst, syn = talk.taken()
+    assert (rst.flags, syn.flags) == (RST, SYN)
+    assert talk.isn != first, "of the second, which was sent last"
+    talk.put((SYN | ACK, GUEST_ISN + 99, first + 1, b"", 64240, b""))
+    assert [s.flags for s in talk.taken()] == [RST, SYN]
+    talk.answer()
+    talk.expect(ACK, ack=1)
+
+
 def test_endpoints_in_use_by_the_guests_connection() -> None:
     talk = Talk()
     talk.key = GUEST4 + addr.packed(PEER4) + PORTS
