@@ -8,22 +8,25 @@ acknowledged, and runs of datagrams are one system call (UDP_SEGMENT, UDP_GRO, r
 Where a packet goes
 ===================
 
-    guest -> host   tap fd -> tap (packet pool, classify, group by flow)
+    guest -> host   tap fd, or a machine's UNIX socket -> stream -> tap (packet pool, classify, group by flow)
                         ARP -> arp    NS, RS -> ndp    UDP 67 -> dhcp    UDP 547 -> dhcpv6         answers -> link
                         echo -> icmp    UDP -> udp    TCP -> tcp      flow, or a new one: fwd -> host socket
-    host -> guest   socket -> tcp / udp / icmp -> pre-cooked header and a view of the payload -> link -> tap fd
+    host -> guest   socket -> tcp / udp / icmp -> pre-cooked header and a view of the payload -> link
                     listening socket -> listen -> tcp / udp_in, and on as above
+                    link: as it is to the tap fd; cut and summed (core.gso) to the UNIX socket (core.stream_link)
     loopbacks       listening socket -> listen -> tcp_splice / udp_in, udp_splice -> socket of the other side
+    bound ports     kernel's tables of both sides -> scan -> listen: `auto` opens and closes listening sockets
     time            timerfds -> tcp / udp / icmp / ndp, each handed `now`
 
 Layers: a module imports from lower ones only (tests/test_layers.py holds that)
 ================================================================================
 
+    8  vm                                 `python -m passt.vm`
     7  cli                                the commands
-    6  conf*, daemon, wiring              argv -> frozen Config; the composition root
-    5  pasta*, isolation, terminal,       namespaces, the command in them, who we are; --trace
-       trace
-    4  tap, listen*, scan                 the ways in: frames; connections and datagrams of others
+    6  conf*, daemon*, wiring             argv -> frozen Config; the composition root
+    5  pasta*, passt, qrap                namespaces and the command in them; the socket of a virtual machine
+       isolation, terminal, trace         who we are; --trace
+    4  tap, stream, listen*, scan         the ways in: frames; connections and datagrams of others
     3  arp ndp dhcp dhcpv6                configuration services
        icmp udp* tcp*                     the data plane
     2  core                               loop, timers, packet pool, the way out, flows, forwarding rules
@@ -31,7 +34,7 @@ Layers: a module imports from lower ones only (tests/test_layers.py holds that)
     0  wire, addr                         formats; addresses as packed bytes
 
 One writer per thing: `tap` writes what was observed of the guest, `core.flow` the state of a flow, `tcp_conn` the
-events of a connection, `core.link` the tap device.
+events of a connection, `core.link` the tap device, `core.stream_link` the UNIX socket.
 
 Vocabulary
 ==========
