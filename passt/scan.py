@@ -20,7 +20,7 @@ its port on the host; later outbound does. Without automatic rules there is no t
 Cost of a look at both sides, both protocols, nothing new: 0.15 ms, and 0.6 us for each listening TCP socket and each
 UDP socket (`linux/ports.py`; milliseconds where the kernel has no inet_diag). An outbound port that cannot be bound
 costs a thread, 0.3 ms for all of them. Where that adds up, looks are made less often than every 0.8 s, so that they
-take a twentieth of the time at most.
+take a twentieth of a processor at most; time in which others have it does not count, and delays nothing.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Scanner:
         self._ctx.timers.services.arm(self._timer, now + INTERVAL)
 
     def _look(self, now: float) -> None:
-        begin = time.perf_counter()
+        begin = time.process_time()
         try:
             self._follow_all((self._outbound, self._host), (self._inbound, self._ns))
         finally:  # a fault costs one look
-            cost = time.perf_counter() - begin
+            cost = time.process_time() - begin
             self._ctx.timers.services.arm(self._timer, now + max(INTERVAL, SHARE * cost))
 
     def _follow_all(self, *directions: tuple[list[Rule], PortTables | None]) -> None:

@@ -251,7 +251,7 @@ def test_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     w.scanner.start(T0)
     assert w.deadlines == [T0 + INTERVAL]
     cost = iter([0.0, 0.01, 0.0, 0.1])
-    monkeypatch.setattr(scan.time, "perf_counter", lambda: next(cost))
+    monkeypatch.setattr(scan.time, "process_time", lambda: next(cost))
     w.look(T0)
     assert w.deadlines == [T0 + INTERVAL]
     w.look(T0)
