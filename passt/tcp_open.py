@@ -61,6 +61,7 @@ from .tcp_buf import TcpOut
 from .tcp_conn import (
     ESTABLISHED,
     SOCK_ACCEPTED,
+    SOCK_FIN_SENT,
     TAP_SYN_ACK_SENT,
     TAP_SYN_RCVD,
     TAP_SYN_SENT,
@@ -292,10 +293,11 @@ class TcpOpen:
     def _is_free(self, key: bytes) -> bool:
         """Whether there is no connection between these endpoints.
 
-        A client that was reset uses its port again at once, and may be accepted before we hear of its former end.
+        A client that was reset uses its port again at once, and may be accepted before we hear of its former end. One
+        that was closed in both directions may, too, but what it sent last may still be on its way to the guest.
         """
         conn = self._table.by_key.get(key)
-        if conn is not None and conn.sock is not None and tcpinfo.is_closed(conn.sock):
+        if conn is not None and not conn.events & SOCK_FIN_SENT and tcpinfo.is_closed(conn.sock):
             self._table.reset_by_host(conn)
             self._replaced += 1
             return True

@@ -540,6 +540,18 @@ def test_a_client_that_comes_back_before_we_heard_of_its_end() -> None:
     assert first.closed and not talk.ctx.drops
 
 
+def test_a_client_that_comes_back_while_the_guest_still_reads() -> None:
+    """Both directions have ended, and the guest has not got everything."""
+    talk = accepted_connection()
+    first = talk.sock
+    talk.guest(ACK | FIN)
+    talk.taken()
+    first.info[0] = TCP_CLOSE
+    talk.accept(PEER4)
+    assert turned_away(talk, "tcp inbound: endpoints in use")
+    assert not first.closed
+
+
 def test_a_client_that_comes_back_in_the_turn_in_which_it_was_accepted() -> None:
     """An answer of the guest to the first SYN is none to the second."""
     talk = asked()
