@@ -28,7 +28,7 @@ check: setup ## ruff, mypy and the unit tests
 test: ## Everything that CI runs
 	scripts/test
 
-bench: ## The benchmark, beside the C original, slirp4netns and loopback (about 20 minutes)
+bench: ## The benchmark, beside the C original, slirp4netns and loopback (about 30 minutes)
 	scripts/setup bench
 	$(PYTHON) -m bench --json $(RESULTS)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import lab as laboratory
+from . import vm
 from .contenders import CONTENDERS, Contender, Seat, seated
 from .lab import Lab, LabError, Placement, placements
 from .report import Line, Report, markdown, read, save, show
@@ -58,7 +59,11 @@ def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placemen
     cell = line.cell(contender.name)
     try:
         unseated = nullcontext(Seat(lab.host, None, "", ""))  # another daemon would have the ports already
-        with unseated if row.starts else seated(lab, contender, row.mtu, row.ports, place.daemon) as seat:
+        if row.vm:
+            at_work = vm.seated(lab, contender, row.vm, row.mtu, place.daemon)
+        else:
+            at_work = seated(lab, contender, row.mtu, row.ports, place.daemon)
+        with unseated if row.starts else at_work as seat:
             result = row.measure(Bench(lab, contender, seat, place, seconds))
             if not seat.alive():
                 raise LabError("the daemon ended meanwhile")
@@ -72,6 +77,8 @@ def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placemen
 
 def takes_part(row: Row, contender: Contender) -> bool:
     """Whether the row means anything for the contender."""
+    if row.vm:
+        return contender.serve is not None
     if row.starts:
         return contender.start is not None
     if row.inbound and not contender.forwards:
@@ -122,10 +129,11 @@ def main(argv: list[str]) -> int:
         return 0
     began = time.monotonic()
     try:
-        chosen(args)
+        rows, _ = chosen(args)
         if args.show:
             report = read(args.show)
         else:
+            vm.prepare({row.vm for row in rows})
             laboratory.enter("bench", argv)
             report = run(args, console)
     except LabError as e:

@@ -9,6 +9,8 @@
 | slirp4netns | TCP/IP in user space, the older way                                                             |
 | loopback    | no daemon: the load runs in the host namespace, to 127.0.0.1 or straight over the veth          |
 
+A virtual machine, or what stands for one, is served by the passt of the same project.
+
 All daemons run with the same limits, as the user of the benchmark, in the foreground. Where they forward ports, they
 forward those of the load and no others, so that scanning for ports does not count.
 """
@@ -23,11 +25,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tests.system.vm.machine import VirtualMachine
+
 from .lab import DEFAULT_WMEM, GATEWAY, PEER, RAISED_WMEM, Lab, LabError, Namespace, Placement, set_sysctl
 
 READY_TIMEOUT = 10.0
 
 Command = Callable[[int, int, str], list[str]]
+SocketCommand = Callable[[str, int], list[str]]
 LOAD_PORTS = "5201,5401"  # of iperf3, of load.py
 
 
@@ -36,7 +41,8 @@ class Contender:
     """One column of the table.
 
     `command` gives argv for a guest's PID, an MTU and the TCP ports that are forwarded to it; None is bare loopback.
-    `start` gives what brings up a namespace, with such ports, runs true(1) in it and ends.
+    `start` gives what brings up a namespace, with such ports, runs true(1) in it and ends. `serve` gives argv of the
+    daemon that serves a virtual machine on a UNIX socket, for its path and an MTU.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Contender:
     wmem: str = DEFAULT_WMEM
     start: Callable[[str], list[str]] | None = None
     forwards: bool = True
+    serve: SocketCommand | None = None
 
     def missing(self) -> str | None:
         """Why it cannot take part, or None."""
@@ -57,12 +64,16 @@ class Contender:
 
 @dataclass(slots=True)
 class Seat:
-    """A contender at work: the namespace the load runs in, the daemon, and the addresses of the two servers."""
+    """A contender at work: the namespace the load runs in, the daemon, and the addresses of the two servers.
+
+    `machine` is the machine of a seat that has one: the load runs in there.
+    """
 
     guest: Namespace
     daemon: subprocess.Popen[str] | None
     to_host: str
     to_peer: str
+    machine: VirtualMachine | None = None
 
     def alive(self) -> bool:
         """Whether its daemon still runs."""
@@ -71,6 +82,8 @@ class Seat:
 
 _OURS = [sys.executable, "-m", "passt"]
 _C = "/usr/bin/pasta"
+_OUR_PASST = [sys.executable, "-c", "import sys; from passt.cli import main; sys.exit(main(['passt', *sys.argv[1:]]))"]
+_C_PASST = ["/usr/bin/passt"]
 
 
 def _ports(tcp: str) -> list[str]:
@@ -89,15 +102,19 @@ def _slirp(pid: int, mtu: int, ports: str) -> list[str]:
     return ["slirp4netns", "--configure", f"--mtu={mtu}", str(pid), "tap0"]
 
 
+def _serves(program: list[str]) -> SocketCommand:
+    return lambda path, mtu: [*program, "-q", "-f", "-t", "none", "-u", "none", "-m", str(mtu), "-s", path]
+
+
 def _starts(program: list[str]) -> Callable[[str], list[str]]:
     return lambda ports: [*program, "-q", *_ports(ports), "--config-net", "--", "true"]
 
 
 CONTENDERS = (
-    Contender("ours", "ours", _ours, start=_starts(_OURS)),
-    Contender("ours-wmem", "ours, tcp_wmem raised", _ours, wmem=RAISED_WMEM),
-    Contender("pasta", "C pasta", _c, start=_starts([_C])),
-    Contender("pasta-wmem", "C pasta, tcp_wmem raised", _c, wmem=RAISED_WMEM),
+    Contender("ours", "ours", _ours, start=_starts(_OURS), serve=_serves(_OUR_PASST)),
+    Contender("ours-wmem", "ours, tcp_wmem raised", _ours, wmem=RAISED_WMEM, serve=_serves(_OUR_PASST)),
+    Contender("pasta", "C pasta", _c, start=_starts([_C]), serve=_serves(_C_PASST)),
+    Contender("pasta-wmem", "C pasta, tcp_wmem raised", _c, wmem=RAISED_WMEM, serve=_serves(_C_PASST)),
     Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2", forwards=False),
     Contender("loopback", "bare loopback", None),
 )

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from .contenders import LOAD_PORTS, Contender, Seat
 from .lab import HOST, Lab, LabError, Namespace, Placement, cpu_seconds, resident_kib, wait_for
+from .vm import MACHINE, RELAY
 
 LOAD = [sys.executable, "-S", "-E", str(Path(__file__).with_name("load.py"))]
 IPERF_PORT = 5201
@@ -93,6 +94,7 @@ class Row:
     starts: bool = False  # what is measured is starting
     inbound: bool = False  # needs a daemon that forwards ports
     ports: str = "none"
+    vm: str = ""  # behind which of the seats of vm.py the guest is
 
 
 @contextmanager
@@ -130,6 +132,27 @@ def stream(reverse: bool, route: str, streams: int = 1) -> Callable[[Bench], Sam
         listen = ["iperf3", "-s", "-p", str(IPERF_PORT), "--forceflush"]
         with _server(bench, way.server, listen, "listening"):
             printed, cpu = _client(bench, way.client, command)
+        result = json.loads(printed)["end"]["sum_received"]
+        return Sample(result["bits_per_second"] / 1e9, _per(cpu, result["bytes"] / 1e9, bench.seat))
+
+    return measure
+
+
+def machine_stream(reverse: bool) -> Callable[[Bench], Sample]:
+    """A TCP stream whose client is iperf3 in a virtual machine: Gbit/s, daemon seconds for each gigabyte."""
+
+    def measure(bench: Bench) -> Sample:
+        machine = bench.seat.machine
+        if machine is None:
+            raise LabError("no machine")
+        command = f"iperf3 -J -c {bench.seat.to_host} -p {IPERF_PORT} -t {bench.seconds:g} {'-R' if reverse else ''}"
+        listen = ["iperf3", "-s", "-p", str(IPERF_PORT), "--forceflush"]
+        with _server(bench, bench.lab.host, listen, "listening"):
+            before = _cpu(bench.seat)
+            status, printed = machine.call(command, bench.seconds + GRACE)
+            cpu = _cpu(bench.seat) - before
+        if status:
+            raise LabError(f"iperf3 in the machine: status {status}: {printed.strip()[-200:]}")
         result = json.loads(printed)["end"]["sum_received"]
         return Sample(result["bits_per_second"] / 1e9, _per(cpu, result["bytes"] / 1e9, bench.seat))
 
@@ -263,4 +286,31 @@ def _costs() -> list[Row]:
     return rows
 
 
-ROWS = (*_costs(), *_streams(), *_loads(), *_forwarded_streams(), *_forwarded_loads())
+def _machines() -> list[Row]:
+    """What is served over a UNIX socket: a relay for a fast machine, and an emulated one."""
+    rows = []
+    for mtu, target in ((BIG, "1 x C"), (SMALL, "0.6 x C")):
+        for reverse in (False, True):
+            title = f"TCP {'host → relay' if reverse else 'relay → host'}, MTU {mtu}"
+            name = f"vm-tcp-{'in' if reverse else 'out'}-{mtu}"
+            measure = stream(reverse, "to-host")
+            rows.append(Row(name, title, "Gbit/s", "CPU s/GB", mtu, "spread", measure, target, vm=RELAY))
+    plan = (
+        ("vm-udp-out", "UDP 1400 B relay → host", "udp-sink", "udp-send", 1, "0.6 x C"),
+        ("vm-udp-in", "UDP 1400 B host → relay", "udp-source", "udp-receive", 1, "0.6 x C"),
+        ("vm-tcp-rr-1", "TCP round trips through the relay, 1 flow", "tcp-echo", "tcp-rr", 1, "0.8 x C"),
+        ("vm-tcp-rr-16", "TCP round trips through the relay, 16 flows", "tcp-echo", "tcp-rr", 16, "0.8 x C"),
+    )
+    for name, title, server, client, flows, target in plan:
+        measure = load(server, client, flows)
+        rows.append(Row(name, title, "1/s", "CPU us", BIG, "apart", measure, target, vm=RELAY))
+    for reverse in (False, True):
+        title = f"TCP {'host → emulated machine' if reverse else 'emulated machine → host'}"
+        name = f"vm-qemu-{'in' if reverse else 'out'}"
+        rows.append(
+            Row(name, title, "Gbit/s", "CPU s/GB", BIG, "free", machine_stream(reverse), "0.95 x C", vm=MACHINE)
+        )
+    return rows
+
+
+ROWS = (*_costs(), *_streams(), *_loads(), *_forwarded_streams(), *_forwarded_loads(), *_machines())

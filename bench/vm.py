@@ -1,0 +1,122 @@
+"""Seats for what is served over a UNIX socket: a relay that stands in for a fast virtual machine, and a machine.
+
+    guest (user + network namespace) --tap-- relay --UNIX socket-- passt --sockets-- host
+    QEMU (emulated processor)                      --UNIX socket-- passt --sockets-- host
+
+The relay (relay.c) is compiled here on first use. Neither has KVM to rely on: with the relay the daemon is the limit,
+with the emulated machine the guest is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.system.vm.image import Image, cache, image
+from tests.system.vm.machine import QEMU, VirtualMachine
+
+from .contenders import READY_TIMEOUT, Contender, Seat
+from .lab import GATEWAY, HOST, PEER, Lab, LabError, Placement, set_sysctl, wait_for
+
+RELAY, MACHINE = "relay", "qemu"  # kinds of seat
+TAP = "tap0"
+SOURCE = Path(__file__).with_name("relay.c")
+
+
+def relay() -> Path:
+    """The relay's program, compiled if this version of it was not."""
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    program = cache() / f"relay-{digest}"
+    if not program.exists():
+        made = program.with_suffix(f".{os.getpid()}")
+        command = ["cc", "-O2", "-pthread", "-o", str(made), str(SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise LabError(f"relay.c: {done.stderr.strip()[-500:]}")
+        os.rename(made, program)
+    return program
+
+
+def prepare(kinds: set[str]) -> None:
+    """Make what seats of these kinds need, outside the laboratory: it has no network to download from."""
+    if RELAY in kinds:
+        if not shutil.which("cc"):
+            raise LabError("cc is missing: install the package gcc")
+        relay()
+    if MACHINE in kinds:
+        if not shutil.which(QEMU):
+            raise LabError(f"{QEMU} is missing: install the package qemu-system-x86")
+        try:
+            image()
+        except (OSError, RuntimeError) as e:
+            raise LabError(f"no image to boot: {e}") from e
+
+
+@contextmanager
+def seated(lab: Lab, contender: Contender, kind: str, mtu: int, cpu: int | None = None) -> Iterator[Seat]:
+    """As `contenders.seated`, for a relay or a machine, which run where the scheduler wants: each is as busy as passt."""
+    assert contender.serve is not None
+    set_sysctl("ipv4/tcp_wmem", contender.wmem)
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/socket"
+        daemon = lab.spawn([*Placement.argv(cpu), *contender.serve(path, mtu)])
+        try:
+            _wait_for_socket(path, contender.name, daemon)
+            with _relayed(lab, path, mtu, daemon) if kind == RELAY else _machine(lab, path, daemon) as seat:
+                yield seat
+        finally:
+            lab.stop(daemon)
+
+
+def _wait_for_socket(path: str, name: str, daemon: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT
+    while path not in Path("/proc/net/unix").read_text():
+        if daemon.poll() is not None:
+            _, said = daemon.communicate()
+            raise LabError(f"{name} ended with status {daemon.returncode}: {said.strip()[-200:]}")
+        if time.monotonic() > deadline:
+            raise LabError(f"{name} has no socket")
+        time.sleep(0.02)
+
+
+@contextmanager
+def _relayed(lab: Lab, path: str, mtu: int, daemon: subprocess.Popen[str]) -> Iterator[Seat]:
+    """A guest behind the relay, configured as passt would have it."""
+    with lab.guest() as guest:
+        process = lab.spawn([str(relay()), TAP, path], guest)
+        try:
+            wait_for(process, "ready")
+            guest.run(["ip", "link", "set", TAP, "mtu", str(mtu), "up"])
+            guest.run(["ip", "address", "add", f"{HOST}/24", "dev", TAP])
+            guest.run(["ip", "route", "add", "default", "via", GATEWAY])
+            yield Seat(guest, daemon, GATEWAY, PEER)
+        finally:
+            lab.stop(process)
+
+
+def boot(made: Image, path: str) -> VirtualMachine:
+    """A machine on the socket at `path`, configured by DHCP; LabError if it does not come up."""
+    machine = VirtualMachine(made)
+    try:
+        machine.start_on(path)
+        machine.run("ip link set eth0 up && udhcpc -i eth0 -n -q -s /dhcp -O mtu")
+    except (AssertionError, OSError) as e:
+        machine.close()
+        raise LabError(f"the machine does not come up: {e}") from e
+    return machine
+
+
+@contextmanager
+def _machine(lab: Lab, path: str, daemon: subprocess.Popen[str]) -> Iterator[Seat]:
+    machine = boot(image(), path)
+    try:
+        yield Seat(lab.host, daemon, GATEWAY, PEER, machine)
+    finally:
+        machine.close()
