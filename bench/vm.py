@@ -61,7 +61,7 @@ def prepare(kinds: set[str]) -> None:
 
 @contextmanager
 def seated(lab: Lab, contender: Contender, kind: str, mtu: int, cpu: int | None = None) -> Iterator[Seat]:
-    """As `contenders.seated`, for a relay or a machine, which run where the scheduler wants: each is as busy as passt."""
+    """As `contenders.seated`, for a relay or a machine, which run where the scheduler wants: both are busy."""
     assert contender.serve is not None
     set_sysctl("ipv4/tcp_wmem", contender.wmem)
     with tempfile.TemporaryDirectory() as directory:
