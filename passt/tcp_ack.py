@@ -114,7 +114,8 @@ class TcpAck:
         conn.rcv_edge = max(conn.rcv_edge, conn.rcv_nxt + min(window, WINDOW_MAX), conn.rcv_nxt)
         window = conn.rcv_edge - conn.rcv_nxt
         conn.rcv_max = max(conn.rcv_max, conn.rcv_edge - conn.rcv_acked)  # to the guest it begins at rcv_acked
-        conn.rcv_low = max(window // 2, min(self._segment, conn.rcv_max // 2))
+        rounding = (1 << conn.ws_to) - 1  # what a scaled window loses at most on its way (RFC 7323, 2.3)
+        conn.rcv_low = max(window // 2, min(self._segment, conn.rcv_max // 2)) + rounding
         if used * 3 > size * 2 or conn.lost:
             conn.low = True
             self._ctx.reactor.change(conn.fd, INTEREST | EPOLLOUT)

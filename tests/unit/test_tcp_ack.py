@@ -317,6 +317,20 @@ def test_small_window_is_looked_at_until_it_is_not() -> None:
     assert not any(talk.timers.services.deadlines)
 
 
+def test_no_window_that_only_scaling_makes_too_small() -> None:
+    """The guest waits for half of the largest window it saw, and a scaled window has lost up to 255 bytes."""
+    talk = near()
+    talk.sock.sndbuf, talk.sock.wmem = 69_120, 0
+    conn = talk.tcp._conns[talk.key]
+    conn.rcv_max, conn.rcv_edge = 0, conn.rcv_nxt  # as if the buffer had never been larger
+    talk.tcp._acks.open_window(conn, talk.now)
+    seen: list[int] = []
+    for _ in range(20):
+        talk.guest(ACK, bytes(25_920))
+        seen.append(talk.taken()[-1].window << 8)
+    assert min(seen) >= 51_840 // 2
+
+
 def test_small_window_of_an_empty_buffer_is_left_alone() -> None:
     """Nothing will make it larger, and an idle connection costs nothing."""
     talk = small_window()
