@@ -6,7 +6,25 @@ import pytest
 
 from passt.core.context import Context
 
-from .support import make_context
+from . import support
+from .machine_link import MachineLink
+from .support import FakeLink, make_context
+
+# Modules whose conversations a namespace has, and a virtual machine
+CONVERSATIONS = ("test_tcp", "test_tcp_in", "test_tcp_ack")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Hold each conversation with both kinds of guest."""
+    if metafunc.module.__name__.rpartition(".")[2] in CONVERSATIONS:
+        metafunc.fixturenames.append("guest_kind")
+        metafunc.parametrize("guest_kind", [FakeLink, MachineLink], ids=["tap", "machine"], indirect=True)
+
+
+@pytest.fixture
+def guest_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The links of contexts made by the test lead to such a guest."""
+    monkeypatch.setattr(support, "new_link", request.param)
 
 
 @pytest.fixture

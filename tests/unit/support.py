@@ -190,6 +190,9 @@ class FakeTimers:
                 self.callback(self.owner[fd], due)
 
 
+new_link: Callable[[], FakeLink] = FakeLink  # what a context's link is made by; conversations have others, too
+
+
 def make_context(
     config: Config = CONFIG, *, guest: Guest | None = None, pool_size: int = 1 << 17, **overrides: Any
 ) -> Context:
@@ -200,7 +203,7 @@ def make_context(
         reactor=cast(Any, FakeReactor()),
         timers=cast(Any, FakeTimers()),
         pool=PacketPool(pool_size),
-        link=FakeLink(),
+        link=new_link(),
         flows=FlowTable(),
         fwd=Forwarding(config),
         guest=guest or Guest(mac=GUEST_MAC, addr4=GUEST4, addr6=GUEST6, addr6_ll=GUEST_LL),
