@@ -25,7 +25,7 @@ from . import log
 from .core.context import Context
 from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
 from .log import Fatal
-from .stream import Stream
+from .stream import Stream, failure
 
 if TYPE_CHECKING:
     from .core.stream_link import StreamLink
@@ -131,7 +131,7 @@ class Clients:
         self._on_end = on_end
         self._sock: socket.socket | None = None
         link.want_write = self._want_write
-        link.on_error = lambda e: self.gone(e.strerror or "error")
+        link.on_error = lambda e: self.gone(failure(e))
         ctx.reactor.handle(TYPE_GUEST, self._handle)
         if listener is not None:
             ctx.reactor.handle(TYPE_GUEST_LISTEN, self._accept)
@@ -171,12 +171,12 @@ class Clients:
         if self._sock is not None:
             self._ctx.reactor.change(self._sock.fileno(), EPOLLIN | (EPOLLOUT if wanted else 0))
 
-    def gone(self, reason: str) -> None:
-        """The guest is no more, because it `reason`."""
+    def gone(self, what: str) -> None:
+        """The guest is no more; `what` is a sentence that says what happened."""
         sock, self._sock = self._sock, None
         if sock is None:
             return
-        log.info(f"The guest {reason}, {'exiting' if self._on_end else 'waiting for another'}")
+        log.info(f"{what}, {'exiting' if self._on_end else 'waiting for another'}")
         self._stream.attach(None)
         self._link.attach(None)
         self._ctx.reactor.retire(sock.fileno(), sock)

@@ -33,8 +33,16 @@ _FRONT = 16  # where the first length stands: a vnet header ends where its frame
 _BEFORE = LENGTH.size - VNET_LEN  # from a length to the start of the vnet header
 
 
+def failure(e: OSError) -> str:
+    """What to say of a connection that failed."""
+    return f"The guest's connection failed: {e.strerror}"
+
+
 class Stream:
-    """Reads the guest's socket while there is one. `on_end(reason)` is called when it has closed, failed, or lied."""
+    """Reads the guest's socket while there is one. `on_end(what)` is called when it has closed, failed, or lied.
+
+    `what` is a sentence that says so.
+    """
 
     def __init__(self, ctx: Context, tap: Tap, on_end: Callable[[str], None]) -> None:
         self._pool = ctx.pool
@@ -59,10 +67,11 @@ class Stream:
         except BlockingIOError:
             return
         except OSError as e:
-            self._on_end(e.strerror or "error")
+            self._on_end(failure(e))
             return
         if not n:
-            self._on_end("closed the connection" + ("" if self._fill == _FRONT else " in the middle of a frame"))
+            where = "" if self._fill == _FRONT else " in the middle of a frame"
+            self._on_end(f"The guest closed the connection{where}")
             return
         frames, left, lie = self._frames(self._fill + n)
         if frames:
@@ -70,7 +79,7 @@ class Stream:
         if self._sock is not sock:
             return
         if lie >= 0:
-            self._on_end(f"sent a frame length of {lie} ({FRAME_MIN} to {FRAME_MAX} are possible)")
+            self._on_end(f"The guest sent a frame length of {lie} ({FRAME_MIN} to {FRAME_MAX} are possible)")
         else:
             self._keep(left, self._fill + n)
 

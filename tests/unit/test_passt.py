@@ -153,7 +153,7 @@ class Machine:
     def close(self) -> None:
         for sock in (*self.open, self.listener):
             sock.close()
-        self.clients.gone("was closed")
+        self.clients.gone("The test is over")
         self.turn()
         for flow in self.ctx.flows.by_index:
             assert flow is None
@@ -276,6 +276,17 @@ def test_one_off(tmp_path: Path, said: list[str]) -> None:
     assert machine.ended == 1
     assert said[-1] == "The guest closed the connection, exiting"
     machine.close()
+
+
+def test_a_guest_that_cannot_be_sent_to_is_gone(machine: Machine, said: list[str]) -> None:
+    """It was there when the turn began."""
+    client = machine.connect()
+    send(client, ARP_REQUEST)
+    client.shutdown(socket.SHUT_RD)
+    machine.turn()
+    assert said[-1] == "The guest's connection failed: Broken pipe, waiting for another"
+    machine.connect()
+    assert said[-1].startswith("Accepted")
 
 
 def test_a_guest_that_does_not_read_stops_tcp_and_loses_nothing(

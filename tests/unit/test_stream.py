@@ -114,7 +114,7 @@ def test_any_split_gives_the_same_frames(sizes: list[int], cuts: list[int], seed
 @pytest.mark.parametrize("length", [0, 1, 13, 65536, 1 << 20, (1 << 32) - 1])
 def test_a_lie_ends_the_client_with_one_message(wire: Wire, length: int) -> None:
     wire.send(LENGTH.pack(length) + bytes(50))
-    assert wire.ends == [f"sent a frame length of {length} (14 to 65535 are possible)"]
+    assert wire.ends == [f"The guest sent a frame length of {length} (14 to 65535 are possible)"]
 
 
 def test_frames_before_a_lie_count(wire: Wire) -> None:
@@ -126,14 +126,14 @@ def test_frames_before_a_lie_count(wire: Wire) -> None:
 def test_the_end(wire: Wire) -> None:
     wire.far.close()
     wire.turn()
-    assert wire.ends == ["closed the connection"]
+    assert wire.ends == ["The guest closed the connection"]
 
 
 def test_the_end_in_the_middle_of_a_frame(wire: Wire) -> None:
     wire.send(framed(bytes(100))[:50])
     wire.far.close()
     wire.turn()
-    assert wire.ends == ["closed the connection in the middle of a frame"]
+    assert wire.ends == ["The guest closed the connection in the middle of a frame"]
     assert not wire.tap.frames
 
 
@@ -155,7 +155,7 @@ def test_a_reset_is_an_end(wire: Wire) -> None:
     wire.near.send(b"unread")
     wire.far.close()
     wire.turn()
-    assert len(wire.ends) == 1
+    assert wire.ends == ["The guest's connection failed: Connection reset by peer"]
 
 
 def test_nothing_there(wire: Wire) -> None:
