@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 RESULTS = bench/results/latest.json
 
 .DEFAULT_GOAL = help
-.PHONY: help setup install-system-packages run check test bench bench-quick bench-plot demo clean
+.PHONY: help setup install-system-packages run check test bench bench-quick bench-plot demo demo-vm clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ bench-plot: ## docs/bench.png and the table of README.md from the last benchmark
 demo: ## The whole thing on one screen
 	scripts/setup demo
 	$(PYTHON) -m bench.demo
+
+demo-vm: ## The same of a virtual machine: the tests' guest under QEMU, whose network passt is
+	scripts/setup demo-vm
+	$(PYTHON) -m bench.demo_vm
 
 clean: ## Remove what was installed or built here
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

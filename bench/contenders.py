@@ -82,7 +82,7 @@ class Seat:
 
 _OURS = [sys.executable, "-m", "passt"]
 _C = "/usr/bin/pasta"
-_OUR_PASST = [sys.executable, "-c", "import sys; from passt.cli import main; sys.exit(main(['passt', *sys.argv[1:]]))"]
+OUR_PASST = [sys.executable, "-c", "import sys; from passt.cli import main; sys.exit(main(['passt', *sys.argv[1:]]))"]
 _C_PASST = ["/usr/bin/passt"]
 
 
@@ -111,8 +111,8 @@ def _starts(program: list[str]) -> Callable[[str], list[str]]:
 
 
 CONTENDERS = (
-    Contender("ours", "ours", _ours, start=_starts(_OURS), serve=_serves(_OUR_PASST)),
-    Contender("ours-wmem", "ours, tcp_wmem raised", _ours, wmem=RAISED_WMEM, serve=_serves(_OUR_PASST)),
+    Contender("ours", "ours", _ours, start=_starts(_OURS), serve=_serves(OUR_PASST)),
+    Contender("ours-wmem", "ours, tcp_wmem raised", _ours, wmem=RAISED_WMEM, serve=_serves(OUR_PASST)),
     Contender("pasta", "C pasta", _c, start=_starts([_C]), serve=_serves(_C_PASST)),
     Contender("pasta-wmem", "C pasta, tcp_wmem raised", _c, wmem=RAISED_WMEM, serve=_serves(_C_PASST)),
     Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2", forwards=False),

@@ -38,11 +38,26 @@ def configuration(guest: Namespace, console: Console) -> None:
     show(console, "ip address; ip route", "".join(parts))
 
 
-def ping(guest: Namespace, console: Console, figures: Figures) -> None:
-    """Three pings to the peer; a host may forbid them, and then that is what is shown."""
+def measured(console: Console, figures: Figures) -> None:
+    """The figures, as a table."""
+    table = Table(title="measured", show_header=False)
+    for name, value in figures:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def ping_allowed(console: Console) -> bool:
+    """Whether this host lets its users ping; if not, that is what is shown."""
     allowed = Path("/proc/sys/net/ipv4/ping_group_range").read_text().split()
-    if int(allowed[0]) > int(allowed[1]):
-        show(console, "ping", "not allowed on this host: sysctl -w net.ipv4.ping_group_range='0 2147483647'")
+    if int(allowed[0]) <= int(allowed[1]):
+        return True
+    show(console, "ping", "not allowed on this host: sysctl -w net.ipv4.ping_group_range='0 2147483647'")
+    return False
+
+
+def ping(guest: Namespace, console: Console, figures: Figures) -> None:
+    """Three pings to the peer."""
+    if not ping_allowed(console):
         return
     said = guest.run(["ping", "-n", "-c", "3", "-i", "0.2", PEER])
     show(console, f"ping -c 3 {PEER}", said)
@@ -103,10 +118,7 @@ def demo(lab: Lab, contender: Contender, console: Console) -> None:
         iperf3(lab, seat.guest, console, figures)
         figures.append(("processor time of pasta for all this", f"{cpu_seconds(seat.daemon.pid):.2f} s"))
         figures.append(("resident memory of pasta", f"{resident_kib(seat.daemon.pid) / 1024:.0f} MiB"))
-    table = Table(title="measured", show_header=False)
-    for name, value in figures:
-        table.add_row(name, value)
-    console.print(table)
+    measured(console, figures)
 
 
 def main(argv: list[str]) -> int:
