@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .image import Image
@@ -32,11 +33,14 @@ class VirtualMachine:
         self._process: subprocess.Popen[bytes] | None = None
         self._console = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 - closed by `close`
 
-    def start(self, *netdev: str) -> None:
-        """Power on with the network of QEMU's arguments `netdev`, whose id is `s`; returns when the guest obeys."""
+    def start(self, *netdev: str, through: Sequence[str] = ()) -> None:
+        """Power on with the network of QEMU's arguments `netdev`, whose id is `s`; returns when the guest obeys.
+
+        `through` is a command that becomes QEMU, if there is one.
+        """
         assert self._process is None, "it runs already"
         ours, theirs = socket.socketpair()
-        command = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-m", str(self._memory)]
+        command = [*through, QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-m", str(self._memory)]
         command += ["-accel", f"tcg,tb-size={TRANSLATIONS}"]
         command += ["-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd)]
         command += ["-append", "console=ttyS0 quiet nokaslr net.ifnames=0", "-serial", f"file:{self._console.name}"]
@@ -120,7 +124,9 @@ class VirtualMachine:
         except TimeoutError:
             raise AssertionError(f"guest: {what}: no end in time\n{self.console()[-2000:]}") from None
         if not data:
-            assert self._process is not None
-            said, _ = self._process.communicate()
-            raise AssertionError(f"QEMU ended with status {self._process.returncode}: {said.decode(errors='replace')}")
+            process, self._process = self._process, None
+            assert process is not None
+            self._port.close()
+            said, _ = process.communicate()
+            raise AssertionError(f"QEMU ended with status {process.returncode}: {said.decode(errors='replace')}")
         self._input += data

@@ -19,6 +19,7 @@ import pytest
 from ..support import REPOSITORY, User, alive, wait_for
 from ..traffic.support import HOST, PEER, Lan, Namespace
 from .client import Client
+from .machine import VirtualMachine
 from .support import ACCEPTED, GONE, Background, Passt, listens, passt, run, seen_from_here
 
 DEFAULT = "/tmp/passt_{}.socket"
@@ -168,6 +169,17 @@ def test_qrap(private: Namespace, anyone: User) -> None:
         assert done.stderr == f"Connected to {DEFAULT.format(2)}\n"
         assert int(done.stdout) >= 46
         guest.ping(PEER)
+
+
+def test_qrap_with_qemu(private: Namespace, anyone: User, machine: VirtualMachine) -> None:
+    """A machine whose network is a descriptor, as QEMU before 7.2 has it."""
+    qrap = private.argv(["env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-c", QRAP, "5"])
+    with Background(private, anyone, "-1") as server:
+        machine.start("-netdev", "socket,fd=5,id=s", through=qrap)
+        machine.run("ip link set eth0 up && udhcpc -i eth0 -n -q -s /dhcp")
+        machine.run(f"ping -c 1 -W 5 {PEER}")
+        machine.stop()
+        wait_for(lambda: not alive(server.pid), "passt goes with the machine")
 
 
 # The descriptor -----------------------------------------------------------------------------------------------------
