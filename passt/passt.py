@@ -3,7 +3,8 @@
     state       event                                   what happens
     ----------  --------------------------------------  -------------------------------------------------------------
     waiting     a client connects                       it is the guest
-    serving     another client connects                 accepted and closed at once
+    serving     another client connects                 accepted and closed at once, unless the guest is gone already:
+                                                        then what is left of it is read first, and this one is the next
     serving     the guest's socket closes, fails,       its flows end, what was observed of it is forgotten; waiting
                 or its framing makes no sense           again, or the end with --one-off and --fd
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
 from collections.abc import Callable
@@ -144,6 +146,8 @@ class Clients:
         except OSError as e:
             log.warn_ratelimited("guest accept", f"Couldn't accept a guest: {e.strerror}", now)
             return
+        while self._sock is not None and _hung_up(self._sock):
+            self._stream.read(now)  # what the guest has left behind: it went before this one came
         if self._sock is not None:
             log.info("Another client connected: closed, there is a guest already")
             sock.close()
@@ -184,6 +188,13 @@ class Clients:
             self._on_end()
         else:
             self._tap.forget()
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    """Whether the other end is closed, though there may be something from it to read."""
+    poll = select.poll()
+    poll.register(sock, 0)  # POLLHUP comes unasked (poll(2))
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def _peer_pid(sock: socket.socket) -> int:

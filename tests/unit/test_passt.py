@@ -222,6 +222,18 @@ def test_a_second_client_is_closed_and_harms_nobody(machine: Machine) -> None:
     assert receive(first, ARP)
 
 
+def test_a_client_that_comes_right_after_the_guest_has_gone_is_served(machine: Machine, said: list[str]) -> None:
+    """Although passt has not yet read what the guest left behind."""
+    first = machine.connect()
+    send(first, ARP_REQUEST)
+    first.close()
+    other = machine.connect()
+    send(other, ARP_REQUEST)
+    machine.turn()
+    assert receive(other, ARP)
+    assert [line.split()[0] for line in said] == ["Accepted", "The", "Accepted"]
+
+
 def test_nothing_is_left_of_a_guest(machine: Machine, said: list[str]) -> None:
     """Its TCP peers are reset, its flows gone, its addresses forgotten; the next one is served."""
     client = machine.connect()
