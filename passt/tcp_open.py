@@ -258,6 +258,8 @@ class TcpOpen:
         table = self._table
         if self._ctx.config.no_tcp:
             return "tcp disabled"
+        if self._ctx.guest.mac == addr.BROADCAST_MAC:
+            return "tcp inbound: no guest"  # or it is still booting: rather a refusal than 10 s of silence
         if table.half_open >= self.half_open_max:
             log.warn_ratelimited("half open", f"The guest leaves {table.half_open} connections unanswered", now)
             return "tcp inbound: too many half open"

@@ -187,12 +187,22 @@ def test_command_that_handles_the_interrupt(shell: Pty) -> None:
     shell.expect(r"\nstatus=6\.")
 
 
+def name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def state(pid: int) -> str:
+    """The letter of a process's state (proc(5))."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_stop_and_continue(shell: Pty) -> None:
     shell.type("$PASTA -- sh -c 'echo up; read word; echo \"read $word\"; exit 8'\n")
     shell.expect(r"\nup\r")
     shell.type("\x1a")
     shell.expect("Stopped")
     shell.expect("out> ")
+    wait_for(lambda: {state(pid) for pid in descendants(shell.pid) if name(pid) == "sh"} == {"T"}, "read to stop")
     shell.type("fg\n")
     shell.type("again\n")
     shell.expect(r"\nread again\r")

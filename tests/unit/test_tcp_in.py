@@ -836,6 +836,16 @@ def test_a_fault_ends_one_flow(half_open: bool, by_key: bool) -> None:
     assert talk.gone and talk.sock.resets_on_close and talk.tcp._table.half_open == 0
 
 
+def test_nobody_is_asked_while_there_is_no_guest() -> None:
+    """A machine that is off, or still booting: the client is told at once."""
+    talk = Talk()
+    talk.ctx.guest.mac = addr.BROADCAST_MAC
+    talk.accept("198.51.100.7")
+    assert talk.gone and talk.sock.resets_on_close
+    talk.expect_nothing()
+    assert talk.ctx.drops["tcp inbound: no guest"] == 1
+
+
 def test_guest_moves_to_another_mac_before_it_answers() -> None:
     talk = asked()
     talk.tcp.set_guest_mac(b"\x02abcde")

@@ -65,7 +65,7 @@ Done = subprocess.CompletedProcess[str]
 class Namespace:
     """The namespaces of an agent: run programs there, and make sockets there."""
 
-    def __init__(self, command: Sequence[str], user: User, stderr: IO[str] | None = None) -> None:
+    def __init__(self, command: Sequence[str], user: User, stderr: IO[bytes] | None = None) -> None:
         self.user = user
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         argv = [*command, AGENT_PYTHON, "-SE", str(AGENT)]
@@ -183,7 +183,7 @@ class Guest(Namespace):
         pasta = [PASTA] if PASTA else [user.python, "-m", "passt"]
         if descriptors:
             pasta = ["prlimit", f"--nofile={descriptors}:{descriptors}", *pasta]
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the guest
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the guest
         on_host = ["nsenter", "-t", str(host.pid), *_differing(host.pid), "--"]
         argv = [*on_host, *user.command([*pasta, *options, "--"])]
         super().__init__(argv, user, stderr=self._stderr)
@@ -205,8 +205,8 @@ class Guest(Namespace):
 
     def said(self) -> str:
         """What pasta wrote to its standard error so far."""
-        self._stderr.seek(0)
-        return self._stderr.read()
+        # Its position in the file is pasta's, too.
+        return os.pread(self._stderr.fileno(), 1 << 20, 0).decode(errors="replace")
 
     def abandon(self) -> str:
         """End everything at once, after a failure; what pasta had said."""

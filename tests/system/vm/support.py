@@ -72,7 +72,7 @@ class Passt:
     """passt in the foreground, at a socket that listens, or on a descriptor."""
 
     def __init__(self, host: Namespace, user: User, options: Sequence[str], path: Path | None, fd: int = -1) -> None:
-        self._stderr = tempfile.TemporaryFile("a+", errors="replace")  # noqa: SIM115 - closed with passt
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with passt
         self.path = path
         where = ["-s", str(path)] if path else ["-F", str(fd)]
         pid = Path(f"/tmp/passt-test-{os.getpid()}-{time.monotonic_ns()}.pid")
@@ -102,8 +102,8 @@ class Passt:
 
     def said(self) -> str:
         """What passt wrote to its standard error so far."""
-        self._stderr.seek(0)
-        return _without_syslog(self._stderr.read())
+        said = os.pread(self._stderr.fileno(), 1 << 20, 0)  # its position in the file is passt's, too
+        return _without_syslog(said.decode(errors="replace"))
 
     def count(self, pattern: str) -> int:
         """How often passt has said something that matches `pattern`."""
