@@ -11,7 +11,7 @@ A connection is two halves, each of which moves bytes from one socket to the oth
 
 Bytes that wait cost more than bytes that flow: left to themselves, the sockets' buffers grow until what is on its way
 is beyond the processor's caches, and the server reads it from memory. So a bulk half gets small buffers, on both sides
-(1.5 times the throughput of one stream). With many at once each has its share of the time and needs its buffers.
+(1.5 times the throughput of one stream), unless there are many: each has its share of the time then, and fills them.
 
 A receive that fills its buffer makes a half bulk; a wake-up of a bulk half that brought less than BULK_MIN makes it
 small again. Bytes that the other socket does not take are held, in the pipe or in `pending`, nothing more is read
@@ -64,7 +64,7 @@ from .core.rules import Listener
 COPY_MAX = 65536  # bytes received at once by a small half
 BULK_MIN = 16384  # bytes in a wake-up
 BUFFER = 200_000  # bytes of the buffers of a tuned half; the kernel doubles it
-TUNED_MAX = 2  # halves
+FEW = 3  # connections: one transfer, and what controls it
 ROUNDS = 16  # times a half is filled and emptied before others have their turn
 INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
 _SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -119,7 +119,7 @@ class TcpSplice:
         self._ctx = ctx
         self._by_index = ctx.flows.by_index
         self._pipes = PipePool()
-        self._tuned = 0  # halves
+        self._count = 0  # connections that have an index
         self._buf = memoryview(bytearray(COPY_MAX))
         ctx.reactor.handle(TYPE_TCP_SPLICE, self.sock_handler)
 
@@ -136,6 +136,7 @@ class TcpSplice:
             ctx.drops["splice: table full"] += 1
             tcp_sock.reset(sock)
             return
+        self._count += 1
         try:
             ctx.reactor.watch(conn.fd, TYPE_TCP_SPLICE, conn.index << 1, INTEREST)
             self._connect(conn, errno.EHOSTUNREACH, now)
@@ -281,7 +282,7 @@ class TcpSplice:
                 return BLOCKED
             if n == COPY_MAX and not half.urgent:
                 half.bulk = True
-                if not half.tuned and self._tuned < TUNED_MAX:
+                if not half.tuned and self._count <= FEW:
                     self._tune(half)
                 return AGAIN
             if not (half.urgent or half.ending):
@@ -290,7 +291,6 @@ class TcpSplice:
     def _tune(self, half: Half) -> None:
         """Bound what is on its way."""
         half.tuned = True
-        self._tuned += 1
         half.src.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         half.dst.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
 
@@ -371,11 +371,11 @@ class TcpSplice:
         for half in conn.halves:
             if half.pipe is not None:
                 self._pipes.give_back(half.pipe, half.held)
-            self._tuned -= half.tuned
         conn.halves = ()  # which refer to the sockets
         self._drop_other(conn)
         self._ctx.reactor.retire(conn.fd, conn.sock)
         self._ctx.flows.free(conn)
+        self._count -= 1
 
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref) >> 1: end that flow, and only that."""

@@ -27,7 +27,7 @@ from passt.core.nspool import open_socket
 from passt.core.packet import PacketPool
 from passt.core.reactor import EPOLLIN, TYPE_LISTEN, TYPE_TCP_SPLICE, Reactor, make_ref
 from passt.core.rules import Listener, Rule
-from passt.tcp_splice import BUFFER, COPY_MAX, TUNED_MAX, TcpSplice
+from passt.tcp_splice import BUFFER, COPY_MAX, FEW, TcpSplice
 from passt.wire.checksum import PROTO_TCP
 
 from .support import CONFIG, FakeLink, FakeTimers
@@ -349,25 +349,20 @@ def test_a_bulk_half_becomes_small_again_and_gives_its_pipe_back(lab: Lab) -> No
     assert [h.pipe for h in cast(Any, conn).halves] == [None, None]
 
 
-def test_few_bulk_halves_get_small_buffers(lab: Lab) -> None:
-    """As many as TUNED_MAX at a time: what one of them had is free for others when it ends."""
-    pairs = [lab.pair() for _ in range(TUNED_MAX + 2)]
-    for client, server in pairs:
-        lab.write(client, bytes(COPY_MAX * 3))
-        lab.read(server, COPY_MAX * 3)
-    conns = [cast(Any, f) for f in lab.ctx.flows.by_index]
-    assert [c.halves[0].tuned for c in conns] == [True] * TUNED_MAX + [False, False]
-    sizes = [c.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) for c in conns]
-    assert sizes[0] == 2 * BUFFER
-    assert not any(c.halves[1].tuned for c in conns)
-    for sock in pairs[0]:
-        sock.close()
-    lab.until(lambda: lab.ctx.flows.count == TUNED_MAX + 1)
-    client, server = pairs[-1]
-    for size in (1, 1, COPY_MAX * 3):  # a bulk half becomes small first
-        lab.write(client, bytes(size))
-        lab.read(server, size)
-    assert conns[-1].halves[0].tuned
+@pytest.mark.parametrize("many", [False, True])
+def test_one_transfer_gets_small_buffers_and_many_do_not(lab: Lab, many: bool) -> None:
+    pairs = [lab.pair() for _ in range(FEW + 1 if many else FEW)]
+    client, server = pairs[0]
+    lab.write(client, bytes(COPY_MAX * 3))
+    lab.read(server, COPY_MAX * 3)
+    conn = cast(Any, lab.ctx.flows.by_index[0])
+    assert [half.tuned for half in conn.halves] == [not many, False]
+    assert (conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * BUFFER) == (not many)
+    for pair in pairs:
+        for sock in pair:
+            sock.close()
+    lab.gone()
+    assert lab.splice._count == 0
 
 
 def test_a_fast_stream_lets_others_have_their_turn(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
