@@ -18,7 +18,7 @@ from bench.lab import resident_kib
 
 from ..support import User
 from ..traffic.support import GATEWAY, HOST, PEER, Lan, in_thread
-from .client import ACK, BROADCAST, GUEST_MAC, GULP, LENGTH, PSH, Client, Connection, dict_of, framed
+from .client import ACK, GUEST_MAC, GULP, LENGTH, PSH, Client, Connection, dict_of, framed
 from .support import ACCEPTED, GONE, Passt, Standing
 
 OTHER_MAC = "02:00:00:00:00:02"
@@ -238,10 +238,11 @@ def test_old_guest_is_forgotten(server: Passt, lan: Lan) -> None:
     accepted = server.count(ACCEPTED)
     with Client.at(str(server.path), OTHER_MAC) as new, lan.peer.make_socket() as sock:
         server.expect(ACCEPTED, accepted + 1)
+        new.configure()
         sock.setblocking(False)
         sock.connect_ex((HOST, FORWARDED))
         syn = new.expect(lambda p: p if TCP in p else None)
-        assert (syn.dst, syn[IP].dst) == (BROADCAST, HOST)
+        assert (syn.dst, syn[IP].dst) == (OTHER_MAC, HOST)
 
 
 def test_connections_end_with_the_guest(server: Passt, echo: socket.socket) -> None:
