@@ -23,6 +23,7 @@ from .log import Fatal
 
 DNS_MAX = 3  # per family, as in resolv.conf(5)
 SEARCH_MAX = 6
+LOG_SIZE = 1 << 20  # bytes
 PORT_SPECS = "port_specs"  # key of the specifications, (letter, argument), in the dictionary; no field of Options
 
 Fields = dict[str, Any]
@@ -48,6 +49,12 @@ class Options:
     level: int = log.INFO
     foreground: bool = False
     log_file: str | None = None
+    log_size: int = LOG_SIZE
+    stats: float = 0.0  # seconds between tables of what was done, 0: none
+    stats_json: bool = False  # ... as JSON
+    conf_path: str | None = None  # control socket
+    api_socket: str | None = None  # the same in the terms of slirp4netns
+    chroot_fallback: bool = False  # where the root file system forbids pivot_root(2)
     runas: str | None = None
     pcap: str | None = None
     pid_file: str | None = None
@@ -234,6 +241,11 @@ def _search(fields: Fields, text: str) -> None:
         fields.update(search=domains, search_none=False)
 
 
+def _stats(fields: Fields, text: str) -> None:
+    seconds, as_json = values.stats(text)
+    fields.update(stats=seconds, stats_json=as_json)
+
+
 def _socket(fields: Fields, text: str) -> None:
     fields.update(socket_path=values.socket_path(text), fd=None)
 
@@ -292,6 +304,18 @@ TABLE = (
            "No effect: kept for compatibility"),
     Option("log-file", "l", "PATH", _value("log_file", values.path),
            "Log to file PATH, not to syslog"),
+    Option("log-size", "", "BYTES", _value("log_size", values.log_size),
+           f"Let the log file grow to BYTES; default: {LOG_SIZE}"),
+    Option("stats", "", "SECONDS[,json]", _stats,
+           "Log a table of traffic, flows and drops so often;\n"
+           "signal USR1 does it once"),
+    Option("conf-path", "c", "PATH", _value("conf_path", values.socket_path),
+           "Listen for pesto(1) on UNIX domain socket PATH"),
+    Option("api-socket", "", "PATH", _value("api_socket", values.socket_path),
+           "Listen on PATH for requests as slirp4netns(1) has them"),
+    Option("chroot-fallback", "", "", _set("chroot_fallback", True),
+           "Where the root file system forbids pivot_root(2), as an\n"
+           "initramfs does, use chroot(2) to let go of it"),
     Option("runas", "", "UID|UID:GID", _value("runas", str),
            "Run as given UID and GID, or LOGIN and GROUP\n"
            "default: as who started it, user nobody if that is root"),

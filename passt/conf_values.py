@@ -17,10 +17,15 @@ IFNAME_MAX = 15  # IFNAMSIZ less the final NUL
 IFNAME_RULE = f"1 to {IFNAME_MAX} characters, no blanks, '/', ':' or '%'"
 SOCKET_PATH_MAX = 107  # bytes: sizeof(sun_path) less the final NUL (unix(7))
 FD_MAX = 2**31 - 1
+LOG_SIZE_MIN = 40960  # bytes: enough for a start and what led to an end
+LOG_SIZE_MAX = 2**31 - 1
+STATS_MIN = 0.1  # s
+STATS_MAX = 86400
 NONE = "none"
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
 _HOST_LABEL = re.compile(r"[0-9A-Za-z_]([0-9A-Za-z_-]*[0-9A-Za-z_])?\Z")
+_SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?\Z", re.ASCII)
 _NUMBER = re.compile(r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z", re.ASCII)
 
 
@@ -41,6 +46,24 @@ def mtu(text: str) -> int:
     if value != 0 and not MTU_MIN <= value <= MTU_MAX:
         raise Fatal(f"Invalid MTU: {text} (give {MTU_MIN} to {MTU_MAX}, or 0 to assign none)")
     return value
+
+
+def log_size(text: str) -> int:
+    try:
+        value = number(text)
+    except ValueError:
+        value = -1
+    if not LOG_SIZE_MIN <= value <= LOG_SIZE_MAX:
+        raise Fatal(f"Invalid --log-size: {text} (give {LOG_SIZE_MIN} to {LOG_SIZE_MAX} bytes)")
+    return value
+
+
+def stats(text: str) -> tuple[float, bool]:
+    """SECONDS[,json] -> (seconds, whether as JSON)."""
+    seconds, comma, form = text.partition(",")
+    if not _SECONDS.match(seconds) or not STATS_MIN <= float(seconds) <= STATS_MAX or form != ("json" if comma else ""):
+        raise Fatal(f"Invalid --stats: {text} (give {STATS_MIN} to {STATS_MAX} seconds, and ',json' if wanted)")
+    return float(seconds), bool(comma)
 
 
 def mac(text: str) -> bytes:

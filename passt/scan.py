@@ -7,8 +7,8 @@
 
 A port p of a rule that leads to t is listened on while t is bound. Nothing of ours counts as bound: where a rule of
 the other direction listens, the port is ours, and following it would be following our own echo. What is new is bound,
-what has vanished is closed, connections and flows that came through it go on. A port that cannot be bound is tried
-again each time, and said once, in debug.
+what has vanished is closed: connections that came through it go on, UDP flows, which would keep the port, end. A port
+that cannot be bound is tried again each time, and said once, in debug.
 
     time     condition                     consequence
     -------  ----------------------------  --------------------------------------

@@ -19,6 +19,7 @@ sends waits in its socket; if the guest refuses or does not answer, it is reset.
     ---------------------------------------------------------------------------  -------------------------------
     TCP is off                                                                   tcp disabled
     HALF_OPEN_MAX wait for the guest, or one in HALF_OPEN_SHARE of descriptors   tcp inbound: too many half open
+    nobody is connected to us, or has not shown its MAC address yet              tcp inbound: no guest
     no address of the guest, or none that it could answer to                     tcp inbound: no address
     the guest has a connection between the same endpoints                        tcp inbound: endpoints in use
     the table of flows is full                                                   flow table full
