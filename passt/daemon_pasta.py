@@ -118,7 +118,7 @@ def build(options: Options, target: Target, identity: Identity) -> tuple[Context
         if target.init is not None and identity.uid != 0:
             pasta.join_userns(target)  # which brings back the rights over our own child's namespace
     daemon.report(identity, decision, problems, quiet=target.init is not None and not log.debug_on)
-    return *wiring.wire(decision, device, mac, target.netns, host, ns), replace(plan, mac=mac)
+    return *wiring.wire(decision, device, mac, netns.Namespace(target.netns), host, ns), replace(plan, mac=mac)
 
 
 def _create_tap(target: Target, plan: NsPlan, *, splice_only: bool) -> tuple[TapDevice | None, bytes, list[str]]:

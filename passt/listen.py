@@ -39,7 +39,7 @@ from .core.idle import NO_DESCRIPTORS
 from .core.nspool import new_socket
 from .core.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from .core.rules import Listener, Rule
-from .linux import netns
+from .linux.netns import Namespace
 from .linux.syscall import accept
 from .listen_sock import Failure, Wanted, open_ports
 from .tcp_sock import reset
@@ -61,7 +61,7 @@ _DEFECTS = frozenset((errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK))
 
 
 class Listeners:
-    """Everything that we listen on. `netns` is the descriptor of the namespace that outbound rules listen in."""
+    """Everything that we listen on. `namespace` is where outbound rules listen."""
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class Listeners:
         tcp: Tcp | None,
         tcp_splice: TcpSplice,
         udp_in: UdpIn,
-        netns: int,
+        namespace: Namespace | None,
         opened: Iterable[Listener] = (),
     ) -> None:
         self._ctx = ctx
         self._tcp, self._tcp_splice, self._udp_in = tcp, tcp_splice, udp_in
-        self._netns = netns
+        self._namespace = namespace
         self._by_index: list[Listener | None] = []
         self._free: list[int] = []
         self._by_rule: dict[Rule, dict[int, tuple[Listener, ...]]] = {}
@@ -110,8 +110,9 @@ class Listeners:
         listeners: list[Listener] = []
         config = self._ctx.config
         if outbound:
+            assert self._namespace is not None, "a virtual machine has no outbound rules"
             try:
-                failed = netns.run_in(self._netns, lambda: open_ports(config, wanted, listeners), settle=False)
+                failed = self._namespace.run(lambda: open_ports(config, wanted, listeners))
             except OSError as e:
                 return [Failure(rule, port, e.errno or 0) for rule, port in wanted]
         else:

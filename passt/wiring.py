@@ -35,6 +35,7 @@ from .core.timers import TimerPool
 from .dhcp import Dhcp
 from .dhcpv6 import Dhcpv6
 from .icmp import Icmp
+from .linux.netns import Namespace
 from .linux.tun import Tap as TapDevice
 from .listen import Listeners
 from .listen_sock import NOTHING, Side
@@ -53,23 +54,23 @@ Faults = dict[int, Callable[[int], None]]  # by type of the epoll reference
 
 
 def wire(
-    decision: Decision, device: TapDevice | None, mac: bytes, netns: int, host: Side, ns: Side
+    decision: Decision, device: TapDevice | None, mac: bytes, namespace: Namespace, host: Side, ns: Side
 ) -> tuple[Context, tuple[TapLink, Tap] | None]:
     """All services for a namespace, and the ways out and in if there is a tap device.
 
-    `netns` is the descriptor of the guest's network namespace, `host` and `ns` what was opened on either side.
+    `namespace` is the guest's, `host` and `ns` are what was opened on either side.
     """
     drops: Counter[str] = Counter()
     out = TapLink(device.fd, drops, tso=device.tso, uso=device.uso) if device else None
     ctx, faults = _context(decision, out or NoLink(drops), drops, mac)
-    ctx.ns = NsSockets(netns)
+    ctx.ns = NsSockets(namespace)
     udp = tcp = way = None
     if out is not None:
         udp, tcp = Udp(ctx), Tcp(ctx)
         tap = _wire_tap(ctx, udp, tcp, faults, vnet=True)
         tap.watch(out.fd)
         way = out, tap
-    _wire_ports(ctx, tcp, udp, netns, host, ns, faults)
+    _wire_ports(ctx, tcp, udp, namespace, host, ns, faults)
     return ctx, way
 
 
@@ -83,7 +84,7 @@ def wire_machine(decision: Decision, host: Side) -> tuple[Context, StreamLink, T
     udp, tcp = Udp(ctx), Tcp(ctx)
     tap = _wire_tap(ctx, udp, tcp, faults, vnet=False)
     link.on_room = tcp.resume
-    _wire_ports(ctx, tcp, udp, -1, host, NOTHING, faults)
+    _wire_ports(ctx, tcp, udp, None, host, NOTHING, faults)
     ctx.reactor.at_turn_end.append(link.at_turn_end)
     return ctx, link, tap
 
@@ -114,12 +115,12 @@ def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults, *, vnet: bool) -
 
 
 def _wire_ports(
-    ctx: Context, tcp: Tcp | None, udp: Udp | None, netns: int, host: Side, ns: Side, faults: Faults
+    ctx: Context, tcp: Tcp | None, udp: Udp | None, namespace: Namespace | None, host: Side, ns: Side, faults: Faults
 ) -> None:
     """What connects to us."""
     tcp_splice, udp_in = TcpSplice(ctx), UdpIn(ctx, udp)
     opened = host.listeners + ns.listeners
-    listeners = Listeners(ctx, tcp=tcp, tcp_splice=tcp_splice, udp_in=udp_in, netns=netns, opened=opened)
+    listeners = Listeners(ctx, tcp=tcp, tcp_splice=tcp_splice, udp_in=udp_in, namespace=namespace, opened=opened)
     Scanner(ctx, listeners, host.tables, ns.tables).start(time.monotonic())
     splice_faults = {TYPE_TCP_SPLICE: tcp_splice.fault, TYPE_UDP_SPLICE: udp_in.splice.fault}
     faults.update({TYPE_LISTEN: listeners.fault, **splice_faults})

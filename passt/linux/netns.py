@@ -1,9 +1,15 @@
 """Network namespaces: opening them, and running a function inside one.
 
 setns(CLONE_NEWNET) moves one thread. The main thread therefore never leaves the host's namespace: what must be done
-in the other one (create the tap, configure it, open a socket) is done by a thread that enters, does it, and ends.
-What it opened belongs to the process and stays usable. Returning to the host's namespace would need rights there
-that an ordinary user does not have; ending does not.
+in the other one (create the tap, configure it, open a socket) is done by another thread. What it opened belongs to the
+process and stays usable. Returning to the host's namespace would need rights there that an ordinary user does not have.
+
+    when                     who                                                          needs
+    -----------------------  -----------------------------------------------------------  ------------------------------
+    at start                 a thread that enters, does it, and ends (`run_in`): what     the right to enter
+                             changes the whole process needs it to be single-threaded
+    while the loop turns     one thread that has entered for good, and sleeps until it    nothing: neither a right nor
+                             is given something to do (`Namespace.move_in`)               the system calls of entering
 """
 
 from __future__ import annotations
@@ -11,11 +17,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from .. import log
 from .syscall import CLONE_NEWNET, ioctl_number, setns
 
 T = TypeVar("T")
@@ -31,26 +40,35 @@ def run_in(netns: int, function: Callable[[], T], *, settle: bool = True) -> T:
     Its result is returned, its exception raised. Raises NoEntry when the namespace may not be entered. `settle` waits
     until the kernel has let go of the thread, too, which only matters to who changes the process afterwards.
     """
-    outcome: list[Any] = []
+    outcome: SimpleQueue[Any] = SimpleQueue()
 
-    def body() -> None:
-        try:
-            _enter(netns)
-            outcome.extend((True, function()))
-        except BaseException as e:  # handed to the caller's thread, which raises it
-            outcome.extend((False, e))
+    def entered() -> T:
+        _enter(netns)
+        return function()
 
     before = _thread_count() if settle else 0
-    start_thread(body).join()
+    _start_thread(lambda: _do(entered, outcome)).join()
     if settle:
         _wait_for_threads(before)
-    ok, value = outcome
+    return _result(outcome)  # type: ignore[no-any-return]
+
+
+def _do(function: Callable[[], Any], outcome: SimpleQueue[Any]) -> None:
+    """In one thread: hand what function() returns or raises to another one."""
+    try:
+        outcome.put((True, function()))
+    except BaseException as e:  # raised by `_result`
+        outcome.put((False, e))
+
+
+def _result(outcome: SimpleQueue[Any]) -> Any:
+    ok, value = outcome.get()
     if ok:
-        return value  # type: ignore[no-any-return]
+        return value
     raise value
 
 
-def start_thread(body: Callable[[], None]) -> threading.Thread:
+def _start_thread(body: Callable[[], None]) -> threading.Thread:
     """A running thread for body(). Raises OSError if there can be no more of them."""
     thread = threading.Thread(target=body, name="netns", daemon=True)
     try:
@@ -58,6 +76,72 @@ def start_thread(body: Callable[[], None]) -> threading.Thread:
     except RuntimeError as e:  # what CPython makes of EAGAIN
         raise OSError(errno.EAGAIN, str(e)) from None
     return thread
+
+
+class Namespace:
+    """A network namespace that functions can be run in: `fd` is its descriptor, which stays the caller's."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def move_in(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """From now on one thread, which stays inside, does everything; it calls prepare() first.
+
+        The process must not fork any more. Raises OSError: NoEntry, what prepare() raises, or for want of a thread.
+        """
+        outcome: SimpleQueue[Any] = SimpleQueue()
+
+        def start() -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the loop
+            _enter(self.fd)
+            prepare()
+
+        def body() -> None:
+            _do(start, outcome)
+            while (job := self._jobs.get()) is not None:
+                job()
+
+        thread = _start_thread(body)
+        try:
+            _result(outcome)
+        except BaseException:
+            self._jobs.put(None)
+            raise
+        self._thread = thread
+
+    def run(self, function: Callable[[], T]) -> T:
+        """function() inside: its result is returned, its exception raised. Raises NoEntry as well."""
+        if self._thread is None:
+            return run_in(self.fd, function, settle=False)
+        outcome: SimpleQueue[Any] = SimpleQueue()
+        self._jobs.put(lambda: _do(function, outcome))
+        return _result(outcome)  # type: ignore[no-any-return]
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Have function() done inside, after what was asked for before it, and do not wait. It should not raise.
+
+        Before `move_in` it is waited for, and NoEntry may be raised.
+        """
+        if self._thread is None:
+            self.run(lambda: _guarded(function))
+        else:
+            self._jobs.put(lambda: _guarded(function))
+
+    def leave(self) -> None:
+        """End the thread, if there is one."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+def _guarded(function: Callable[[], None]) -> None:
+    try:
+        function()
+    except Exception as e:  # nobody waits for it, and the next job must find the thread alive
+        log.err(f"In the network namespace: {e!r}")
 
 
 class NoEntry(OSError):

@@ -17,6 +17,7 @@ from passt.core.context import Context
 from passt.core.reactor import EPOLLIN, TYPE_LISTEN, make_ref
 from passt.core.rules import Listener, Rule
 from passt.linux import netns
+from passt.linux.netns import Namespace
 from passt.listen import BUDGET_MAX, PATIENCE, REST, Listeners
 from passt.listen_sock import open_ports
 from passt.tcp_sock import reset
@@ -67,7 +68,7 @@ class Rig:
             tcp=self.tcp if tap else None,  # type: ignore[arg-type]
             tcp_splice=self.splice,  # type: ignore[arg-type]
             udp_in=self.udp_in,  # type: ignore[arg-type]
-            netns=7,
+            namespace=Namespace(7),
             opened=self.opened,
         )
         self.clients: list[socket.socket] = []

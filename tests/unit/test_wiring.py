@@ -16,7 +16,6 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 
 from passt import addr, log, wiring
-from passt.core import nspool
 from passt.core.context import Context
 from passt.core.link import NO_OFFLOAD, VNET, NoLink, TapLink
 from passt.core.reactor import (
@@ -32,6 +31,8 @@ from passt.core.reactor import (
     make_ref,
 )
 from passt.core.rules import Rule
+from passt.linux import netns
+from passt.linux.netns import Namespace
 from passt.linux.tun import Tap as Device
 from passt.listen_sock import NOTHING, open_side
 from passt.tap import Tap
@@ -56,7 +57,7 @@ class Wired:
         self.ctx: Context
         self.link: TapLink
         self.tap: Tap
-        self.ctx, way = wiring.wire(cast(Any, Decision), device, GUEST_MAC, -1, NOTHING, NOTHING)
+        self.ctx, way = wiring.wire(cast(Any, Decision), device, GUEST_MAC, Namespace(-1), NOTHING, NOTHING)
         assert way is not None
         self.link, self.tap = way
 
@@ -145,7 +146,7 @@ def test_ping_is_handed_on(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("proto", "kind"), [(PROTO_TCP, socket.SOCK_STREAM), (PROTO_UDP, socket.SOCK_DGRAM)])
 def test_loopback_to_loopback_without_a_tap(monkeypatch: pytest.MonkeyPatch, proto: int, kind: int) -> None:
     """An outbound rule; both of its sides are in our own namespace here."""
-    monkeypatch.setattr(nspool, "setns", lambda fd, kind: None)
+    monkeypatch.setattr(netns, "setns", lambda fd, kind: None)
 
     class SpliceOnly:
         config = CONFIG
@@ -158,7 +159,7 @@ def test_loopback_to_loopback_without_a_tap(monkeypatch: pytest.MonkeyPatch, pro
         rule = Rule("-T x", proto, True, at, at, to)
         SpliceOnly.config = replace(CONFIG, ip6=None, splice_only=True, forwards=(rule,))
         ns = open_side(SpliceOnly.config, outbound=True)
-        ctx, way = wiring.wire(cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, -1, NOTHING, ns)
+        ctx, way = wiring.wire(cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, Namespace(-1), NOTHING, ns)
         assert way is None and isinstance(ctx.link, NoLink)
         if proto == PROTO_TCP:
             server.listen()
@@ -258,7 +259,7 @@ def test_a_fault_of_a_listener_is_handed_to_it(monkeypatch: pytest.MonkeyPatch) 
         config = replace(CONFIG, forwards=(Rule("-t x", PROTO_TCP, False, port, port, port),))
 
     host = open_side(Config.config, outbound=False)
-    ctx, _ = wiring.wire(cast(Any, Config), None, addr.BROADCAST_MAC, -1, host, NOTHING)
+    ctx, _ = wiring.wire(cast(Any, Config), None, addr.BROADCAST_MAC, Namespace(-1), host, NOTHING)
     events: list[float] = []
 
     def fail(ref: int, mask: int, now: float) -> None:

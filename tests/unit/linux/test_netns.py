@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from passt.linux import netns
-from passt.linux.netns import NoEntry, open_ns, path_of, run_in, same_ns
+from passt.linux.netns import Namespace, NoEntry, open_ns, path_of, run_in, same_ns
 from passt.linux.syscall import CLONE_NEWNET, CLONE_NEWUSER
 
 
@@ -51,10 +53,62 @@ def test_what_is_no_namespace_cannot_be_entered() -> None:
     assert e.value.errno == errno.EINVAL
 
 
+# A thread that stays ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resident(entered: list[tuple[int, int]]) -> Iterator[Namespace]:
+    namespace = Namespace(7)
+    namespace.move_in()
+    yield namespace
+    namespace.leave()
+
+
+def test_one_thread_does_everything_in_order(resident: Namespace, entered: list[tuple[int, int]]) -> None:
+    done: list[int] = []
+    for number in range(5):
+        resident.post(lambda number=number: done.append(number))  # type: ignore[misc]
+    assert resident.run(threading.get_ident) == entered[0][1] != threading.get_ident()
+    assert done == [0, 1, 2, 3, 4]
+    assert len(entered) == 1
+
+
+def test_exceptions_of_the_resident(resident: Namespace, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise FileNotFoundError(errno.ENOENT, "not there")
+
+    with pytest.raises(FileNotFoundError, match="not there"):
+        resident.run(fail)
+    resident.post(fail)
+    assert resident.run(lambda: "alive") == "alive"
+    assert "In the network namespace: FileNotFoundError" in capfd.readouterr().err
+
+
+def test_resident_takes_no_signals(resident: Namespace) -> None:
+    blocked = resident.run(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} <= blocked
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.usefixtures("entered")
+def test_move_in_that_fails() -> None:
+    def refuse() -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    before = threading.active_count()
+    namespace = Namespace(7)
+    with pytest.raises(PermissionError):
+        namespace.move_in(refuse)
+    assert namespace.run(lambda: "by a thread of its own") == "by a thread of its own"
+    while threading.active_count() > before:
+        pass
+
+
 def test_names_and_paths() -> None:
-    assert path_of("blue") == "/run/netns/blue"
-    assert path_of("/proc/1/ns/net") == "/proc/1/ns/net"
-    assert path_of("./blue") == "./blue"
+    assert path_of("blue", "/run/netns") == "/run/netns/blue"
+    assert path_of("blue", "/") == "/blue"
+    assert path_of("/proc/1/ns/net", "/run/netns") == "/proc/1/ns/net"
+    assert path_of("./blue", "/run/netns") == "./blue"
 
 
 def test_open_ns() -> None:
