@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from . import conf_ports, log
+from .conf_options import DEFAULTS, PORT_SPECS, Done, Fields, Options
 from .conf_parse import Getopt
-from .conf_table import DEFAULTS, PORT_SPECS, Done, Fields, Options, table
+from .conf_table import table
 from .core.config import PASTA
 from .log import Fatal
 
@@ -32,6 +34,9 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = c
         raise Fatal(f"Extra non-option argument: {words.operands[0]}")
     specs = fields.pop(PORT_SPECS, [])
     options = Options(**fields)
+    _check_files(options)
+    if options.mode == PASTA and options.fd is not None:
+        _check_tap(options)
     rules = conf_ports.forwards(specs, options, program, conf_ports.EPHEMERAL if ephemeral is None else ephemeral)
     if ephemeral is None and any(rule.weak and not rule.auto for rule in rules):
         low, high = conf_ports.EPHEMERAL[0], conf_ports.EPHEMERAL[-1]
@@ -41,6 +46,8 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = c
 
 def _check(fields: Fields) -> None:
     """Options that make no sense together."""
+    if "nsrun_dir" in fields and "netns" not in fields:
+        raise Fatal("--nsrun-dir needs --netns NAME")
     for field, name in (("copy_routes", "no-copy-routes"), ("copy_addrs", "no-copy-addrs")):
         if not fields.get(field, True) and not fields.get("config_net"):
             raise Fatal(f"--{name} needs --config-net")
@@ -50,15 +57,45 @@ def _check(fields: Fields) -> None:
 
 
 def _target(fields: Fields, operands: list[str]) -> None:
-    """What the namespace is: that of --netns, that of a PID, or a new one for a command (none: a login shell)."""
+    """What the namespace is: that of --netns, that of a PID, or a new one for a command (none: a login shell).
+
+    With --fd and neither of the former, there is none that we would know.
+    """
     if "netns" in fields:
         if operands:
             raise Fatal("Both --netns and PID or command given: leave one of them out")
-        if fields.get("userns") is None:
-            fields["netns_only"] = True
     elif len(operands) == 1 and operands[0].isascii() and operands[0].isdecimal():
         fields["pid"] = int(operands[0])
         if not 0 < fields["pid"] <= PID_MAX:
             raise Fatal(f"Invalid PID {operands[0]} (1 to {PID_MAX})")
     else:
         fields["command"] = tuple(operands)
+
+
+def _check_tap(options: Options) -> None:
+    """What goes with a tap device that exists already (--fd): where it is, and what it is called, is settled."""
+    if options.command:
+        raise Fatal("Both --fd and a command given: the command would not be in the namespace of that tap device")
+    for given, name in ((options.ns_ifname, "ns-ifname"), (options.splice_only, "splice-only")):
+        if given:
+            raise Fatal(f"Both --fd and --{name} given: leave one of them out")
+    if options.no_namespace:
+        wanted = (("config_net", "config-net"), ("ns_mac", "ns-mac-addr"), ("userns", "userns"),
+                  ("netns_only", "netns-only"), ("host_lo_to_ns_lo", "host-lo-to-ns-lo"))  # fmt: skip
+        for field, name in wanted:
+            if getattr(options, field):
+                raise Fatal(f"--{name} needs the namespace of the tap device: give its PID or --netns beside --fd")
+
+
+def _check_files(options: Options) -> None:
+    """A socket takes its path for itself."""
+    sockets = (
+        ("socket", options.socket_path),
+        ("conf-path", options.conf_path),
+        ("api-socket", options.api_socket),
+    )
+    files = (("pid", options.pid_file), ("log-file", options.log_file), ("pcap", options.pcap))
+    for i, (name, path) in enumerate(sockets):
+        for other, its in (*sockets[i + 1 :], *files):
+            if path is not None and its is not None and os.path.abspath(path) == os.path.abspath(its):
+                raise Fatal(f"Both --{name} and --{other} are {path}: give each a path of its own")

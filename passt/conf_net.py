@@ -22,7 +22,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from . import addr, conf_ports, log
-from .conf_table import DNS_MAX, GUEST, SEARCH_MAX, Options
+from .conf_actions import DNS_MAX, SEARCH_MAX
+from .conf_options import Options
+from .conf_table import GUEST
 from .conf_values import is_domain
 from .core.config import FRAME_MTU_MAX, PASTA, Config, Ip4, Ip6
 from .linux import routes
@@ -147,7 +149,7 @@ def _config(
         no_ndp=options.no_ndp or ip6 is None,
         no_ra=options.no_ra or ip6 is None,
         forwards=options.forwards,
-        no_splice=options.no_splice,
+        no_splice=options.no_splice or options.no_namespace,
         splice_only=options.splice_only,
         host_lo_to_ns_lo=options.host_lo_to_ns_lo,
         freebind=options.freebind,

@@ -38,7 +38,7 @@ from .log import Fatal
 from .wire.checksum import PROTO_TCP, PROTO_UDP
 
 if TYPE_CHECKING:
-    from .conf_table import Options
+    from .conf_options import Options
 
 ALL = "all"
 AUTO = "auto"
@@ -349,7 +349,8 @@ def forwards(
 ) -> tuple[Rule, ...]:
     """The rules of a command line with `specs`, (letter, argument) in their order; `options` is the rest of it.
 
-    A letter that does not occur means `auto` in pasta, and nothing in passt. Raises Fatal.
+    A letter that does not occur means `auto` in pasta, and nothing in passt, nor where there is no namespace to look
+    into. Raises Fatal.
     """
     for letter, text in specs:
         _check_wanted(letter, text, options)
@@ -358,7 +359,7 @@ def forwards(
     rules = [rule for letter, text in specs for rule in parse_spec(letter, text, mode, ephemeral)]
     for rule in rules:
         _check_target(rule, options, mode)
-    if mode == PASTA:
+    if mode == PASTA and not options.no_namespace:
         missing = [c for c in INBOUND + OUTBOUND if not _is_off(c, options) and c not in {at for at, _ in specs}]
         rules += [rule for letter in missing for rule in parse_spec(letter, AUTO)]
     _check_conflicts(rules)
@@ -373,6 +374,8 @@ def _check_wanted(letter: str, text: str, options: Options) -> None:
     name, option = "TCP" if letter in "tT" else "UDP", _shown(_given(letter, text))
     if text != NONE and _is_off(letter, options):
         raise Fatal(f"{name} port forwarding requested but {name} is disabled: {option} (and --no-{name.lower()})")
+    if text != NONE and options.no_namespace and (letter in OUTBOUND or AUTO in text):
+        raise Fatal(f"{option} needs the namespace of the tap device: give its PID or --netns beside --fd")
 
 
 def _check_modes(given: Sequence[str]) -> None:
@@ -391,7 +394,7 @@ def _check_target(rule: Rule, options: Options, mode: str) -> None:
     """A target that no client could be led to."""
     if rule.outbound or rule.target is None:
         return
-    spliced = mode == PASTA and not options.no_splice
+    spliced = mode == PASTA and not options.no_splice and not options.no_namespace
     local = spliced and (options.splice_only or (rule.addr is not None and addr.is_loopback(rule.addr)))
     head, target = f"Invalid port specifier {_shown(rule.option)}: '{addr.text(rule.target)}'", rule.target
     if addr.is_loopback(target) and not local:

@@ -66,6 +66,14 @@ def stats(text: str) -> tuple[float, bool]:
     return float(seconds), bool(comma)
 
 
+def runas(text: str) -> str:
+    """UID[:GID] or LOGIN[:GROUP], with numbers in decimal. Who that is, is looked up later."""
+    parts = text.split(":")
+    if len(parts) > 2 or not all(parts):
+        raise Fatal(f"Invalid --runas option: {text} (give UID, UID:GID, LOGIN or LOGIN:GROUP)")
+    return ":".join(str(number(part)) if _NUMBER.match(part) else part for part in parts)
+
+
 def mac(text: str) -> bytes:
     if not _MAC.match(text):
         raise Fatal(f"Invalid MAC address: {text} (give six pairs of hexadecimal digits with colons between)")

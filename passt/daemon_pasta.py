@@ -77,7 +77,10 @@ def open_all(
 
     target = watch = None
     if options.pid is not None or options.netns is not None:
-        target = pasta.open_target(options.pid, options.netns, options.userns, options.netns_only)
+        pid, path = options.pid, ""
+        if options.netns is not None:
+            pid, path = pasta.find(options.netns, options.nsrun_dir)
+        target = pasta.open_target(pid, path, options.userns, netns_only=options.netns_only)
         pasta.check_foreign(target)
         if target.path and options.netns_quit:
             watch = pasta.Watch(target.path)

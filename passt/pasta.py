@@ -92,16 +92,27 @@ class Target:
 # Attaching ---------------------------------------------------------------------------------------------------------
 
 
-def open_target(pid: int | None, netns_path: str | None, userns_path: str | None, netns_only: bool) -> Target:
-    """Open the namespaces of a PID, or those given by path or name. Raises Fatal."""
+def find(name: str, run_dir: str) -> tuple[int | None, str]:
+    """What --netns NAME|PATH means: a PID, or a path. Raises Fatal.
+
+    A number that is not the name of a namespace is a PID: the script that stands for slirp4netns(1) gives such.
+    """
+    path = netns.path_of(name, run_dir)
+    if not (name.isascii() and name.isdecimal()) or os.path.lexists(path):
+        return None, path
+    if not proc.exists(int(name)):
+        raise Fatal(f"Couldn't open network namespace {path}: there is none, and no process {name} either")
+    return int(name), path
+
+
+def open_target(pid: int | None, path: str, userns_path: str | None, *, netns_only: bool) -> Target:
+    """Open the namespaces of a PID, or else those at two paths, of which the latter may not be needed. Raises Fatal."""
     if pid is not None:
         if not proc.exists(pid):
             raise Fatal(f"Couldn't find process {pid}: there is no such PID")
         path = f"/proc/{pid}/ns/net"
         if userns_path is None and not netns_only:
             userns_path = f"/proc/{pid}/ns/user"
-    else:
-        path = netns.path_of(netns_path or "")
     net = _open("network", path)
     user = _open("user", userns_path) if userns_path else None
     return Target(net, user, os.path.abspath(path))

@@ -30,7 +30,6 @@ from .syscall import CLONE_NEWNET, ioctl_number, setns
 T = TypeVar("T")
 
 NS_GET_NSTYPE = ioctl_number("\xb7", 3)
-NETNS_RUN_DIR = "/run/netns"
 _GONE_TIMEOUT = 5.0  # seconds; an ended thread needs microseconds to leave the process
 
 
@@ -175,9 +174,9 @@ def _wait_for_threads(count: int) -> None:
         time.sleep(0)
 
 
-def path_of(name: str) -> str:
-    """The file of --netns NAME|PATH: a bare name lies where ip-netns(8) keeps it."""
-    return name if "/" in name else f"{NETNS_RUN_DIR}/{name}"
+def path_of(name: str, run_dir: str) -> str:
+    """The file of --netns NAME|PATH: a bare name lies in `run_dir`."""
+    return name if "/" in name else f"{run_dir.rstrip('/')}/{name}"
 
 
 def open_ns(path: str, kind: int) -> int:

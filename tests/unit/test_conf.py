@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt import addr, conf, log
-from passt.conf_table import TABLE, Done, Options, Pair, listed, usage
+from passt.conf_options import Done, Options, Pair
+from passt.conf_table import TABLE, listed, usage
 from passt.core.config import PASST, PASTA
 from passt.core.rules import Rule
 from passt.log import Fatal
@@ -25,6 +26,7 @@ AUTO_TCP, AUTO_UDP, AUTO_TCP_NS, AUTO_UDP_NS = AUTO = tuple(
     )
 )  # fmt: skip
 
+NO_NAMESPACE = {"fd": 5, "one_off": True, "forwards": ()}
 NO_DNS = {"dns_forward": Pair(), "dns_host": Pair()}
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("", {}),
@@ -102,7 +104,20 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--ns-mac-addr 02:11:22:33:44:aa", {"ns_mac": bytes.fromhex("0211223344aa")}),
     ("--no-netns-quit", {"netns_quit": False}),
     ("--userns /a --netns /b", {"userns": "/a", "netns": "/b"}),
-    ("--netns name", {"netns": "name", "netns_only": True}),
+    ("--netns name", {"netns": "name"}),
+    ("--nsrun-dir /a --netns name --nsrun-dir /b", {"netns": "name", "nsrun_dir": "/b"}),
+    ("-a 192.0.2.7/24 -n 16", {"address": Pair(A4, None), "prefix_len": Pair(0, 0), "netmask": 16}),
+    ("-n 16 -a 192.0.2.7/24", {"address": Pair(A4, None), "prefix_len": Pair(24, 0), "netmask": 0}),
+    ("-n 16 -a 192.0.2.7 -a 2001:db8::7/80",
+     {"address": Pair(A4, A6), "prefix_len": Pair(0, 80), "netmask": 16}),
+    ("--runas 0x3e8:010", {"runas": "1000:8"}),
+    ("--runas nobody:nogroup", {"runas": "nobody:nogroup"}),
+    ("-F 5", NO_NAMESPACE),
+    ("--fd=0x5 -t 22 -T none",
+     NO_NAMESPACE | {"forwards": (Rule("-t 22", PROTO_TCP, False, 22, 22, 22),)}),
+    ("-F 5 7", {"fd": 5, "one_off": True, "pid": 7}),
+    ("-F 5 --netns /a --config-net", {"fd": 5, "one_off": True, "netns": "/a", "config_net": True, "no_ra": True}),
+    ("-F 5 --socket /tmp/s", NO_NAMESPACE),  # which does nothing
     ("--netns-only --userns /a", {"userns": "/a", "netns_only": False}),
     ("--userns /a --netns-only", {"userns": None, "netns_only": True}),
     ("1234", {"pid": 1234}),
@@ -178,8 +193,22 @@ BAD = [
     ("--fqdn a..b", f"Invalid FQDN: a..b {NAME_RULE}"),
     ("--fqdn .", f"Invalid FQDN: . {NAME_RULE}"),
     ("-s /tmp/s", "pasta: invalid option -- 's'"),
-    ("-F 5", "pasta: invalid option -- 'F'"),
-    ("--fd=5", "--fd is for passt mode only"),
+    ("-F 2", "Invalid --fd: 2 (give the number of an open descriptor, 3 or more)"),
+    ("-F 5 true", "Both --fd and a command given: the command would not be in the namespace of that tap device"),
+    ("-F 5 -I tap7", "Both --fd and --ns-ifname given: leave one of them out"),
+    ("-F 5 --splice-only 7", "Both --fd and --splice-only given: leave one of them out"),
+    ("-F 5 --config-net", "--config-net needs the namespace of the tap device: give its PID or --netns beside --fd"),
+    ("-F 5 -T 22", "-T 22 needs the namespace of the tap device: give its PID or --netns beside --fd"),
+    ("-F 5 -t auto", "-t auto needs the namespace of the tap device: give its PID or --netns beside --fd"),
+    ("-F 5 -t 80:127.0.0.1", "Invalid port specifier -t 80:127.0.0.1: '127.0.0.1' is on a loopback, where nothing "
+     "leads to"),
+    ("--nsrun-dir /a", "--nsrun-dir needs --netns NAME"),
+    ("--nsrun-dir /a blue", "--nsrun-dir needs --netns NAME"),
+    ("--runas a:b:c", "Invalid --runas option: a:b:c (give UID, UID:GID, LOGIN or LOGIN:GROUP)"),
+    ("--runas :7", "Invalid --runas option: :7 (give UID, UID:GID, LOGIN or LOGIN:GROUP)"),
+    ("-c /a --api-socket /b/../a", "Both --conf-path and --api-socket are /a: give each a path of its own"),
+    ("-c /a -P /./a", "Both --conf-path and --pid are /a: give each a path of its own"),
+    ("--repair-path none", "--repair-path is for passt mode only"),
     ("--one-off", "--one-off is for passt mode only"),
     ("-1", "pasta: invalid option -- '1'"),
     ("--no-dhcp-dns", "--no-dhcp-dns is for passt mode only"),
@@ -251,6 +280,8 @@ GOOD_PASST: list[tuple[str, dict[str, Any]]] = [
     ("-s /tmp/s -F 5", {"fd": 5, "one_off": True}),
     ("-F 5 -s /tmp/s", {"socket_path": "/tmp/s", "one_off": True}),
     ("-1fq", {"one_off": True, "foreground": True, "level": log.WARNING}),
+    ("--repair-path none -f", {"foreground": True}),
+    ("-P /dev/null -l /dev/null", {"pid_file": "/dev/null", "log_file": "/dev/null"}),
     ("--no-dhcp-dns --no-dhcp-search", {"dhcp_dns": False, "dhcp_search": False}),
     ("-t 22", {"forwards": (Rule("-t 22", PROTO_TCP, False, 22, 22, 22),)}),
     ("-H vm --fqdn vm.example", {"hostname": "vm", "fqdn": "vm.example"}),
@@ -310,6 +341,13 @@ BAD_PASST = [
      "(qemu -netdev stream)"),
     ("--print-capabilities", "passt: unrecognized option '--print-capabilities': it is about vhost-user, and the guest "
      "is served on a stream socket here"),
+    ("-s /a -c /a", "Both --socket and --conf-path are /a: give each a path of its own"),
+    ("-s a -l ./a", "Both --socket and --log-file are a: give each a path of its own"),
+    ("--repair-path", "passt: option '--repair-path' requires an argument"),
+    ("--migrate-exit", "passt: unrecognized option '--migrate-exit': connections do not migrate with the guest here"),
+    ("--migrate-no-linger", "passt: unrecognized option '--migrate-no-linger': connections do not migrate with the "
+     "guest here"),
+    ("--nsrun-dir /a", "--nsrun-dir is for pasta mode only"),
     ("--repair-path x", "passt: unrecognized option '--repair-path': connections do not migrate with the guest here"),
 ]  # fmt: skip
 

@@ -118,7 +118,14 @@ def test_options_take_the_place_of_what_was_found() -> None:
 
 @pytest.mark.parametrize(
     ("line", "prefix_len"),
-    [("-n 20", 20), ("-a 10.0.0.5", 24), ("-a 10.0.0.5 -n 30", 30), ("-a 10.0.0.5/29 -n 30", 29), ("-n 0", 24)],
+    [
+        ("-n 20", 20),
+        ("-a 10.0.0.5", 24),
+        ("-a 10.0.0.5 -n 30", 30),
+        ("-a 10.0.0.5/29 -n 30", 30),
+        ("-n 30 -a 10.0.0.5/29", 29),
+        ("-n 0", 24),
+    ],
 )
 def test_prefix_length(line: str, prefix_len: int) -> None:
     d = given_host(line)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt import addr
+from passt.conf_options import Options
 from passt.conf_ports import AUTO, PORT_MAX, check_families, describe, forwards, parse_spec
-from passt.conf_table import Options
 from passt.core.config import PASST
 from passt.core.rules import Rule
 from passt.log import Fatal

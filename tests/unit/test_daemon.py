@@ -16,7 +16,7 @@ import pytest
 
 from passt import daemon, daemon_pasta, log, pasta
 from passt.conf_net import Resolvers
-from passt.conf_table import Options
+from passt.conf_options import Options
 from passt.core.context import Context
 from passt.core.link import VNET, TapLink
 from passt.core.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS

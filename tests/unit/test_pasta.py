@@ -19,7 +19,7 @@ from passt.linux import netlink, netns, tun
 from passt.linux.routes import NsPlan
 from passt.linux.tun import Tap
 from passt.log import Fatal
-from passt.pasta import Init, Target, Watch, create_tap, open_target
+from passt.pasta import Init, Target, Watch, create_tap, find, open_target
 from passt.pasta_init import Command
 
 
@@ -35,14 +35,14 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_target_of_a_pid(sleeper: subprocess.Popen[bytes]) -> None:
-    target = open_target(sleeper.pid, None, None, netns_only=False)
+    target = open_target(sleeper.pid, "", None, netns_only=False)
     assert target.userns is not None
     assert netns.same_ns(target.netns, "/proc/self/ns/net")
     assert netns.same_ns(target.userns, "/proc/self/ns/user")
     assert target.path == f"/proc/{sleeper.pid}/ns/net"
     os.close(target.netns)
     os.close(target.userns)
-    target = open_target(sleeper.pid, None, None, netns_only=True)
+    target = open_target(sleeper.pid, "", None, netns_only=True)
     assert target.userns is None
     os.close(target.netns)
 
@@ -56,15 +56,27 @@ def test_target_by_path_is_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_targets_that_are_none() -> None:
     with pytest.raises(Fatal, match="Couldn't find process 2147483647: there is no such PID"):
-        open_target(2**31 - 1, None, None, netns_only=False)
+        open_target(2**31 - 1, "", None, netns_only=False)
     with pytest.raises(Fatal, match="Couldn't open network namespace /run/netns/no-such: No such file"):
-        open_target(None, "no-such", None, netns_only=True)
+        open_target(None, "/run/netns/no-such", None, netns_only=True)
     with pytest.raises(Fatal, match="Couldn't open user namespace /proc/self/ns/net: not a namespace of that kind"):
         open_target(None, "/proc/self/ns/net", "/proc/self/ns/net", netns_only=False)
 
 
+def test_what_netns_names(tmp_path: Path) -> None:
+    """A path, a name, or, as slirp4netns(1) has it, a PID that is no name."""
+    here = str(os.getpid())
+    assert find("blue", "/run/netns") == (None, "/run/netns/blue")
+    assert find("/proc/1/ns/net", "/run/netns") == (None, "/proc/1/ns/net")
+    assert find(here, str(tmp_path)) == (os.getpid(), f"{tmp_path}/{here}")
+    (tmp_path / here).symlink_to("nowhere")
+    assert find(here, str(tmp_path)) == (None, f"{tmp_path}/{here}")
+    with pytest.raises(Fatal, match="namespace /run/netns/2147483647: there is none, and no process 2147483647 either"):
+        find("2147483647", "/run/netns")
+
+
 def test_own_network_namespace_is_refused(sleeper: subprocess.Popen[bytes]) -> None:
-    target = open_target(sleeper.pid, None, None, netns_only=True)
+    target = open_target(sleeper.pid, "", None, netns_only=True)
     with pytest.raises(Fatal, match=f"^/proc/{sleeper.pid}/ns/net is the network namespace that we are in ourselves"):
         pasta.check_foreign(target)
     os.close(target.netns)
