@@ -8,24 +8,20 @@
     serving     the guest's socket closes, fails,       its flows end, what was observed of it is forgotten; waiting
                 or its framing makes no sense           again, or the end with --one-off and --fd
 
-The socket is made in the file system with mode 0700: whoever may connect to it may speak for us. A path at which
-nobody listens any more is taken over, one at which somebody does is an error, and so is anything that is no socket.
+The socket is made in the file system by `linux/unix.py`: with mode 0700, over what a predecessor has left behind.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import select
 import socket
-import stat
 from collections.abc import Callable
-from struct import Struct
 from typing import TYPE_CHECKING
 
 from . import log
 from .core.context import Context
 from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
+from .linux import unix
 from .log import Fatal
 from .stream import Stream, failure
 
@@ -35,9 +31,6 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = "/tmp/passt_{}.socket"
 DEFAULT_MAX = 99
-PATH_MAX = 107  # sizeof(sun_path) less the final NUL (unix(7))
-MODE = 0o700
-_UCRED = Struct("=iII")  # struct ucred: pid, uid, gid
 SEND_BUFFER = 4 << 20  # bytes asked for; net.core.wmem_max decides
 
 
@@ -47,53 +40,14 @@ SEND_BUFFER = 4 << 20  # bytes asked for; net.core.wmem_max decides
 def listen(path: str | None) -> tuple[socket.socket, str]:
     """A listening socket at `path`, or at the first free default one; returns it and its path. Raises Fatal."""
     if path is not None:
-        return _listen_at(path), path
+        return unix.listen_at(path), path
     for number in range(1, DEFAULT_MAX + 1):
         path = DEFAULT_PATH.format(number)
         try:
-            return _listen_at(path), path
+            return unix.listen_at(path), path
         except Fatal as e:
             log.debug(str(e))
     raise Fatal(f"No free socket path from {DEFAULT_PATH.format(1)} to {path}: give one with --socket")
-
-
-def _listen_at(path: str) -> socket.socket:
-    """Raises Fatal."""
-    if len(os.fsencode(path)) > PATH_MAX:
-        raise Fatal(f"Invalid socket path: {path} (at most {PATH_MAX} bytes)")
-    _clear(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    mask = os.umask(0o777 & ~MODE)
-    try:
-        sock.bind(path)
-        sock.listen(1)
-    except OSError as e:
-        sock.close()
-        raise Fatal(f"Couldn't bind UNIX socket {path}: {e.strerror}") from None
-    finally:
-        os.umask(mask)
-    return sock
-
-
-def _clear(path: str) -> None:
-    """Remove a socket that nobody listens at any more. Raises Fatal for anything else that is there."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise Fatal(f"Couldn't bind UNIX socket {path}: there is a file of that name, which is no socket")
-    except FileNotFoundError:
-        return
-    except OSError as e:
-        raise Fatal(f"Couldn't bind UNIX socket {path}: {e.strerror}") from None
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        error = probe.connect_ex(path)
-    if error in (0, errno.EAGAIN):
-        raise Fatal(f"Socket path {path} already in use")
-    if error != errno.ECONNREFUSED:
-        raise Fatal(f"Couldn't bind UNIX socket {path}: {os.strerror(error)}")
-    try:
-        os.unlink(path)
-    except OSError as e:
-        raise Fatal(f"Couldn't remove stale socket {path}: {e.strerror}") from None
 
 
 def inherited(fd: int) -> socket.socket:
@@ -153,7 +107,7 @@ class Clients:
             sock.close()
             return
         sock.setblocking(False)
-        log.info(f"Accepted connection from PID {_peer_pid(sock)}")
+        log.info(f"Accepted connection from PID {unix.credentials(sock)[0]}")
         self.serve(sock)
 
     def serve(self, sock: socket.socket) -> None:
@@ -195,9 +149,3 @@ def _hung_up(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, 0)  # POLLHUP comes unasked (poll(2))
     return any(events & select.POLLHUP for _, events in poll.poll(0))
-
-
-def _peer_pid(sock: socket.socket) -> int:
-    """PID of the other end (SO_PEERCRED, unix(7))."""
-    pid: int = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
-    return pid
