@@ -15,7 +15,9 @@ new owner would get the old one's event. Therefore a descriptor is not closed at
 reference, so that what still waits for it is skipped, and closes it when the turn ends. Nobody else closes a
 descriptor that is or was watched.
 
-A turn ends with the `at_turn_end` callbacks (acknowledgements that could ride on no data, batches of frames).
+A turn ends with the `at_turn_end` callbacks (acknowledgements that could ride on no data, batches of frames). What was
+put off until `between_turns` comes last, after descriptors were closed: no event waits then, so that what is retired
+there may be closed before it goes on (`close_retired`).
 `now` is `time.monotonic()`, read once after the wait.
 """
 
@@ -42,11 +44,13 @@ EPOLLET = select.EPOLLET
 # Reference types. One line per kind of watched descriptor; TYPE_NAMES is what --trace prints.
 TYPE_NAMES = (
     "none", "tap", "tcp", "tcp timer", "udp", "ping", "timer", "signal", "netns", "child",
-    "listen", "tcp splice", "udp splice", "guest", "guest listen",
+    "listen", "tcp splice", "udp splice", "guest", "guest listen", "control", "control listen",
+    "dns", "resolv.conf",
 )  # fmt: skip
 TYPE_NONE, TYPE_TAP, TYPE_TCP, TYPE_TCP_TIMER, TYPE_UDP, TYPE_PING, TYPE_TIMER = range(7)
 TYPE_SIGNAL, TYPE_NETNS, TYPE_CHILD, TYPE_LISTEN, TYPE_TCP_SPLICE, TYPE_UDP_SPLICE = range(7, 13)
-TYPE_GUEST, TYPE_GUEST_LISTEN = range(13, len(TYPE_NAMES))
+TYPE_GUEST, TYPE_GUEST_LISTEN, TYPE_CONTROL, TYPE_CONTROL_LISTEN = range(13, 17)
+TYPE_DNS, TYPE_RESOLV_CONF = range(17, len(TYPE_NAMES))
 
 MAX_EVENTS = 256  # per wait; more stay in the kernel until the next turn
 
@@ -82,6 +86,7 @@ class Reactor:
         self._refs: list[int] = [0] * 1024
         self._handlers: list[Handler] = [_unhandled] * len(TYPE_NAMES)
         self._retired: list[Closable] = []
+        self._put_off: list[Callable[[float], None]] = []
         self._signals: dict[int, Callable[[float], None]] = {}
         self._stop = False
         self.at_turn_end: list[Callable[[float], None]] = []
@@ -120,6 +125,16 @@ class Reactor:
         """Stop watching `fd`, which stays open and belongs to the caller again."""
         self._refs[fd] = 0
         self._epoll.unregister(fd)
+
+    def between_turns(self, callback: Callable[[float], None]) -> None:
+        """Call callback(now) once, when everything of this turn is handled. It must not raise."""
+        self._put_off.append(callback)
+
+    def close_retired(self) -> None:
+        """Close what was retired. Only for those who are called between turns."""
+        for owner in self._retired:
+            owner.close()
+        self._retired.clear()
 
     def on_signal(self, number: int, callback: Callable[[float], None]) -> None:
         """Call callback(now) from the loop, not from the interrupted code, when signal `number` arrives."""
@@ -166,9 +181,12 @@ class Reactor:
         for callback in self.at_turn_end:
             callback(now)
         if self._retired:
-            for owner in self._retired:
-                owner.close()
-            self._retired.clear()
+            self.close_retired()
+        if self._put_off:
+            put_off, self._put_off = self._put_off, []
+            for callback in put_off:
+                callback(now)
+            self.close_retired()
 
     def close(self) -> None:
         """Close the epoll set; for tests and for the end of the program."""

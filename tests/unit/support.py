@@ -76,6 +76,7 @@ class FakeReactor:
         self.refs: dict[int, int] = {}
         self.events: dict[int, int] = {}
         self.retired: list[Closable] = []
+        self.put_off: list[Callable[[float], None]] = []
         self.at_turn_end: list[Callable[[float], None]] = []
         self.signals: dict[int, Callable[[float], None]] = {}
         self.on_fault: Callable[[int, Exception, float], None] | None = None
@@ -107,6 +108,14 @@ class FakeReactor:
     def forget(self, fd: int) -> None:
         del self.refs[fd], self.events[fd]
 
+    def between_turns(self, callback: Callable[[float], None]) -> None:
+        self.put_off.append(callback)
+
+    def close_retired(self) -> None:
+        for owner in self.retired:
+            owner.close()
+        self.retired.clear()
+
     def on_signal(self, number: int, callback: Callable[[float], None]) -> None:
         self.signals[number] = callback
 
@@ -121,9 +130,11 @@ class FakeReactor:
     def end_turn(self, now: float) -> None:
         for callback in self.at_turn_end:
             callback(now)
-        for owner in self.retired:
-            owner.close()
-        self.retired.clear()
+        self.close_retired()
+        put_off, self.put_off = self.put_off, []
+        for callback in put_off:
+            callback(now)
+        self.close_retired()
 
 
 class FakeServiceTimers:

@@ -245,6 +245,47 @@ def test_run_until_stopped(reactor: Reactor) -> None:
     a.close()
 
 
+# Between turns -----------------------------------------------------------------------------------------------------
+
+
+def test_between_turns_descriptors_are_closed_already(
+    reactor: Reactor, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """What was retired in the turn is closed then, and what is retired there can be closed at once."""
+    near, far = pair
+    seen: list[bool] = []
+
+    def handler(ref: int, events: int, now: float) -> None:
+        reactor.between_turns(later)
+        reactor.retire(near.fileno(), near)
+
+    def later(now: float) -> None:
+        seen.append(near.fileno() < 0)
+        reactor.retire(far.fileno(), far)
+        reactor.close_retired()
+        seen.append(far.fileno() < 0)
+
+    reactor.handle(TYPE_TCP, handler)
+    reactor.watch(near.fileno(), TYPE_TCP, 0, EPOLLOUT)
+    reactor.turn(5)
+    assert seen == [True, True]
+
+
+def test_between_turns_is_once(reactor: Reactor) -> None:
+    seen: list[float] = []
+
+    def again(now: float) -> None:
+        seen.append(now)
+        reactor.between_turns(seen.append)
+
+    reactor.between_turns(again)
+    reactor.turn(0)
+    assert len(seen) == 1
+    reactor.turn(0)
+    reactor.turn(0)
+    assert len(seen) == 2
+
+
 # Signals -----------------------------------------------------------------------------------------------------------
 
 
