@@ -33,7 +33,7 @@ from . import addr
 from . import conf_values as values
 from .conf_values import NONE
 from .core.config import PASST, PASTA
-from .core.rules import Rule
+from .core.rules import PORT_MAX, Rule, conflict
 from .log import Fatal
 from .wire.checksum import PROTO_TCP, PROTO_UDP
 
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 ALL = "all"
 AUTO = "auto"
-PORT_MAX = 65535
 EPHEMERAL = range(49152, PORT_MAX + 1)  # RFC 6335, 6: what is assumed when the kernel does not tell
 INBOUND = "tu"
 OUTBOUND = "TU"
@@ -406,37 +405,10 @@ def _check_target(rule: Rule, options: Options, mode: str) -> None:
 
 
 def _check_conflicts(rules: Iterable[Rule]) -> None:
-    """No two rules may listen on one port, in the sense of `Rule.overlaps`.
-
-    In the order of their first ports, each rule is compared with those before it that reach farthest: of each address
-    and interface there is one such rule. `below` has the same for addresses and interfaces that a wider one covers,
-    so that a rule looks up those equal to it, those wider in either respect, and those narrower, a dozen in all.
-    """
-    seen: dict[tuple[object, ...], Rule] = {}
-    for rule in sorted(rules, key=lambda r: r.first):
-        side = (rule.proto, rule.outbound)
-        addresses, interfaces = _wider_addresses(rule.addr), [rule.ifname, None] if rule.ifname else [None]
-        for a, below_a in _keys(addresses, rule.addr):
-            for i, below_i in _keys(interfaces, rule.ifname):
-                other = seen.get((*side, a, below_a, i, below_i))
-                if other is not None and rule.overlaps(other):
-                    _refuse(other, rule)
-        for a in addresses:
-            for i in interfaces:
-                key = (*side, a, a != rule.addr, i, i != rule.ifname)
-                if key not in seen or seen[key].last < rule.last:
-                    seen[key] = rule
-
-
-def _wider_addresses(address: bytes | None) -> list[bytes | None]:
-    """The address itself, any address of its family, any address."""
-    if address is None:
-        return [None]
-    return [address, bytes(len(address)), None] if any(address) else [address, None]
-
-
-def _keys(wider: Iterable[object], own: object) -> list[tuple[object, bool]]:
-    return [*((key, False) for key in wider), (own, True)]
+    """No two rules may listen on one port, in the sense of `Rule.overlaps`."""
+    both = conflict(rules)
+    if both is not None:
+        _refuse(*both)
 
 
 def _refuse(a: Rule, b: Rule) -> None:

@@ -15,11 +15,14 @@ leave out ports that cannot be had. A table is a tuple of rules, in the order of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from .. import addr
 from ..wire.checksum import PROTO_TCP
+
+PORT_MAX = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,21 @@ class Rule:
     def ports(self) -> range:
         return range(self.first, self.last + 1)
 
+    @property
+    def spec(self) -> str:
+        """As an option of the command line would ask for it: "-t 127.0.0.1%eth0/80-82:8080-8082"."""
+        letter = "t" if self.proto == PROTO_TCP else "u"
+        bind = "" if self.addr is None else _bracketed(self.addr)
+        bind += f"%{self.ifname}" if self.ifname else ""
+        ports = _span(self.first, self.last)
+        if self.auto:
+            ports = "auto" if (self.first, self.last) == (1, PORT_MAX) else f"auto,{ports}"
+        to = "" if self.to == self.first else _span(self.to, self.target_port(self.last))
+        target = "" if self.target is None else _bracketed(self.target)
+        where = "/".join(filter(None, (target, to)))
+        option = letter.upper() if self.outbound else letter
+        return f"-{option} {f'{bind}/' if bind else ''}{ports}{f':{where}' if where else ''}"
+
     def __str__(self) -> str:
         """TCP [127.0.0.1]%eth0 80-82 -> [192.0.2.20] 8080-8082, for logs and listings."""
         where = "*" if self.addr is None else f"[{addr.text(self.addr)}]"
@@ -68,6 +86,56 @@ class Rule:
         return (
             f"{'TCP' if self.proto == PROTO_TCP else 'UDP'}{kind} {where} {self.first}{last} -> {to}{self.to}{to_last}"
         )
+
+
+def _bracketed(address: bytes) -> str:
+    text = addr.text(address)
+    return f"[{text}]" if len(address) == 16 else text
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+# Rules that cannot both be ------------------------------------------------------------------------------------------
+
+
+def conflict(rules: Iterable[Rule]) -> tuple[Rule, Rule] | None:
+    """Two rules that would listen on one port, in the sense of `Rule.overlaps`, if there are any.
+
+    In the order of their first ports, each rule is compared with those before it that reach farthest: of each address
+    and interface there is one such rule. `below` has the same for addresses and interfaces that a wider one covers,
+    so that a rule looks up those equal to it, those wider in either respect, and those narrower, a dozen in all.
+    """
+    seen: dict[tuple[object, ...], Rule] = {}
+    for rule in sorted(rules, key=lambda r: r.first):
+        side = (rule.proto, rule.outbound)
+        addresses, interfaces = _wider_addresses(rule.addr), [rule.ifname, None] if rule.ifname else [None]
+        for a, below_a in _keys(addresses, rule.addr):
+            for i, below_i in _keys(interfaces, rule.ifname):
+                other = seen.get((*side, a, below_a, i, below_i))
+                if other is not None and rule.overlaps(other):
+                    return other, rule
+        for a in addresses:
+            for i in interfaces:
+                key = (*side, a, a != rule.addr, i, i != rule.ifname)
+                if key not in seen or seen[key].last < rule.last:
+                    seen[key] = rule
+    return None
+
+
+def _wider_addresses(address: bytes | None) -> list[bytes | None]:
+    """The address itself, any address of its family, any address."""
+    if address is None:
+        return [None]
+    return [address, bytes(len(address)), None] if any(address) else [address, None]
+
+
+def _keys(wider: Iterable[object], own: object) -> list[tuple[object, bool]]:
+    return [*((key, False) for key in wider), (own, True)]
+
+
+# Sockets -----------------------------------------------------------------------------------------------------------
 
 
 class Listener:

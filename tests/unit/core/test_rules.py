@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt import addr
+from passt.conf_ports import parse_spec
 from passt.core.rules import Listener, Rule
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
@@ -47,6 +48,28 @@ def test_where_ports_lead() -> None:
 def test_overlaps(a: dict[str, object], b: dict[str, object], common: range) -> None:
     one, other = replace(BASE, **a), replace(BASE, **b)  # type: ignore[arg-type]
     assert one.overlaps(other) == other.overlaps(one) == common
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-t 80-89:8080-8089",
+        "-u 53",
+        "-T 5432:192.0.2.1",
+        "-U 1-2:192.0.2.1/3-4",
+        "-t 0.0.0.0/80",
+        "-t [::]/8080:80",
+        "-t 127.0.0.1%lo/80:[2001:db8::1]/81",
+        "-t %eth0/1-65535",
+        "-t auto",
+        "-t %eth0/auto",
+        "-u auto,80-89",
+        "-t auto,8080:80",
+    ],
+)
+def test_spec_is_what_is_parsed(text: str) -> None:
+    (rule,) = parse_spec(text[1], text[3:])
+    assert rule.spec == text
 
 
 @given(*(st.integers(0, 65535) for _ in range(4)))
