@@ -15,7 +15,8 @@
 3. started as anyone else: nothing is dropped; rights come from the user namespace that we make or join
 
 Mustn't: change ids and lose access to /proc/self. A process that changed its ids is marked not dumpable, whereupon
-its own /proc files belong to root and writing uid_map fails; so the mark is taken away again.
+its own /proc files belong to root and writing uid_map fails; so the mark is taken away again. Nor lose the signal that
+whoever started us wants us to get when it dies: a change of ids or of capabilities makes the kernel forget that.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import errno
 import grp
 import os
 import pwd
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from . import log
@@ -36,6 +38,8 @@ from .linux.syscall import (
     CLONE_NEWUSER,
     PR_SET_DUMPABLE,
     PR_SET_KEEPCAPS,
+    PR_SET_PDEATHSIG,
+    parent_death_signal,
     prctl,
     set_capabilities,
     setns,
@@ -101,13 +105,14 @@ def become(identity: Identity, *, keep_capabilities: bool = False) -> None:
     if (os.geteuid(), os.getegid()) == (identity.uid, identity.gid):
         return
     try:
-        prctl(PR_SET_KEEPCAPS, int(keep_capabilities))
-        os.setgroups([])
-        os.setresgid(identity.gid, identity.gid, identity.gid)
-        os.setresuid(identity.uid, identity.uid, identity.uid)
-        if keep_capabilities:
-            prctl(PR_SET_KEEPCAPS, 0)
-            set_capabilities(*KEPT_CAPABILITIES)
+        with _dying_with_parent():
+            prctl(PR_SET_KEEPCAPS, int(keep_capabilities))
+            os.setgroups([])
+            os.setresgid(identity.gid, identity.gid, identity.gid)
+            os.setresuid(identity.uid, identity.uid, identity.uid)
+            if keep_capabilities:
+                prctl(PR_SET_KEEPCAPS, 0)
+                set_capabilities(*KEPT_CAPABILITIES)
     except OSError as e:
         ids = f"UID {identity.uid}, GID {identity.gid}"
         raise Fatal(f"Couldn't change to {ids}: {e.strerror} (--runas needs root)") from None
@@ -130,7 +135,19 @@ def map_ids(identity: Identity) -> None:
 
 def join_userns(fd: int) -> None:
     """Enter the user namespace `fd` with all rights there. The process must be single-threaded. Raises OSError."""
-    setns(fd, CLONE_NEWUSER)
+    with _dying_with_parent():
+        setns(fd, CLONE_NEWUSER)
+
+
+@contextmanager
+def _dying_with_parent() -> Iterator[None]:
+    """Keep the signal that the parent's death brings, if there is to be one, over a change of ids or capabilities."""
+    number, parent = parent_death_signal(), os.getppid()
+    yield
+    if number:
+        prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)  # it died in between
 
 
 def close_fds(fds: Iterable[int]) -> None:

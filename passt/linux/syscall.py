@@ -111,6 +111,7 @@ MS_REC = 0x4000
 MS_SLAVE = 0x80000
 
 PR_SET_PDEATHSIG = 1
+PR_GET_PDEATHSIG = 2
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
 PR_SET_CHILD_SUBREAPER = 36
@@ -126,6 +127,14 @@ def prctl(option: int, value: int) -> None:
     """prctl(2) for options that take one number."""
     zero = ctypes.c_ulong(0)
     check(_libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl")
+
+
+def parent_death_signal() -> int:
+    """The signal that we get when our parent dies (PR_GET_PDEATHSIG); 0: none."""
+    number = ctypes.c_int()
+    zero = ctypes.c_ulong(0)
+    check(_libc.prctl(PR_GET_PDEATHSIG, ctypes.byref(number), zero, zero, zero), "prctl")
+    return number.value
 
 
 # capset(2) ---------------------------------------------------------------------------------------------------------
