@@ -106,23 +106,32 @@ class Listeners:
 
     def add_all(self, wanted: Sequence[Wanted]) -> list[Failure]:
         """Listen on ports of rules of one direction; returns what failed. Not for ports that are listened on."""
+        listeners, failed = self.open(wanted)
+        self.watch(listeners)
+        return failed
+
+    def open(self, wanted: Sequence[Wanted]) -> tuple[list[Listener], list[Failure]]:
+        """Sockets for ports of rules of one direction, not watched yet, and what failed. What was opened is the
+        caller's, to watch or to close.
+        """
         outbound = bool(wanted) and wanted[0][0].outbound
         listeners: list[Listener] = []
         config = self._ctx.config
-        if outbound:
-            assert self._namespace is not None, "a virtual machine has no outbound rules"
-            try:
-                failed = self._namespace.run(lambda: open_ports(config, wanted, listeners))
-            except OSError as e:
-                return [Failure(rule, port, e.errno or 0) for rule, port in wanted]
-        else:
+        if not outbound:
             for rule, port in wanted:
                 if rule.proto != PROTO_TCP:
                     self._udp_in.make_way(port)
-            failed = open_ports(config, wanted, listeners)
+            return listeners, open_ports(config, wanted, listeners)
+        assert self._namespace is not None, "a virtual machine has no outbound rules"
+        try:
+            return listeners, self._namespace.run(lambda: open_ports(config, wanted, listeners))
+        except OSError as e:
+            return listeners, [Failure(rule, port, e.errno or 0) for rule, port in wanted]
+
+    def watch(self, listeners: Iterable[Listener]) -> None:
+        """Begin to serve what `open` gave."""
         for listener in listeners:
             self._watch(listener)
-        return failed
 
     def remove(self, rule: Rule, port: int) -> None:
         """Stop listening on a port of `rule`. Connections go on; UDP flows would keep the port, and end."""
@@ -136,6 +145,30 @@ class Listeners:
             self._held[held] -= 1
         if not self._held[held]:
             del self._held[held]
+        if not self._by_rule[rule]:
+            del self._by_rule[rule]
+
+    def hand_over(self, rule: Rule, port: int, heir: Rule) -> None:
+        """Let `heir`, which listens in the same way, have a port of `rule`, without a moment in which it is closed.
+
+        Connections go on. UDP flows end if the port leads elsewhere now.
+        """
+        listeners = self._by_rule[rule].pop(port)
+        if not self._by_rule[rule]:
+            del self._by_rule[rule]
+        self._by_rule.setdefault(heir, {})[port] = listeners
+        elsewhere = (rule.target, rule.target_port(port)) != (heir.target, heir.target_port(port))
+        for listener in listeners:
+            if elsewhere and rule.proto != PROTO_TCP:
+                self._udp_in.end(listener)
+            listener.rule, listener.to = heir, heir.target_port(port)
+            if elsewhere and rule.proto != PROTO_TCP:
+                self._udp_in.begin(listener)
+
+    @property
+    def has_namespace(self) -> bool:
+        """Whether there is a namespace to listen in."""
+        return self._namespace is not None
 
     def close(self) -> None:
         """Stop listening everywhere."""

@@ -87,10 +87,11 @@ class Failure:
 # All ports of one side ---------------------------------------------------------------------------------------------
 
 
-def open_side(config: Config, outbound: bool) -> Side:
+def open_side(config: Config, outbound: bool, *, changing: bool = False) -> Side:
     """All that must be there from the start on the side where outbound, or inbound, rules listen.
 
-    In the network namespace of the calling thread. Raises Fatal, with nothing left open.
+    `changing`: rules may come later, and automatic ones where tables of what is bound can be had. In the network
+    namespace of the calling thread. Raises Fatal, with nothing left open.
     """
     rules = [rule for rule in config.forwards if rule.outbound == outbound]
     for rule in rules:
@@ -101,7 +102,12 @@ def open_side(config: Config, outbound: bool) -> Side:
         _open_firm(config, [rule for rule in fixed if not rule.weak], listeners)
         _open_weak(config, [rule for rule in fixed if rule.weak], listeners)
         scanned = any(rule.auto and rule.outbound != outbound for rule in config.forwards)
-        return Side(listeners, _open_tables() if scanned else None)
+        tables = _open_tables() if scanned else None
+        if changing:
+            _features()  # while every system call is allowed
+        if changing and not scanned:
+            tables = _try_tables()
+        return Side(listeners, tables)
     except BaseException:
         for listener in listeners:
             listener.sock.close()
@@ -113,6 +119,14 @@ def _open_tables() -> PortTables:
         return open_tables()
     except OSError as e:
         raise Fatal(f"Couldn't open {e.filename}, which automatic port forwarding needs: {e.strerror}") from None
+
+
+def _try_tables() -> PortTables | None:
+    try:
+        return open_tables()
+    except OSError as e:
+        log.debug(f"{e.filename}: {e.strerror}: there can be no automatic port forwarding later")
+        return None
 
 
 def _open_firm(config: Config, rules: Sequence[Rule], into: list[Listener]) -> None:
@@ -278,8 +292,10 @@ def _features() -> Features:
 
 
 def _sockaddr(config: Config, rule: Rule, port: int, address: bytes) -> tuple[Any, ...]:
-    """For bind(): a link-local address is one of the rule's interface, or else of the template interface."""
-    if not addr.is_link_local(address) or len(address) == 4:
+    """For bind(): a link-local address is one of the rule's interface, or else of the template interface.
+
+    To the former the socket is bound already, which is as good as its number.
+    """
+    if not addr.is_link_local(address) or len(address) == 4 or rule.ifname is not None:
         return addr.text(address), port
-    scope = socket.if_nametoindex(rule.ifname) if rule.ifname is not None else config.scope_id
-    return addr.text(address), port, 0, scope
+    return addr.text(address), port, 0, config.scope_id

@@ -15,7 +15,9 @@ that cannot be bound is tried again each time, and said once, in debug.
     0.8 s    there are automatic rules     the tables are read and compared again
 
 so that ports appear and vanish within a second. At start inbound comes first, so that a server in the namespace gets
-its port on the host; later outbound does. Without automatic rules there is no timer, and no file is opened.
+its port on the host; later outbound does. Without automatic rules there is no timer, and nothing is read.
+
+Rules may change while we run (`forwards.py`). A port that another rule asks for is left to it.
 
 Cost of a look at both sides, both protocols, nothing new: 0.15 ms, and 0.6 us for each listening TCP socket and each
 UDP socket (`linux/ports.py`; milliseconds where the kernel has no inet_diag). An outbound port that cannot be bound
@@ -26,7 +28,7 @@ take a twentieth of a processor at most; time in which others have it does not c
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from . import log
 from .core.context import Context
@@ -46,22 +48,43 @@ class Scanner:
     def __init__(self, ctx: Context, listeners: Listeners, host: PortTables | None, ns: PortTables | None) -> None:
         self._ctx = ctx
         self._listeners = listeners
-        rules = [rule for rule in ctx.config.forwards if rule.auto]
-        self._inbound = [rule for rule in rules if not rule.outbound]
-        self._outbound = [rule for rule in rules if rule.outbound]
         self._host, self._ns = host, ns
         self._failed: dict[bool, set[Wanted]] = {False: set(), True: set()}  # by direction, at the last look
         self._timer = -1
+        self._armed = False
+        self._set_rules(ctx.config.forwards)
+
+    def _set_rules(self, rules: Iterable[Rule]) -> None:
+        rules = list(rules)
+        self._inbound = [rule for rule in rules if rule.auto and not rule.outbound]
+        self._outbound = [rule for rule in rules if rule.auto and rule.outbound]
+        fixed = [rule for rule in rules if not rule.auto]
+        self._others = {rule: _overlaps(rule, fixed) for rule in (*self._inbound, *self._outbound)}
+
+    def can_follow(self, outbound: bool) -> bool:
+        """Whether there may be automatic rules of that direction: what is bound at the other side is known."""
+        return (self._host if outbound else self._ns) is not None
+
+    def follow(self, rules: Iterable[Rule], now: float) -> None:
+        """Other rules are in force from now on. What no rule wants any more was closed by who changed them."""
+        self._set_rules(rules)
+        self.start(now)
 
     def start(self, now: float) -> None:
-        """Look for the first time, and again and again from then on."""
+        """Look at once, and again and again from then on."""
         if not self._inbound and not self._outbound:
             return
-        self._timer = self._ctx.timers.services.new(self._look)
+        if self._timer < 0:
+            self._timer = self._ctx.timers.services.new(self._look)
         self._follow_all((self._inbound, self._ns), (self._outbound, self._host))
-        self._ctx.timers.services.arm(self._timer, now + INTERVAL)
+        if not self._armed:
+            self._ctx.timers.services.arm(self._timer, now + INTERVAL)
+            self._armed = True
 
     def _look(self, now: float) -> None:
+        self._armed = bool(self._inbound or self._outbound)
+        if not self._armed:
+            return
         begin = time.process_time()
         try:
             self._follow_all((self._outbound, self._host), (self._inbound, self._ns))
@@ -81,6 +104,7 @@ class Scanner:
         new: list[Wanted] = []
         for rule in rules:
             wanted = {p for t in bound[rule.proto] if (p := t - rule.to + rule.first) in rule.ports}
+            wanted -= {port for port in wanted for others in self._others[rule] if port in others}
             have = listeners.ports(rule)
             for port in have - wanted:
                 listeners.remove(rule, port)
@@ -111,3 +135,8 @@ class Scanner:
                 if (rule, port) not in failed:
                     log.debug(f"{rule.option}: listening on port {port}")
         self._failed[outbound] = set(failed)
+
+
+def _overlaps(rule: Rule, fixed: Iterable[Rule]) -> list[range]:
+    """Ports of an automatic rule that others ask for."""
+    return [common for other in fixed if (common := rule.overlaps(other))]

@@ -202,11 +202,35 @@ def test_one_interface_only(opened: Opened, port: int) -> None:
 
 def test_link_local_address_is_one_of_the_interface() -> None:
     ll = addr.packed("fe80::7")
-    lo = socket.if_nametoindex("lo")
     config = replace(CONFIG, scope_id=99)
-    assert listen_sock._sockaddr(config, rule(80, addr=ll, ifname="lo"), 80, ll) == ("fe80::7", 80, 0, lo)
+    bound_already = rule(80, addr=ll, ifname="lo")
+    assert listen_sock._sockaddr(config, bound_already, 80, ll) == ("fe80::7", 80)
     assert listen_sock._sockaddr(config, rule(80, addr=ll), 80, ll) == ("fe80::7", 80, 0, 99)
     assert listen_sock._sockaddr(config, rule(80), 80, addr.packed("169.254.1.1")) == ("169.254.1.1", 80)
+
+
+def test_link_local_address_is_the_interfaces_without_its_number(opened: Opened, port: int) -> None:
+    """What the kernel makes of it; with IPV6_FREEBIND, since `lo` need not have such an address."""
+    ll = addr.packed("fe80::7")
+    (sock,) = opened(replace(CONFIG, freebind=True), rule(port, addr=ll, ifname="lo"))
+    assert sock.getsockname() == ("fe80::7", port, 0, socket.if_nametoindex("lo"))
+
+
+@pytest.mark.parametrize("outbound", [False, True])
+def test_tables_for_rules_that_may_come(outbound: bool) -> None:
+    config = replace(CONFIG, forwards=())
+    assert open_side(config, outbound).tables is None
+    side = open_side(config, outbound, changing=True)
+    assert side.tables is not None
+    side.tables.close()
+
+
+def test_rules_may_come_that_are_not_automatic(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(errno.ENOENT, "No such file or directory", "/proc/net/tcp")
+
+    monkeypatch.setattr(listen_sock, "open_tables", refuse)
+    assert open_side(replace(CONFIG, forwards=()), False, changing=True).tables is None
 
 
 @pytest.mark.parametrize(
