@@ -68,6 +68,11 @@ def endpoint(a: bytes, port: int) -> str:
     return f"[{text(a)}]:{port}"
 
 
+def host_port(a: bytes, port: int) -> str:
+    """addr:port, with brackets where the address has colons of its own (RFC 5952, 6)."""
+    return f"{text(a)}:{port}" if len(a) == 4 else f"[{text(a)}]:{port}"
+
+
 def mac_text(mac: bytes) -> str:
     return mac.hex(":")
 

@@ -39,7 +39,7 @@ from typing import Any
 from . import addr, log
 from .core.config import PASTA
 from .core.context import Context
-from .core.flow import TableFull
+from .core.flow import GUEST, Endpoints, TableFull
 from .core.fwd import Forwarding
 from .core.idle import IdleFlow, IdleFlows, flow_limit
 from .core.link import F_NEEDS_CSUM, GSO_NONE, VNET
@@ -140,7 +140,8 @@ class PingFlow(IdleFlow):
     """Echo requests of one identifier from the guest to one destination."""
 
     __slots__ = ("dst", "echo_id", "hops", "host", "last_seq", "src")
-    kind = "ping"
+    kind = label = "ping"
+    protocol = "icmp"
 
     def __init__(self, key: bytes, host: bytes, now: float) -> None:
         super().__init__(key, PING_TIMEOUT, now)
@@ -151,6 +152,11 @@ class PingFlow(IdleFlow):
         self.echo_id = key[-4:-2]
         self.last_seq = NO_SEQUENCE  # of the last reply
         self.hops = 0  # TTL or hop limit set on the socket, 0: the system's
+
+    def endpoints(self) -> Endpoints:
+        """The guest's end has its identifier where others have a port, the others none."""
+        ident = int.from_bytes(self.echo_id, "big")
+        return Endpoints(GUEST, addr.host_port(self.src, ident), addr.text(self.dst), addr.text(self.host))
 
 
 def refuse(src: bytes, dst: bytes, echo: memoryview) -> str | None:
@@ -238,6 +244,7 @@ class Icmp:
             except OSError:
                 self._report(flow, now)  # an error of an earlier request may be in the way of this one
                 flow.sock.send(echo)
+            flow.to_host += len(echo)
         except BlockingIOError:
             ctx.drops["icmp: send buffer full"] += 1
         except OSError as e:
@@ -267,9 +274,6 @@ class Icmp:
             reason = errno.errorcode.get(e.errno or 0) if isinstance(e, OSError) else "table full"
             ctx.drops[f"icmp: no flow: {reason}"] += 1
             return None
-        if log.debug_on:
-            ends = f"TAP [{addr.text(src)}] -> [{addr.text(dst)}] => HOST [{addr.text(host)}]"
-            log.debug(f"Flow {flow.index} (ACTIVE|ping): {ends} id {ident}")
         return flow
 
     def _refused(self, e: OSError, src: bytes, dst: bytes, echo: memoryview, now: float) -> None:
@@ -299,7 +303,7 @@ class Icmp:
 
     def forget(self) -> None:
         """The guest is gone: end all flows."""
-        self._flows.close_all()
+        self._flows.close_all("guest gone")
 
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref): end that flow, and only that."""
@@ -309,7 +313,7 @@ class Icmp:
         """Hand what is in the error queue to the guest, quoting the request with its own identifier."""
         for error, quoted in read_errors(flow.sock):
             if log.debug_on:
-                log.debug(f"Flow {flow.index} (ACTIVE|ping): error on socket {flow.fd}: {error}")
+                log.debug(f"Flow {flow.index} (ping): error on socket {flow.fd}: {error}")
             if addr.is_unicast(flow.dst):
                 request = quoted[:4] + flow.echo_id + quoted[6:]
                 packet = icmp.quote(flow.src, flow.dst, icmp.protocol(flow.dst), request)
@@ -342,6 +346,7 @@ class Icmp:
             ctx.drops["icmp: duplicate reply"] += 1
             return
         flow.last_seq, flow.last = sequence, now
+        flow.to_guest += n
         buf[2:4] = b"\0\0"
         buf[4:6] = flow.echo_id
         self._send_reply(sender if group else flow.dst, flow.src, self._mv[:n])

@@ -37,13 +37,13 @@ socket negotiates them with its peer as it likes); urgent pointers, whose byte t
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections.abc import Sequence
 from typing import Any
 
-from . import log, tcp_sock
+from . import tcp_sock
 from .core.context import Context
+from .core.flow import reason_of
 from .core.reactor import (
     EPOLLERR,
     EPOLLHUP,
@@ -390,12 +390,12 @@ class Tcp:
         conn.retries += 1
         if not conn.events & ESTABLISHED:
             if conn.retries > SYN_RETRIES:
-                self._table.give_up(conn, "no answer of the guest")
+                self._table.abort(conn, "no answer of the guest")
                 return
             self._opening.again(conn)
         elif conn.snd_nxt != conn.snd_una:
             if conn.retries > RETRIES_MAX:
-                self._table.give_up(conn, "no acknowledgement")
+                self._table.abort(conn, "no acknowledgement")
                 return
             conn.recover = 0
             self._out.rewind(conn)
@@ -404,7 +404,7 @@ class Tcp:
                 return
         else:
             if conn.snd_wnd and conn.retries > KEEPALIVE_PROBES:
-                self._table.give_up(conn, "no answer to keep-alive")
+                self._table.abort(conn, "no answer to keep-alive")
                 return
             # RFC 9293, 3.8.4 and 3.8.6.1: an old sequence number makes the guest acknowledge, and tell its window
             self._out.bare(conn, ACK, conn.snd_una - 1)
@@ -414,28 +414,27 @@ class Tcp:
 
     def _broken(self, conn: TcpConn, error: int, now: float) -> None:
         """The host socket failed. What it still holds goes to the guest first, then RST."""
-        log.debug(f"Flow {conn.index} (TCP connection): {os.strerror(error)}")
         if conn.events == TAP_SYN_RCVD:
             self._opening.connect_failed(conn, error, now)
         else:
-            self._table.reset_by_host(conn)
+            self._table.reset_by_host(conn, reason_of(error))
 
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref): end that flow, and only that."""
         conn = self._by_index[ref_data(ref)]
         if isinstance(conn, TcpConn):
-            self._table.abort(conn)
+            self._table.abort(conn, "fault")
 
     def fault_key(self, key: bytes) -> None:
         """Likewise, when it failed on segments from the guest."""
         conn = self._conns.get(key)
         if conn is not None:
-            self._table.abort(conn)
+            self._table.abort(conn, "fault")
 
     def forget(self) -> None:
         """The guest is gone: RST to all host peers."""
         for conn in list(self._table.by_key.values()):
-            self._table.reset_by_guest(conn)
+            self._table.reset_by_guest(conn, "guest gone")
 
     def resume(self, now: float) -> None:
         """The link takes frames again: those that waited for it go on."""

@@ -230,6 +230,7 @@ class TcpOut:
 
     def again(self, conn: TcpConn) -> None:
         """Resend one frame from snd_una, whatever else is in flight (fast retransmit, RFC 6582)."""
+        conn.resent += 1
         in_flight = conn.snd_nxt - conn.snd_una
         if conn.events & TAP_FIN_SENT and in_flight == 1:
             self.bare(conn, tcp.FIN | tcp.ACK, conn.snd_una)
@@ -245,6 +246,7 @@ class TcpOut:
 
     def rewind(self, conn: TcpConn) -> None:
         """Forget that anything after snd_una was sent: the next `data` sends it again."""
+        conn.resent += 1
         conn.snd_nxt = conn.snd_una
         conn.drained = False
         set_event(conn, 0, clear=TAP_FIN_SENT)

@@ -37,11 +37,11 @@ They are Python integers that start in 32 bits and never wrap; they are masked w
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any
 
 from . import addr, log
-from .core.flow import Flow
+from .core.flow import GUEST, HOST, Endpoints, Flow, FlowInfo, TcpInfo
 from .core.link import F_NEEDS_CSUM, GSO_NONE, VNET
+from .linux import tcpinfo
 from .wire import tcp
 from .wire.checksum import PROTO_TCP, fold, ones_sum, pseudo_sum
 
@@ -91,13 +91,14 @@ class TcpConn(Flow):
         "chunk",  # most payload bytes in one frame to the guest, a multiple of the MSS
         "deadline",  # time.monotonic() at which `Tcp.timer_handler` has something to do
         "drained",  # a peek came back short: nothing to read until the socket says so
-        "dst",  # host side address and port
         "eager",  # much was dropped from the socket last time: what is left may pin a large buffer, drop it at once
         "events",
         "gso",  # whether `hdr` has segmentation fields set
         "hdr",  # pre-cooked frame: vnet, Ethernet, IP, TCP headers
+        "host",  # address and port that the host socket is connected to
         "ip_sum",  # folded sum of the IPv4 header without total length and checksum
-        "isn_tap",  # the guest's initial sequence number
+        "isn",  # our initial sequence number
+        "isn_tap",  # the guest's
         "keepalive",  # the guest probes this connection, and so does the host socket
         "l4",  # offset of the TCP header in `hdr`
         "lazy",  # acknowledgements since anything was dropped from the socket
@@ -114,6 +115,7 @@ class TcpConn(Flow):
         "rcv_max",  # largest window that the guest has seen
         "rcv_nxt",
         "recover",
+        "resent",  # retransmissions to the guest
         "retries",
         "snd_nxt",
         "snd_una",
@@ -127,33 +129,61 @@ class TcpConn(Flow):
         "ws_to",  # ours
     )
     kind = "TCP connection"
+    label = "tcp"
 
     def __init__(self, key: bytes) -> None:
         super().__init__(key)
         self.events = 0
-        self.dst: tuple[Any, ...] = ()
+        self.host: tuple[bytes, int] = b"", 0
         self.other = b""
         self.hdr = bytearray()
         self.l4 = self.ip_sum = self.tcp_sum = 0
         self.mss = tcp.MSS_DEFAULT
         self.chunk = self.ws_from = self.ws_to = 0
-        self.isn_tap = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_low = self.rcv_max = 0
+        self.isn = self.isn_tap = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_low = self.rcv_max = 0
         self.snd_una = self.snd_nxt = self.snd_wnd = self.base = self.recover = 0
         self.gso = self.near = self.low = self.lost = self.ack_due = False
         self.queued = self.urgent = self.eager = self.keepalive = False
         self.drained = True
-        self.pingpong = self.retries = self.unpolled = self.lazy = 0
+        self.pingpong = self.retries = self.unpolled = self.lazy = self.resent = 0
         self.timer = -1
         self.deadline = self.t_rx = 0.0
 
-    @property
-    def endpoints(self) -> str:
-        """[guest]:port -> [peer]:port, for the log."""
+    def endpoints(self) -> Endpoints:
         n = (len(self.key) - 4) // 2
         ports = self.key[2 * n :]
-        guest = addr.endpoint(self.key[:n], int.from_bytes(ports[:2], "big"))
-        peer = addr.endpoint(self.key[n : 2 * n], int.from_bytes(ports[2:], "big"))
-        return f"TAP {guest} -> {peer}"
+        guest = addr.host_port(self.key[:n], int.from_bytes(ports[:2], "big"))
+        peer = addr.host_port(self.key[n : 2 * n], int.from_bytes(ports[2:], "big"))
+        began = HOST if self.events & SOCK_ACCEPTED else GUEST
+        return Endpoints(began, guest, peer, addr.host_port(*self.host) if self.host[0] else "")
+
+    def traffic(self) -> tuple[int, int]:
+        """What the guest has acknowledged, and what the host socket has taken: both are in the sequence numbers."""
+        to_guest = self.snd_una - self.isn - 1 - (1 if self.events & TAP_FIN_ACKED else 0)
+        to_host = self.rcv_nxt - self.isn_tap - 1 - (1 if self.events & TAP_FIN_RCVD else 0)
+        return max(to_guest, 0), max(to_host, 0)
+
+    def info(self, now: float) -> FlowInfo:
+        events, age = self.events, now - self.opened
+        to_guest, to_host = traffic = self.traffic()
+        details = tcpinfo.details(self.sock) if self.sock is not None else None
+        waiting = unacked = None
+        if details is not None and details.received is not None and details.acked is not None:
+            waiting = max(details.received - (1 if events & SOCK_FIN_RCVD else 0) - to_guest, 0)
+            unacked = max(to_host - details.acked + (0 if events & SOCK_ACCEPTED else 1), 0)
+        tcp_info = TcpInfo(
+            rtt=details.rtt if details else None,
+            snd_wnd=self.snd_wnd,
+            rcv_wnd=max(self.rcv_edge - self.rcv_nxt, 0),
+            resent_to_guest=self.resent,
+            resent_to_host=details.retransmits if details else None,
+            queue_to_guest=waiting,
+            queue_to_host=unacked,
+        )
+        # Before a connection is there, the kernel counts the time from its own start.
+        idle = min(details.idle, age) if details else None
+        state = event_text(events)
+        return FlowInfo(self.index, "tcp", "tap", self.endpoints(), state, *traffic, age, idle, tcp_info)
 
 
 def event_text(events: int) -> str:
@@ -165,8 +195,8 @@ def set_event(conn: TcpConn, bits: int, clear: int = 0) -> None:
     """The only writer of `conn.events`."""
     old = conn.events
     conn.events = old & ~clear | bits
-    if log.debug_on and conn.events != old:
-        log.debug(f"Flow {conn.index} (TCP connection): {event_text(old)} -> {event_text(conn.events)}")
+    if log.trace_on and conn.events != old:
+        log.trace(f"Flow {conn.index} (TCP connection): {event_text(old)} -> {event_text(conn.events)}")
 
 
 def timeout(conn: TcpConn) -> float:

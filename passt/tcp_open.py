@@ -51,7 +51,7 @@ from typing import Any
 
 from . import addr, log, tcp_sock
 from .core.context import Context
-from .core.flow import TableFull
+from .core.flow import TableFull, reason_of
 from .core.idle import flow_limit
 from .core.reactor import TYPE_TCP
 from .core.rules import Listener
@@ -120,7 +120,7 @@ class TcpOpen:
                 continue
             flags = bits & (SYN | RST | ACK)
             if conn is not None and flags == SYN and seq != conn.isn_tap:
-                self._table.abort(conn)  # the guest gave up the old attempt and reuses the port
+                self._table.abort(conn, "replaced")  # the guest gave up the old attempt and reuses the port
                 conn = None
             if conn is None:
                 conn = self._no_connection(key, offset, data, end, now)
@@ -161,6 +161,7 @@ class TcpOpen:
 
     def again(self, conn: TcpConn) -> None:
         """SYN or SYN,ACK was lost, or may have been."""
+        conn.resent += 1
         if conn.events & TAP_SYN_SENT:
             self._out.syn(conn)
         else:
@@ -177,7 +178,7 @@ class TcpOpen:
 
     def _number(self, conn: TcpConn, now: float) -> None:
         """Choose where our sequence begins: nothing is sent yet, and the first byte comes after SYN."""
-        conn.snd_una = conn.snd_nxt = self.isn(conn.key, now)
+        conn.isn = conn.snd_una = conn.snd_nxt = self.isn(conn.key, now)
         conn.base = conn.snd_una + 1
 
     def _established(self, conn: TcpConn, numbers: tuple[int, ...]) -> None:
@@ -197,6 +198,7 @@ class TcpOpen:
         conn.rcv_nxt = conn.rcv_acked = conn.rcv_edge = isn + 1
         _agree(conn, options)
         conn.snd_wnd = window
+        tcp_sock.aim(self._ctx.fwd, conn)
         try:
             self._table.add(conn)
         except TableFull:
@@ -212,7 +214,7 @@ class TcpOpen:
             log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
             self._ctx.drops["tcp socket"] += 1
             self._out.refuse(key, isn, 0, SYN, 1)
-            self._table.close(conn)
+            self._table.close(conn, "no socket")
             return None
         if error != errno.EINPROGRESS:
             self.connected(conn, error, now)
@@ -224,8 +226,6 @@ class TcpOpen:
             self.connect_failed(conn, error, now)
             return
         self._ctx.flows.activate(conn)
-        if log.debug_on:
-            log.debug(f"Flow {conn.index} (TCP connection): {conn.endpoints} => HOST {conn.dst[0]} port {conn.dst[1]}")
         self._acks.open_window(conn, now)
         self._out.syn_ack(conn, conn.ws_to != 0)
         conn.snd_nxt = conn.snd_una + 1
@@ -239,7 +239,7 @@ class TcpOpen:
             self._out.reset(conn)
         elif error != errno.ETIMEDOUT:
             self._out.unreachable(conn, error, now)
-        self._table.close(conn)
+        self._table.close(conn, reason_of(error))
 
     # A host client connects ----------------------------------------------------------------------------------------
 
@@ -272,25 +272,23 @@ class TcpOpen:
             return "tcp inbound: endpoints in use"
         conn = TcpConn(free[0])
         conn.other = free[1] if len(free) > 1 else b""
+        conn.host = peer, peer_port
+        set_event(conn, SOCK_ACCEPTED)
         try:
             table.add(conn)
         except TableFull:
             return "flow table full"
         conn.near = tcp_sock.is_near(self._ctx.fwd, self._features, peer)
         conn.fd = sock.fileno()
-        set_event(conn, SOCK_ACCEPTED)
         table.half_open += 1
         try:
             self._ctx.reactor.watch(conn.fd, TYPE_TCP, conn.index, INTEREST)
             self._syn(conn, now)
         except OSError as e:
             log.warn_ratelimited("tcp socket", f"Cannot forward a TCP connection: {e.strerror}", now)
-            table.release(conn)
+            table.release(conn, "no descriptor")
             return "tcp inbound: no descriptor"
         conn.sock = sock
-        if log.debug_on:
-            client = addr.endpoint(peer, peer_port)
-            log.debug(f"Flow {conn.index} (TCP connection): HOST {client} -> port {listener.port} => {conn.endpoints}")
         return ""
 
     def _is_free(self, key: bytes) -> bool:
@@ -301,7 +299,7 @@ class TcpOpen:
         """
         conn = self._table.by_key.get(key)
         if conn is not None and not conn.events & SOCK_FIN_SENT and tcpinfo.is_closed(conn.sock):
-            self._table.reset_by_host(conn)
+            self._table.reset_by_host(conn, "replaced")
             self._replaced += 1
             return True
         return conn is None
@@ -369,12 +367,12 @@ class TcpOpen:
     def _refused(self, conn: TcpConn, now: float) -> None:
         """The guest has no server there; of the other family, perhaps."""
         if not conn.other or conn.other in self._table.by_key:
-            self._table.reset_by_guest(conn)
+            self._table.reset_by_guest(conn, "refused by guest")
             return
         self._table.rekey(conn, conn.other)
         conn.other = b""
         if log.debug_on:
-            log.debug(f"Flow {conn.index} (TCP connection): refused, now {conn.endpoints}")
+            log.debug(f"Flow {conn.index} (TCP connection): refused, now {conn.endpoints()}")
         self._syn(conn, now)
 
 

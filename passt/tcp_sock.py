@@ -32,22 +32,27 @@ KEEPIDLE_MAX = 32767  # s, MAX_TCP_KEEPIDLE of Linux
 _RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
 
 
+def aim(fwd: Forwarding, conn: TcpConn) -> None:
+    """Find out whom the guest means."""
+    key = conn.key
+    n = (len(key) - 4) // 2
+    port = int.from_bytes(key[2 * n + 2 :], "big")
+    conn.host = fwd.outbound(key[n : 2 * n], port), port
+
+
 def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
-    """Open the host socket and start connecting; returns 0, EINPROGRESS, or what failed.
+    """Open the host socket and start connecting to `conn.host`; returns 0, EINPROGRESS, or what failed.
 
     Raises OSError when no socket can be had.
     """
-    fwd, key = ctx.fwd, conn.key
-    n = (len(key) - 4) // 2
-    peer, port = key[n : 2 * n], int.from_bytes(key[2 * n + 2 :], "big")
-    dst = fwd.outbound(peer, port)
-    conn.dst = fwd.sockaddr(dst, port)
+    fwd, dst = ctx.fwd, conn.host[0]
+    sockaddr = fwd.sockaddr(*conn.host)
     sock: Any = new_socket(addr.family(dst), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     conn.sock, conn.fd = sock, sock.fileno()
     _prepare(sock, features)
     conn.near = is_near(fwd, features, dst)
     _bind(ctx, conn, dst)
-    error = connect_local(sock, conn.dst) if conn.near else sock.connect_ex(conn.dst)
+    error = connect_local(sock, sockaddr) if conn.near else sock.connect_ex(sockaddr)
     pending = EPOLLOUT if error == errno.EINPROGRESS else 0
     if error in (0, errno.EINPROGRESS):
         ctx.reactor.watch(conn.fd, TYPE_TCP, conn.index, INTEREST | pending)

@@ -45,7 +45,7 @@ from typing import Any
 
 from . import addr, log, tcp_sock
 from .core.context import Context
-from .core.flow import Flow, TableFull
+from .core.flow import GUEST, HOST, Endpoints, Flow, FlowInfo, TableFull, TcpInfo, name_of, reason_of
 from .core.nspool import open_socket
 from .core.pipes import PIPE_SIZE, Pipe, PipePool
 from .core.reactor import (
@@ -60,6 +60,8 @@ from .core.reactor import (
     ref_data,
 )
 from .core.rules import Listener
+from .core.stats import Tally
+from .linux import tcpinfo
 
 COPY_MAX = 65536  # bytes received at once by a small half
 BULK_MIN = 16384  # bytes in a wake-up
@@ -75,13 +77,15 @@ class Half:
     """One direction: from `src` to `dst`."""
 
     __slots__ = (
-        "bulk", "dst", "dst_fd", "ending", "eof", "fin", "held", "pending", "pipe", "polled", "src", "src_fd", "tuned",
-        "urgent",
+        "bulk", "dst", "dst_fd", "ending", "eof", "fin", "held", "moved", "pending", "pipe", "polled", "src", "src_fd",
+        "tally", "tuned", "urgent",
     )  # fmt: skip
 
-    def __init__(self, src: Any, dst: Any) -> None:
+    def __init__(self, src: Any, dst: Any, tally: Tally) -> None:
         self.src, self.src_fd = src, src.fileno()
         self.dst, self.dst_fd = dst, dst.fileno()
+        self.tally = tally  # of all connections
+        self.moved = 0  # bytes received
         self.pipe: Pipe | None = None
         self.held = 0  # bytes in the pipe
         self.pending = b""  # bytes received that `dst` did not take
@@ -98,7 +102,8 @@ class SpliceConn(Flow):
     """A connection. `sock` is the client's; `key` is empty, since nobody looks for it."""
 
     __slots__ = ("early", "halves", "inbound", "other", "peer", "port", "targets")
-    kind = "TCP connection (spliced)"
+    kind = "spliced TCP connection"
+    label = "tcp_splice"
 
     def __init__(self, sock: Any, peer: bytes, listener: Listener, targets: list[bytes]) -> None:
         super().__init__(b"")
@@ -111,6 +116,50 @@ class SpliceConn(Flow):
         self.early = 0  # events of the client before the server was connected
         self.halves: tuple[Half, ...] = ()  # none before the server is connected
 
+    def endpoints(self) -> Endpoints:
+        """The server's address is known once it is connected: before that, the one that is tried first."""
+        client = name_of(self.sock.getpeername)
+        server = name_of(self.other.getpeername) if self.other is not None else ""
+        if not server and self.targets:
+            server = addr.host_port(self.targets[0], self.port)
+        if self.inbound:
+            return Endpoints(HOST, server, name_of(self.other.getsockname) if self.other is not None else "", client)
+        return Endpoints(GUEST, client, name_of(self.sock.getsockname), server)
+
+    def traffic(self) -> tuple[int, int]:
+        if not self.halves:
+            return 0, 0
+        first, second = (half.moved - half.held - len(half.pending) for half in self.halves)
+        return (first, second) if self.inbound else (second, first)
+
+    def info(self, now: float) -> FlowInfo:
+        socks = (self.sock, self.other) if self.inbound else (self.other, self.sock)
+        host, guest = (tcpinfo.details(sock) if sock is not None else None for sock in socks)
+        tcp_info = TcpInfo(
+            rtt=host.rtt if host else None,
+            snd_wnd=None,
+            rcv_wnd=None,
+            resent_to_guest=guest.retransmits if guest else None,
+            resent_to_host=host.retransmits if host else None,
+            queue_to_guest=_on_the_way(host, guest),
+            queue_to_host=_on_the_way(guest, host),
+        )
+        age = now - self.opened
+        idle = min(host.idle, guest.idle, age) if host and guest else None
+        names = ["ESTABLISHED"] if self.halves else ["CONNECTING"]
+        for half, name in zip(self.halves, ("CLIENT_FIN", "SERVER_FIN"), strict=False):
+            names += [name] if half.fin else []
+        return FlowInfo(
+            self.index, "tcp", "splice", self.endpoints(), "|".join(names), *self.traffic(), age, idle, tcp_info
+        )
+
+
+def _on_the_way(src: tcpinfo.Details | None, dst: tcpinfo.Details | None) -> int | None:
+    """Bytes that came to one socket and that the peer of the other does not have, give or take SYN and FIN."""
+    if src is None or dst is None or src.received is None or dst.acked is None:
+        return None
+    return max(src.received - dst.acked, 0)
+
 
 class TcpSplice:
     """All spliced connections."""
@@ -121,6 +170,7 @@ class TcpSplice:
         self._pipes = PipePool()
         self._count = 0  # connections that have an index
         self._buf = memoryview(bytearray(COPY_MAX))
+        self._tallies = ctx.stats.spliced["tcp"]  # to the guest, to the host
         ctx.reactor.handle(TYPE_TCP_SPLICE, self.sock_handler)
 
     # Opening -----------------------------------------------------------------------------------------------------
@@ -160,7 +210,7 @@ class TcpSplice:
         self._ctx.drops[f"splice: {errno.errorcode.get(error, error)}"] += 1
         if error not in (errno.ECONNREFUSED, errno.ECONNRESET):
             log.warn_ratelimited("splice", f"Cannot connect to forwarded port {conn.port}: {os.strerror(error)}", now)
-        self._abort(conn)
+        self._abort(conn, reason_of(error))
 
     def _try(self, conn: SpliceConn, target: bytes) -> int:
         """Begin to connect to `target`: 0, EINPROGRESS or what failed. Raises OSError if there is no socket."""
@@ -182,18 +232,15 @@ class TcpSplice:
 
     def _connected(self, conn: SpliceConn) -> None:
         conn.targets = []
-        conn.halves = Half(conn.sock, conn.other), Half(conn.other, conn.sock)
+        there, back = self._tallies if conn.inbound else self._tallies[::-1]
+        conn.halves = Half(conn.sock, conn.other, there), Half(conn.other, conn.sock, back)
         self._ctx.flows.activate(conn)
-        if log.debug_on:
-            ends = [addr.endpoint(*_plain(s.getpeername())) for s in (conn.sock, conn.other)]
-            sides = ("HOST", "SPLICE") if conn.inbound else ("SPLICE", "HOST")
-            log.debug(f"Flow {conn.index} ({conn.kind}): {sides[0]} {ends[0]} => {sides[1]} {ends[1]}")
 
     def _early(self, conn: SpliceConn, side: int, events: int, now: float) -> None:
         """An event before the server is connected: of the client, or about how connecting went."""
         if side == 0:
             if events & (EPOLLERR | EPOLLHUP):
-                self._abort(conn)  # it has given up
+                self._abort(conn, "client gone")  # it has given up
             conn.early |= events  # what it sent waits
             return
         error = conn.other.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -222,7 +269,8 @@ class TcpSplice:
             self._early(conn, side, events, now)
             return
         if events & EPOLLERR:
-            self._abort(conn)
+            half = halves[side]
+            self._broken(conn, half.src.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), side)
             return
         half = halves[1 - side]
         if events & EPOLLOUT and (half.held or half.pending):
@@ -249,8 +297,8 @@ class TcpSplice:
                 self._finish(conn, half)
                 return
         except OSError as e:
-            log.debug(f"Flow {conn.index} ({conn.kind}): {e.strerror}")
-            self._abort(conn)
+            # Which of the two failed is not known: one that was reset says EPIPE to who sends, ECONNRESET to who reads.
+            self._broken(conn, e.errno or errno.EIO, conn.halves.index(half) ^ (e.errno == errno.EPIPE))
             return
         if state == BLOCKED:
             if not half.polled:
@@ -273,6 +321,8 @@ class TcpSplice:
             if not n:
                 half.eof = True
                 return IDLE
+            half.moved += n
+            half.tally.bytes += n
             try:
                 sent = half.dst.send(buf[:n])
             except BlockingIOError:
@@ -335,6 +385,8 @@ class TcpSplice:
                 state = IDLE
                 break
             total += half.held
+            half.moved += half.held
+            half.tally.bytes += half.held
         self._pipes.give_back(half.pipe, 0)
         half.pipe = None
         if half.urgent or (half.ending and state == IDLE):
@@ -349,7 +401,7 @@ class TcpSplice:
         """Everything was delivered: pass the end on. Raises OSError."""
         half.fin = True
         if conn.halves[0].fin and conn.halves[1].fin:
-            self._release(conn)
+            self._release(conn, "both ended")
         else:
             half.dst.shutdown(socket.SHUT_WR)
 
@@ -359,31 +411,32 @@ class TcpSplice:
             self._ctx.reactor.retire(conn.other.fileno(), conn.other)
             conn.other = None
 
-    def _abort(self, conn: SpliceConn) -> None:
+    def _broken(self, conn: SpliceConn, error: int, side: int) -> None:
+        """The socket of `side` failed, 0 is the client's."""
+        guests = (side == 1) == conn.inbound
+        why = reason_of(error) if error else "reset by peer"
+        self._abort(conn, "reset by guest" if guests and why == "reset by peer" else why)
+
+    def _abort(self, conn: SpliceConn, why: str) -> None:
         """Reset both sides."""
         tcp_sock.reset_on_close(conn.sock)
         if conn.other is not None:
             tcp_sock.reset_on_close(conn.other)
-        self._release(conn)
+        self._release(conn, why)
 
-    def _release(self, conn: SpliceConn) -> None:
+    def _release(self, conn: SpliceConn, why: str) -> None:
         """Close both sides, and let go of everything."""
+        self._ctx.flows.free(conn, why)
         for half in conn.halves:
             if half.pipe is not None:
                 self._pipes.give_back(half.pipe, half.held)
         conn.halves = ()  # which refer to the sockets
         self._drop_other(conn)
         self._ctx.reactor.retire(conn.fd, conn.sock)
-        self._ctx.flows.free(conn)
         self._count -= 1
 
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref) >> 1: end that flow, and only that."""
         conn = self._by_index[ref_data(ref) >> 1]
         if isinstance(conn, SpliceConn):
-            self._abort(conn)
-
-
-def _plain(sockaddr: tuple[Any, ...]) -> tuple[bytes, int]:
-    """The packed address, without its mapping into IPv6, and the port."""
-    return addr.unmapped(addr.packed(sockaddr[0].partition("%")[0])), sockaddr[1]
+            self._abort(conn, "fault")

@@ -2,17 +2,31 @@
 
     way              when                                            guest    host peer
     ---------------  ----------------------------------------------  -------  -------------------------
-    close            both directions are done                        -        FIN, sent already
+    close            both directions are done, or none ever began    -        FIN, sent already
     reset_by_guest   the guest sent RST, or refused a connection     -        RST
-    abort, give_up   nobody answers, or a fault of ours              RST      RST
+    abort            nobody answers, or a fault of ours              RST      RST
     reset_by_host    the host socket failed                          RST      its error was the end
 
-All of them end in `release`, after which nothing of a connection is left.
+All of them end in `release`, after which nothing of a connection is left. Each is told why, for the log and the
+statistics:
+
+    both ended                         FIN both ways, all acknowledged
+    reset by guest, reset by peer      RST
+    refused                            by the host peer: nobody listens there
+    refused by guest                   likewise, for a host client
+    no route, timed out, ...           the host's kernel says so
+    no answer of the guest             to SYN or SYN,ACK
+    no acknowledgement                 of data, for two minutes
+    no answer to keep-alive            after two hours
+    replaced                           the same endpoints begin anew
+    no socket, no descriptor           ours ran out
+    guest gone                         a virtual machine has disconnected
+    fault                              a handler failed
 """
 
 from __future__ import annotations
 
-from . import log, tcp_sock
+from . import tcp_sock
 from .core.context import Context
 from .core.timers import NEVER
 from .tcp_buf import TcpOut
@@ -58,33 +72,29 @@ class TcpTable:
 
     # Ending --------------------------------------------------------------------------------------------------------
 
-    def give_up(self, conn: TcpConn, why: str) -> None:
-        log.debug(f"Flow {conn.index} (TCP connection): {why}, resetting")
-        self.abort(conn)
-
-    def abort(self, conn: TcpConn) -> None:
+    def abort(self, conn: TcpConn, why: str) -> None:
         """RST to both sides."""
         self._out.reset(conn)
-        self.reset_by_guest(conn)
+        self.reset_by_guest(conn, why)
 
-    def reset_by_guest(self, conn: TcpConn) -> None:
+    def reset_by_guest(self, conn: TcpConn, why: str = "reset by guest") -> None:
         """The guest is done with this connection: RST to the host peer."""
         if conn.sock is not None:
             tcp_sock.reset_on_close(conn.sock)
-        self.release(conn)
+        self.release(conn, why)
 
-    def reset_by_host(self, conn: TcpConn) -> None:
+    def reset_by_host(self, conn: TcpConn, why: str) -> None:
         """The host socket failed: RST to the guest."""
         self._out.reset(conn)
-        self.release(conn)
+        self.release(conn, why)
 
-    def close(self, conn: TcpConn) -> None:
+    def close(self, conn: TcpConn, why: str = "both ended") -> None:
         """Both directions are done. Unread bytes would turn close() into RST, so they are taken out first."""
         if conn.sock is not None and conn.events & ESTABLISHED:
             self._out.consume(conn)
-        self.release(conn)
+        self.release(conn, why)
 
-    def release(self, conn: TcpConn) -> None:
+    def release(self, conn: TcpConn, why: str) -> None:
         """Give back everything a connection holds."""
         del self.by_key[conn.key]
         if conn.events & (SOCK_ACCEPTED | ESTABLISHED) == SOCK_ACCEPTED:
@@ -96,4 +106,4 @@ class TcpTable:
             self._ctx.reactor.retire(conn.fd, conn.sock)
             conn.sock = None
         conn.ack_due = False
-        self._ctx.flows.free(conn)
+        self._ctx.flows.free(conn, why)

@@ -118,6 +118,7 @@ class Udp:
         """Send one run, and see to what comes of it."""
         try:
             transmit(flow, size, total, views)
+            flow.to_host += total
         except OSError as e:
             for why, count, first in send_again(flow, size, total, views, e, partial(self._report, flow, now)):
                 self._drops[f"udp: send: {reason(why)}"] += count
@@ -141,12 +142,7 @@ class Udp:
         e = self._open(flow, lambda: self.opener(host, sport, dport, now), len(frames) // 3, now)
         if isinstance(e, OSError):
             self._refused(e, key, src, dst, self._mv[frames[0] : frames[1]], now)
-        if e is not None:
-            return None
-        if log.debug_on:
-            ends = f"TAP {addr.endpoint(src, sport)} -> {addr.endpoint(dst, dport)}"
-            log.debug(f"Flow {flow.index} (ACTIVE|UDP flow): {ends} => HOST {addr.endpoint(flow.host, dport)}")
-        return flow
+        return flow if e is None else None
 
     def _open(self, flow: UdpFlow, make: Callable[[], Any], count: int, now: float) -> OSError | TableFull | None:
         """Give `flow` its socket and its place; else why not, with `count` drops counted."""
@@ -158,7 +154,7 @@ class Udp:
             return e
         other = self._by_key.get(flow.key)
         if other is not None:
-            self._flows.close(other)
+            self._flows.close(other, "replaced")
         try:
             self._flows.add(flow, sock, now)
         except (TableFull, OSError) as e:
@@ -201,6 +197,7 @@ class Udp:
     def _receive_one(self, flow: UdpFlow) -> None:
         receiver = self._receiver
         n = flow.sock.recv_into(receiver.mv, SLOT)
+        flow.to_guest += n
         if n > flow.payload_max:
             self._send_fragments(flow, receiver.mv[:n])
         else:
@@ -216,6 +213,7 @@ class Udp:
         count = 0
         for size, total, views in received:
             count += datagrams(size, total)
+            flow.to_guest += total
             if size > flow.payload_max:
                 self._fragment_run(flow, size, views)
             else:
@@ -254,9 +252,6 @@ class Udp:
             flow = UdpFlow(key, host, now, self._hops[len(host)], client)
             if self._open(flow, make, len(frames) // 3, now) is not None:
                 return
-            if log.debug_on:
-                ends = f"TAP {addr.endpoint(flow.dst, flow.dport)} -> {addr.endpoint(flow.src, flow.sport)}"
-                log.debug(f"Flow {flow.index} (ACTIVE|UDP flow): HOST {client} => {ends}")
         flow.last = now
         self._deliver(flow, runs(mv, frames, SEGMENTS_MAX if self._ctx.link.uso else 1))
 
@@ -264,12 +259,12 @@ class Udp:
         """A listener in the host closes: what may use its port ends, or the next listener could not have the port."""
         for flow in list(self._by_key.values()):
             if flow.sport == listener.to if flow.origin is None else flow.origin.listener is listener:
-                self._flows.close(flow)
+                self._flows.close(flow, "listener gone")
 
     def make_way(self, port: int) -> None:
         """Somebody is about to listen on `port`, which flows that the guest began may have: they begin again."""
         for flow in [f for f in self._by_key.values() if f.origin is None and f.sport == port]:
-            self._flows.close_at_once(flow)
+            self._flows.close_at_once(flow, "made way for a listener")
 
     # Errors, and the guest's hardware address ------------------------------------------------------------------------
 
@@ -277,7 +272,7 @@ class Udp:
         """Hand what is in the flow's error queue to the guest."""
         for error, quoted in read_errors(flow.sock):
             if log.debug_on:
-                log.debug(f"Flow {flow.index} (ACTIVE|UDP flow): error on socket {flow.fd}: {error}")
+                log.debug(f"Flow {flow.index} (UDP flow): error on socket {flow.fd}: {error}")
             if addr.is_unicast(flow.dst):
                 packet = _quote(flow.key, flow.src, flow.dst, quoted)
                 self._errors.reported(error, flow.src, flow.dst, flow.host, packet, now)
@@ -290,11 +285,11 @@ class Udp:
         """Likewise, when it failed on datagrams from the guest."""
         flow = self._by_key.get(key)
         if flow is not None:
-            self._flows.close(flow)
+            self._flows.close(flow, "fault")
 
     def forget(self) -> None:
         """The guest is gone: end all flows."""
-        self._flows.close_all()
+        self._flows.close_all("guest gone")
 
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another hardware address: all pre-cooked headers get it."""

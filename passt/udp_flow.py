@@ -20,6 +20,8 @@ from __future__ import annotations
 from struct import Struct
 from typing import TYPE_CHECKING
 
+from . import addr
+from .core.flow import GUEST, HOST, Endpoints
 from .core.idle import IdleFlow
 from .core.link import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
 from .linux.sockopt import hops_option
@@ -67,6 +69,7 @@ class UdpFlow(IdleFlow):
         "src",
     )
     kind = "UDP flow"
+    label = "udp"
 
     def __init__(self, key: bytes, host: bytes, now: float, hops: int = 0, origin: Client | None = None) -> None:
         half = (len(key) - 4) // 2
@@ -80,6 +83,10 @@ class UdpFlow(IdleFlow):
         self.segment = 0
         self.segments = 1
         self.hops = hops  # TTL or hop limit that its socket sends with, 0: not known
+
+    def endpoints(self) -> Endpoints:
+        guest, peer = addr.host_port(self.src, self.sport), addr.host_port(self.dst, self.dport)
+        return Endpoints(GUEST if self.origin is None else HOST, guest, peer, addr.host_port(self.host, self.dport))
 
     def cook(self, guest_mac: bytes, our_mac: bytes, mtu: int) -> None:
         """Write the header: from `dst` to the guest, with the ports swapped. Needs the flow's index for its label."""

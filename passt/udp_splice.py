@@ -41,7 +41,7 @@ from typing import Any
 
 from . import addr, log
 from .core.context import Context
-from .core.flow import TableFull
+from .core.flow import GUEST, HOST, Endpoints, TableFull, name_of
 from .core.idle import IdleFlow, IdleFlows, flow_limit
 from .core.reactor import EPOLLERR, EPOLLIN, TYPE_UDP_SPLICE, Reactor, ref_data
 from .core.rules import Listener
@@ -88,6 +88,8 @@ class SpliceFlow(IdleFlow):
 
     __slots__ = ("answered", "at", "client", "ends", "kept", "left", "targets")
     kind = "spliced UDP flow"
+    label = "udp_splice"
+    path = "splice"
 
     def __init__(self, key: bytes, client: Client, targets: list[bytes], segments: int, now: float) -> None:
         super().__init__(key, timeout(client.port, client.listener.to), now)
@@ -99,6 +101,14 @@ class SpliceFlow(IdleFlow):
         self.left = 0
         self.ends = End(CLIENT, segments), End(SERVER, segments)
         self.ends[CLIENT].other, self.ends[SERVER].other = self.ends[SERVER], self.ends[CLIENT]
+
+    def endpoints(self) -> Endpoints:
+        client, listener = self.client, self.client.listener
+        who = addr.host_port(client.peer, client.port)
+        server = addr.host_port(self.targets[self.at], listener.to)
+        if listener.rule.outbound:
+            return Endpoints(GUEST, who, addr.host_port(client.local, listener.port), server)
+        return Endpoints(HOST, server, name_of(self.ends[SERVER].sock.getsockname), who)
 
     def watch(self, reactor: Reactor, kind: int) -> None:
         watched: list[int] = []
@@ -127,6 +137,7 @@ class UdpSplice:
         self._receiver = Receiver()
         self._segments = SEGMENTS_MAX if probe_udp_segment() else 1
         self._gro = probe_udp_gro()
+        self._to_guest, self._to_host = ctx.stats.spliced["udp"]
         self._pauses = Pauses(ctx, self._take)
         ctx.reactor.handle(TYPE_UDP_SPLICE, self.sock_handler)
 
@@ -162,11 +173,6 @@ class UdpSplice:
                 sock.close()
             self._drops[f"udp splice: no flow: {reason(e) if isinstance(e, OSError) else 'table full'}"] += count
             return None
-        if log.debug_on:
-            sides = "SPLICE", "HOST"
-            here, there = sides if client.listener.rule.outbound else sides[::-1]
-            target = addr.endpoint(targets[flow.at], client.listener.to)
-            log.debug(f"Flow {flow.index} (ACTIVE|{flow.kind}): {here} {client} => {there} {target}")
         return flow
 
     def _connect(self, flow: SpliceFlow) -> Any:
@@ -222,9 +228,10 @@ class UdpSplice:
     def _forward(self, flow: SpliceFlow, end: End, received: list[Run], now: float) -> int:
         """Send what came to `end` from the other one; returns how many datagrams that were."""
         other = end.other
-        count = 0
+        count = moved = 0
         for size, total, views in received:
             count += datagrams(size, total)
+            moved += total
             try:
                 transmit(other, size, total, views)
             except OSError as e:
@@ -232,6 +239,12 @@ class UdpSplice:
                 for why, lost, _ in send_again(other, size, total, views, e, report):
                     self._drops[f"udp splice: send: {reason(why)}"] += lost
         other.asked = True
+        if (end.side == SERVER) == flow.client.listener.rule.outbound:
+            flow.to_guest += moved
+            self._to_guest.bytes += moved
+        else:
+            flow.to_host += moved
+            self._to_host.bytes += moved
         if end.side == SERVER:
             if not flow.answered:
                 flow.answered, flow.kept = True, None
@@ -252,7 +265,7 @@ class UdpSplice:
         refused = False
         for error, _ in read_errors(end.sock):
             if log.debug_on:
-                log.debug(f"Flow {flow.index} (ACTIVE|{flow.kind}): error on socket {end.fd}: {error}")
+                log.debug(f"Flow {flow.index} ({flow.kind}): error on socket {end.fd}: {error}")
             self._drops[f"udp splice: {errno.errorcode.get(error.errno, error.errno)}"] += 1
             refused = refused or error.errno == errno.ECONNREFUSED
         if refused and end.side == SERVER and len(flow.targets) > 1:
@@ -282,7 +295,7 @@ class UdpSplice:
     def end(self, listener: Listener) -> None:
         """A listener closes: what came by it ends with it, since its sockets keep the port from the next listener."""
         for flow in [f for f in self._flows.by_key.values() if f.client.listener is listener]:
-            self._flows.close(flow)
+            self._flows.close(flow, "listener gone")
 
     def fault(self, ref: int) -> None:
         """A handler failed on the flow of this reference: end that flow, and only that."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import addr
 from .config import Config
+from .stats import Stats
 
 if TYPE_CHECKING:
     from .flow import FlowTable
@@ -42,4 +43,5 @@ class Context:
     fwd: Forwarding
     guest: Guest = field(default_factory=Guest)
     drops: Counter[str] = field(default_factory=Counter)  # by reason; whoever drops a packet counts it
+    stats: Stats = field(default_factory=Stats)  # see there who writes what
     ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none

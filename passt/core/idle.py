@@ -1,14 +1,15 @@
 """Flows that nobody closes: UDP and ping end by being idle, or by making room.
 
-    event                                    consequence
-    ---------------------------------------  -----------------------------------------------------------
-    nothing sent or received for `timeout`   closed by the next sweep
-    more than `limit` flows, or table full   the longest idle sixteenth is closed
-    no descriptor left (EMFILE, ENFILE)      the longest idle one is closed, and the socket asked for again
+    event                                    consequence                                          closed as
+    ---------------------------------------  ---------------------------------------------------  ---------
+    nothing sent or received for `timeout`   closed by the next sweep                             idle
+    more than `limit` flows, or table full   the longest idle sixteenth is closed                 evicted
+    no descriptor left (EMFILE, ENFILE)      the longest idle one is closed, the socket retried   evicted
 
-A protocol writes `flow.last = now` on each packet, and that is all it pays. One timer serves all flows of a protocol;
-it is armed only while there are flows, never before one could be due, and re-armed by the sweep that it causes. A flow
-has one socket, unless its class says otherwise (`watch`, `sockets`) or the socket is somebody else's (no descriptor).
+A protocol writes `flow.last = now` and adds to a count of bytes for each batch, and that is all it pays. One timer
+serves all flows of a protocol; it is armed only while there are flows, never before one could be due, and re-armed by
+the sweep that it causes. A flow has one socket, unless its class says otherwise (`watch`, `sockets`) or the socket is
+somebody else's (no descriptor).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .flow import Flow, TableFull
+from .flow import RECENT, Flow, FlowInfo, TableFull, reason_of
 from .reactor import EPOLLERR, EPOLLIN
 from .timers import NEVER
 
@@ -33,14 +34,26 @@ NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
 
 
 class IdleFlow(Flow):
-    """A flow with the time of its last packet and how long it may be silent, both in seconds."""
+    """A flow with the time of its last packet and how long it may be silent, both in seconds; and bytes of payload."""
 
-    __slots__ = ("last", "timeout")
+    __slots__ = ("last", "timeout", "to_guest", "to_host")
+    protocol = "udp"
+    path = "tap"
 
     def __init__(self, key: bytes, timeout: float, now: float) -> None:
         super().__init__(key)
         self.timeout = timeout
         self.last = now
+        self.to_guest = self.to_host = 0
+
+    def traffic(self) -> tuple[int, int]:
+        return self.to_guest, self.to_host
+
+    def info(self, now: float) -> FlowInfo:
+        idle = now - self.last
+        state = "active" if idle < RECENT else "idle"
+        times = now - self.opened, idle
+        return FlowInfo(self.index, self.protocol, self.path, self.endpoints(), state, *self.traffic(), *times)
 
     def watch(self, reactor: Reactor, kind: int) -> None:
         """Have the events of its sockets handled. Raises OSError, with none of them watched."""
@@ -82,7 +95,7 @@ class IdleFlows(Generic[F]):
         except OSError as e:
             if e.errno not in NO_DESCRIPTORS or not self.by_key:
                 raise
-        self.close_at_once(min(self.by_key.values(), key=_last))
+        self.close_at_once(min(self.by_key.values(), key=_last), "evicted")
         return make()
 
     def add(self, flow: F, sock: socket.socket, now: float) -> None:
@@ -101,32 +114,32 @@ class IdleFlows(Generic[F]):
         flow.sock, flow.fd = sock, sock.fileno()
         try:
             flow.watch(ctx.reactor, self._kind)
-        except OSError:
-            ctx.flows.free(flow)
+        except OSError as e:
+            ctx.flows.free(flow, reason_of(e.errno or errno.EIO))
             raise
         self.by_key[flow.key] = flow
         ctx.flows.activate(flow)
         self._arm(now + flow.timeout)
 
-    def close(self, flow: F) -> None:
+    def close(self, flow: F, why: str) -> None:
         """Forget `flow`; its sockets close when the turn ends."""
         del self.by_key[flow.key]
         for fd, owner in flow.sockets():
             self._ctx.reactor.retire(fd, owner)
-        self._ctx.flows.free(flow)
+        self._ctx.flows.free(flow, why)
 
-    def close_all(self) -> None:
+    def close_all(self, why: str) -> None:
         """Close every flow."""
         for flow in list(self.by_key.values()):
-            self.close(flow)
+            self.close(flow, why)
 
     def fault(self, index: int) -> None:
         """Close flow `index`, if it is one of these."""
         flow = self._ctx.flows.by_index[index]
         if flow is not None and (own := self.by_key.get(flow.key)) is flow:
-            self.close(own)
+            self.close(own, "fault")
 
-    def close_at_once(self, flow: F) -> None:
+    def close_at_once(self, flow: F, why: str) -> None:
         """Forget `flow` and give its descriptors back now. Their numbers go to the sockets that are opened next, which
         may so get an event meant for these in the same turn: the handlers of idle flows bear being called for nothing.
         """
@@ -134,14 +147,14 @@ class IdleFlows(Generic[F]):
         for fd, owner in flow.sockets():
             self._ctx.reactor.forget(fd)
             owner.close()
-        self._ctx.flows.free(flow)
+        self._ctx.flows.free(flow, why)
 
     def evict(self) -> None:
         """Close the longest idle sixteenth, so that the sorting is paid for by many new flows."""
         by_age = sorted(self.by_key.values(), key=_last)
         for flow in by_age[: len(by_age) // EVICT_SHARE + 1]:
             self._ctx.drops[f"{flow.kind}: closed to make room"] += 1
-            self.close(flow)
+            self.close(flow, "evicted")
 
     def sweep(self, now: float) -> None:
         """Close what has been idle for too long, and come back when the next flow may be due."""
@@ -150,7 +163,7 @@ class IdleFlows(Generic[F]):
         for flow in list(self.by_key.values()):
             due = flow.last + flow.timeout
             if due <= now:
-                self.close(flow)
+                self.close(flow, "idle")
             elif due < earliest:
                 earliest = due
         if self.by_key:

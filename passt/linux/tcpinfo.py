@@ -6,8 +6,13 @@ test to hide a field.
 
     field              offset  size  since
     tcpi_state              0     1  2.4
+    tcpi_last_data_sent    44     4  2.4
+    tcpi_last_data_recv    52     4  2.4
+    tcpi_rtt               68     4  2.4
     tcpi_snd_cwnd          80     4  2.4
+    tcpi_total_retrans    100     4  2.6.16
     tcpi_bytes_acked      120     8  4.1
+    tcpi_bytes_received   128     8  4.1
     tcpi_min_rtt          148     4  4.6
     tcpi_snd_wnd          228     4  5.4
 """
@@ -27,7 +32,8 @@ _U32 = Struct("=I")
 _U64 = Struct("=Q")
 _MEMINFO = Struct("=9I")  # include/uapi/linux/sock_diag.h, SK_MEMINFO_*: [3] sndbuf, [5] wmem_queued
 
-BYTES_ACKED, MIN_RTT, SND_WND = 120, 148, 228
+LAST_DATA_SENT, LAST_DATA_RECV, RTT, TOTAL_RETRANS = 44, 52, 68, 100
+BYTES_ACKED, BYTES_RECEIVED, MIN_RTT, SND_WND = 120, 128, 148, 228
 TCP_CLOSE = 7  # tcpi_state, include/net/tcp_states.h
 
 
@@ -67,6 +73,40 @@ def tcp_info(sock: Any) -> bytes:
     """The raw structure, as long as the kernel has it (at most TCP_INFO_LEN). Raises OSError."""
     info: bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_LEN)
     return info
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What an operator may want to know of a socket. None: this kernel does not tell, or there was nothing to measure.
+
+    `acked` and `received` count SYN and FIN as a byte each, where those were acknowledged and received: all but the SYN
+    of a socket that was accepted, and the peer's.
+    """
+
+    rtt: float | None  # s
+    retransmits: int
+    idle: float  # s since data was last sent or received
+    acked: int | None  # bytes that the peer has acknowledged
+    received: int | None  # bytes that came in order
+
+    @classmethod
+    def parse(cls, info: bytes) -> Details:
+        """From TCP_INFO."""
+        return cls(
+            rtt=u32(info, RTT) / 1e6 or None,
+            retransmits=u32(info, TOTAL_RETRANS),
+            idle=min(u32(info, LAST_DATA_SENT), u32(info, LAST_DATA_RECV)) / 1e3,
+            acked=u64(info, BYTES_ACKED) if len(info) >= BYTES_ACKED + 8 else None,
+            received=u64(info, BYTES_RECEIVED) if len(info) >= BYTES_RECEIVED + 8 else None,
+        )
+
+
+def details(sock: Any) -> Details | None:
+    """Of a socket; None if it has none any more."""
+    try:
+        return Details.parse(tcp_info(sock))
+    except OSError:
+        return None
 
 
 def is_closed(sock: Any) -> bool:

@@ -30,7 +30,16 @@ import pytest
 from passt import addr, tcp_sock
 from passt.core.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from passt.core.rules import Listener, Rule
-from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, SND_WND, SO_MEMINFO, SO_PEEK_OFF, TCP_INFO_LEN, Features
+from passt.linux.tcpinfo import (
+    BYTES_ACKED,
+    BYTES_RECEIVED,
+    MIN_RTT,
+    SND_WND,
+    SO_MEMINFO,
+    SO_PEEK_OFF,
+    TCP_INFO_LEN,
+    Features,
+)
 from passt.tcp import Tcp
 from passt.wire.checksum import PROTO_TCP
 from passt.wire.tcp import ACK, HEADER, SYN, SynOptions, flag_names
@@ -95,7 +104,7 @@ class FakeSocket:
         assert (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO)
         info = bytearray(TCP_INFO_LEN)
         for offset, value in self.info.items():
-            Struct("=Q" if offset == BYTES_ACKED else "=I").pack_into(info, offset, value)
+            Struct("=Q" if offset in (BYTES_ACKED, BYTES_RECEIVED) else "=I").pack_into(info, offset, value)
         return bytes(info)
 
     def recv_into(self, buf: memoryview, n: int, flags: int) -> int:

@@ -61,8 +61,8 @@ def test_names_are_those_of_the_bits() -> None:
 
 def test_transitions_are_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(log, "debug_on", True)
-    monkeypatch.setattr(log, "debug", lines.append)
+    monkeypatch.setattr(log, "trace_on", True)
+    monkeypatch.setattr(log, "trace", lines.append)
     conn = new()
     set_event(conn, TAP_SYN_RCVD)
     set_event(conn, TAP_SYN_RCVD)
@@ -79,12 +79,12 @@ def test_transitions_are_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("v4", "text"),
     [
-        (True, "TAP [192.0.2.2]:40000 -> [198.51.100.7]:80"),
-        (False, "TAP [2001:db8::2]:40000 -> [2001:db8:ffff::7]:80"),
+        (True, "192.0.2.2:40000 -> 198.51.100.7:80"),
+        (False, "[2001:db8::2]:40000 -> [2001:db8:ffff::7]:80"),
     ],
 )
 def test_endpoints(v4: bool, text: str) -> None:
-    assert new(v4).endpoints == text
+    assert str(new(v4).endpoints()) == text
 
 
 def test_no_attribute_beside_the_slots() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import socket
 from collections.abc import Callable, Iterator
@@ -680,18 +681,18 @@ def test_listening_again_on_the_same_port(talk: Talk) -> None:
     assert talk.server.recv(9) == b"!"
 
 
-@pytest.mark.parametrize(("outbound", "sides"), [(False, ("HOST", "SPLICE")), (True, ("SPLICE", "HOST"))])
-def test_debug_lines_name_both_ends(
-    start: Start, monkeypatch: pytest.MonkeyPatch, outbound: bool, sides: tuple[str, str]
-) -> None:
+@pytest.mark.parametrize("outbound", [False, True])
+def test_debug_lines_name_both_ends(start: Start, monkeypatch: pytest.MonkeyPatch, outbound: bool) -> None:
     lines: list[str] = []
     monkeypatch.setattr("passt.log.debug_on", True)
     monkeypatch.setattr("passt.log.debug", lines.append)
     talk = Talk(start(ip6=None) if not outbound else start(), outbound=outbound)
     talk.begin()
-    ends = f"[127.0.0.1]:{port_of(talk.client)} -> [127.0.0.1]:{talk.listener.port}"
-    target = f"[127.0.0.1]:{port_of(talk.server)}"
-    assert f"Flow 0 (ACTIVE|spliced UDP flow): {sides[0]} {ends} => {sides[1]} {target}" in lines
+    client, server = f"127.0.0.1:{port_of(talk.client)}", f"127.0.0.1:{port_of(talk.server)}"
+    ends = rf"{client} -> 127\.0\.0\.1:{talk.listener.port} \(host {server}\)"
+    if not outbound:
+        ends = rf"{client}( \(seen as 127\.0\.0\.1:\d+\))? -> {server}"
+    assert any(re.fullmatch(rf"Flow 0 \(spliced UDP flow\): {ends} opened", line) for line in lines), lines
     talk.server.close()
     talk.client.send(b"?")
     talk.lab.until(lambda: bool(talk.lab.ctx.drops))

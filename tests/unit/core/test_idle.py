@@ -55,7 +55,7 @@ def test_a_flow_is_found_watched_and_active(ctx: Context, flows: IdleFlows[IdleF
 
 def test_close_forgets_at_once_and_closes_when_the_turn_ends(ctx: Context, flows: IdleFlows[IdleFlow]) -> None:
     flow = add(flows, 1)
-    flows.close(flow)
+    flows.close(flow, "asked")
     assert (flows.by_key, ctx.flows.count, flow.state) == ({}, 0, FREE)
     assert flow.sock.fileno() >= 0
     reactor(ctx).end_turn(T0)

@@ -116,3 +116,29 @@ def test_layout() -> None:
     raw = bytes(info)
     found = tcpinfo.u64(raw, BYTES_ACKED), tcpinfo.u32(raw, MIN_RTT), tcpinfo.u32(raw, SND_WND)
     assert found == (1 << 40, 77, 65535)
+
+
+def test_details_of_the_running_kernel(pair: tuple[socket.socket, socket.socket]) -> None:
+    client, accepted = pair
+    client.sendall(bytes(1000))
+    assert accepted.recv(1000, socket.MSG_WAITALL) == bytes(1000)
+    accepted.sendall(b"x")
+    assert client.recv(1) == b"x"  # its segment acknowledged everything
+    ours, theirs = tcpinfo.details(client), tcpinfo.details(accepted)
+    assert ours is not None and theirs is not None
+    assert ours.rtt is not None and 0 < ours.rtt < 1
+    assert (ours.acked, ours.received, ours.retransmits) == (1001, 1, 0)  # the SYN counts
+    assert theirs.received == 1000
+    assert 0 <= ours.idle < 60
+    client.close()
+    assert tcpinfo.details(client) is None
+
+
+def test_details_layout() -> None:
+    info = bytearray(tcpinfo.TCP_INFO_LEN)
+    for offset, value in ((44, 5000), (52, 2500), (68, 1500), (100, 3)):
+        Struct("=I").pack_into(info, offset, value)
+    Struct("=QQ").pack_into(info, 120, 1 << 40, 1 << 41)
+    full = tcpinfo.Details(rtt=0.0015, retransmits=3, idle=2.5, acked=1 << 40, received=1 << 41)
+    assert tcpinfo.Details.parse(bytes(info)) == full
+    assert tcpinfo.Details.parse(bytes(info[:104])) == replace(full, acked=None, received=None)
