@@ -7,6 +7,7 @@
     command ended             pasta spawned one                               its own, or 128 + signal number
     namespace gone            pasta is attached, without --no-netns-quit      0
     tap lost                  it was deleted and cannot be made anew          1
+                              it was given by --fd                            0
     guest gone                passt, with --one-off or --fd                   0
 """
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .conf_net import Decision, Resolvers
     from .core.context import Context
     from .core.link import Capture, TapLink
+    from .core.plain_link import PlainLink
     from .core.stream_link import StreamLink
     from .pasta import Init, Watch
     from .tap import Tap
@@ -103,7 +105,9 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def attach_capture(ctx: Context, link: TapLink | StreamLink, tap: Tap, options: Options, file: FileIO | None) -> None:
+def attach_capture(
+    ctx: Context, link: TapLink | PlainLink | StreamLink, tap: Tap, options: Options, file: FileIO | None
+) -> None:
     """Attach the pcap file and --trace to both directions."""
     takers: list[Capture] = []
     if file is not None:

@@ -32,6 +32,7 @@ from .log import Fatal
 if TYPE_CHECKING:
     from .core.context import Context
     from .core.link import TapLink
+    from .core.plain_link import PlainLink
     from .linux.routes import NsPlan
     from .linux.tun import Tap as TapDevice
     from .pasta import Target, Watch
@@ -47,7 +48,10 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> i
         end = End(ctx, target.init)
         if way is not None:
             link, tap = way
-            tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, target, plan, end)
+            if options.fd is None:
+                tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, target, plan, end)
+            else:
+                tap.on_gone = link.on_error = lambda e: tap_gone(plan, end)
             daemon.attach_capture(ctx, link, tap, options, files.pcap)
         gc.collect()
         gc.freeze()
@@ -86,14 +90,18 @@ def open_all(
             watch = pasta.Watch(target.path)
     files = daemon.open_files(options)
     isolation.close_fds(inherited)
-    if target is None:
+    if target is None and options.no_namespace:
+        target = pasta.Target(-1, None)
+    elif target is None:
         words = options.command
         command = pasta_init.Command(words[0], words, env) if words else pasta_init.login_shell(env)
         target = pasta.spawn(command, identity, options.userns, options.netns_only)
     return target, watch, files
 
 
-def build(options: Options, target: Target, identity: Identity) -> tuple[Context, tuple[TapLink, Tap] | None, NsPlan]:
+def build(
+    options: Options, target: Target, identity: Identity
+) -> tuple[Context, tuple[TapLink | PlainLink, Tap] | None, NsPlan]:
     """From the host's configuration to wired services; no link and tap with --splice-only. We are `identity` then."""
     from . import conf_net, listen_sock, pasta, wiring  # who we become may not be able to read Python's files
     from .linux import netlink
@@ -112,30 +120,44 @@ def build(options: Options, target: Target, identity: Identity) -> tuple[Context
     if not root:
         isolation.become(identity)
         pasta.join_userns(target)
-    device, mac, problems = _create_tap(target, plan, splice_only=config.splice_only)
+    device, mac, problems = _open_tap(options, target, plan)
+    plan = replace(plan, mac=mac, ifname=device.ifname if device else plan.ifname)
+    decision = replace(decision, plan=plan)
     ns = listen_sock.NOTHING
     if any(rule.outbound or rule.auto for rule in config.forwards):
         ns = pasta.inside(target, partial(listen_sock.open_side, config, outbound=True))
     if root:
-        isolation.become(identity, keep_capabilities=target.init is None and identity.uid != 0)
+        entered_later = target.netns >= 0 and target.init is None
+        isolation.become(identity, keep_capabilities=entered_later and identity.uid != 0)
         if target.init is not None and identity.uid != 0:
             pasta.join_userns(target)  # which brings back the rights over our own child's namespace
     daemon.report(identity, decision, problems, quiet=target.init is not None and not log.debug_on)
-    return *wiring.wire(decision, device, mac, netns.Namespace(target.netns), host, ns), replace(plan, mac=mac)
+    namespace = netns.Namespace(target.netns) if target.netns >= 0 else None
+    return *wiring.wire(decision, device, mac, namespace, host, ns), plan
 
 
-def _create_tap(target: Target, plan: NsPlan, *, splice_only: bool) -> tuple[TapDevice | None, bytes, list[str]]:
+def _open_tap(options: Options, target: Target, plan: NsPlan) -> tuple[TapDevice | None, bytes, list[str]]:
     """The tap, set up, its MAC address, and what could not be set up; with --splice-only the loopback interface."""
     from . import pasta
     from .linux import netlink
 
-    if splice_only:
+    if options.fd is not None:
+        from .core import plain_link  # noqa: F401  # that and NumPy: while we may read files
+
+        return pasta.inherit_tap(target, options.fd, plan)
+    if options.splice_only:
         pasta.inside(target, netlink.loopback_up)
         return None, addr.BROADCAST_MAC, []
     return pasta.create_tap(target, plan)
 
 
-def reopen(ctx: Context, link: TapLink, tap: Tap, target: Target, plan: NsPlan, end: End) -> None:
+def tap_gone(plan: NsPlan, end: End) -> None:
+    """The tap that we were given was deleted: there is nobody left to serve."""
+    log.info(f"Interface {plan.ifname} was deleted, exiting")
+    end.done()
+
+
+def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, target: Target, plan: NsPlan, end: End) -> None:
     """Somebody deleted the tap: make it anew, as it was, under the same descriptor number; or end the program."""
     from . import pasta
 

@@ -24,7 +24,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from . import isolation, log, pasta_init
@@ -81,7 +81,7 @@ class Init:
 
 @dataclass(slots=True)
 class Target:
-    """The namespaces to work in."""
+    """The namespaces to work in. None are known (`netns` is -1) of a tap device that was given to us alone."""
 
     netns: int
     userns: int | None  # gives rights over `netns`; None: we have them, or must do without
@@ -220,6 +220,23 @@ def create_tap(target: Target, plan: NsPlan) -> tuple[tun.Tap, bytes, list[str]]
             raise
 
     return inside(target, create)
+
+
+def inherit_tap(target: Target, fd: int, plan: NsPlan) -> tuple[tun.Tap, bytes, list[str]]:
+    """The tap device that is open as `fd`, set up if its namespace is known; as create_tap. Raises Fatal."""
+    try:
+        tap, mac = tun.inherited_tap(fd)
+    except OSError as e:
+        raise Fatal(f"Invalid --fd: {fd} ({e.strerror})") from None
+    if target.netns < 0:
+        return tap, mac, []
+
+    def configure() -> tuple[tun.Tap, bytes, list[str]]:
+        if tap.ifname not in (name for _, name in socket.if_nameindex()):
+            raise OSError(errno.ENODEV, f"Invalid --fd: {fd} (its interface {tap.ifname} is not in {target.path})")
+        return tap, *netlink.configure(replace(plan, ifname=tap.ifname))
+
+    return inside(target, configure)
 
 
 # Watching ----------------------------------------------------------------------------------------------------------

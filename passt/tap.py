@@ -92,7 +92,8 @@ class Tap:
         # Hosts behind the guest that rules lead to: what they answer does not tell where the guest is.
         self._behind = {rule.target for rule in ctx.config.forwards if not rule.outbound}
         self._reassembly = Reassembly(ctx.drops)
-        self._first = (ctx.pool.mv[:FRAME_ROOM],)
+        self._front = 0 if vnet else VNET_LEN  # bytes before a frame that a device without the header does not fill
+        self._first = (ctx.pool.mv[self._front : FRAME_ROOM],)
         self._budget = 1
         self._streak = 0
         self._tcp_groups: Groups = {}
@@ -111,7 +112,7 @@ class Tap:
     def handler(self, ref: int, events: int, now: float) -> None:
         """Read what the tap has, at most one budget of it, and handle it."""
         pool = self._pool
-        mv, fd, readv = pool.mv, ref_fd(ref), os.readv
+        mv, fd, readv, front = pool.mv, ref_fd(ref), os.readv, self._front
         room = pool.size - 2 * FRAME_ROOM  # the last frame's room is kept for reassembled packets
         offset, left, frames = 0, self._budget, []
         place = self._first
@@ -120,11 +121,11 @@ class Tap:
                 n = readv(fd, place)
                 left -= 1
                 frames.append(offset)
-                offset += n
+                offset += front + n
                 frames.append(offset)
                 if not left:
                     break
-                place = (mv[offset : offset + FRAME_ROOM],)
+                place = (mv[offset + front : offset + FRAME_ROOM],)
         except BlockingIOError:
             self._budget = max(1, self._budget - left)
             self._streak = 0

@@ -49,25 +49,26 @@ from .udp_in import UdpIn
 
 if TYPE_CHECKING:
     from .core.stream_link import StreamLink
+    from .core.plain_link import PlainLink
 
 Faults = dict[int, Callable[[int], None]]  # by type of the epoll reference
 
 
 def wire(
-    decision: Decision, device: TapDevice | None, mac: bytes, namespace: Namespace, host: Side, ns: Side
-) -> tuple[Context, tuple[TapLink, Tap] | None]:
+    decision: Decision, device: TapDevice | None, mac: bytes, namespace: Namespace | None, host: Side, ns: Side
+) -> tuple[Context, tuple[TapLink | PlainLink, Tap] | None]:
     """All services for a namespace, and the ways out and in if there is a tap device.
 
-    `namespace` is the guest's, `host` and `ns` are what was opened on either side.
+    `namespace` is the guest's, if we know it, `host` and `ns` are what was opened on either side.
     """
     drops: Counter[str] = Counter()
-    out = TapLink(device.fd, drops, tso=device.tso, uso=device.uso) if device else None
+    out = _tap_link(device, drops) if device else None
     ctx, faults = _context(decision, out or NoLink(drops), drops, mac)
-    ctx.ns = NsSockets(namespace)
+    ctx.ns = NsSockets(namespace) if namespace else None
     udp = tcp = way = None
-    if out is not None:
+    if device is not None and out is not None:
         udp, tcp = Udp(ctx), Tcp(ctx)
-        tap = _wire_tap(ctx, udp, tcp, faults, vnet=True)
+        tap = _wire_tap(ctx, udp, tcp, faults, vnet=device.vnet)
         tap.watch(out.fd)
         way = out, tap
     _wire_ports(ctx, tcp, udp, namespace, host, ns, faults)
@@ -75,6 +76,14 @@ def wire(
 
 
 def wire_machine(decision: Decision, host: Side) -> tuple[Context, StreamLink, Tap]:
+def _tap_link(device: TapDevice, drops: Counter[str]) -> TapLink | PlainLink:
+    if device.vnet:
+        return TapLink(device.fd, drops, tso=device.tso, uso=device.uso)
+    from .core.plain_link import PlainLink
+
+    return PlainLink(device.fd, drops)
+
+
     """All services for a virtual machine, and the ways out and in. Nobody is connected yet."""
     from .core.stream_link import StreamLink
 

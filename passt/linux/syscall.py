@@ -74,11 +74,14 @@ else:
 # ioctl(2) ----------------------------------------------------------------------------------------------------------
 
 
-def ioctl_number(kind: str, number: int, write_size: int = 0) -> int:
-    """_IO(kind, number), or _IOW with an argument of `write_size` bytes. The direction bits vary by architecture."""
+def ioctl_number(kind: str, number: int, write_size: int = 0, read_size: int = 0) -> int:
+    """_IO(kind, number), or _IOW or _IOR with an argument of that many bytes. The direction bits vary by machine."""
     odd = os.uname().machine.startswith(("alpha", "mips", "ppc", "sparc"))
-    direction = (4 if write_size else 1) << 29 if odd else (1 if write_size else 0) << 30
-    return direction | write_size << 16 | ord(kind) << 8 | number
+    if odd:
+        direction = (4 if write_size else 2 if read_size else 1) << 29
+    else:
+        direction = (1 if write_size else 2 if read_size else 0) << 30
+    return direction | (write_size or read_size) << 16 | ord(kind) << 8 | number
 
 
 # setns(2), unshare(2) ----------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ what we are ready to *receive*; the namespace sees it as the features of its int
     TUN_F_TSO4/6  TCP super-frames                                         2.6.27
     TUN_F_USO4/6  UDP super-frames, each a run of equal-sized datagrams    6.2
 
-The device lives as long as its descriptor: it vanishes with the process.
+The device lives as long as its descriptor: it vanishes with the process. One that was made by somebody else, and whose
+descriptor we inherit, may lack the vnet header, and with it all offloads.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ OFFLOAD_SETS = (
 TUNSETIFF = ioctl_number("T", 202, 4)
 TUNSETOFFLOAD = ioctl_number("T", 208, 4)
 TUNSETVNETHDRSZ = ioctl_number("T", 216, 4)
+TUNGETIFF = ioctl_number("T", 210, read_size=4)
+SIOCGIFHWADDR = 0x8927
 
 _IFREQ = Struct("=16sH22x")
 _INT = Struct("=i")
@@ -56,13 +59,14 @@ _INT = Struct("=i")
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """An open tap device and what it may hand us."""
+    """An open tap device and what it may hand us. Without `vnet`, frames have no vnet header, and nothing is offloaded."""
 
     fd: int
     ifname: str
     csum: bool
     tso: bool
     uso: bool
+    vnet: bool = True
 
 
 def open_tap(ifname: str) -> Tap:
@@ -73,12 +77,41 @@ def open_tap(ifname: str) -> Tap:
         raise OSError(e.errno, f"Failed to open {TUN_DEVICE}: {e.strerror}{_hint(e.errno)}") from None
     try:
         fcntl.ioctl(fd, TUNSETIFF, _IFREQ.pack(ifname.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
-        fcntl.ioctl(fd, TUNSETVNETHDRSZ, _INT.pack(VNET_HDR_LEN))
-        offloads = _set_offloads(lambda flags: fcntl.ioctl(fd, TUNSETOFFLOAD, flags))
+        return _with_offloads(fd, ifname)
     except OSError as e:
         os.close(fd)
         in_use = ": the name is taken there, choose another with -I" if e.errno in (errno.EBUSY, errno.EEXIST) else ""
         raise OSError(e.errno, f"Failed to create tap device {ifname}: {e.strerror}{in_use}") from None
+
+
+def inherited_tap(fd: int) -> tuple[Tap, bytes]:
+    """The tap device that somebody else made and left open as `fd`, and its MAC address. Raises OSError saying why not.
+
+    It is used as it is, but for the size of the vnet header and the offloads, which are matters of the descriptor. It
+    must have been made with IFF_NO_PI: that cannot be looked up, IFF_NOFILTER is reported in its place.
+    """
+    try:
+        name, flags = _IFREQ.unpack(fcntl.ioctl(fd, TUNGETIFF, bytes(_IFREQ.size)))
+        mac = fcntl.ioctl(fd, SIOCGIFHWADDR, bytes(_IFREQ.size))[18:24]
+    except OSError as e:
+        reasons = {
+            errno.ENOTTY: "it is not a tap device",
+            errno.EBADFD: f"{TUN_DEVICE} is open, but has no interface: make one with TUNSETIFF",
+        }
+        raise OSError(e.errno, reasons.get(e.errno or 0, e.strerror)) from None
+    if not flags & IFF_TAP:
+        raise OSError(errno.EINVAL, "a tun device has no Ethernet frames: make it with IFF_TAP")
+    os.set_inheritable(fd, False)
+    os.set_blocking(fd, False)
+    ifname = name.rstrip(b"\0").decode()
+    if not flags & IFF_VNET_HDR:
+        return Tap(fd, ifname, csum=False, tso=False, uso=False, vnet=False), mac
+    return _with_offloads(fd, ifname), mac
+
+
+def _with_offloads(fd: int, ifname: str) -> Tap:
+    fcntl.ioctl(fd, TUNSETVNETHDRSZ, _INT.pack(VNET_HDR_LEN))
+    offloads = _set_offloads(lambda flags: fcntl.ioctl(fd, TUNSETOFFLOAD, flags))
     return Tap(fd, ifname, bool(offloads & TUN_F_CSUM), bool(offloads & _TSO), bool(offloads & _USO))
 
 

@@ -5,14 +5,25 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from passt.linux import tun
-from passt.linux.tun import TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, Tap, open_tap
+from passt.linux.tun import (
+    SIOCGIFHWADDR,
+    TUNGETIFF,
+    TUNSETIFF,
+    TUNSETOFFLOAD,
+    TUNSETVNETHDRSZ,
+    Tap,
+    inherited_tap,
+    open_tap,
+)
 
 ALL, TSO, CSUM = 0x67, 0x07, 0x01
 
@@ -119,3 +130,69 @@ def test_no_device(device: Path) -> None:
 def test_hints(number: int, hint: str) -> None:
     assert hint in tun._hint(number)
     assert bool(hint) == bool(tun._hint(number))
+
+
+# Made by somebody else ---------------------------------------------------------------------------------------------
+
+MAC = bytes.fromhex("0211223344aa")
+IFF_TUN, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x0001, 0x0002, 0x1000, 0x4000, 0x0100
+
+
+class Device(Kernel):
+    """An open device with flags, or none (0)."""
+
+    def __init__(self, flags: int, knows: int = ALL) -> None:
+        super().__init__(knows)
+        self.flags = flags
+
+    def ioctl(self, fd: int, request: int, argument: Any) -> Any:
+        if request == TUNGETIFF:
+            if not self.flags:
+                raise OSError(errno.EBADFD, "File descriptor in bad state")
+            return b"tap7".ljust(16, b"\0") + struct.pack("=H", self.flags) + bytes(22)
+        if request == SIOCGIFHWADDR:
+            return b"tap7".ljust(16, b"\0") + struct.pack("=H", 1) + MAC + bytes(16)
+        return super().ioctl(fd, request, argument)
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    number = os.open("/dev/null", os.O_RDWR)
+    os.set_inheritable(number, True)
+    yield number
+    os.close(number)
+
+
+@pytest.mark.parametrize("more", [0, IFF_MULTI_QUEUE])
+def test_inherited_device(monkeypatch: pytest.MonkeyPatch, fd: int, more: int) -> None:
+    device = Device(IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | more, TSO)
+    monkeypatch.setattr(fcntl, "ioctl", device.ioctl)
+    assert inherited_tap(fd) == (Tap(fd, "tap7", csum=True, tso=True, uso=False), MAC)
+    assert device.calls[0] == (TUNSETVNETHDRSZ, struct.pack("=i", 10))
+    assert not os.get_inheritable(fd)
+    assert not os.get_blocking(fd)
+
+
+def test_inherited_device_without_header(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
+    device = Device(IFF_TAP | IFF_NO_PI)
+    monkeypatch.setattr(fcntl, "ioctl", device.ioctl)
+    assert inherited_tap(fd) == (Tap(fd, "tap7", csum=False, tso=False, uso=False, vnet=False), MAC)
+    assert device.calls == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (IFF_TUN | IFF_NO_PI, "a tun device has no Ethernet frames: make it with IFF_TAP"),
+        (0, "/dev/net/tun is open, but has no interface: make one with TUNSETIFF"),
+    ],
+)
+def test_inherited_device_that_is_of_no_use(monkeypatch: pytest.MonkeyPatch, fd: int, flags: int, why: str) -> None:
+    monkeypatch.setattr(fcntl, "ioctl", Device(flags).ioctl)
+    with pytest.raises(OSError, match=re.escape(why)):
+        inherited_tap(fd)
+
+
+def test_inherited_descriptor_of_something_else(fd: int) -> None:
+    with pytest.raises(OSError, match="it is not a tap device"):
+        inherited_tap(fd)
