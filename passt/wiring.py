@@ -48,8 +48,8 @@ from .udp import Udp
 from .udp_in import UdpIn
 
 if TYPE_CHECKING:
-    from .core.stream_link import StreamLink
     from .core.plain_link import PlainLink
+    from .core.stream_link import StreamLink
 
 Faults = dict[int, Callable[[int], None]]  # by type of the epoll reference
 
@@ -75,7 +75,6 @@ def wire(
     return ctx, way
 
 
-def wire_machine(decision: Decision, host: Side) -> tuple[Context, StreamLink, Tap]:
 def _tap_link(device: TapDevice, drops: Counter[str]) -> TapLink | PlainLink:
     if device.vnet:
         return TapLink(device.fd, drops, tso=device.tso, uso=device.uso)
@@ -84,6 +83,7 @@ def _tap_link(device: TapDevice, drops: Counter[str]) -> TapLink | PlainLink:
     return PlainLink(device.fd, drops)
 
 
+def wire_machine(decision: Decision, host: Side) -> tuple[Context, StreamLink, Tap]:
     """All services for a virtual machine, and the ways out and in. Nobody is connected yet."""
     from .core.stream_link import StreamLink
 

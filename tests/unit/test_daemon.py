@@ -238,13 +238,13 @@ def test_tap_that_cannot_come_back_ends_us(ctx: Context, monkeypatch: pytest.Mon
     assert (end.status, reactor(ctx).stopped) == (1, True)
     assert said == ["Interface tap5 was deleted and can't be made anew, exiting: not allowed"]
 
+
 def test_tap_that_was_given_to_us_ends_with_us(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(log, "info", said.append)
     end = attached(ctx)
     daemon_pasta.tap_gone(NsPlan("tap5"), end)
     assert (end.status, reactor(ctx).stopped, said) == (0, True, ["Interface tap5 was deleted, exiting"])
-
 
 
 # Files -------------------------------------------------------------------------------------------------------------
