@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise Fatal(f"Invalid --fd: {options.fd} (it is not open)")
         _want_random_hashes()
         env = _command_environment()
-        log.setup(options.mode, options.level, syslog=options.log_file is None, log_file=options.log_file)
+        path, size = options.log_file, options.log_size
+        log.setup(options.mode, options.level, syslog=path is None, log_file=path, log_size=size)
 
         inherited = [fd for fd in inherited if fd != options.fd]
         if options.mode == PASST:

@@ -1,8 +1,18 @@
 """Messages to the operator: levels, targets, rate limits.
 
-Everything goes to standard error until the daemon is in the background, and to syslog (or the log file) from the
-moment options are parsed. `debug` lines carry seconds since start. Messages cost nothing when their level is off:
-test `log.debug_on` before building an expensive one.
+    target                             gets
+    ---------------------------------  ----------------------------------------------------------------------------
+    standard error                     everything, up to the moment the daemon goes to the background; only warnings
+                                       and errors once a command shares it (`quiet_stderr`), unless debugging
+    the log file (`log_file.py`)       everything from the moment options are parsed on
+    syslog, where there is no file     likewise, unless debugging
+
+"Everything" is what the level lets through. Reports were asked for by name (--stats, signal USR1) and go to all targets
+at any level. Lines of the file, and all when debugging, carry seconds since start. Messages cost nothing when their
+level is off: test `log.debug_on` before building an expensive one.
+
+What the guest or a peer can cause is limited in rate (`warn_ratelimited`), by a key out of few. How many messages were
+held back is told with the next one, or when the time is over in which there may be none, or at the end of the program.
 """
 
 from __future__ import annotations
@@ -11,12 +21,17 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TextIO
 
 from . import __version__
+from .log_file import LogFile
 
 ERR, WARNING, INFO, DEBUG, TRACE = 3, 4, 6, 7, 8
+FILE_SIZE = 1 << 20  # bytes that the log file may have, unless somebody says otherwise
+KEYS_MAX = 64  # of messages that are limited in rate; those of the program are fewer
+NEVER = float("inf")
 
 _START = time.monotonic()
 debug_on = False
@@ -28,9 +43,11 @@ _stderr: TextIO | None = sys.stderr
 _stderr_level = TRACE
 _timestamps = False
 _syslog: socket.socket | None = None
-_file = -1
+_file: LogFile | None = None
 _PREFIX = {ERR: "ERROR:", WARNING: "WARNING:", INFO: "info:", DEBUG: "", TRACE: ""}
-_last: dict[str, tuple[float, int]] = {}
+
+# Called as on_held(when) where a message is held back: somebody should call `flush_held` then.
+on_held: Callable[[float], None] | None = None
 
 
 class Fatal(Exception):
@@ -43,28 +60,24 @@ class Fatal(Exception):
         return "\n".join(self.args)
 
 
-def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None) -> None:
+def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None, log_size: int = FILE_SIZE) -> None:
     """Set the name, the level (ERR..TRACE), and where messages go beside standard error. Called once, after parsing.
 
-    That is `log_file`, or else /dev/log if `syslog`. Raises Fatal when the file cannot be opened.
+    That is `log_file`, of at most `log_size` bytes, or else /dev/log if `syslog`. Raises Fatal when the file cannot be
+    opened.
     """
-    global _ident, _level, debug_on, trace_on, _timestamps, _syslog
+    global _ident, _level, debug_on, trace_on, _timestamps, _syslog, _file
     _ident, _level = ident, level
     debug_on, trace_on = level >= DEBUG, level >= TRACE
     _timestamps = debug_on
     if log_file is not None:
-        _open_file(log_file)
+        header = f"{ident} {__version__}: {sys.executable} ({os.getpid()})"
+        try:
+            _file = LogFile(log_file, header, log_size)
+        except OSError as e:
+            raise Fatal(f"Couldn't open log file {log_file}: {e.strerror}") from None
     elif syslog and not debug_on:
         _syslog = _open_syslog()
-
-
-def _open_file(path: str) -> None:
-    global _file
-    try:
-        _file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        os.write(_file, f"{_ident} {__version__}: {sys.executable} ({os.getpid()})\n".encode())
-    except OSError as e:
-        raise Fatal(f"Couldn't open log file {path}: {e.strerror}") from None
 
 
 def _open_syslog() -> socket.socket | None:
@@ -95,17 +108,17 @@ def start_stderr() -> None:
     _stderr = sys.stderr
 
 
-def _write(level: int, text: str) -> None:
-    if _stderr is not None and level <= _stderr_level:
+def _write(level: int, text: str, *, asked: bool = False) -> None:
+    if _stderr is not None and (level <= _stderr_level or asked):
         prefix = f"{time.monotonic() - _START:.4f}: " if _timestamps else ""
         try:
             os.write(_stderr.fileno(), f"{prefix}{text}\n".encode(errors="backslashreplace"))
         except OSError:
             pass  # standard error is gone (closed terminal, full pipe): there is nowhere to say so
-    if _file >= 0:
+    if _file is not None:
         try:
             line = f"{time.monotonic() - _START:.4f}: {_PREFIX[level]:<9}{text}\n"
-            os.write(_file, line.encode(errors="backslashreplace"))
+            _file.write(line.encode(errors="backslashreplace"))
         except OSError:
             pass  # the disk is full: a log line is not worth ending for
     if _syslog is not None:
@@ -145,21 +158,82 @@ def trace(text: str) -> None:
         _write(TRACE, text)
 
 
+def report(lines: Iterable[str]) -> None:
+    """What somebody has asked for: it is said at any level, on standard error, too, if that is still ours."""
+    for line in lines:
+        _write(INFO, line, asked=True)
+
+
+# Rate limits -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Held:
+    """A message that was said, or several alike: the next ones are held back `until` then."""
+
+    until: float
+    interval: float
+    level: int
+    text: str = ""
+    count: int = 0
+
+    def tell(self) -> None:
+        if self.count:
+            say(self.level, f"{self.text}{_similar(self.count)}")
+
+
+_held: dict[str, _Held] = {}
+_flush_at = NEVER
+
+
 def warn_ratelimited(key: str, text: str, now: float, interval: float = 10.0) -> None:
-    """Warn at most once per `interval` seconds for each `key`; the next line tells how many were held back."""
-    _ratelimited(warn, key, text, now, interval)
+    """Warn at most once per `interval` seconds for each `key`; how many were held back is told then."""
+    _ratelimited(WARNING, key, text, now, interval)
 
 
 def info_ratelimited(key: str, text: str, now: float, interval: float = 10.0) -> bool:
     """The same for what is no warning, but that a guest can cause as often as it likes. Tells whether it was said."""
-    return _ratelimited(info, key, text, now, interval)
+    return _ratelimited(INFO, key, text, now, interval)
 
 
-def _ratelimited(write: Callable[[str], None], key: str, text: str, now: float, interval: float) -> bool:
-    last, held = _last.get(key, (-interval, 0))
-    if now - last < interval:
-        _last[key] = (last, held + 1)
+def flush_held(now: float) -> None:
+    """Tell of what was held back until `now`; NEVER: of everything, the program ends."""
+    global _flush_at
+    _flush_at = NEVER
+    for key, held in list(_held.items()):
+        if held.until > now:
+            continue
+        held.tell()
+        if held.count and now != NEVER:
+            held.count, held.until = 0, now + held.interval  # that was a message, too
+        else:
+            del _held[key]
+    waiting = [held.until for held in _held.values() if held.count]
+    if waiting:
+        _flush_later(min(waiting))
+
+
+def _ratelimited(level: int, key: str, text: str, now: float, interval: float) -> bool:
+    held = _held.get(key)
+    if held is not None and now < held.until:
+        held.text = text
+        held.count += 1
+        _flush_later(held.until)
         return False
-    _last[key] = (now, 0)
-    write(f"{text} ({held} similar messages held back)" if held else text)
+    say(level, f"{text}{_similar(held.count)}" if held is not None and held.count else text)
+    if held is None and len(_held) >= KEYS_MAX:
+        _held.pop(min(_held, key=lambda k: _held[k].until)).tell()
+    _held[key] = _Held(now + interval, interval, level)
     return True
+
+
+def _flush_later(when: float) -> None:
+    global _flush_at
+    if when < _flush_at:
+        _flush_at = when
+        if on_held is not None:
+            on_held(when)
+
+
+def _similar(count: int) -> str:
+    return f" ({count} similar message{'s' if count > 1 else ''} held back)"

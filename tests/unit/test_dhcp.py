@@ -375,8 +375,9 @@ def test_log(ctx: Context, monkeypatch: pytest.MonkeyPatch, message: Message, li
 def heard(monkeypatch: pytest.MonkeyPatch, ctx: Context, *messages: Message) -> list[str]:
     """What is logged about messages that come at the same time."""
     lines: list[str] = []
-    monkeypatch.setattr(log, "_last", {})
+    monkeypatch.setattr(log, "_held", {})
     monkeypatch.setattr(log, "info", lines.append)
+    monkeypatch.setattr(log, "say", lambda level, text: lines.append(text))
     for message in messages:
         send(ctx, message)
     return lines
@@ -385,9 +386,10 @@ def heard(monkeypatch: pytest.MonkeyPatch, ctx: Context, *messages: Message) -> 
 def test_a_flood_from_many_clients(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody is answered, nobody is remembered, and the log does not grow with them."""
     server = Dhcp(ctx)
-    monkeypatch.setattr(log, "_last", {})
+    monkeypatch.setattr(log, "_held", {})
     lines: list[str] = []
     monkeypatch.setattr(log, "info", lines.append)
+    monkeypatch.setattr(log, "say", lambda level, text: lines.append(text))
     for number in range(1000):
         mac = b"\x02\0\0\0" + number.to_bytes(2, "big")
         message = replace(request(), chaddr=mac + bytes(10), xid=number)
@@ -396,7 +398,7 @@ def test_a_flood_from_many_clients(ctx: Context, monkeypatch: pytest.MonkeyPatch
         answer = Message.parse(frame[42:])
         assert (frame[:6], answer.chaddr[:6], answer.xid, answer.yiaddr) == (mac, mac, number, GUEST4)
     assert vars(server) == {"_ctx": ctx}
-    assert len(log._last) == 1
+    assert len(log._held) == 1
     assert lines == ["DHCP: offer to discover", "    from 02:00:00:00:00:00"]
 
 

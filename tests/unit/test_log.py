@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ from typing import TextIO
 import pytest
 
 from passt import log
+from passt.log_file import LogFile
 
 
 @pytest.fixture
@@ -32,9 +34,10 @@ def set_up(monkeypatch: pytest.MonkeyPatch, stderr: TextIO | None) -> None:
         "_stderr_level": log.TRACE,
         "_timestamps": False,
         "_syslog": None,
-        "_file": -1,
+        "_file": None,
     }
-    for name, value in {**start, "debug_on": False, "trace_on": False, "_last": {}}.items():
+    rate_limits = {"_held": {}, "_flush_at": log.NEVER, "on_held": None}
+    for name, value in {**start, "debug_on": False, "trace_on": False, **rate_limits}.items():
         monkeypatch.setattr(log, name, value)
 
 
@@ -166,8 +169,8 @@ def test_no_syslog_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def log_file(stderr: Path, tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "log"
-    if log._file >= 0:
-        os.close(log._file)
+    if log._file is not None:
+        log._file.close()
 
 
 def test_log_file(log_file: Path, stderr: Path) -> None:
@@ -197,15 +200,43 @@ def test_log_file_that_cannot_be_opened(stderr: Path, tmp_path: Path) -> None:
         log.setup("pasta", log.INFO, syslog=False, log_file=str(tmp_path / "no" / "log"))
 
 
-def test_full_disk(stderr: Path) -> None:
-    log.setup("pasta", log.INFO, syslog=False)
-    full = os.open("/dev/full", os.O_WRONLY)
-    try:
-        log._file = full
-        log.err("still on standard error")
-    finally:
-        os.close(full)
+def test_full_disk(stderr: Path, log_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.setup("pasta", log.INFO, syslog=False, log_file=str(log_file))
+
+    def full(_: LogFile, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LogFile, "write", full)
+    log.err("still on standard error")
     assert stderr.read_text() == "still on standard error\n"
+
+
+def test_log_file_keeps_its_size(log_file: Path) -> None:
+    log.setup("pasta", log.INFO, syslog=False, log_file=str(log_file), log_size=1000)
+    for number in range(100):
+        log.info(f"line {number}")
+    assert log_file.stat().st_size <= 1000
+    first, *_, last = log_file.read_text().splitlines()
+    assert first.startswith("pasta ") and last.endswith("line 99")
+
+
+def test_reports_go_everywhere(log_file: Path, stderr: Path) -> None:
+    """Somebody asked for them: neither --quiet nor a command on the same terminal keeps them."""
+    log.setup("pasta", log.WARNING, syslog=False, log_file=str(log_file))
+    log.quiet_stderr()
+    log.info("nobody asked")
+    log.report(["one", "two"])
+    assert stderr.read_text() == "one\ntwo\n"
+    lines = log_file.read_text().splitlines()[1:]
+    assert [line.split(": ", 1)[1] for line in lines] == ["info:    one", "info:    two"]
+
+
+def test_reports_of_a_daemon(log_file: Path, stderr: Path) -> None:
+    log.setup("pasta", log.INFO, syslog=False, log_file=str(log_file))
+    log.stop_stderr()
+    log.report(["one"])
+    assert stderr.read_text() == ""
+    assert log_file.read_text().endswith("info:    one\n")
 
 
 # Rate limit --------------------------------------------------------------------------------------------------------
@@ -218,7 +249,7 @@ def test_rate_limit(stderr: Path) -> None:
     assert stderr.read_text().splitlines() == [
         "no fragments",
         "no fragments (2 similar messages held back)",
-        "no fragments (1 similar messages held back)",
+        "no fragments (1 similar message held back)",
         "something else",
     ]
 
@@ -226,7 +257,58 @@ def test_rate_limit(stderr: Path) -> None:
 def test_rate_limit_tells_whether_it_spoke(stderr: Path) -> None:
     said = [log.info_ratelimited("dhcp", "asked", now) for now in (0.0, 1.0, 10.0, 10.1)]
     assert said == [True, False, True, False]
-    assert stderr.read_text().splitlines() == ["asked", "asked (1 similar messages held back)"]
+    assert stderr.read_text().splitlines() == ["asked", "asked (1 similar message held back)"]
+
+
+def test_what_was_held_back_is_told_when_nothing_follows(stderr: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(log, "on_held", asked.append)
+    log.warn_ratelimited("one", "first", 0.0)
+    assert asked == []
+    for now in (1.0, 2.0):
+        log.warn_ratelimited("one", "last", now)
+    log.warn_ratelimited("two", "other", 3.0, 1.0)
+    log.warn_ratelimited("two", "other", 3.5, 1.0)
+    assert asked == [10.0, 4.0]  # the earlier one: it asks for the other when it comes
+    log.flush_held(4.0)
+    assert asked == [10.0, 4.0, 10.0]
+    log.warn_ratelimited("two", "other", 4.5, 1.0)  # what was told was a message, too
+    log.flush_held(10.0)
+    assert stderr.read_text().splitlines() == [
+        "first",
+        "other",
+        "other (1 similar message held back)",
+        "last (2 similar messages held back)",
+        "other (1 similar message held back)",
+    ]
+    log.flush_held(30.0)
+    assert log._held == {}
+    assert len(stderr.read_text().splitlines()) == 5
+
+
+def test_what_was_held_back_is_told_at_the_end(stderr: Path) -> None:
+    for _ in range(3):
+        log.warn_ratelimited("one", "again", 0.0)
+    log.flush_held(log.NEVER)
+    log.flush_held(log.NEVER)
+    assert stderr.read_text().splitlines() == ["again", "again (2 similar messages held back)"]
+
+
+def test_keys_do_not_add_up(stderr: Path) -> None:
+    for i in range(10 * log.KEYS_MAX):
+        log.warn_ratelimited(f"key {i}", f"text {i}", i / 1000)
+        log.warn_ratelimited(f"key {i}", f"text {i}", i / 1000)
+    assert len(log._held) == log.KEYS_MAX
+    log.flush_held(log.NEVER)
+    assert len(stderr.read_text().splitlines()) == 20 * log.KEYS_MAX, "none is lost"
+
+
+def test_quiet_holds_back_for_good(stderr: Path) -> None:
+    log.setup("pasta", log.WARNING, syslog=False)
+    for _ in range(3):
+        log.info_ratelimited("dhcp", "asked", 0.0)
+    log.flush_held(log.NEVER)
+    assert stderr.read_text() == ""
 
 
 def test_fatal_is_a_line_or_several() -> None:

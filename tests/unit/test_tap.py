@@ -661,8 +661,8 @@ def test_a_fault_costs_the_frame(tap: FakeTap, name: str, frame: bytes) -> None:
 
 def test_faults_are_told_but_not_without_end(tap: FakeTap, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr("passt.log.warn", lines.append)
-    monkeypatch.setattr("passt.log._last", {})
+    monkeypatch.setattr("passt.log.say", lambda level, text: lines.append(text))
+    monkeypatch.setattr("passt.log._held", {})
     tap.services["arp"].error = ZeroDivisionError("a defect of ours")
     tap.batch(*[ether(ARP())] * 50)
     assert tap.drops == {"fault": 50}
