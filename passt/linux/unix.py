@@ -50,9 +50,11 @@ def _clear(path: str) -> None:
         return
     except OSError as e:
         raise Fatal(f"Couldn't bind UNIX socket {path}: {e.strerror}") from None
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+    # A socket of another kind is refused either way, but for a reason that depends on whether somebody is there. One of
+    # the same kind would be accepted, and a passt with --one-off would take that for its guest, and end with it.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         error = probe.connect_ex(path)
-    if error in (0, errno.EAGAIN):
+    if error in (0, errno.EPROTOTYPE):
         raise Fatal(f"Socket path {path} already in use")
     if error != errno.ECONNREFUSED:
         raise Fatal(f"Couldn't bind UNIX socket {path}: {os.strerror(error)}")

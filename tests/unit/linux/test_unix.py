@@ -7,7 +7,10 @@ import socket
 import stat
 from pathlib import Path
 
+import pytest
+
 from passt.linux import unix
+from passt.log import Fatal
 
 
 def test_many_may_wait(tmp_path: Path) -> None:
@@ -19,6 +22,16 @@ def test_many_may_wait(tmp_path: Path) -> None:
         client.connect(path)
     for sock in (*clients, listener):
         sock.close()
+
+
+def test_who_listens_does_not_notice_that_the_path_is_wanted(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    listener = unix.listen_at(path)
+    with pytest.raises(Fatal, match="already in use"):
+        unix.listen_at(path)
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+    listener.close()
 
 
 def test_the_other_end_is_known(tmp_path: Path) -> None:
