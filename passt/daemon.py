@@ -17,7 +17,8 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -164,6 +165,16 @@ def go_background(pid_file: FileIO | None) -> None:
 
 
 # The end -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let signals that end us wait until the loop's handlers are there: what is half made would stay behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *FROM_TERMINAL})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class End:

@@ -7,7 +7,8 @@
     detach    PID file; to the background unless in the foreground: the parent exits when nothing is left to do
     run       turn the loop: a guest may connect
 
-Before `detach` every error ends the program with a message and status 1, and the socket's path goes with it.
+Before `detach` every error ends the program with a message and status 1, and the socket's path goes with it. From when
+the socket is there, signals that end us wait until the loop can take them: status 0, as at any later time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from . import daemon, isolation, log
@@ -37,31 +38,34 @@ def run(options: Options, inherited: Sequence[int]) -> int:
     files = daemon.open_files(options)
     isolation.close_fds(inherited)
     guest = listener = path = None
-    if options.fd is not None:
-        guest = passt.inherited(options.fd)
-    else:
-        listener, path = passt.listen(options.socket_path)
-    try:
-        ctx, link, tap = build(options, identity, path)
-        end = End(ctx, None)
-        daemon.attach_capture(ctx, link, tap, options, files.pcap)
-        clients = passt.Clients(ctx, link, tap, listener, end.done if options.one_off else None)
+    with ExitStack() as undo:
+        with daemon.signals_held():
+            if options.fd is not None:
+                guest = passt.inherited(options.fd)
+            else:
+                listener, path = passt.listen(options.socket_path)
+                undo.callback(_remove, path)
+            ctx, link, tap = build(options, identity, path)
+            end = End(ctx, None)
+            daemon.attach_capture(ctx, link, tap, options, files.pcap)
+            clients = passt.Clients(ctx, link, tap, listener, end.done if options.one_off else None)
+            end.attend()
         gc.collect()
         gc.freeze()
         if options.foreground:
             daemon.write_pid(files.pid)
         else:
             daemon.go_background(files.pid)
-        end.attend()
-    except BaseException:
-        if path is not None:
-            with suppress(OSError):  # it may be root's, and we somebody else by now
-                os.unlink(path)
-        raise
+        undo.pop_all()
     if guest is not None:
         clients.serve(guest)
     ctx.reactor.run()
     return end.status
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):  # it may be root's, and we somebody else by now
+        os.unlink(path)
 
 
 def build(options: Options, identity: Identity, path: str | None) -> tuple[Context, StreamLink, Tap]:

@@ -53,6 +53,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> i
             else:
                 tap.on_gone = link.on_error = lambda e: tap_gone(plan, end)
             daemon.attach_capture(ctx, link, tap, options, files.pcap)
+        end.attend(watch)  # whoever reads the PID may send us a signal at once
         gc.collect()
         gc.freeze()
         if target.init is None and not options.foreground:
@@ -60,7 +61,6 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> i
             daemon.go_background(files.pid)
         else:
             daemon.write_pid(files.pid)
-        end.attend(watch)
     except BaseException:
         if target.init is not None:
             target.init.abandon()
