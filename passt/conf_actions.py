@@ -132,13 +132,27 @@ def netmask(fields: Fields, text: str) -> None:
 def dns(fields: Fields, text: str) -> None:
     """Adds to the list. `none` clears it, and what was said about forwarding; a later -D starts anew."""
     if text == NONE:
-        fields.update(dns=(), dns_none=True, dns_forward=Pair(), dns_host=Pair())
+        fields.update(dns=(), dns_none=True, dns_forward=(), dns_host=())
         return
     value = values.dns(text)
     servers = (*fields.get("dns", ()), value)
     if len([s for s in servers if len(s) == len(value)]) > DNS_MAX:
         raise Fatal(f"Cannot use DNS address {text} (at most {DNS_MAX} per family)")
     fields.update(dns=servers, dns_none=False)
+
+
+def dns_forward(fields: Fields, text: str) -> None:
+    """Adds to the list."""
+    fields["dns_forward"] = (*fields.get("dns_forward", ()), values.dns_forward(text))
+
+
+def dns_host(fields: Fields, text: str) -> None:
+    """Adds to the list."""
+    value = values.dns_host(text)
+    hosts = (*fields.get("dns_host", ()), value)
+    if len([a for a in hosts if len(a) == len(value)]) > DNS_MAX:
+        raise Fatal(f"Cannot use host nameserver address {text} (at most {DNS_MAX} per family)")
+    fields["dns_host"] = hosts
 
 
 def search(fields: Fields, text: str) -> None:

@@ -21,15 +21,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from . import addr, conf_ports, log
-from .conf_actions import DNS_MAX, SEARCH_MAX
+from . import addr, conf_dns, conf_ports, log
 from .conf_options import Options
 from .conf_table import GUEST
-from .conf_values import is_domain
 from .core.config import FRAME_MTU_MAX, PASTA, Config, Ip4, Ip6
 from .linux import routes
 from .linux.routes import Address, Host, Link, NsPlan, Route
 from .log import Fatal
+from .resolv_conf import ResolvConf
 
 LOCAL_ADDR4 = bytes((169, 254, 2, 1))
 LOCAL_GATEWAY4 = bytes((169, 254, 2, 2))
@@ -43,30 +42,6 @@ WINDOW_MAX = 1 << 24  # bytes that a TCP sender in the namespace may have on the
 HEADERS = 52  # IPv4, TCP, timestamps
 SEGMENT = 1500 - HEADERS
 TXQLEN_MAX = 16384
-
-
-@dataclass(frozen=True, slots=True)
-class Resolvers:
-    """What /etc/resolv.conf says."""
-
-    servers: tuple[bytes, ...] = ()
-    search: tuple[str, ...] = ()
-
-
-def parse_resolv_conf(text: str) -> Resolvers:
-    """Nameservers and the first search list; lines that make no sense are left out, as the resolver does."""
-    servers: list[bytes] = []
-    search: tuple[str, ...] = ()
-    for line in text.splitlines():
-        keyword, *words = line.split() or [""]
-        if keyword == "nameserver" and words:
-            try:
-                servers.append(addr.packed(words[0].partition("%")[0]))
-            except ValueError:
-                log.debug(f"/etc/resolv.conf: {line.strip()}: not an address, left out")
-        elif keyword == "search" and not search:
-            search = tuple(filter(is_domain, words))[:SEARCH_MAX]  # "." is a usual way to say that there is none
-    return Resolvers(tuple(servers), search)
 
 
 class Remarks:
@@ -98,7 +73,7 @@ class Decision:
     remarks: Remarks
 
 
-def decide(options: Options, host: Host, resolvers: Resolvers, *, have_v6: bool = True) -> Decision:
+def decide(options: Options, host: Host, resolv_conf: ResolvConf, *, have_v6: bool = True) -> Decision:
     """Everything that follows from the command line and the host. Raises Fatal."""
     remarks = Remarks()
     mtu = min(options.mtu, FRAME_MTU_MAX)
@@ -108,15 +83,16 @@ def decide(options: Options, host: Host, resolvers: Resolvers, *, have_v6: bool 
     template4 = _template(options, host, remarks, v6=False) if options.use.v4 else None
     template6 = _template(options, host, remarks, v6=True) if options.use.v6 and have_v6 else None
     _check_named(options, host, template4, template6)
-    ip4 = _ip4(options, host, template4, resolvers, remarks) if options.use.v4 else None
-    ip6 = _ip6(options, host, template6, resolvers, remarks) if _want_v6(options, mtu, have_v6, remarks) else None
+    ip4 = _ip4(options, host, template4, remarks) if options.use.v4 else None
+    ip6 = _ip6(options, host, template6, remarks) if _want_v6(options, mtu, have_v6, remarks) else None
     if ip4 is None and ip6 is None:
         raise Fatal("No address family left: IPv6 is not possible and IPv4 was not asked for (leave out -6)")
     conf_ports.check_families(options.forwards, ip4 is not None, ip6 is not None)
     used4, used6 = template4 if ip4 else None, template6 if ip6 else None
-    config = _config(options, mtu, ip4, ip6, resolvers, template6 or template4)
+    config = _config(options, mtu, ip4, ip6, template6 or template4)
+    config = conf_dns.apply(options, config, resolv_conf)
     plan = _plan(options, host, used4, used6, config, remarks) if options.mode == PASTA else None
-    _remark_dns(options, ip4, ip6, remarks)
+    conf_dns.remark(options, config, resolv_conf, remarks.warn)
     return Decision(config, plan, used4, used6, remarks)
 
 
@@ -126,9 +102,7 @@ def queue_length(mtu: int) -> int:
     return min(WINDOW_MAX // payload + 1, TXQLEN_MAX)
 
 
-def _config(
-    options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, resolvers: Resolvers, scope: Link | None
-) -> Config:
+def _config(options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, scope: Link | None) -> Config:
     return Config(
         mode=options.mode,
         ip4=ip4,
@@ -136,7 +110,6 @@ def _config(
         our_mac=options.our_mac,
         mtu=mtu,
         scope_id=scope.index if scope else 0,
-        dns_search=() if options.search_none else options.search or resolvers.search,
         hostname=options.hostname,
         fqdn=options.fqdn,
         advertise_dns=options.dhcp_dns,
@@ -154,15 +127,6 @@ def _config(
         host_lo_to_ns_lo=options.host_lo_to_ns_lo,
         freebind=options.freebind,
     )
-
-
-def _remark_dns(options: Options, ip4: Ip4 | None, ip6: Ip6 | None, remarks: Remarks) -> None:
-    if not any(ip.dns for ip in (ip4, ip6) if ip) and not options.dns_none:
-        remarks.warn("Couldn't get any nameserver address")
-    if options.dhcp_dns and ip4 and not ip4.dns:
-        remarks.warn("No IPv4 nameserver available for DHCP")
-    if options.dhcp_dns and ip6 and not ip6.dns:
-        remarks.warn("No IPv6 nameserver available for NDP/DHCPv6")
 
 
 # Template interface ------------------------------------------------------------------------------------------------
@@ -214,7 +178,7 @@ def _want_v6(options: Options, mtu: int, have_v6: bool, remarks: Remarks) -> boo
 # One family --------------------------------------------------------------------------------------------------------
 
 
-def _ip4(options: Options, host: Host, template: Link | None, resolvers: Resolvers, remarks: Remarks) -> Ip4:
+def _ip4(options: Options, host: Host, template: Link | None, remarks: Remarks) -> Ip4:
     found = routes.pick_address(host, template.index, v6=False) if template else None
     address, gateway = options.address.v4, options.gateway.v4
     if found:
@@ -225,24 +189,19 @@ def _ip4(options: Options, host: Host, template: Link | None, resolvers: Resolve
         _remark_local(options, remarks, v6=False)
         address, gateway = address or LOCAL_ADDR4, gateway or LOCAL_GATEWAY4
     prefix_len = options.prefix_len.v4 or options.netmask or (found.prefix_len if found else _usual_prefix(address))
-    loopback = _mapped(options, gateway, v6=False)
-    dns, match, target = _dns(options, resolvers, loopback, remarks, v6=False)
     return Ip4(
         addr=address,
         prefix_len=prefix_len,
         gateway=gateway,
         our_addr=gateway,
-        map_host_loopback=loopback,
+        map_host_loopback=_mapped(options, gateway, v6=False),
         map_guest_addr=options.map_guest_addr.v4 or None,
-        dns=dns,
-        dns_match=match,
-        dns_host=target,
         addr_out=options.outbound.v4,
         if_out=options.outbound_if.v4,
     )
 
 
-def _ip6(options: Options, host: Host, template: Link | None, resolvers: Resolvers, remarks: Remarks) -> Ip6:
+def _ip6(options: Options, host: Host, template: Link | None, remarks: Remarks) -> Ip6:
     found = routes.pick_address(host, template.index, v6=True) if template else None
     address, gateway = options.address.v6, options.gateway.v6
     our_ll = None
@@ -257,18 +216,13 @@ def _ip6(options: Options, host: Host, template: Link | None, resolvers: Resolve
     if gateway and addr.is_link_local(gateway):
         our_ll = gateway
     prefix_len = options.prefix_len.v6 or (found.prefix_len if found and not options.address.v6 else PREFIX6)
-    loopback = _mapped(options, gateway, v6=True)
-    dns, match, target = _dns(options, resolvers, loopback, remarks, v6=True)
     return Ip6(
         addr=address,
         prefix_len=prefix_len,
         gateway=gateway,
         our_ll=our_ll or LOCAL_LL6,
-        map_host_loopback=loopback,
+        map_host_loopback=_mapped(options, gateway, v6=True),
         map_guest_addr=options.map_guest_addr.v6 or None,
-        dns=dns,
-        dns_match=match,
-        dns_host=target,
         addr_out=options.outbound.v6,
         if_out=options.outbound_if.v6,
     )
@@ -292,33 +246,6 @@ def _mapped(options: Options, gateway: bytes | None, v6: bool) -> bytes | None:
     if asked is None:
         return gateway if options.map_gw else None
     return asked or None  # type: ignore[return-value]  # False is `none`, True does not occur
-
-
-def _dns(
-    options: Options, resolvers: Resolvers, loopback: bytes | None, remarks: Remarks, v6: bool
-) -> tuple[tuple[bytes, ...], bytes | None, bytes | None]:
-    """(resolvers to tell the guest, address whose queries are forwarded, resolver on the host they go to).
-
-    A resolver on the host's loopback is told as the address that maps to it, and queries to that one are forwarded;
-    the same goes for a resolver whose address is the mapped one (a gateway that is resolver, too).
-    """
-    length = 16 if v6 else 4
-    found = [s for s in resolvers.servers if len(s) == length]
-    match: bytes | None = options.dns_forward.get(v6)
-    target: bytes | None = options.dns_host.get(v6) or next(iter(found), None)
-    told = [s for s in options.dns if len(s) == length]
-    if not told and not options.dns_none:
-        for server in found[:DNS_MAX]:
-            shown = loopback if addr.is_loopback(server) else server
-            if shown is not None:
-                told.append(shown)
-                if shown == loopback:
-                    match = match or loopback
-    if match is not None and target is None:
-        if options.dns_forward.get(v6):
-            remarks.warn(f"Nothing to forward queries to {addr.text(match)} to: no nameserver known (give --dns-host)")
-        match = None
-    return tuple(told), match, target
 
 
 # The namespace -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ Fields = dict[str, Any]
 
 
 class Done(Exception):
-    """--help and --version: print the text on standard output, exit status 0."""
+    """--help, --version, --completion: print the text on standard output, exit status 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class Options:
 
     dns: tuple[bytes, ...] = ()
     dns_none: bool = False
-    dns_forward: Pair = Pair()
-    dns_host: Pair = Pair()
+    dns_forward: tuple[bytes, ...] = ()
+    dns_host: tuple[bytes, ...] = ()
     dhcp_dns: bool = False
     search: tuple[str, ...] = ()
     search_none: bool = False

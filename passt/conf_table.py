@@ -125,12 +125,12 @@ TABLE = (
     Option("dns", "D", "ADDR", actions.dns,
            "Tell the {guest} this resolver, up to three per family\n"
            "'none': tell none; default: from /etc/resolv.conf"),
-    Option("dns-forward", "", "ADDR", actions.per_family("dns_forward", values.dns_forward),
-           "Forward queries sent to ADDR to the host's resolver\n"
-           "once for IPv4, once for IPv6; default: none"),
-    Option("dns-host", "", "ADDR", actions.per_family("dns_host", values.dns_host),
-           "Resolver on the host to forward queries to\n"
-           "default: the first in /etc/resolv.conf"),
+    Option("dns-forward", "", "ADDR", actions.dns_forward,
+           "Forward queries sent to ADDR to the host's resolvers;\n"
+           "can be given several times; default: none"),
+    Option("dns-host", "", "ADDR", actions.dns_host,
+           "Forward queries to this resolver of the host, up to three\n"
+           "per family; default: those in /etc/resolv.conf"),
     Option("search", "S", "DOMAIN", actions.search,
            "Tell the {guest} this search domain, up to six\n"
            "'none': tell none; default: from /etc/resolv.conf"),

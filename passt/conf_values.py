@@ -11,7 +11,7 @@ import re
 from . import addr
 from .core.config import MTU_MAX, MTU_MIN
 from .log import Fatal
-from .wire.domain import labels
+from .wire.domain import is_name
 
 IFNAME_MAX = 15  # IFNAMSIZ less the final NUL
 IFNAME_RULE = f"1 to {IFNAME_MAX} characters, no blanks, '/', ':' or '%'"
@@ -186,22 +186,14 @@ def mapped(text: str) -> bytes:
 
 def domain(text: str) -> str:
     """A domain for the search list; a final dot is allowed."""
-    if not is_domain(text):
+    if not is_name(text):
         raise Fatal(f"Cannot use DNS search domain {text} (ASCII, labels of 1 to 63 characters, 253 in all)")
     return text
 
 
-def is_domain(text: str) -> bool:
-    """Whether it can be encoded and printed."""
-    try:
-        return bool(labels(text)) and text.isprintable() and " " not in text
-    except ValueError:
-        return False
-
-
 def _host(text: str, message: str) -> str:
     """The name of a host (RFC 1123, 2.1; underscores occur), without a final dot."""
-    if not is_domain(text) or not all(_HOST_LABEL.match(label) for label in text.removesuffix(".").split(".")):
+    if not is_name(text) or not all(_HOST_LABEL.match(label) for label in text.removesuffix(".").split(".")):
         raise Fatal(f"{message} {text} (labels of 1 to 63 letters, digits and inner hyphens, 253 characters in all)")
     return text.removesuffix(".")
 

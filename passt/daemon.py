@@ -33,15 +33,15 @@ from .log import Fatal
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from .conf_net import Decision, Resolvers
+    from .conf_net import Decision
     from .core.context import Context
     from .core.link import Capture, TapLink
     from .core.plain_link import PlainLink
     from .core.stream_link import StreamLink
     from .pasta import Init, Watch
+    from .resolv_conf import Follower
     from .tap import Tap
 
-RESOLV_CONF = "/etc/resolv.conf"
 IF_INET6 = "/proc/net/if_inet6"  # exists if the kernel has IPv6
 FILE_MODE = 0o600
 WATCH_INTERVAL = 1.0  # seconds between looks at a path that the kernel reports nothing about
@@ -75,15 +75,18 @@ def create(what: str, path: str | None) -> FileIO | None:
     return FileIO(fd, "w")
 
 
-def read_resolvers() -> Resolvers:
-    from .conf_net import Resolvers, parse_resolv_conf
+def read_names(options: Options) -> Follower:
+    """What resolv.conf says, and how to notice that it says something else, as far as that matters."""
+    from . import conf_dns, resolv_conf
 
-    try:
-        with open(RESOLV_CONF, encoding="utf-8", errors="replace") as f:
-            return parse_resolv_conf(f.read())
-    except OSError as e:
-        log.debug(f"{RESOLV_CONF}: {e.strerror}")
-        return Resolvers()
+    return resolv_conf.Follower(resolv_conf.RESOLV_CONF, watch=conf_dns.follows(options))
+
+
+def follow_names(ctx: Context, options: Options, names: Follower) -> None:
+    """From now on the guest has the resolvers that the host has."""
+    from . import conf_dns
+
+    names.attend(ctx, partial(conf_dns.follow, ctx, options))
 
 
 def report(identity: Identity, decision: Decision, problems: list[str], *, quiet: bool) -> None:

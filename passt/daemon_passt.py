@@ -76,11 +76,13 @@ def build(options: Options, identity: Identity, path: str | None) -> tuple[Conte
     if log.trace_on:
         from . import trace  # noqa: F401
     have_v6 = os.path.exists(daemon.IF_INET6)
-    decision = conf_net.decide(options, netlink.read_host(), daemon.read_resolvers(), have_v6=have_v6)
+    names = daemon.read_names(options)
+    decision = conf_net.decide(options, netlink.read_host(), names.current, have_v6=have_v6)
     daemon.raise_descriptor_limit()
     listen_sock.check_limit(decision.config)
     host = listen_sock.open_side(decision.config, outbound=False)
     wired = wiring.wire_machine(decision, host)
+    daemon.follow_names(wired[0], options, names)
     isolation.become(identity)
     if path is not None:
         log.info(conf_net.describe_socket(path))

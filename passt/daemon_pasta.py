@@ -108,9 +108,9 @@ def build(
 
     if log.trace_on:
         from . import trace  # noqa: F401
-    decision = conf_net.decide(
-        options, netlink.read_host(), daemon.read_resolvers(), have_v6=os.path.exists(daemon.IF_INET6)
-    )
+    names = daemon.read_names(options)
+    have_v6 = os.path.exists(daemon.IF_INET6)
+    decision = conf_net.decide(options, netlink.read_host(), names.current, have_v6=have_v6)
     config, plan = decision.config, decision.plan
     assert plan is not None  # there is one for every namespace
     daemon.raise_descriptor_limit()
@@ -133,7 +133,9 @@ def build(
             pasta.join_userns(target)  # which brings back the rights over our own child's namespace
     daemon.report(identity, decision, problems, quiet=target.init is not None and not log.debug_on)
     namespace = netns.Namespace(target.netns) if target.netns >= 0 else None
-    return *wiring.wire(decision, device, mac, namespace, host, ns), plan
+    ctx, way = wiring.wire(decision, device, mac, namespace, host, ns)
+    daemon.follow_names(ctx, options, names)
+    return ctx, way, plan
 
 
 def _open_tap(options: Options, target: Target, plan: NsPlan) -> tuple[TapDevice | None, bytes, list[str]]:

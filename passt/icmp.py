@@ -256,7 +256,7 @@ class Icmp:
         if ctx.fwd.family(dst) is None:
             ctx.drops["icmp: address family is off"] += 1
             return None
-        host = ctx.fwd.outbound(dst, 0, dns=False)
+        host = ctx.fwd.outbound(dst)
         ident = int.from_bytes(echo[4:6], "big")
         try:
             sock = self._flows.open(lambda: open_socket(ctx.fwd, host, ident))

@@ -13,6 +13,11 @@
     unsolicited advertisement       200..599 s,     router advertisement to all nodes (RFC 4861,
                                     drawn each time   6.2.4), and armed again
 
+    event                                             consequence
+    ------------------------------------------------  ---------------------------------------------------
+    the host has other resolvers, or search domains   router advertisement to all nodes, which takes back
+                                                        what was said before (lifetime 0: RFC 8106, 5.1)
+
 A router advertisement carries the /64 of the guest's address for autoconfiguration, our MAC, the MTU, resolvers and
 search list, as many domains of it as the link takes in one packet; all lifetimes are as long as the format allows. Its
 M flag is set where our DHCPv6 has an address to give.
@@ -62,8 +67,8 @@ def neighbour_advertisement(solicitation: NeighbourSolicitation, config: Config)
     return NeighbourAdvertisement(flags, solicitation.target, (target,))
 
 
-def router_advertisement(ip6: Ip6, config: Config) -> RouterAdvertisement:
-    """What a router on this link says; the same to everybody."""
+def router_advertisement(ip6: Ip6, config: Config, former: Config | None = None) -> RouterAdvertisement:
+    """What a router on this link says; the same to everybody. What only `former` said about names is taken back."""
     options: list[ndp.Option] = []
     if ip6.addr is not None:
         half = PREFIX_LEN // 8
@@ -73,12 +78,26 @@ def router_advertisement(ip6: Ip6, config: Config) -> RouterAdvertisement:
         options.append(ndp.Mtu(config.mtu))
     if config.advertise_dns and ip6.dns:
         options.append(ndp.Rdnss(ip6.dns))
+    if config.advertise_dns and former is not None and former.ip6:
+        gone = tuple(s for s in former.ip6.dns if s not in ip6.dns)
+        options += [ndp.Rdnss(gone, 0)] if gone else []
     managed = ip6.addr is not None and not config.no_dhcpv6
     flags = RouterAdvertisement.MANAGED if managed else 0
     advertisement = RouterAdvertisement(HOP_LIMIT, flags, ROUTER_LIFETIME, tuple(options))
     room = (config.mtu or MTU_MAX) - ip.HEADER6.size - len(advertisement.emit())
-    names = ndp.Dnssl.leading(config.dns_search, room) if config.advertise_search else ()
-    return replace(advertisement, options=(*options, ndp.Dnssl(names))) if names else advertisement
+    if not config.advertise_search:
+        return advertisement
+    for names, lifetime in ((config.dns_search, ndp.INFINITE), (_no_more(former, config), 0)):
+        told = ndp.Dnssl.leading(names, room)
+        if told:
+            options.append(ndp.Dnssl(told, lifetime))
+            room -= len(options[-1].emit())
+    return replace(advertisement, options=tuple(options))
+
+
+def _no_more(former: Config | None, config: Config) -> tuple[str, ...]:
+    """Search domains that were told before."""
+    return () if former is None else tuple(name for name in former.dns_search if name not in config.dns_search)
 
 
 class Ndp:
@@ -93,6 +112,7 @@ class Ndp:
         if advertises(self._ctx.config):
             self._timer = self._ctx.timers.services.new(self._unsolicited)
             self._arm(now)
+            self._ctx.on_names.append(self._names_changed)
 
     def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, icmp: bytes, now: float) -> None:
         """An ICMPv6 message of types 133 to 137 from the guest, which came with hop limit 255. Raises Malformed."""
@@ -123,16 +143,22 @@ class Ndp:
         log.debug(f"NDP: sending unsolicited RA, next in {delay}s")
         self._send_ra(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6)
 
+    def _names_changed(self, former: Config, now: float) -> None:
+        config = self._ctx.config
+        if config.advertise_dns or config.advertise_search:
+            log.debug("NDP: sending RA, names have changed")
+            self._send_ra(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6, former)
+
     def _arm(self, now: float) -> int:
         """Draw the time until the next unsolicited advertisement; returns it, in seconds."""
         delay = random.randint(*RA_INTERVAL)
         self._ctx.timers.services.arm(self._timer, now + delay)
         return delay
 
-    def _send_ra(self, dst_mac: bytes, dst: bytes) -> None:
+    def _send_ra(self, dst_mac: bytes, dst: bytes, former: Config | None = None) -> None:
         ip6 = self._ctx.config.ip6
         assert ip6 is not None  # `advertises` said so
-        self._send(dst_mac, dst, router_advertisement(ip6, self._ctx.config).emit())
+        self._send(dst_mac, dst, router_advertisement(ip6, self._ctx.config, former).emit())
 
     def _send(self, dst_mac: bytes, dst: bytes, message: bytes) -> None:
         config = self._ctx.config

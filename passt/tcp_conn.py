@@ -41,6 +41,7 @@ from struct import Struct
 from . import addr, log
 from .core.flow import GUEST, HOST, Endpoints, Flow, FlowInfo, TcpInfo
 from .core.link import F_NEEDS_CSUM, GSO_NONE, VNET
+from .core.resolvers import Tried
 from .linux import tcpinfo
 from .wire import tcp
 from .wire.checksum import PROTO_TCP, fold, ones_sum, pseudo_sum
@@ -123,6 +124,7 @@ class TcpConn(Flow):
         "t_rx",  # when data of the guest last came
         "tcp_sum",  # folded sum of the pseudo-header without length
         "timer",  # descriptor from the timer pool, or -1
+        "tried",  # while it is opened towards a resolver: those that were, in this order
         "unpolled",  # bytes given to the socket since TCP_INFO was last asked
         "urgent",  # urgent data was seen: a short peek may be cut at its mark
         "ws_from",  # guest's window scale
@@ -136,6 +138,7 @@ class TcpConn(Flow):
         self.events = 0
         self.host: tuple[bytes, int] = b"", 0
         self.other = b""
+        self.tried: Tried = ()
         self.hdr = bytearray()
         self.l4 = self.ip_sum = self.tcp_sum = 0
         self.mss = tcp.MSS_DEFAULT

@@ -40,6 +40,9 @@ Answers to our SYN (RFC 9293, 3.10.7.3)
     SYN alone: both connect at once      nothing: the guest answers our SYN by SYN,ACK, as we would its
     anything else                        nothing: SYN,ACK comes first, or again
 
+Of several resolvers (`core/resolvers.py`) that one address of the guest's stands for, the next one is tried when
+connecting to one fails, before the guest hears anything.
+
 SYN and SYN,ACK are repeated after 1, 2, 4 s; after 10 s both sides are reset.
 """
 
@@ -198,7 +201,7 @@ class TcpOpen:
         conn.rcv_nxt = conn.rcv_acked = conn.rcv_edge = isn + 1
         _agree(conn, options)
         conn.snd_wnd = window
-        tcp_sock.aim(self._ctx.fwd, conn)
+        tcp_sock.aim(self._ctx, conn, now)
         try:
             self._table.add(conn)
         except TableFull:
@@ -209,7 +212,7 @@ class TcpOpen:
         self._out.cook(conn)
         set_event(conn, TAP_SYN_RCVD)
         try:
-            error = tcp_sock.connect(self._ctx, self._features, conn)
+            error = self._connect(conn)
         except OSError as e:  # no descriptor, no memory: ours to answer for, so RST
             log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
             self._ctx.drops["tcp socket"] += 1
@@ -222,9 +225,17 @@ class TcpOpen:
 
     def connected(self, conn: TcpConn, error: int, now: float) -> None:
         """The host socket is connected, or `error` says why it is not: tell the guest."""
+        if error and conn.tried:
+            error = self._other_resolver(conn, error, now)
+            if error == errno.EINPROGRESS:
+                return
         if error:
             self.connect_failed(conn, error, now)
             return
+        if conn.tried:
+            self._ctx.resolvers.answered(conn.tried[-1], now)
+            conn.tried = ()
+            tcp_sock.be_patient(conn.sock)
         self._ctx.flows.activate(conn)
         self._acks.open_window(conn, now)
         self._out.syn_ack(conn, conn.ws_to != 0)
@@ -232,6 +243,37 @@ class TcpOpen:
         conn.t_rx = now
         set_event(conn, TAP_SYN_ACK_SENT)
         self._table.schedule(conn, now)
+
+    def _connect(self, conn: TcpConn) -> int:
+        """Start connecting; returns 0, EINPROGRESS, or what failed.
+
+        Raises OSError when no socket can be had; that a host has no IPv6 only rules a resolver out.
+        """
+        try:
+            return tcp_sock.connect(self._ctx, self._features, conn)
+        except OSError as e:
+            if not conn.tried or e.errno != errno.EAFNOSUPPORT:
+                raise
+            return errno.EAFNOSUPPORT
+
+    def _other_resolver(self, conn: TcpConn, error: int, now: float) -> int:
+        """The resolver that was tried last failed with `error`: try the next one, and so on; returns as `_connect`."""
+        ctx = self._ctx
+        while error not in (0, errno.EINPROGRESS):
+            ctx.drops[f"dns: resolver failed: {errno.errorcode.get(error, error)}"] += 1
+            ctx.resolvers.failed(conn.tried[-1], os.strerror(error), now)
+            if not tcp_sock.aim_at_resolver(ctx, conn, now):
+                ctx.drops["dns: all resolvers failed"] += 1
+                ctx.resolvers.exhausted(now, now)
+                break
+            if conn.sock is not None:
+                ctx.reactor.retire(conn.fd, conn.sock)
+                conn.sock = None
+            try:
+                error = self._connect(conn)
+            except OSError as e:
+                error = e.errno or errno.EIO
+        return error
 
     def connect_failed(self, conn: TcpConn, error: int, now: float) -> None:
         """RST for a refused connection, an ICMP error for an unreachable peer; a time-out stays one."""

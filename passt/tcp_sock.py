@@ -1,12 +1,13 @@
 """Host sockets of TCP connections: opened, set up, connected; or inherited from a listening one.
 
-    option          why
-    --------------  ---------------------------------------------------------------------------------------------
-    SO_PEEK_OFF     each peek goes on where the last one ended (kernel 6.9; `tcp_buf.py` has the other way)
-    TCP_NODELAY     the guest has cut its stream already; waiting for more would only delay it
-    SO_OOBINLINE    the urgent byte is one of the stream, here as on the guest's side
-    SO_KEEPALIVE    once the guest probes the connection, after the same time without data
-    SO_LINGER       on, 0 s: close() sends RST instead of FIN, when the guest did
+    option            why
+    ----------------  -------------------------------------------------------------------------------------------
+    SO_PEEK_OFF       each peek goes on where the last one ended (kernel 6.9; `tcp_buf.py` has the other way)
+    TCP_NODELAY       the guest has cut its stream already; waiting for more would only delay it
+    SO_OOBINLINE      the urgent byte is one of the stream, here as on the guest's side
+    TCP_USER_TIMEOUT  while connecting to one of several resolvers: if it keeps silent, the next one is tried
+    SO_KEEPALIVE      once the guest probes the connection, after the same time without data
+    SO_LINGER         on, 0 s: close() sends RST instead of FIN, when the guest did
 
 The first three pass from a listening socket to those that it accepts, so there they are set once (`prepare_listener`).
 The guest's port is not kept: it may be in use here, and no peer may rely on it.
@@ -28,28 +29,43 @@ from .linux.tcpinfo import SO_PEEK_OFF, Features
 from .tcp_ack import INTEREST
 from .tcp_conn import TcpConn
 
+RESOLVER_PATIENCE = 1500  # ms that SYN may stay unanswered (RFC 5482; Linux counts it while connecting, too)
 KEEPIDLE_MAX = 32767  # s, MAX_TCP_KEEPIDLE of Linux
 _RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
 
 
-def aim(fwd: Forwarding, conn: TcpConn) -> None:
-    """Find out whom the guest means."""
+def aim(ctx: Context, conn: TcpConn, now: float) -> None:
+    """Find out whom the guest means: of several resolvers, the best one."""
     key = conn.key
     n = (len(key) - 4) // 2
-    port = int.from_bytes(key[2 * n + 2 :], "big")
-    conn.host = fwd.outbound(key[n : 2 * n], port), port
+    peer, port = key[n : 2 * n], int.from_bytes(key[2 * n + 2 :], "big")
+    if not ctx.resolvers.serve(peer, port) or not aim_at_resolver(ctx, conn, now):
+        conn.host = ctx.fwd.outbound(peer), port
+
+
+def aim_at_resolver(ctx: Context, conn: TcpConn, now: float) -> bool:
+    """Choose the best resolver that was not tried yet; False if all were."""
+    key = conn.key
+    resolver = ctx.resolvers.pick(len(key) > 12, now, conn.tried)
+    if resolver is None:
+        return False
+    conn.tried += (resolver,)
+    conn.host = resolver.addr, int.from_bytes(key[-2:], "big")
+    return True
 
 
 def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
     """Open the host socket and start connecting to `conn.host`; returns 0, EINPROGRESS, or what failed.
 
-    Raises OSError when no socket can be had.
+    A resolver that is not the last one to be tried must be quick. Raises OSError when no socket can be had.
     """
     fwd, dst = ctx.fwd, conn.host[0]
     sockaddr = fwd.sockaddr(*conn.host)
     sock: Any = new_socket(addr.family(dst), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     conn.sock, conn.fd = sock, sock.fileno()
     _prepare(sock, features)
+    if conn.tried and len(conn.tried) < len(ctx.resolvers.hosts):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, RESOLVER_PATIENCE)
     conn.near = is_near(fwd, features, dst)
     _bind(ctx, conn, dst)
     error = connect_local(sock, sockaddr) if conn.near else sock.connect_ex(sockaddr)
@@ -100,6 +116,11 @@ def _bind(ctx: Context, conn: TcpConn, dst: bytes) -> None:
             conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
     except OSError as e:
         log.debug(f"Flow {conn.index} (TCP connection): cannot bind: {e.strerror}")
+
+
+def be_patient(sock: Any) -> None:
+    """Connected: how long a resolver may take to answer is the guest's affair."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
 
 
 def keep_alive(sock: Any, idle: float) -> None:

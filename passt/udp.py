@@ -11,6 +11,8 @@ Host -> guest (`sock_handler`, on EPOLLIN)
     them, else frame by frame. What is longer than the guest's MTU is fragmented, with its checksum complete
     (`_send_fragments`).
 
+Queries to an address that stands for the host's resolvers (port 53) are flows of another kind: `dns.py`.
+
 Host first (`inbound`, from `udp_in.py`)
     A client's first datagrams, which a listener got, and a socket connected to that client make a flow of the same
     kind: its key is what the guest's answers will have. Two clients with the same key (one port, and two addresses that
@@ -44,7 +46,9 @@ from .core.flow import TableFull
 from .core.idle import IdleFlows, flow_limit
 from .core.link import VNET
 from .core.reactor import EPOLLERR, EPOLLIN, TYPE_UDP, ref_data
+from .core.resolvers import DNS_PORT
 from .core.rules import Listener
+from .dns import Dns
 from .icmp import Errors
 from .linux.mmsg import SLOT, Receiver
 from .linux.sockopt import default_hops, probe_udp_gro, probe_udp_segment, read_errors
@@ -90,6 +94,7 @@ class Udp:
         self.opener: Callable[[bytes, int, int, float], Any] = lambda host, sport, dport, now: open_socket(
             ctx.fwd, host, sport, dport
         )
+        self.dns = Dns(ctx, self._to_guest, self._tell)
         self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now))
         ctx.reactor.handle(TYPE_UDP, self.sock_handler)
 
@@ -137,7 +142,13 @@ class Udp:
             self._drops[why] += len(frames) // 3
             return None
         sport, dport = int.from_bytes(key[-4:-2], "big"), int.from_bytes(key[-2:], "big")
-        host = ctx.fwd.outbound(dst, dport)
+        host = ctx.fwd.outbound(dst)
+        if ctx.resolvers.serve(dst, dport):
+            if dport == DNS_PORT:
+                self.dns.tap_handler(key, frames, now)
+                return None
+            resolver = ctx.resolvers.pick(len(dst) == 16, now)
+            host = resolver.addr if resolver is not None else host
         flow = UdpFlow(key, host, now, 0 if addr.is_multicast(host) else self._hops[len(host)])
         e = self._open(flow, lambda: self.opener(host, sport, dport, now), len(frames) // 3, now)
         if isinstance(e, OSError):
@@ -169,6 +180,10 @@ class Udp:
         """Tell the guest what the host's kernel said to one of its datagrams."""
         if addr.is_unicast(dst):
             self._errors.refused(e.errno or 0, src, dst, _quote(key, src, dst, payload[: icmp.QUOTE_MAX6]), now)
+
+    def _tell(self, flow: UdpFlow, e: OSError, payload: bytes, now: float) -> None:
+        """The same for one that `dns.py` could not send anywhere."""
+        self._refused(e, flow.key, flow.src, flow.dst, memoryview(payload), now)
 
     # Host -> guest ---------------------------------------------------------------------------------------------------
 
@@ -202,6 +217,15 @@ class Udp:
             self._send_fragments(flow, receiver.mv[:n])
         else:
             self._ctx.link.send_payload((flow.header(n, n), receiver.mv[:n]))
+
+    def _to_guest(self, flow: UdpFlow, payload: memoryview) -> None:
+        """One datagram of a flow, also one of `dns.py`."""
+        n = len(payload)
+        flow.to_guest += n
+        if n > flow.payload_max:
+            self._send_fragments(flow, payload)
+        else:
+            self._ctx.link.send_payload((flow.header(n, n), payload))
 
     def _receive(self, flow: UdpFlow) -> int:
         """A batch; returns how many datagrams it had. Raises BlockingIOError, OSError."""
@@ -286,15 +310,18 @@ class Udp:
         flow = self._by_key.get(key)
         if flow is not None:
             self._flows.close(flow, "fault")
+        self.dns.fault_key(key)
 
     def forget(self) -> None:
         """The guest is gone: end all flows."""
         self._flows.close_all("guest gone")
+        self.dns.forget()
 
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another hardware address: all pre-cooked headers get it."""
         for flow in self._by_key.values():
             flow.set_guest_mac(mac)
+        self.dns.set_guest_mac(mac)
 
 
 def _quote(key: bytes, src: bytes, dst: bytes, payload: bytes | memoryview) -> bytes:

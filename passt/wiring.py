@@ -21,6 +21,7 @@ from .core.link import Link, NoLink, TapLink
 from .core.nspool import NsSockets
 from .core.packet import PacketPool
 from .core.reactor import (
+    TYPE_DNS,
     TYPE_LISTEN,
     TYPE_NAMES,
     TYPE_PING,
@@ -111,7 +112,9 @@ def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) ->
     faults: Faults = {}
     reactor.on_fault = partial(_fault, faults)
     timers, pool = TimerPool(reactor), PacketPool()
-    return Context(config, reactor, timers, pool, link, FlowTable(), Forwarding(config), guest, drops), faults
+    ctx = Context(config, reactor, timers, pool, link, FlowTable(), Forwarding(config), guest, drops)
+    ctx.resolvers.update(config.dns_match, config.dns_hosts)
+    return ctx, faults
 
 
 def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults, *, vnet: bool) -> Tap:
@@ -119,7 +122,8 @@ def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults, *, vnet: bool) -
     ndp, icmp = Ndp(ctx), Icmp(ctx)
     tap = Tap(ctx, arp=Arp(ctx), ndp=ndp, dhcp=Dhcp(ctx), dhcpv6=Dhcpv6(ctx), icmp=icmp, udp=udp, tcp=tcp, vnet=vnet)
     ndp.start(time.monotonic())
-    faults.update({TYPE_TCP: tcp.fault, TYPE_TCP_TIMER: tcp.fault, TYPE_UDP: udp.fault, TYPE_PING: icmp.fault})
+    faults.update({TYPE_TCP: tcp.fault, TYPE_TCP_TIMER: tcp.fault, TYPE_PING: icmp.fault})
+    faults.update({TYPE_UDP: udp.fault, TYPE_DNS: udp.dns.fault})
     return tap
 
 

@@ -1,6 +1,8 @@
-"""What was decided at start and never changes: the frozen result of the command line and of the host's configuration.
+"""What was decided at start: the frozen result of the command line and of the host's configuration.
 
-Built by `conf.py`, read by everybody. Addresses are packed bytes.
+Built by `conf.py`, read by everybody. Addresses are packed bytes. Names are all that may be another thing later: when
+the host's resolvers change, the context gets another `Config` that differs in `dns`, `dns_search`, `dns_match` and
+`dns_hosts` (`conf_dns.py`). Who tells the guest of these reads the context's configuration each time.
 """
 
 from __future__ import annotations
@@ -30,8 +32,6 @@ class Ip4:
     map_host_loopback: bytes | None = None  # this address, seen from the guest, is the host's 127.0.0.1
     map_guest_addr: bytes | None = None  # this address, seen from the guest, is the host's own `addr`
     dns: tuple[bytes, ...] = ()  # resolvers to advertise
-    dns_match: bytes | None = None  # queries to this address (port 53 or 853) go to `dns_host`
-    dns_host: bytes | None = None
     addr_out: bytes | None = None  # source address of outbound sockets
     if_out: str | None = None  # outbound sockets are bound to this interface
 
@@ -47,8 +47,6 @@ class Ip6:
     map_host_loopback: bytes | None = None
     map_guest_addr: bytes | None = None
     dns: tuple[bytes, ...] = ()
-    dns_match: bytes | None = None
-    dns_host: bytes | None = None
     addr_out: bytes | None = None
     if_out: str | None = None
 
@@ -64,6 +62,8 @@ class Config:
     mtu: int = MTU_DEFAULT  # 0: none is assigned or advertised
     scope_id: int = 0  # index of the host interface that link-local destinations are reached through
     dns_search: tuple[str, ...] = ()
+    dns_match: tuple[bytes, ...] = ()  # queries to these addresses (port 53 or 853) go to `dns_hosts`
+    dns_hosts: tuple[bytes, ...] = ()  # the host's resolvers, of either family
     hostname: str = ""  # what the guest is to be called; empty: nothing is said about it
     fqdn: str = ""
     advertise_dns: bool = False

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .. import addr
 from .config import Config
+from .resolvers import Resolvers
 from .stats import Stats
 
 if TYPE_CHECKING:
+    from ..forwards import Forwards
     from .flow import FlowTable
     from .fwd import Forwarding
     from .link import Link
@@ -34,7 +37,7 @@ class Guest:
 class Context:
     """One per process."""
 
-    config: Config
+    config: Config  # replaced by `conf_dns.follow` when the host's resolvers change
     reactor: Reactor
     timers: TimerPool
     pool: PacketPool
@@ -44,4 +47,7 @@ class Context:
     guest: Guest = field(default_factory=Guest)
     drops: Counter[str] = field(default_factory=Counter)  # by reason; whoever drops a packet counts it
     stats: Stats = field(default_factory=Stats)  # see there who writes what
+    resolvers: Resolvers = field(default_factory=Resolvers)
+    on_names: list[Callable[[Config, float], None]] = field(default_factory=list)  # called with the former `config`
     ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none
+    forwards: Forwards | None = None  # the rules in force

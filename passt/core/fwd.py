@@ -2,7 +2,7 @@
 
 Guest to host (`outbound`), first match; the source is the kernel's choice, or the configured outbound address:
 
-    1. port 53 or 853 of the DNS address (TCP and UDP)   -> the host's resolver
+    1. port 53 or 853 of a forwarded address (TCP, UDP)  -> one of the host's resolvers (`resolvers.py` decides)
     2. the address that maps the host's loopback         -> 127.0.0.1 or ::1
     3. the address that maps the host itself             -> the host's own address, the one the guest has too
     4. anything else                                     -> itself
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .context import Guest
     from .rules import Rule
 
-DNS_PORTS = frozenset((53, 853))
 NO_SCOPE = 0
 
 SockAddr = tuple[str, int] | tuple[str, int, int, int]
@@ -52,13 +51,11 @@ class Forwarding:
         """Settings of the address's family; None when it is off."""
         return self._config.ip4 if len(a) == 4 else self._config.ip6
 
-    def outbound(self, dst: bytes, port: int, *, dns: bool = True) -> bytes:
-        """The host-side address for a guest's destination; `dns` is false for protocols without ports."""
+    def outbound(self, dst: bytes) -> bytes:
+        """The host-side address for a guest's destination, unless that is one of those for resolvers."""
         ip = self.family(dst)
         if ip is None:
             return dst
-        if dns and port in DNS_PORTS and dst == ip.dns_match and ip.dns_host is not None:
-            return ip.dns_host
         if dst == ip.map_host_loopback:
             return addr.LOOPBACK4 if len(dst) == 4 else addr.LOOPBACK6
         if dst == ip.map_guest_addr and ip.addr is not None:

@@ -30,6 +30,14 @@ def labels(name: str) -> list[bytes]:
     return found
 
 
+def is_name(text: str) -> bool:
+    """Whether it can be encoded, and printed as it is."""
+    try:
+        return bool(labels(text)) and text.isprintable() and " " not in text
+    except ValueError:
+        return False
+
+
 def encode(name: str) -> bytes:
     """One name, without compression; raises ValueError if it is not a domain name."""
     return b"".join(bytes((len(label),)) + label for label in labels(name)) + b"\0"

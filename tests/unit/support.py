@@ -18,6 +18,7 @@ from passt.core.fwd import Forwarding
 from passt.core.link import VNET, Buffer
 from passt.core.packet import PacketPool
 from passt.core.reactor import TYPE_NAMES, Closable, Handler, make_ref
+from passt.core.resolvers import Resolvers
 from passt.core.timers import NEVER, NO_OWNER
 
 T0 = 1000.0  # the time at which conversations begin
@@ -42,6 +43,7 @@ class FakeLink:
         self.tso = tso
         self.uso = uso
         self.full = False
+        self.sent_frames = self.sent_bytes = 0
         self.frames: list[bytes] = []
         self.vnet: list[bytes] = []
 
@@ -217,6 +219,7 @@ def make_context(
         link=new_link(),
         flows=FlowTable(),
         fwd=Forwarding(config),
+        resolvers=Resolvers(config.dns_match, config.dns_hosts),
         guest=guest or Guest(mac=GUEST_MAC, addr4=GUEST4, addr6=GUEST6, addr6_ll=GUEST_LL),
     )
 

@@ -27,7 +27,7 @@ AUTO_TCP, AUTO_UDP, AUTO_TCP_NS, AUTO_UDP_NS = AUTO = tuple(
 )  # fmt: skip
 
 NO_NAMESPACE = {"fd": 5, "one_off": True, "forwards": ()}
-NO_DNS = {"dns_forward": Pair(), "dns_host": Pair()}
+NO_DNS = {"dns_forward": (), "dns_host": ()}
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("", {}),
     ("-d", {"level": log.DEBUG}),
@@ -66,7 +66,9 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("-D 192.0.2.7 -D 2001:db8::7", {"dns": (A4, A6), "dns_none": False}),
     ("-D 192.0.2.7 --dns-forward 192.0.2.8 -D none", NO_DNS | {"dns": (), "dns_none": True}),
     ("-D none -D 192.0.2.7", NO_DNS | {"dns": (A4,), "dns_none": False}),
-    ("--dns-forward 192.0.2.7 --dns-host ::1", {"dns_forward": Pair(A4, None), "dns_host": Pair(None, addr.LOOPBACK6)}),
+    ("--dns-forward 192.0.2.7 --dns-host ::1", {"dns_forward": (A4,), "dns_host": (addr.LOOPBACK6,)}),
+    ("--dns-forward 192.0.2.7 --dns-forward 2001:db8::7", {"dns_forward": (A4, A6)}),
+    ("--dns-host 127.0.0.1 --dns-host ::1", {"dns_host": (addr.LOOPBACK4, addr.LOOPBACK6)}),
     ("-S a.example -S b.example.", {"search": ("a.example", "b.example."), "search_none": False}),
     ("-S a.example -S none", {"search": (), "search_none": True}),
     ("-H vm -H VM-2.example. --fqdn vm.example", {"hostname": "VM-2.example", "fqdn": "vm.example"}),

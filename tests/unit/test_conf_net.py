@@ -5,24 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from passt import addr, conf, log
 from passt.conf_net import (
     Decision,
-    Resolvers,
     decide,
     describe,
     describe_client,
     describe_socket,
-    parse_resolv_conf,
     queue_length,
 )
 from passt.core.config import PASST
 from passt.linux.routes import RT_SCOPE_LINK, Address, Hop, Host, Link, NsPlan, Route
 from passt.log import Fatal
-from passt.wire import domain
+from passt.resolv_conf import ResolvConf
 
 
 def ip(text: str) -> bytes:
@@ -51,10 +47,10 @@ HOST = Host(
     ),
     routes6=(Route(ANY6, 0, (Hop(2, ip("2001:db8::1")),), metric=1024), Route(ip("2001:db8::"), 64, (Hop(2),))),
 )
-RESOLVERS = Resolvers((ip("192.0.2.53"), ip("2001:db8::53")), ("example.org",))
+RESOLVERS = ResolvConf((ip("192.0.2.53"), ip("2001:db8::53")), ("example.org",))
 
 
-def guest_of(line: str = "", host: Host = HOST, resolvers: Resolvers = RESOLVERS, *, have_v6: bool = True) -> Decision:
+def guest_of(line: str = "", host: Host = HOST, resolvers: ResolvConf = RESOLVERS, *, have_v6: bool = True) -> Decision:
     """The same for a virtual machine."""
     return decide(conf.parse(line.split(), PASST), host, resolvers, have_v6=have_v6)
 
@@ -65,7 +61,7 @@ def plan_of(decision: Decision) -> NsPlan:
 
 
 def given_host(
-    line: str = "", host: Host = HOST, resolvers: Resolvers = RESOLVERS, *, have_v6: bool = True
+    line: str = "", host: Host = HOST, resolvers: ResolvConf = RESOLVERS, *, have_v6: bool = True
 ) -> Decision:
     return decide(conf.parse([*line.split(), "true"]), host, resolvers, have_v6=have_v6)
 
@@ -96,7 +92,7 @@ def test_a_usual_host() -> None:
     )
     assert (ip4.map_host_loopback, ip6.map_host_loopback) == (ip("192.0.2.1"), ip("2001:db8::1"))
     assert (ip4.dns, ip6.dns) == ((ip("192.0.2.53"),), (ip("2001:db8::53"),))
-    assert (ip4.dns_match, ip4.dns_host) == (None, ip("192.0.2.53"))
+    assert (d.config.dns_match, d.config.dns_hosts) == ((), (ip("192.0.2.53"), ip("2001:db8::53")))
     assert (d.config.dns_search, d.config.scope_id, d.config.mtu) == (("example.org",), 2, 65520)
     assert (plan_of(d).ifname, plan_of(d).mtu, plan_of(d).configure) == ("eth0", 65520, True)
     assert [a.addr for a in plan_of(d).addresses] == [ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::2")]
@@ -328,86 +324,6 @@ def test_the_host_may_connect_where_the_namespace_may_not() -> None:
     assert given_host("-4 -T 80:[2001:db8::1]").config.forwards
 
 
-# Names -------------------------------------------------------------------------------------------------------------
-
-
-def dns4(line: str, *servers: str) -> tuple[tuple[str, ...], str | None, str | None]:
-    """(told to the guest, forwarded, to whom), IPv4."""
-    ip4 = given_host(line, resolvers=Resolvers(tuple(map(ip, servers)))).config.ip4
-    assert ip4
-    match, target = (addr.text(a) if a else None for a in (ip4.dns_match, ip4.dns_host))
-    return tuple(map(addr.text, ip4.dns)), match, target
-
-
-def test_dns() -> None:
-    assert dns4("", "9.9.9.9", "1.1.1.1") == (("9.9.9.9", "1.1.1.1"), None, "9.9.9.9")
-    assert dns4("-D 8.8.8.8", "9.9.9.9") == (("8.8.8.8",), None, "9.9.9.9")
-    assert dns4("-D 2001:db8::8", "9.9.9.9") == (("9.9.9.9",), None, "9.9.9.9")
-    assert dns4("-D none", "9.9.9.9") == ((), None, "9.9.9.9")
-    assert dns4("", "1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4") == (("1.1.1.1", "1.1.1.2", "1.1.1.3"), None, "1.1.1.1")
-
-
-def test_dns_on_the_hosts_loopback() -> None:
-    assert dns4("", "127.0.0.53") == (("192.0.2.1",), "192.0.2.1", "127.0.0.53")
-    assert dns4("--no-map-gw", "127.0.0.53", "9.9.9.9") == (("9.9.9.9",), None, "127.0.0.53")
-    assert dns4("--no-map-gw --dns-forward 10.0.0.3", "127.0.0.53") == ((), "10.0.0.3", "127.0.0.53")
-
-
-def test_dns_gateway_that_is_a_resolver_too() -> None:
-    assert dns4("", "192.0.2.1") == (("192.0.2.1",), "192.0.2.1", "192.0.2.1")
-
-
-def test_dns_forward() -> None:
-    assert dns4("--dns-forward 10.0.0.3", "9.9.9.9") == (("9.9.9.9",), "10.0.0.3", "9.9.9.9")
-    assert dns4("--dns-forward 10.0.0.3 --dns-host 127.0.0.1") == ((), "10.0.0.3", "127.0.0.1")
-    d = given_host("--dns-forward 10.0.0.3", resolvers=Resolvers())
-    assert d.config.ip4
-    assert d.config.ip4.dns_match is None
-    assert "Nothing to forward queries to 10.0.0.3 to: no nameserver known (give --dns-host)" in remarks(d)
-
-
-def test_dns_warnings() -> None:
-    assert remarks(given_host("--dhcp-dns", resolvers=Resolvers())) == [
-        "Couldn't get any nameserver address",
-        "No IPv4 nameserver available for DHCP",
-        "No IPv6 nameserver available for NDP/DHCPv6",
-    ]
-    assert remarks(given_host("-D none", resolvers=Resolvers())) == []
-
-
-def test_search() -> None:
-    assert given_host("").config.dns_search == ("example.org",)
-    assert given_host("-S a -S b").config.dns_search == ("a", "b")
-    assert given_host("-S none").config.dns_search == ()
-
-
-@pytest.mark.parametrize(
-    ("line", "names"),
-    [("search .", ()), ("search . a.example", ("a.example",)), ("search ü.example a..b b", ("b",)), ("search", ())],
-)
-def test_search_domains_that_no_packet_can_hold(line: str, names: tuple[str, ...]) -> None:
-    assert parse_resolv_conf(line).search == names
-
-
-def test_resolv_conf() -> None:
-    text = (
-        "# nameserver 1.1.1.1\n;nameserver 1.1.1.2\n nameserver 9.9.9.9  \nnameserver\t9.9.9.10\t# ours\n"
-        "nameserver fe80::1%eth0\nnameserver nonsense\nnameserver\nsearch a.example\tb.example \nsearch c.example\n"
-        "domain d.example\noptions ndots:2\nnameserver 9.9.9.11"
-    )
-    assert parse_resolv_conf(text) == Resolvers(
-        (ip("9.9.9.9"), ip("9.9.9.10"), ip("fe80::1"), ip("9.9.9.11")), ("a.example", "b.example")
-    )
-    assert parse_resolv_conf("") == Resolvers()
-
-
-@given(st.text() | st.text("abü.- \t\x7f").map("search {}".format))
-def test_any_resolv_conf_is_read(text: str) -> None:
-    found = parse_resolv_conf(text)
-    assert all(len(s) in (4, 16) for s in found.servers)
-    assert domain.decode_list(domain.encode_list(found.search)) == tuple(n.removesuffix(".") for n in found.search)
-
-
 # Virtual machines --------------------------------------------------------------------------------------------------
 
 
@@ -448,8 +364,8 @@ def test_mtu_of_a_virtual_machine() -> None:
 
 def test_warnings_about_what_a_virtual_machine_is_told() -> None:
     lines = ["No IPv4 nameserver available for DHCP", "No IPv6 nameserver available for NDP/DHCPv6"]
-    assert remarks(guest_of("", resolvers=Resolvers())) == ["Couldn't get any nameserver address", *lines]
-    assert remarks(guest_of("--no-dhcp-dns", resolvers=Resolvers())) == ["Couldn't get any nameserver address"]
+    assert remarks(guest_of("", resolvers=ResolvConf())) == ["Couldn't get any nameserver address", *lines]
+    assert remarks(guest_of("--no-dhcp-dns", resolvers=ResolvConf())) == ["Couldn't get any nameserver address"]
 
 
 def test_print_out_for_a_virtual_machine() -> None:
@@ -534,7 +450,7 @@ def test_print_out() -> None:
 
 def test_print_out_names_the_services_that_are_on() -> None:
     def heads(line: str) -> list[str]:
-        decision = given_host(f"{line} -t none -u none -T none -U none", resolvers=Resolvers())
+        decision = given_host(f"{line} -t none -u none -T none -U none", resolvers=ResolvConf())
         return [text for text in describe(decision) if text.endswith(":")]
 
     assert heads("--no-dhcp --no-ndp") == ["MAC:", "DHCPv6:"]

@@ -15,7 +15,6 @@ from typing import Any, cast
 import pytest
 
 from passt import daemon, daemon_pasta, log, pasta
-from passt.conf_net import Resolvers
 from passt.conf_options import Options
 from passt.core.context import Context
 from passt.core.link import VNET, TapLink
@@ -277,14 +276,6 @@ def test_file_that_cannot_be_created(tmp_path: Path) -> None:
 def test_pid_file_that_cannot_be_written() -> None:
     with pytest.raises(Fatal, match="PID file write: No space left on device"):
         daemon.write_pid(FileIO("/dev/full", "w"))
-
-
-def test_resolv_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "resolv.conf"
-    monkeypatch.setattr(daemon, "RESOLV_CONF", str(path))
-    assert daemon.read_resolvers() == Resolvers()
-    path.write_bytes(b"# \xff\nnameserver 192.0.2.53\n")
-    assert daemon.read_resolvers() == Resolvers((bytes((192, 0, 2, 53)),))
 
 
 # Background --------------------------------------------------------------------------------------------------------

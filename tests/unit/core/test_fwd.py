@@ -17,8 +17,6 @@ IP4 = Ip4(
     our_addr=packed("192.0.2.1"),
     map_host_loopback=packed("192.0.2.1"),
     map_guest_addr=packed("192.0.2.9"),
-    dns_match=packed("192.0.2.53"),
-    dns_host=packed("127.0.0.53"),
     addr_out=packed("203.0.113.7"),
     if_out="eth1",
 )
@@ -29,69 +27,44 @@ IP6 = Ip6(
     our_ll=packed("fe80::1"),
     map_host_loopback=packed("fe80::1"),
     map_guest_addr=packed("2001:db8::9"),
-    dns_match=packed("2001:db8::53"),
-    dns_host=packed("::1"),
     addr_out=packed("2001:db8:1::7"),
 )
 CONFIG = Config(ip4=IP4, ip6=IP6, scope_id=3)
 
 
 @pytest.mark.parametrize(
-    ("dst", "port", "target"),
+    ("dst", "target"),
     [
-        ("192.0.2.53", 53, "127.0.0.53"),
-        ("192.0.2.53", 853, "127.0.0.53"),
-        ("192.0.2.53", 80, "192.0.2.53"),
-        ("192.0.2.1", 53, "127.0.0.1"),
-        ("192.0.2.1", 80, "127.0.0.1"),
-        ("192.0.2.9", 80, "192.0.2.2"),
-        ("192.0.2.2", 80, "192.0.2.2"),
-        ("198.51.100.1", 53, "198.51.100.1"),
-        ("2001:db8::53", 53, "::1"),
-        ("2001:db8::53", 54, "2001:db8::53"),
-        ("fe80::1", 80, "::1"),
-        ("2001:db8::9", 80, "2001:db8::2"),
-        ("2001:db8:2::1", 443, "2001:db8:2::1"),
+        ("192.0.2.1", "127.0.0.1"),
+        ("192.0.2.9", "192.0.2.2"),
+        ("192.0.2.2", "192.0.2.2"),
+        ("198.51.100.1", "198.51.100.1"),
+        ("fe80::1", "::1"),
+        ("2001:db8::9", "2001:db8::2"),
+        ("2001:db8:2::1", "2001:db8:2::1"),
     ],
 )
-def test_outbound(dst: str, port: int, target: str) -> None:
-    assert Forwarding(CONFIG).outbound(packed(dst), port) == packed(target)
-
-
-def test_dns_comes_before_loopback() -> None:
-    both = replace(IP4, dns_match=IP4.map_host_loopback)
-    fwd = Forwarding(replace(CONFIG, ip4=both))
-    assert fwd.outbound(packed("192.0.2.1"), 53) == packed("127.0.0.53")
-    assert fwd.outbound(packed("192.0.2.1"), 80) == packed("127.0.0.1")
-
-
-def test_no_ports_no_dns() -> None:
-    """The identifier of a ping may be 53."""
-    assert Forwarding(CONFIG).outbound(packed("192.0.2.53"), 53, dns=False) == packed("192.0.2.53")
+def test_outbound(dst: str, target: str) -> None:
+    assert Forwarding(CONFIG).outbound(packed(dst)) == packed(target)
 
 
 def test_nothing_mapped() -> None:
-    plain = replace(IP4, map_host_loopback=None, map_guest_addr=None, dns_match=None, dns_host=None)
+    plain = replace(IP4, map_host_loopback=None, map_guest_addr=None)
     fwd = Forwarding(replace(CONFIG, ip4=plain))
     for dst in ("192.0.2.1", "192.0.2.9", "192.0.2.53"):
-        assert fwd.outbound(packed(dst), 53) == packed(dst)
-
-
-def test_dns_without_a_resolver() -> None:
-    fwd = Forwarding(replace(CONFIG, ip4=replace(IP4, dns_host=None)))
-    assert fwd.outbound(packed("192.0.2.53"), 53) == packed("192.0.2.53")
+        assert fwd.outbound(packed(dst)) == packed(dst)
 
 
 def test_no_address_to_map_to() -> None:
     fwd = Forwarding(replace(CONFIG, ip6=replace(IP6, addr=None)))
-    assert fwd.outbound(packed("2001:db8::9"), 80) == packed("2001:db8::9")
+    assert fwd.outbound(packed("2001:db8::9")) == packed("2001:db8::9")
 
 
 def test_family_off() -> None:
     fwd = Forwarding(replace(CONFIG, ip4=None))
     assert fwd.family(packed("192.0.2.1")) is None
     assert fwd.family(packed("::1")) is CONFIG.ip6
-    assert fwd.outbound(packed("192.0.2.1"), 53) == packed("192.0.2.1")
+    assert fwd.outbound(packed("192.0.2.1")) == packed("192.0.2.1")
     assert fwd.source(packed("192.0.2.1")) == (None, None)
 
 
