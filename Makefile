@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 RESULTS = bench/results/latest.json
 
 .DEFAULT_GOAL = help
-.PHONY: help setup install-system-packages run check test bench bench-quick bench-plot demo demo-vm clean
+.PHONY: help setup install-system-packages run check test bench bench-quick bench-plot demo demo-vm completions clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ demo: ## The whole thing on one screen
 demo-vm: ## The same of a virtual machine: the tests' guest under QEMU, whose network passt is
 	scripts/setup demo-vm
 	$(PYTHON) -m bench.demo_vm
+
+completions: ## The files for bash, zsh and fish anew, from the table of options
+	scripts/completions
 
 clean: ## Remove what was installed or built here
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,10 +6,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from . import conf_ports, log
+from . import log
 from .conf_options import DEFAULTS, PORT_SPECS, Done, Fields, Options
 from .conf_parse import Getopt
 from .conf_table import table
+from .conf_values import EPHEMERAL
 from .core.config import PASTA
 from .log import Fatal
 
@@ -18,7 +19,7 @@ __all__ = ["Done", "Options", "parse"]
 PID_MAX = 2**31 - 1
 
 
-def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = conf_ports.EPHEMERAL) -> Options:
+def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = EPHEMERAL) -> Options:
     """Options from argv without the program's name. Raises Fatal (one line, status 1) or Done (--help, --version).
 
     `program` is the mode, PASTA or PASST, `ephemeral` the ports that the kernel gives to clients, None if unknown.
@@ -32,15 +33,17 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = c
         _check(fields)
     elif words.operands:
         raise Fatal(f"Extra non-option argument: {words.operands[0]}")
+    from . import conf_ports  # --help and --version do without
+
     specs = fields.pop(PORT_SPECS, [])
     options = Options(**fields)
     _check_files(options)
     if options.mode == PASTA and options.fd is not None:
         _check_tap(options)
-    rules = conf_ports.forwards(specs, options, program, conf_ports.EPHEMERAL if ephemeral is None else ephemeral)
+    rules = conf_ports.forwards(specs, options, program, EPHEMERAL if ephemeral is None else ephemeral)
     if ephemeral is None and any(rule.weak and not rule.auto for rule in rules):
-        low, high = conf_ports.EPHEMERAL[0], conf_ports.EPHEMERAL[-1]
-        log.warn(f"Couldn't read the range of ephemeral ports, which are not forwarded: taking {low}-{high}")
+        taken = f"{EPHEMERAL[0]}-{EPHEMERAL[-1]}"
+        log.warn(f"Couldn't read the range of ephemeral ports, which are not forwarded: taking {taken}")
     return replace(options, forwards=rules)
 
 

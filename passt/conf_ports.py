@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 ALL = "all"
 AUTO = "auto"
-EPHEMERAL = range(49152, PORT_MAX + 1)  # RFC 6335, 6: what is assumed when the kernel does not tell
+EPHEMERAL = values.EPHEMERAL
 INBOUND = "tu"
 OUTBOUND = "TU"
 

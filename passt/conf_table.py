@@ -11,6 +11,7 @@ original that do not exist here; they say so, in the words of getopt_long(3), by
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from . import conf_actions as actions
 from . import conf_values as values
@@ -18,6 +19,9 @@ from . import log
 from .conf_actions import Action
 from .conf_options import LOG_SIZE, NETNS_RUN_DIR, Done, Fields, Pair
 from .core.config import MTU_DEFAULT, PASST, PASTA
+
+if TYPE_CHECKING:
+    from .conf_completion import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,12 @@ def _version(fields: Fields, _: str) -> None:
     raise Done(f"{fields['mode']} {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n")
 
 
+def _completion(fields: Fields, text: str) -> None:
+    from . import conf_completion
+
+    raise Done(conf_completion.script(text, completed(fields["mode"])))
+
+
 # Name, short name, argument, action, help ---------------------------------------------------------------------------
 
 TABLE = (
@@ -96,6 +106,8 @@ TABLE = (
            "Display this help and exit"),
     Option("version", "", "", _version,
            "Show version and exit"),
+    Option("completion", "", "SHELL", _completion,
+           "Print completions for SHELL: bash, zsh or fish; and exit"),
     Option("pcap", "p", "FILE", actions.parsed("pcap", values.path),
            "Save all packets to pcap file"),
     Option("pid", "P", "FILE", actions.parsed("pid_file", values.path),
@@ -267,13 +279,27 @@ def listed(mode: str) -> tuple[Option, ...]:
     return tuple(option for option in TABLE if option.help and option.mode in (None, mode))
 
 
+def completed(mode: str) -> Program:
+    """What shells complete."""
+    from .conf_completion import Program
+
+    options = [replace(option, help=_text(option, mode)) for option in listed(mode)]
+    if mode == PASTA:
+        return Program(("pasta", "passt4netns"), options, command=True, spec=("none", "auto", "all"))
+    return Program(("passt",), options)
+
+
+def _text(option: Option, mode: str) -> str:
+    return option.help.format(guest=GUEST[mode], link=_LINK[mode])
+
+
 def usage(mode: str) -> str:
     """The text of --help."""
     lines = [_HEADS[mode], "Options:"]
     for option in listed(mode):
         short = f"-{option.short}, " if option.short else "    "
         head = f"  {short}--{option.name} {option.arg}".rstrip()
-        first, *rest = option.help.format(guest=GUEST[mode], link=_LINK[mode]).split("\n")
+        first, *rest = _text(option, mode).split("\n")
         lines.append(f"{head:<{_COLUMN}}{first}" if len(head) < _COLUMN else f"{head}\n{'':<{_COLUMN}}{first}")
         lines += [f"{'':<{_COLUMN}}  {line}" for line in rest]
     return "\n".join(lines) + "\n"

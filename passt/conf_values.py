@@ -22,6 +22,7 @@ LOG_SIZE_MAX = 2**31 - 1
 STATS_MIN = 0.1  # s
 STATS_MAX = 86400
 NONE = "none"
+EPHEMERAL = range(49152, 65536)  # RFC 6335, 6: what is assumed when the kernel does not tell
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
 _HOST_LABEL = re.compile(r"[0-9A-Za-z_]([0-9A-Za-z_-]*[0-9A-Za-z_])?\Z")
