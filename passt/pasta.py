@@ -29,15 +29,12 @@ from typing import TypeVar
 
 from . import isolation, log, pasta_init
 from .isolation import Identity
-from .linux import netlink, netns, proc, tun
+from .linux import inotify, netlink, netns, proc, tun
 from .linux.routes import NsPlan
 from .linux.syscall import (
     CLONE_NEWNET,
     CLONE_NEWUSER,
-    IN_DELETE,
     PR_SET_CHILD_SUBREAPER,
-    inotify_read,
-    inotify_watch,
     prctl,
 )
 from .log import Fatal
@@ -277,7 +274,7 @@ class Watch:
             log.debug(f"{self.path} is a descriptor: it cannot be watched")
             return
         try:
-            self._inotify = inotify_watch(os.path.dirname(self.path), IN_DELETE)
+            self._inotify = inotify.watch(os.path.dirname(self.path), inotify.DELETE)
         except OSError as e:
             log.debug(f"Watching {self.path} by looking at it: {e}")
             self.poll = True
@@ -294,7 +291,7 @@ class Watch:
         if fd == self._pidfd:
             return True
         name = os.path.basename(self.path)
-        return any(entry == name for _, entry in inotify_read(fd)) and not self._exists()
+        return any(e.name == name for e in inotify.read(fd)) and not self._exists()
 
     def _exists(self) -> bool:
         try:

@@ -89,7 +89,8 @@ class Follower:
     def __init__(self, path: str = RESOLV_CONF, *, watch: bool = True) -> None:
         self._path = path
         self._way: set[tuple[int, str]] = set()  # entries that matter: (watch, name)
-        self._directories: dict[str, int] = {}  # by path
+        self._directories: dict[str, int] = {}  # descriptors by path
+        self._watches: dict[str, int] = {}  # likewise
         self._mounted = -1
         self._inotify = -1
         self.current = ResolvConf()
@@ -104,6 +105,12 @@ class Follower:
     def fds(self) -> list[int]:
         return [self._inotify, *self._directories.values(), *([self._mounted] if self._mounted >= 0 else [])]
 
+    def close(self) -> None:
+        """Close them."""
+        for fd in self.fds:
+            if fd >= 0:
+                os.close(fd)
+
     # At start --------------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -115,6 +122,9 @@ class Follower:
             else:
                 self._watch_way()
         except OSError as e:
+            if self._inotify >= 0:
+                os.close(self._inotify)
+                self._inotify = -1
             hint = " (raise sysctl fs.inotify.max_user_instances)" if e.errno == errno.EMFILE else ""
             log.info(f"Changes of {self._path} will not be noticed: {e.strerror}{hint}")
 
@@ -122,36 +132,36 @@ class Follower:
         """All directories from that of the path to that of the file. Raises OSError, if not even the first can be."""
         path = self._path
         for _ in range(LINKS_MAX):
-            directory, name = os.path.split(path)
+            directory = os.path.dirname(path)
             try:
-                self._watch_entry(directory, name)
+                self._watches[directory] = inotify.add(self._inotify, directory, _CHANGES)
+                if directory not in self._directories:
+                    self._directories[directory] = os.open(directory, _DIRECTORY)
                 path = _join(directory, os.readlink(path))
             except OSError as e:
-                if not self._way:
+                if not self._directories:
                     raise
                 if e.errno not in (errno.EINVAL, errno.ENOENT):  # no link: that was the file; or nothing there, yet
                     log.debug(f"{path}: {e.strerror}")
                 return
 
-    def _watch_entry(self, directory: str, name: str) -> None:
-        self._way.add((inotify.add(self._inotify, directory, _CHANGES), name))
-        if directory not in self._directories:
-            self._directories[directory] = os.open(directory, _DIRECTORY)
-
     # Reading ---------------------------------------------------------------------------------------------------------
 
     def _read(self) -> str:
-        """The file's text. Raises Lost."""
+        """The file's text; and from now on the entries on the way to it are what matters. Raises Lost."""
         if self._mounted >= 0:
             try:
                 return _decoded(os.pread(self._mounted, SIZE_MAX, 0))
             except OSError as e:
                 raise Lost(e.strerror) from None
         path = self._path
+        self._way.clear()
         for _ in range(LINKS_MAX):
             directory, name = os.path.split(path)
             at = self._directories.get(directory)
-            if at is None and self._directories:
+            if at is not None:
+                self._way.add((self._watches[directory], name))
+            elif self._directories:
                 raise Lost(f"{path} lies in a directory that was no part of it at start")
             where = path if at is None else name
             try:

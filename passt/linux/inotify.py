@@ -44,6 +44,17 @@ def add(fd: int, path: str, mask: int) -> int:
     return check(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(mask)), "inotify_add_watch")
 
 
+def watch(path: str, mask: int) -> int:
+    """A descriptor with one watch. Raises OSError."""
+    fd = new()
+    try:
+        add(fd, path, mask)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
 def read(fd: int) -> list[Event]:
     """What happened since the last call."""
     try:

@@ -186,37 +186,3 @@ def accept(fd: int) -> tuple[int, bytes, int]:
     else:
         packed = peer[8:24]
     return new, packed, peer[2] << 8 | peer[3]
-
-
-# inotify(7) --------------------------------------------------------------------------------------------------------
-
-IN_DELETE = 0x200
-IN_DELETE_SELF = 0x400
-_INOTIFY_EVENT = Struct("=iIII")
-
-
-def inotify_watch(directory: str, mask: int) -> int:
-    """A non-blocking descriptor that reports events of `mask` in `directory`."""
-    fd = check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1")
-    try:
-        check(_libc.inotify_add_watch(fd, os.fsencode(directory), ctypes.c_uint32(mask)), "inotify_add_watch")
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def inotify_read(fd: int) -> list[tuple[int, str]]:
-    """What happened since the last call: (event mask, name of the entry)."""
-    try:
-        data = os.read(fd, 65536)
-    except BlockingIOError:
-        return []
-    events = []
-    pos = 0
-    while pos + _INOTIFY_EVENT.size <= len(data):
-        _, mask, _, length = _INOTIFY_EVENT.unpack_from(data, pos)
-        pos += _INOTIFY_EVENT.size
-        events.append((mask, os.fsdecode(data[pos : pos + length].rstrip(b"\0"))))
-        pos += length
-    return events

@@ -242,6 +242,39 @@ def test_no_timer_without_advertisements() -> None:
     assert timers(ctx).services.deadlines == []
 
 
+# Names -------------------------------------------------------------------------------------------------------------
+
+
+def test_other_names_are_told_at_once_and_the_former_ones_taken_back() -> None:
+    old, new, kept = (addr.packed(f"2001:db8::{i}") for i in (1, 2, 3))
+    ip6 = replace(IP6, dns=(old, kept))
+    ctx = make_context(ip6=ip6, advertise_dns=True, advertise_search=True, dns_search=("a.test", "b.test"))
+    Ndp(ctx).start(T0)
+    former = ctx.config
+    ctx.config = replace(former, ip6=replace(ip6, dns=(new, kept)), dns_search=("b.test", "c.test"))
+    for changed in ctx.on_names:
+        changed(former, T0 + 1)
+    dst_mac, source, destination, message = parts(link(ctx).take_one())
+    assert (dst_mac, source, destination) == (bytes.fromhex("333300000001"), GATEWAY6, addr.ALL_NODES6)
+    options = RouterAdvertisement.parse(message).options
+    assert [o for o in options if isinstance(o, Rdnss)] == [Rdnss((new, kept)), Rdnss((old,), 0)]
+    assert [o for o in options if isinstance(o, Dnssl)] == [Dnssl(("b.test", "c.test")), Dnssl(("a.test",), 0)]
+    timers(ctx).services.fire(0)
+    later = RouterAdvertisement.parse(parts(link(ctx).take_one())[3])
+    assert all(o.lifetime for o in later.options if isinstance(o, Rdnss | Dnssl)), "said once"
+
+
+@pytest.mark.parametrize("config", [{}, {"no_ra": True, "advertise_dns": True}, {"ip6": None, "advertise_dns": True}])
+def test_other_names_that_are_not_told_anyway(config: dict[str, Any]) -> None:
+    ctx = make_context(dns_search=("a.test",), **config)
+    Ndp(ctx).start(T0)
+    former = ctx.config
+    ctx.config = replace(former, dns_search=("b.test",))
+    for changed in ctx.on_names:
+        changed(former, T0 + 1)
+    assert link(ctx).take() == []
+
+
 @given(st.sampled_from([133, 134, 135, 136, 137, 255]), st.binary(max_size=64), st.sampled_from([GUEST_LL, ANY6]))
 def test_answers_or_malformed(kind: int, rest: bytes, src: bytes) -> None:
     ctx = make_context()

@@ -15,7 +15,7 @@ import pytest
 
 from passt import isolation, pasta, pasta_init
 from passt.isolation import Identity
-from passt.linux import netlink, netns, tun
+from passt.linux import inotify, netlink, netns, tun
 from passt.linux.routes import NsPlan
 from passt.linux.tun import Tap
 from passt.log import Fatal
@@ -234,7 +234,7 @@ def test_directory_that_cannot_be_watched_is_looked_at(tmp_path: Path, monkeypat
     def refuse(directory: str, mask: int) -> int:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(pasta, "inotify_watch", refuse)
+    monkeypatch.setattr(inotify, "watch", refuse)
     path = tmp_path / "blue"
     path.touch()
     watch = Watch(str(path))

@@ -16,11 +16,8 @@ import pytest
 from passt import addr
 from passt.linux.syscall import (
     CLONE_NEWNET,
-    IN_DELETE,
     PR_SET_DUMPABLE,
     accept,
-    inotify_read,
-    inotify_watch,
     ioctl_number,
     mount,
     prctl,
@@ -71,7 +68,6 @@ def test_errors_carry_the_errno() -> None:
         lambda: unshare(0x1),
         lambda: prctl(0x7FFFFFFF, 0),
         lambda: mount("none", "/no/such/directory", "tmpfs", 0),
-        lambda: inotify_watch("/no/such/directory", IN_DELETE),
     ):
         with pytest.raises(OSError, match=r".") as e:
             call()
@@ -81,28 +77,6 @@ def test_errors_carry_the_errno() -> None:
 def test_prctl_sets() -> None:
     prctl(PR_SET_DUMPABLE, 1)
     assert os.stat("/proc/self/status").st_uid == os.geteuid()
-
-
-def test_inotify(tmp_path: Path) -> None:
-    for name in ("a", "a-longer-name-than-sixteen", "ü"):
-        (tmp_path / name).touch()
-    fd = inotify_watch(str(tmp_path), IN_DELETE)
-    try:
-        assert inotify_read(fd) == []
-        (tmp_path / "new").touch()  # not asked for
-        for name in ("a", "a-longer-name-than-sixteen", "ü"):
-            (tmp_path / name).unlink()
-        assert inotify_read(fd) == [(IN_DELETE, "a"), (IN_DELETE, "a-longer-name-than-sixteen"), (IN_DELETE, "ü")]
-        assert inotify_read(fd) == []
-    finally:
-        os.close(fd)
-
-
-def test_failed_watch_leaves_nothing_open() -> None:
-    before = os.listdir("/proc/self/fd")
-    with pytest.raises(FileNotFoundError):
-        inotify_watch("/no/such/directory", IN_DELETE)
-    assert os.listdir("/proc/self/fd") == before
 
 
 # Accepting ---------------------------------------------------------------------------------------------------------
