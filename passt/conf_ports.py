@@ -47,7 +47,6 @@ INBOUND = "tu"
 OUTBOUND = "TU"
 
 _SHOWN_MAX = 200  # characters of a specification in a message
-_LISTED_MAX = 8  # ranges in a line of the print-out
 # What stands before the first "/" is no bind address if it is a list, a range, or has a target address.
 _ITEMS = re.compile(r"[^%\[]*,|~|[0-9]+-|[^:\[]*:(\[|[0-9.]+\Z)")
 
@@ -365,6 +364,23 @@ def forwards(
     return tuple(rules)
 
 
+def later(option: str, options: Options, ephemeral: range, v4: bool, v6: bool) -> tuple[Rule, ...]:
+    """The rules of an option, "-t 8080:80", that comes while a program runs that was started with `options`.
+
+    `v4` and `v6` tell which families are on. That no two rules want the same port is up to who has the others. Raises
+    Fatal.
+    """
+    letter, text = option[1:2], option[2:].lstrip(" ")
+    if not option.startswith("-") or not letter or letter not in INBOUND + OUTBOUND:
+        raise Fatal(f"Invalid port forwarding option '{_shown(option)}': give -t, -u, -T or -U and ports, '-t 8080:80'")
+    _check_wanted(letter, text, options)
+    rules = parse_spec(letter, text, options.mode, ephemeral)
+    for rule in rules:
+        _check_target(rule, options, options.mode)
+    check_families(rules, v4, v6)
+    return rules
+
+
 def _is_off(letter: str, options: Options) -> bool:
     return options.no_tcp if letter in "tT" else options.no_udp
 
@@ -428,39 +444,3 @@ def check_families(rules: Iterable[Rule], v4: bool, v6: bool) -> None:
             if address is not None and not (v4 if len(address) == 4 else v6):
                 name = "IPv4" if len(address) == 4 else "IPv6"
                 raise Fatal(f"Invalid port specifier {_shown(rule.option)}: {addr.text(address)}, but {name} is off")
-
-
-# Print-out ---------------------------------------------------------------------------------------------------------
-
-
-def describe(rules: Sequence[Rule], guest: str = "namespace") -> Iterator[str]:
-    """One line per protocol and direction: what is forwarded where. `guest` is what the other side is called."""
-    lines = []
-    for outbound, where in ((False, "to"), (True, "from")):
-        for proto, name in ((PROTO_TCP, "TCP"), (PROTO_UDP, "UDP")):
-            some = [r for r in rules if (r.proto, r.outbound) == (proto, outbound)]
-            if some:
-                texts = [_describe(r) for r in some[:_LISTED_MAX]]
-                more = len(some) - len(texts)
-                lines.append(f"    {name} {where} {guest}: {', '.join(texts)}{f', and {more} more' if more else ''}")
-    if lines:
-        yield "Port forwarding:"
-        yield from lines
-
-
-def _describe(rule: Rule) -> str:
-    """'127.0.0.1%eth0/80-82 -> 192.0.2.20 8080-8082'"""
-    bind = f"{'*' if rule.addr is None else addr.text(rule.addr)}" if rule.addr or rule.ifname else ""
-    bind += f"%{rule.ifname}" if rule.ifname else ""
-    ports = _span(rule.first, rule.last)
-    if rule.auto:
-        ports = AUTO if (rule.first, rule.last) == (1, PORT_MAX) else f"{AUTO} {ports}"
-    text = f"{bind}/{ports}" if bind else ports
-    to = [] if rule.target is None else [addr.text(rule.target)]
-    if rule.to != rule.first:
-        to.append(_span(rule.to, rule.target_port(rule.last)))
-    return f"{text} -> {' '.join(to)}" if to else text
-
-
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
-from . import daemon, isolation, log
+from . import daemon, daemon_control, isolation, log
 from .conf import Options
 from .daemon import End
 
@@ -45,7 +45,10 @@ def run(options: Options, inherited: Sequence[int]) -> int:
             else:
                 listener, path = passt.listen(options.socket_path)
                 undo.callback(_remove, path)
+            controls = daemon_control.Sockets(options)
+            undo.callback(controls.remove)
             ctx, link, tap = build(options, identity, path)
+            controls.serve(ctx)
             end = End(ctx, None)
             daemon.attach_capture(ctx, link, tap, options, files.pcap)
             clients = passt.Clients(ctx, link, tap, listener, end.done if options.one_off else None)
@@ -80,7 +83,7 @@ def build(options: Options, identity: Identity, path: str | None) -> tuple[Conte
     decision = conf_net.decide(options, netlink.read_host(), names.current, have_v6=have_v6)
     daemon.raise_descriptor_limit()
     listen_sock.check_limit(decision.config)
-    host = listen_sock.open_side(decision.config, outbound=False)
+    host = listen_sock.open_side(decision.config, outbound=False, changing=daemon_control.wanted(options))
     wired = wiring.wire_machine(decision, host)
     daemon.follow_names(wired[0], options, names)
     isolation.become(identity)

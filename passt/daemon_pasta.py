@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import addr, daemon, isolation, log
+from . import addr, daemon, daemon_control, isolation, log
 from .conf import Options
 from .daemon import End, Files
 from .isolation import Identity
@@ -43,8 +43,11 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> i
     """From options to exit status. `env` is that of the command. Raises Fatal, with everything undone, at start."""
     identity = isolation.choose_identity(options.runas)
     target, watch, files = open_all(options, env, identity, inherited)
+    controls = None
     try:
+        controls = daemon_control.Sockets(options)
         ctx, way, plan = build(options, target, identity)
+        controls.serve(ctx)
         end = End(ctx, target.init)
         if way is not None:
             link, tap = way
@@ -62,6 +65,8 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> i
         else:
             daemon.write_pid(files.pid)
     except BaseException:
+        if controls is not None:
+            controls.remove()
         if target.init is not None:
             target.init.abandon()
         raise
@@ -115,7 +120,8 @@ def build(
     assert plan is not None  # there is one for every namespace
     daemon.raise_descriptor_limit()
     listen_sock.check_limit(config)
-    host = listen_sock.open_side(config, outbound=False)
+    changing = daemon_control.wanted(options)
+    host = listen_sock.open_side(config, outbound=False, changing=changing)
     root = isolation.is_machine_root()
     if not root:
         isolation.become(identity)
@@ -124,8 +130,8 @@ def build(
     plan = replace(plan, mac=mac, ifname=device.ifname if device else plan.ifname)
     decision = replace(decision, plan=plan)
     ns = listen_sock.NOTHING
-    if any(rule.outbound or rule.auto for rule in config.forwards):
-        ns = pasta.inside(target, partial(listen_sock.open_side, config, outbound=True))
+    if (changing and target.netns >= 0) or any(rule.outbound or rule.auto for rule in config.forwards):
+        ns = pasta.inside(target, partial(listen_sock.open_side, config, outbound=True, changing=changing))
     if root:
         entered_later = target.netns >= 0 and target.init is None
         isolation.become(identity, keep_capabilities=entered_later and identity.uid != 0)

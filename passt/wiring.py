@@ -35,6 +35,7 @@ from .core.reactor import (
 from .core.timers import TimerPool
 from .dhcp import Dhcp
 from .dhcpv6 import Dhcpv6
+from .forwards import Forwards
 from .icmp import Icmp
 from .linux.netns import Namespace
 from .linux.tun import Tap as TapDevice
@@ -134,7 +135,9 @@ def _wire_ports(
     tcp_splice, udp_in = TcpSplice(ctx), UdpIn(ctx, udp)
     opened = host.listeners + ns.listeners
     listeners = Listeners(ctx, tcp=tcp, tcp_splice=tcp_splice, udp_in=udp_in, namespace=namespace, opened=opened)
-    Scanner(ctx, listeners, host.tables, ns.tables).start(time.monotonic())
+    scanner = Scanner(ctx, listeners, host.tables, ns.tables)
+    scanner.start(time.monotonic())
+    ctx.forwards = Forwards(ctx, listeners, scanner)
     splice_faults = {TYPE_TCP_SPLICE: tcp_splice.fault, TYPE_UDP_SPLICE: udp_in.splice.fault}
     faults.update({TYPE_LISTEN: listeners.fault, **splice_faults})
 

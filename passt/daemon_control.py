@@ -1,0 +1,75 @@
+"""The control sockets of a daemon: opened by path while we are who started us, served once everything is wired.
+
+Their paths are removed if the start fails. At the end of a run nothing of the file system is left to remove them
+from: the next one to listen there takes them over (`linux/unix.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from . import control
+from .linux import unix
+from .linux.proc import ephemeral_ports, in_init_userns
+
+if TYPE_CHECKING:
+    from .conf import Options
+    from .core.context import Context
+
+
+def wanted(options: Options) -> bool:
+    """Whether there is to be any, and rules may change."""
+    return options.conf_path is not None or options.api_socket is not None
+
+
+class Sockets:
+    """Those that the options name, listening."""
+
+    def __init__(self, options: Options) -> None:
+        """Raises Fatal, with nothing left open."""
+        self._options = options
+        self._origin: unix.Origin | None = None
+        self._conf: control.Listening | None = None
+        self._api: control.Listening | None = None
+        if not wanted(options):
+            return
+        from . import control_api, slirp_api  # noqa: F401  # who we become may not be able to read Python's files
+
+        "".encode("unicode_escape")  # for messages: a codec is such a file, too
+        self._origin = unix.Origin()
+        try:
+            if options.conf_path is not None:
+                self._conf = control.listen(options.conf_path)
+            if options.api_socket is not None:
+                self._api = control.listen(options.api_socket)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Close them, and remove their paths."""
+        for listening in (self._conf, self._api):
+            if listening is not None:
+                with suppress(OSError):  # it may be root's, and we somebody else by now
+                    os.unlink(listening.path)
+                listening.sock.close()
+        if self._origin is not None:
+            self._origin.close()
+
+    def serve(self, ctx: Context) -> None:
+        """From now on the loop answers. We are who we will be."""
+        if self._origin is None:
+            return
+        from . import control_api, slirp_api
+
+        assert ctx.forwards is not None, "there is one wherever there are listeners"
+        options = self._options
+        specs = control_api.Specs(options, ctx, ephemeral_ports())
+        sockets: list[tuple[control.Listening, control.Dialect]] = []
+        if self._conf is not None:
+            sockets.append((self._conf, control_api.Api(ctx, ctx.forwards, specs, options.mode)))
+        if self._api is not None:
+            sockets.append((self._api, slirp_api.SlirpApi(ctx, ctx.forwards, specs)))
+        control.Control(ctx, sockets, control.Users((self._origin, unix.Origin()), root=in_init_userns()))
