@@ -106,8 +106,12 @@ def follows(options: Options) -> bool:
 
 
 def follow(ctx: Context, options: Options, found: ResolvConf, now: float) -> None:
-    """resolv.conf says something else: from now on the guest is told so, and its queries go there."""
+    """resolv.conf says something else: from now on the guest is told so, and its queries go there.
+
+    An address that stood for resolvers goes on to do so: the guest may have been told of it, and asks it.
+    """
     former, config = ctx.config, apply(options, ctx.config, found)
+    config = replace(config, dns_match=tuple(dict.fromkeys((*config.dns_match, *former.dns_match))))
     if config == former:
         return
     ctx.config = config

@@ -288,8 +288,8 @@ class Tcp:
             return
         if conn.events == TAP_SYN_RCVD:
             self._opening.connected(conn, conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), now)
-            if conn.sock is None:
-                return
+            if conn.sock is None or conn.events == TAP_SYN_RCVD:
+                return  # the events were those of a socket that is given up for another one
         if events & EPOLLRDHUP and not conn.events & SOCK_FIN_RCVD:
             set_event(conn, SOCK_FIN_RCVD)
         if events & EPOLLPRI:

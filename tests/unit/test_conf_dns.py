@@ -152,6 +152,16 @@ def test_the_host_gets_another_resolver(monkeypatch: pytest.MonkeyPatch) -> None
     assert said == ["/etc/resolv.conf has changed: resolvers 1.1.1.1, 127.0.0.53; search domains example.com"]
 
 
+def test_an_address_that_stood_for_resolvers_goes_on_to_do_so() -> None:
+    options = options_of("")
+    ctx = make_context(conf_dns.apply(options, config_of(""), resolv_conf("127.0.0.53")))
+    for servers in ("9.9.9.9", "1.1.1.1"):
+        conf_dns.follow(ctx, options, resolv_conf(servers), T0)
+        assert ctx.config.ip4 and ctx.config.ip4.dns == (addr.packed(servers),)
+        assert ctx.resolvers.serve(GATEWAY4, 53)
+        assert [r.addr for r in ctx.resolvers.hosts] == [addr.packed(servers)]
+
+
 def test_nothing_but_names_depends_on_names() -> None:
     """What follows later is the same as what would have been found at start."""
     options = options_of("--dns-forward 10.0.0.3")

@@ -9,6 +9,7 @@ import pytest
 
 from passt import addr, log
 from passt.core.idle import NO_DESCRIPTORS
+from passt.core.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from passt.wire.tcp import ACK, PSH, RST, SYN
 from tests.unit.support import link, reactor
 from tests.unit.tcp_support import FakeSocket, Talk, fake_sockets
@@ -66,7 +67,8 @@ def test_the_next_one_is_tried_if_one_fails(immediately: bool) -> None:
     else:
         talk.syn()
         first = talk.sock
-        talk.host(error=errno.ETIMEDOUT)
+        first.error = errno.ETIMEDOUT  # with which everything is reported that there is
+        reactor(talk.ctx).fire(first.fd, EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLRDHUP, talk.now)
         talk.expect_nothing()
         reactor(talk.ctx).end_turn(talk.now)
         assert first.closed
