@@ -18,12 +18,10 @@ What -a, -g, -n, -I say replaces what was found, in local mode too. An interface
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from . import addr, conf_dns, conf_ports, log
 from .conf_options import Options
-from .conf_table import GUEST
 from .core.config import FRAME_MTU_MAX, PASTA, Config, Ip4, Ip6
 from .linux import routes
 from .linux.routes import Address, Host, Link, NsPlan, Route
@@ -70,6 +68,8 @@ class Decision:
     plan: NsPlan | None  # None with a virtual machine
     template4: Link | None
     template6: Link | None
+    why4: str  # they were chosen; empty without the family
+    why6: str
     remarks: Remarks
 
 
@@ -80,11 +80,14 @@ def decide(options: Options, host: Host, resolv_conf: ResolvConf, *, have_v6: bo
     if mtu != options.mtu:
         carrier = "A tap device" if options.mode == PASTA else "A frame on the socket"
         remarks.warn(f"{carrier} takes at most {mtu} bytes: using MTU {mtu}, not {options.mtu}")
-    template4 = _template(options, host, remarks, v6=False) if options.use.v4 else None
-    template6 = _template(options, host, remarks, v6=True) if options.use.v6 and have_v6 else None
+    template4, why4 = _template(options, host, v6=False) if options.use.v4 else (None, "")
+    template6, why6 = _template(options, host, v6=True) if options.use.v6 and have_v6 else (None, "")
     _check_named(options, host, template4, template6)
-    ip4 = _ip4(options, host, template4, remarks) if options.use.v4 else None
-    ip6 = _ip6(options, host, template6, remarks) if _want_v6(options, mtu, have_v6, remarks) else None
+    ip4 = _ip4(options, host, template4) if options.use.v4 else None
+    ip6 = _ip6(options, host, template6) if _want_v6(options, mtu, have_v6, remarks) else None
+    _remark_local(options, template4, why4, remarks, v6=False)
+    if ip6:
+        _remark_local(options, template6, why6, remarks, v6=True)
     if ip4 is None and ip6 is None:
         raise Fatal("No address family left: IPv6 is not possible and IPv4 was not asked for (leave out -6)")
     conf_ports.check_families(options.forwards, ip4 is not None, ip6 is not None)
@@ -93,7 +96,8 @@ def decide(options: Options, host: Host, resolv_conf: ResolvConf, *, have_v6: bo
     config = conf_dns.apply(options, config, resolv_conf)
     plan = _plan(options, host, used4, used6, config, remarks) if options.mode == PASTA else None
     conf_dns.remark(options, config, resolv_conf, remarks.warn)
-    return Decision(config, plan, used4, used6, remarks)
+    _remark_off(options, config, remarks)
+    return Decision(config, plan, used4, used6, why4, why6, remarks)
 
 
 def queue_length(mtu: int) -> int:
@@ -132,23 +136,22 @@ def _config(options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, scope:
 # Template interface ------------------------------------------------------------------------------------------------
 
 
-def _template(options: Options, host: Host, remarks: Remarks, v6: bool) -> Link | None:
-    """The interface that a family is modelled on; None when there is none with a usable address."""
+def _template(options: Options, host: Host, v6: bool) -> tuple[Link | None, str]:
+    """The interface that a family is modelled on, None when there is none with a usable address; and why that."""
     outbound = options.outbound_if.get(v6)
     if options.interface is not None:
         link = host.named(options.interface)
         if link is None:
             raise Fatal(f"Invalid interface name {options.interface}: No such device")
+        why = "given by --interface"
     elif outbound and (named := host.named(outbound)):
-        link = named
+        link, why = named, f"given by --outbound-if{6 if v6 else 4}"
     else:
-        index, remark = routes.pick_interface(host, v6)
-        if remark:
-            remarks.info(remark)
+        index, why = routes.pick_interface(host, v6)
         link = host.link(index)
     if link and routes.pick_address(host, link.index, v6) is None and options.address.get(v6) is None:
-        return None
-    return link
+        return None, f"{link.name} has no usable address"
+    return link, why
 
 
 def _check_named(options: Options, host: Host, template4: Link | None, template6: Link | None) -> None:
@@ -178,7 +181,7 @@ def _want_v6(options: Options, mtu: int, have_v6: bool, remarks: Remarks) -> boo
 # One family --------------------------------------------------------------------------------------------------------
 
 
-def _ip4(options: Options, host: Host, template: Link | None, remarks: Remarks) -> Ip4:
+def _ip4(options: Options, host: Host, template: Link | None) -> Ip4:
     found = routes.pick_address(host, template.index, v6=False) if template else None
     address, gateway = options.address.v4, options.gateway.v4
     if found:
@@ -186,7 +189,6 @@ def _ip4(options: Options, host: Host, template: Link | None, remarks: Remarks) 
     if template:
         gateway = gateway or routes.pick_gateway(host, template.index, v6=False)
     else:
-        _remark_local(options, remarks, v6=False)
         address, gateway = address or LOCAL_ADDR4, gateway or LOCAL_GATEWAY4
     prefix_len = options.prefix_len.v4 or options.netmask or (found.prefix_len if found else _usual_prefix(address))
     return Ip4(
@@ -201,7 +203,7 @@ def _ip4(options: Options, host: Host, template: Link | None, remarks: Remarks) 
     )
 
 
-def _ip6(options: Options, host: Host, template: Link | None, remarks: Remarks) -> Ip6:
+def _ip6(options: Options, host: Host, template: Link | None) -> Ip6:
     found = routes.pick_address(host, template.index, v6=True) if template else None
     address, gateway = options.address.v6, options.gateway.v6
     our_ll = None
@@ -211,7 +213,6 @@ def _ip6(options: Options, host: Host, template: Link | None, remarks: Remarks) 
         gateway = gateway or routes.pick_gateway(host, template.index, v6=True)
         our_ll = routes.pick_link_local(host, template.index)
     else:
-        _remark_local(options, remarks, v6=True)
         gateway = gateway or LOCAL_LL6
     if gateway and addr.is_link_local(gateway):
         our_ll = gateway
@@ -228,9 +229,23 @@ def _ip6(options: Options, host: Host, template: Link | None, remarks: Remarks) 
     )
 
 
-def _remark_local(options: Options, remarks: Remarks, v6: bool) -> None:
-    if options.address.get(v6) is None or options.gateway.get(v6) is None:
-        remarks.info(f"{'IPv6' if v6 else 'IPv4'}: no external interface as template, using local mode")
+def _remark_local(options: Options, template: Link | None, why: str, remarks: Remarks, v6: bool) -> None:
+    given = options.address.get(v6) is not None and options.gateway.get(v6) is not None
+    if template is None and options.use.get(v6) and not given:
+        family = "IPv6" if v6 else "IPv4"
+        remarks.info(f"{family}: no external interface as template ({why}), using local mode")
+
+
+def _remark_off(options: Options, config: Config, remarks: Remarks) -> None:
+    """What was asked for a family that is off."""
+    for v6, ip in ((False, config.ip4), (True, config.ip6)):
+        if ip is None:
+            pairs = ("address", "gateway", "outbound", "outbound_if", "map_host_loopback", "map_guest_addr")
+            given = [getattr(options, field).get(v6) for field in pairs]
+            given += [a for a in (*options.dns, *options.dns_forward) if (len(a) == 16) == v6]
+            texts = [value if isinstance(value, str) else addr.text(value) for value in given if value]
+            if texts:
+                remarks.info(f"{'IPv6' if v6 else 'IPv4'} is off: no use for {', '.join(texts)}")
 
 
 def _usual_prefix(address: bytes) -> int:
@@ -306,76 +321,3 @@ def _remark_routes(host: Host, template: Link, count: int, remarks: Remarks, v6:
             f"{unresolved} {family} routes name a next-hop object instead of an interface and are not copied: "
             f"sysctl -w net.ipv4.nexthop_compat_mode=1 makes them readable"
         )
-
-
-# Print-out ---------------------------------------------------------------------------------------------------------
-
-
-def describe_socket(path: str) -> str:
-    """The line that tells where a virtual machine is to connect; clients read it. It comes before all others."""
-    return f"UNIX domain socket bound at {path}"
-
-
-def describe_client(path: str) -> Iterator[str]:
-    """The lines behind all others that say how to connect a virtual machine."""
-    yield ""
-    yield "You can now start qemu (>= 7.2):"
-    netdev = f"stream,id=s,server=off,addr.type=unix,addr.path={path}"
-    yield f"    kvm ... -device virtio-net-pci,netdev=s -netdev {netdev}"
-
-
-def describe(decision: Decision) -> Iterator[str]:
-    """The lines that say at start what was chosen."""
-    c, ip4, ip6 = decision.config, decision.config.ip4, decision.config.ip6
-    names = [f"{link.name} ({v})" for link, v in ((decision.template4, "IPv4"), (decision.template6, "IPv6")) if link]
-    if names:
-        yield f"Template interface: {', '.join(names)}"
-    out = [f"{ip.if_out} ({v})" for ip, v in ((ip4, "IPv4"), (ip6, "IPv6")) if ip and ip.if_out]
-    if out:
-        yield f"Outbound interface: {', '.join(out)}"
-    out = [addr.text(ip.addr_out) for ip in (ip4, ip6) if ip and ip.addr_out]
-    if out:
-        yield f"Outbound address: {', '.join(out)}"
-    if decision.plan:
-        yield f"Namespace interface: {decision.plan.ifname}"
-    yield "MAC:"
-    yield f"    host: {addr.mac_text(c.our_mac)}"
-    if ip4:
-        yield from _describe4(c, ip4)
-    if ip6:
-        yield from _describe6(c, ip6)
-    yield from conf_ports.describe(c.forwards, GUEST[c.mode])
-
-
-def _describe4(c: Config, ip: Ip4) -> Iterator[str]:
-    if ip.map_host_loopback:
-        yield f"    NAT to host 127.0.0.1: {addr.text(ip.map_host_loopback)}"
-    if not c.no_dhcp and ip.gateway:
-        yield "DHCP:"
-        yield f"    assign: {addr.text(ip.addr)}"
-        yield f"    mask: {addr.text(addr.netmask(ip.prefix_len))}"
-        yield f"    router: {addr.text(ip.gateway)}"
-    yield from _describe_dns(c, ip.dns)
-
-
-def _describe6(c: Config, ip: Ip6) -> Iterator[str]:
-    if ip.map_host_loopback:
-        yield f"    NAT to host ::1: {addr.text(ip.map_host_loopback)}"
-    services = [name for name, off in (("NDP", c.no_ndp), ("DHCPv6", c.no_dhcpv6)) if not off]
-    if services:
-        yield f"{'/'.join(services)}:"
-        if ip.addr:
-            yield f"    assign: {addr.text(ip.addr)}"
-        if ip.gateway:
-            yield f"    router: {addr.text(ip.gateway)}"
-        yield f"    our link-local: {addr.text(ip.our_ll)}"
-    yield from _describe_dns(c, ip.dns)
-
-
-def _describe_dns(c: Config, servers: tuple[bytes, ...]) -> Iterator[str]:
-    if servers:
-        yield "DNS:"
-        yield from (f"    {addr.text(s)}" for s in servers)
-    if c.dns_search:
-        yield "DNS search list:"
-        yield from (f"    {name}" for name in c.dns_search)

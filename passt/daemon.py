@@ -91,7 +91,7 @@ def follow_names(ctx: Context, options: Options, names: Follower) -> None:
 
 def report(identity: Identity, decision: Decision, problems: list[str], *, quiet: bool) -> None:
     """Say what was chosen, and what could not be done; `quiet` leaves the former out."""
-    from .conf_net import describe
+    from .conf_summary import describe
 
     if identity.warning:
         log.warn(identity.warning)

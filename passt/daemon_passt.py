@@ -73,7 +73,7 @@ def _remove(path: str) -> None:
 
 def build(options: Options, identity: Identity, path: str | None) -> tuple[Context, StreamLink, Tap]:
     """From the host's configuration to wired services. We are `identity` afterwards."""
-    from . import conf_net, listen_sock, wiring  # who we become may not be able to read Python's files
+    from . import conf_net, conf_summary, listen_sock, wiring  # who we become may not be able to read Python's files
     from .linux import netlink
 
     if log.trace_on:
@@ -88,9 +88,9 @@ def build(options: Options, identity: Identity, path: str | None) -> tuple[Conte
     daemon.follow_names(wired[0], options, names)
     isolation.become(identity)
     if path is not None:
-        log.info(conf_net.describe_socket(path))
+        log.info(conf_summary.describe_socket(path))
     daemon.report(identity, decision, [], quiet=False)
     if path is not None:
-        for line in conf_net.describe_client(path):
+        for line in conf_summary.describe_client(path):
             log.info(line)
     return wired

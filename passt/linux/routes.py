@@ -116,35 +116,45 @@ class NsPlan:
 
 
 def pick_interface(host: Host, v6: bool) -> tuple[int, str]:
-    """Index of the template interface of a family (0: none), and a remark for the log, or "".
+    """Index of the template interface of a family (0: none), and why that one.
 
     The default route with the lowest metric decides, the first of equals; else the first route beyond link-local.
     """
-    family = "IPv6" if v6 else "IPv4"
     loopback = {link.index for link in host.links if link.loopback}
     usable = [r for r in host.routes(v6) if _first_index(r, loopback)]
     defaults = [r for r in usable if r.default]
     if defaults:
         best = min(defaults, key=lambda r: r.metric)
-        several = len({_first_index(r, loopback) for r in defaults}) > 1
-        remark = f"Multiple default {family} routes, picked {_name(host, best, loopback)}" if several else ""
-        return _first_index(best, loopback), remark
+        index = _first_index(best, loopback)
+        others = {_first_index(r, loopback): r.metric for r in reversed(defaults)}
+        return index, f"the default route{_among(host, index, best.metric, others)}"
     usable = [r for r in usable if not addr.is_link_local(r.dst) and not addr.is_multicast(r.dst)]
     if usable:
-        first = usable[0]
-        several = len({_first_index(r, loopback) for r in usable}) > 1
-        remark = f"Multiple interfaces with {family} routes, picked {_name(host, first, loopback)}" if several else ""
-        return _first_index(first, loopback), remark
-    return 0, f"No interfaces with usable {family} routes"
+        indices = list(dict.fromkeys(_first_index(r, loopback) for r in usable))
+        rest = ", ".join(_name(host, i) for i in indices[1:])
+        return indices[0], f"the first route of several interfaces, none of them default ({rest})" if rest else (
+            "the only interface with a route, which is no default one"
+        )
+    return 0, "no interface has a usable route"
+
+
+def _among(host: Host, index: int, metric: int, metrics: dict[int, int]) -> str:
+    """What sets apart the default route through `index` from those through other interfaces."""
+    others = ", ".join(f"{_name(host, i)} has {m}" for i, m in sorted(metrics.items()) if i != index)
+    if not others:
+        return ""
+    if metric in (m for i, m in metrics.items() if i != index):
+        return f", the first of several with metric {metric} ({others})"
+    return f" with the lowest metric, {metric} ({others})"
 
 
 def _first_index(route: Route, loopback: set[int]) -> int:
     return next((h.index for h in route.hops if h.index and h.index not in loopback), 0)
 
 
-def _name(host: Host, route: Route, loopback: set[int]) -> str:
-    link = host.link(_first_index(route, loopback))
-    return link.name if link else "first"
+def _name(host: Host, index: int) -> str:
+    link = host.link(index)
+    return link.name if link else f"interface {index}"
 
 
 def pick_address(host: Host, index: int, v6: bool) -> Address | None:

@@ -92,19 +92,22 @@ def test_print_out(hosted: Runner) -> None:
     target = hosted.namespace()
     process = hosted.start("-f", "-4", "-o", "198.51.100.8", str(target), stderr=subprocess.PIPE)
     assert process.stderr is not None
-    lines = [process.stderr.readline().decode().rstrip() for _ in range(10 + hosted.user.is_root)]
+    lines = [process.stderr.readline().decode().rstrip() for _ in range(13 + hosted.user.is_root)]
     if hosted.user.is_root:
         assert lines.pop(0) == "Started as root, will change to nobody."
     wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
     process.terminate()
     assert process.wait(DEADLINE) == 0
-    assert lines[:10] == [
+    assert lines == [
         "Template interface: eth0 (IPv4)",
+        "    IPv4: the default route",
         "Outbound address: 198.51.100.8",
         "Namespace interface: eth0",
+        "Addresses in the namespace:",
+        "    198.51.100.7: the namespace itself",
+        "    198.51.100.1: 127.0.0.1 of the host",
         "MAC:",
         "    host: 9a:55:9a:55:9a:55",
-        "    NAT to host 127.0.0.1: 198.51.100.1",
         "DHCP:",
         "    assign: 198.51.100.7",
         "    mask: 255.255.255.0",

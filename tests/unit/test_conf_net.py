@@ -10,9 +10,6 @@ from passt import addr, conf, log
 from passt.conf_net import (
     Decision,
     decide,
-    describe,
-    describe_client,
-    describe_socket,
     queue_length,
 )
 from passt.core.config import PASST
@@ -193,10 +190,8 @@ def test_local_mode() -> None:
     assert plan_of(d).ifname == "tap0"
     assert [str(r) for r in plan_of(d).routes] == ["default via 169.254.2.2", "default via fe80::1"]
     assert remarks(d) == [
-        "No interfaces with usable IPv4 routes",
-        "No interfaces with usable IPv6 routes",
-        "IPv4: no external interface as template, using local mode",
-        "IPv6: no external interface as template, using local mode",
+        "IPv4: no external interface as template (no interface has a usable route), using local mode",
+        "IPv6: no external interface as template (no interface has a usable route), using local mode",
     ]
 
 
@@ -205,7 +200,7 @@ def test_local_mode_respects_options() -> None:
     assert d.config.ip6 is None
     assert d.config.ip4
     assert (d.config.ip4.addr, d.config.ip4.gateway) == (ip("10.0.0.5"), ip("10.0.0.1"))
-    assert remarks(d) == ["No interfaces with usable IPv4 routes"]
+    assert remarks(d) == []
 
 
 def test_one_family_local() -> None:
@@ -221,7 +216,7 @@ def test_no_default_route() -> None:
     assert d.config.ip4
     assert (d.config.ip4.addr, d.config.ip4.gateway, d.config.ip4.map_host_loopback) == (ip("192.0.2.2"), None, None)
     assert d.config.no_dhcp
-    assert remarks(d) == ["Multiple interfaces with IPv4 routes, picked eth0"]
+    assert d.why4 == "the first route of several interfaces, none of them default (eth1)"
 
 
 def test_interface_by_name() -> None:
@@ -368,31 +363,7 @@ def test_warnings_about_what_a_virtual_machine_is_told() -> None:
     assert remarks(guest_of("--no-dhcp-dns", resolvers=ResolvConf())) == ["Couldn't get any nameserver address"]
 
 
-def test_print_out_for_a_virtual_machine() -> None:
-    d = guest_of("-4 -t 2222:22 -S a.example")
-    assert [describe_socket("/tmp/s"), *describe(d), *describe_client("/tmp/s")] == [
-        "UNIX domain socket bound at /tmp/s",
-        "Template interface: eth0 (IPv4)",
-        "MAC:",
-        "    host: 9a:55:9a:55:9a:55",
-        "    NAT to host 127.0.0.1: 192.0.2.1",
-        "DHCP:",
-        "    assign: 192.0.2.2",
-        "    mask: 255.255.255.0",
-        "    router: 192.0.2.1",
-        "DNS:",
-        "    192.0.2.53",
-        "DNS search list:",
-        "    a.example",
-        "Port forwarding:",
-        "    TCP to guest: 2222 -> 22",
-        "",
-        "You can now start qemu (>= 7.2):",
-        "    kvm ... -device virtio-net-pci,netdev=s -netdev stream,id=s,server=off,addr.type=unix,addr.path=/tmp/s",
-    ]
-
-
-# The queue, the print-out ------------------------------------------------------------------------------------------
+# The queue ------------------------------------------------------------------------------------------
 
 
 def test_routes_that_are_left_out_are_named() -> None:
@@ -411,51 +382,6 @@ def test_queue_holds_a_window() -> None:
     assert queue_length(1500) * 1448 >= 1 << 24
     assert queue_length(68) == 16384
     assert 1000 < queue_length(1500) < queue_length(1300) <= 16384
-
-
-def test_print_out() -> None:
-    line = "-o 192.0.2.3 --outbound-if4 eth0 -S a.example -t 8080:80"
-    assert list(describe(given_host(line))) == [
-        "Template interface: eth0 (IPv4), eth0 (IPv6)",
-        "Outbound interface: eth0 (IPv4)",
-        "Outbound address: 192.0.2.3",
-        "Namespace interface: eth0",
-        "MAC:",
-        "    host: 9a:55:9a:55:9a:55",
-        "    NAT to host 127.0.0.1: 192.0.2.1",
-        "DHCP:",
-        "    assign: 192.0.2.2",
-        "    mask: 255.255.255.0",
-        "    router: 192.0.2.1",
-        "DNS:",
-        "    192.0.2.53",
-        "DNS search list:",
-        "    a.example",
-        "    NAT to host ::1: 2001:db8::1",
-        "NDP/DHCPv6:",
-        "    assign: 2001:db8::2",
-        "    router: 2001:db8::1",
-        "    our link-local: fe80::2",
-        "DNS:",
-        "    2001:db8::53",
-        "DNS search list:",
-        "    a.example",
-        "Port forwarding:",
-        "    TCP to namespace: 8080 -> 80",
-        "    UDP to namespace: auto",
-        "    TCP from namespace: auto",
-        "    UDP from namespace: auto",
-    ]
-
-
-def test_print_out_names_the_services_that_are_on() -> None:
-    def heads(line: str) -> list[str]:
-        decision = given_host(f"{line} -t none -u none -T none -U none", resolvers=ResolvConf())
-        return [text for text in describe(decision) if text.endswith(":")]
-
-    assert heads("--no-dhcp --no-ndp") == ["MAC:", "DHCPv6:"]
-    assert heads("--no-dhcpv6 -6") == ["MAC:", "NDP:"]
-    assert heads("--no-dhcp --no-ndp --no-dhcpv6") == ["MAC:"]
 
 
 def test_remarks_are_said_at_their_level(monkeypatch: pytest.MonkeyPatch) -> None:

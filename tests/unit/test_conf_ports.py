@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passt import addr
 from passt.conf_options import Options
-from passt.conf_ports import AUTO, PORT_MAX, check_families, describe, forwards, parse_spec
+from passt.conf_ports import PORT_MAX, check_families, forwards, parse_spec
 from passt.core.config import PASST
 from passt.core.rules import Rule
 from passt.log import Fatal
@@ -552,25 +552,3 @@ def test_many_ports() -> None:
         parse_spec("t", "9" * 100000)
     with pytest.raises(Fatal, match="not an IPv4 or IPv6 address"):
         parse_spec("t", ":" * 100000 + "/80")
-
-
-# Print-out ---------------------------------------------------------------------------------------------------------
-
-
-def test_print_out() -> None:
-    line = "-t 127.0.0.1/80,81-82:91-92 -t %eth0/90 -t */95:[2001:db8::1]/96 -u auto,~53 -T 6443:192.0.2.1/6443 -U none"
-    assert list(describe(together(line))) == [
-        "Port forwarding:",
-        "    TCP to namespace: 127.0.0.1/80, 127.0.0.1/81-82 -> 91-92, *%eth0/90, 95 -> 2001:db8::1 96",
-        "    UDP to namespace: auto 1-52, auto 54-65535",
-        "    TCP from namespace: 6443 -> 192.0.2.1",
-    ]
-
-
-def test_print_out_is_short() -> None:
-    assert list(describe(together("-t none -u none -T none -U none"))) == []
-    lines = list(describe(together(f"-t {','.join(map(str, range(1000, 3000, 2)))} -u none -T none -U none")))
-    assert lines[1:] == ["    TCP to namespace: 1000, 1002, 1004, 1006, 1008, 1010, 1012, 1014, and 992 more"]
-    assert list(describe(together("")))[1:] == [
-        f"    {what} namespace: {AUTO}" for what in ("TCP to", "UDP to", "TCP from", "UDP from")
-    ]

@@ -16,7 +16,7 @@ from .support import GATEWAY, GATEWAY6, PEER, PEER6, new_lan, root_user
 def test_host_of_one_family(ordinary_user: User, families: dict[str, bool], bind: str, gateway: str, peer: str) -> None:
     with new_lan(root_user(), **families) as lan, lan.pasta(ordinary_user, "--config-net") as guest:
         missing = "IPv6" if "v6" in families else "IPv4"
-        assert f"No interfaces with usable {missing} routes" in guest.said()
+        assert f"{missing}: no external interface as template (no interface has a usable route)" in guest.said()
         for server, address in ((lan.host.listen(bind), gateway), (lan.peer.listen(peer), peer)):
             with server, guest.connect(address, server.getsockname()[1]) as client:
                 accepted, _ = server.accept()

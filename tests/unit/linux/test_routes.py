@@ -53,6 +53,7 @@ SEVERAL = (
     route("default4", via(3, "198.51.100.1"), metric=600),
     route("default4", via(2, "192.0.2.1"), metric=100),
 )
+EQUAL = (route("default4", via(3), metric=5), route("default4", via(2), metric=5))
 NO_DEFAULT = (route("169.254.0.0/16", via(3)), route("192.0.2.0/24", via(2)))
 UNREACHABLE = (route("default4", via(1)), route("default4", via(0)), route("192.0.2.0/24", via(2)))
 V6_LL_ONLY = (route("fe80::/64", via(2)), route("ff00::/8", via(2)))
@@ -60,29 +61,30 @@ VIA6 = (route("default4", via(2, "fe80::1")),)
 
 
 @pytest.mark.parametrize(
-    ("table", "v6", "index", "remark"),
+    ("table", "v6", "index", "why"),
     [
-        (HETZNER, False, 2, ""),
-        (ECMP, False, 2, ""),
-        (ECMP_TWO_LINKS, False, 3, ""),
-        (WIREGUARD, False, 2, ""),
-        (PPP, False, 3, ""),
-        (SEVERAL, False, 2, "Multiple default IPv4 routes, picked eth0"),
-        (NO_DEFAULT, False, 2, ""),
-        (UNREACHABLE, False, 2, ""),
-        (V6_LL_ONLY, True, 0, "No interfaces with usable IPv6 routes"),
-        (HETZNER, True, 0, "No interfaces with usable IPv6 routes"),
-        ((), False, 0, "No interfaces with usable IPv4 routes"),
+        (HETZNER, False, 2, "the default route"),
+        (ECMP, False, 2, "the default route"),
+        (ECMP_TWO_LINKS, False, 3, "the default route"),
+        (WIREGUARD, False, 2, "the default route"),
+        (PPP, False, 3, "the default route"),
+        (SEVERAL, False, 2, "the default route with the lowest metric, 100 (ppp0 has 600)"),
+        (EQUAL, False, 3, "the default route, the first of several with metric 5 (eth0 has 5)"),
+        (NO_DEFAULT, False, 2, "the only interface with a route, which is no default one"),
+        (UNREACHABLE, False, 2, "the only interface with a route, which is no default one"),
+        (V6_LL_ONLY, True, 0, "no interface has a usable route"),
+        (HETZNER, True, 0, "no interface has a usable route"),
+        ((), False, 0, "no interface has a usable route"),
         (
             (route("192.0.2.0/24", via(2)), route("10.0.0.0/8", via(3))),
             False,
             2,
-            "Multiple interfaces with IPv4 routes, picked eth0",
+            "the first route of several interfaces, none of them default (ppp0)",
         ),
     ],
 )
-def test_pick_interface(table: tuple[Route, ...], v6: bool, index: int, remark: str) -> None:
-    assert routes.pick_interface(host(*table), v6) == (index, remark)
+def test_pick_interface(table: tuple[Route, ...], v6: bool, index: int, why: str) -> None:
+    assert routes.pick_interface(host(*table), v6) == (index, why)
 
 
 @pytest.mark.parametrize(
