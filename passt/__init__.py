@@ -49,3 +49,5 @@ Vocabulary
 """
 
 __version__ = "0.1.0"
+
+PASTA, PASST = "pasta", "passt"  # the two modes: a namespace, a virtual machine

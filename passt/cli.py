@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.mode == PASST:
             from . import daemon_passt
 
-            return daemon_passt.run(options, inherited)
+            daemon_passt.run(options, inherited)
         from . import daemon_pasta
 
-        return daemon_pasta.run(options, env, inherited)
+        daemon_pasta.run(options, env, inherited)
     except Done as e:
         sys.stdout.write(str(e))
         sys.stdout.flush()

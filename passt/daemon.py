@@ -22,13 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from . import log
+from . import isolation, log, seccomp
 from .conf import Options
 from .core.pcap import Pcap
 from .core.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS, ref_fd
 from .isolation import Identity
+from .linux import netns
 from .log import Fatal
 from .terminal import Terminal
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .core.link import Capture, TapLink
     from .core.plain_link import PlainLink
     from .core.stream_link import StreamLink
+    from .linux.netns import Namespace
     from .pasta import Init, Watch
     from .resolv_conf import Follower
     from .tap import Tap
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 IF_INET6 = "/proc/net/if_inet6"  # exists if the kernel has IPv6
 FILE_MODE = 0o600
 WATCH_INTERVAL = 1.0  # seconds between looks at a path that the kernel reports nothing about
+READY = b"\0"  # what the daemon tells the process that was started
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
@@ -57,11 +60,12 @@ class Files:
 
     pid: FileIO | None
     pcap: FileIO | None
+    names: Follower  # of resolv.conf
 
 
 def open_files(options: Options) -> Files:
     """Raises Fatal."""
-    return Files(create("PID", options.pid_file), create("capture", options.pcap))
+    return Files(create("PID", options.pid_file), create("capture", options.pcap), _read_names(options))
 
 
 def create(what: str, path: str | None) -> FileIO | None:
@@ -75,7 +79,7 @@ def create(what: str, path: str | None) -> FileIO | None:
     return FileIO(fd, "w")
 
 
-def read_names(options: Options) -> Follower:
+def _read_names(options: Options) -> Follower:
     """What resolv.conf says, and how to notice that it says something else, as far as that matters."""
     from . import conf_dns, resolv_conf
 
@@ -135,36 +139,116 @@ def attach_capture(
 # Detach ------------------------------------------------------------------------------------------------------------
 
 
-def write_pid(file: FileIO | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """Where we go, and what is kept there."""
+
+    mode: str
+    background: bool
+    capabilities: tuple[int, ...] = ()
+    namespace: Namespace | None = None  # that a thread is to stay in
+    directories: tuple[int, ...] = ()  # descriptors: files in them may be opened
+
+
+def detach(options: Options, pid_file: FileIO | None, sandbox: Sandbox) -> None:
+    """To the background if asked for, and locked up; then whoever started us is told that all is ready.
+
+    The process must be single-threaded. Raises Fatal; in the background, that is raised in the child, and the parent
+    ends with status 1 in silence.
+    """
+    pivot_root = seccomp.number("pivot_root")
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    netns.settle()
+    isolation.leave_processes(background=sandbox.background)
+    starter = go_background(pid_file) if sandbox.background else Starter(pid_file)
+    isolation.leave_files(pivot_root, chroot_fallback=options.chroot_fallback)
+    if sandbox.namespace is not None:
+        sandbox.namespace.move_in(partial(isolation.lock_down, *sandbox.capabilities))
+    isolation.lock_down(*sandbox.capabilities)
+    rules = seccomp.build(sandbox.mode, os.uname().machine, seccomp.in_directories(sandbox.directories))
+    starter.let_go(null)
+    try:
+        seccomp.load(rules)
+    except Fatal as e:
+        starter.failed(str(e))
+        raise
+    starter.ready()
+
+
+class Starter:
+    """Who waits for us to be ready: in the foreground, whoever reads the PID file."""
+
+    def __init__(self, pid_file: FileIO | None) -> None:
+        self._pid_file, self._pid = pid_file, os.getpid()
+
+    def let_go(self, null: int) -> None:
+        """Give up what is shared with it; `null` is /dev/null."""
+        os.close(null)
+
+    def ready(self) -> None:
+        """Everything is."""
+        write_pid(self._pid_file, self._pid)
+
+    def failed(self, text: str) -> None:
+        """It will never be, and `text` says why. Somebody else says it where we still can."""
+
+
+class Parent(Starter):
+    """The process that was started; `pipe` is written to when we are ready.
+
+    Clients read our standard output and error to their end: nothing of them may stay open.
+    """
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+
+    def let_go(self, null: int) -> None:
+        log.stop_stderr()
+        for fd in range(3):
+            os.dup2(null, fd)
+        os.close(null)
+
+    def ready(self) -> None:
+        os.write(self._pipe, READY)
+        os.close(self._pipe)
+
+    def failed(self, text: str) -> None:
+        os.write(self._pipe, text.encode())
+
+
+def write_pid(file: FileIO | None, pid: int) -> None:
     if file is None:
         return
     try:
         with file:
-            file.write(b"%d\n" % os.getpid())
+            file.write(b"%d\n" % pid)
     except OSError as e:
         raise Fatal(f"PID file write: {e.strerror}") from None
 
 
-def go_background(pid_file: FileIO | None) -> None:
-    """Fork. The parent exits with status 0 once the child has its PID file written and has let go of everything.
-
-    Clients read our standard output and error to their end: nothing of them may stay open in the child.
-    """
+def go_background(pid_file: FileIO | None) -> Parent:
+    """Fork, and return in the child. The parent ends with status 0 once the child is ready and the PID file written."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    if os.fork():
-        os.close(writer)
-        os._exit(0 if os.read(reader, 1) else 1)
-    os.close(reader)
-    os.setsid()
-    os.chdir("/")
-    write_pid(pid_file)
-    log.stop_stderr()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
-        os.dup2(null, fd)
-    os.close(null)
-    os.write(writer, b"\0")
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        if pid_file is not None:
+            pid_file.close()
+        os.setsid()
+        return Parent(writer)
     os.close(writer)
+    status = 1
+    try:
+        answer = os.read(reader, 4096)  # nothing: the child has ended, and said why itself
+        if answer == READY:
+            write_pid(pid_file, pid)
+            status = 0
+        elif answer:
+            log.err(answer.decode())
+    except Fatal as e:
+        log.err(str(e))
+        os.kill(pid, signal.SIGKILL)
+    os._exit(status)
 
 
 # The end -----------------------------------------------------------------------------------------------------------
@@ -178,6 +262,16 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run(ctx: Context, end: End) -> NoReturn:
+    """Turn the loop, and end the process: by _exit(2), since the interpreter's own end is not allowed any more."""
+    try:
+        ctx.reactor.run()
+    except Exception as e:  # what is printed of it otherwise comes from files
+        log.err(f"The loop failed, exiting: {e!r}")
+        end.status = 1
+    os._exit(end.status)
 
 
 class End:

@@ -4,7 +4,8 @@
     read      the host's links, addresses, routes, resolvers; decide what the guest gets
     listen    on the host, as who we were started by: it may be root, who has ports below 1024; become nobody then
     wire      the services, around one Context
-    detach    PID file; to the background unless in the foreground: the parent exits when nothing is left to do
+    detach    to the background unless in the foreground; into the sandbox (`isolation.py`, `seccomp.py`); PID file: the
+              parent exits when nothing is left to do
     run       turn the loop: a guest may connect
 
 Before `detach` every error ends the program with a message and status 1, and the socket's path goes with it. From when
@@ -17,21 +18,22 @@ import gc
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from . import daemon, daemon_control, isolation, log
+from . import daemon, daemon_control, isolation, log, seccomp
 from .conf import Options
-from .daemon import End
+from .daemon import End, Sandbox
 
 if TYPE_CHECKING:
     from .core.context import Context
     from .core.stream_link import StreamLink
     from .isolation import Identity
+    from .resolv_conf import Follower
     from .tap import Tap
 
 
-def run(options: Options, inherited: Sequence[int]) -> int:
-    """From options to exit status. Raises Fatal, with everything undone, at start."""
+def run(options: Options, inherited: Sequence[int]) -> NoReturn:
+    """From options to the end. Raises Fatal, with everything undone, at start."""
     from . import passt
 
     identity = isolation.choose_identity(options.runas)
@@ -47,7 +49,7 @@ def run(options: Options, inherited: Sequence[int]) -> int:
                 undo.callback(_remove, path)
             controls = daemon_control.Sockets(options)
             undo.callback(controls.remove)
-            ctx, link, tap = build(options, identity, path)
+            ctx, link, tap = build(options, identity, files.names, path)
             controls.serve(ctx)
             end = End(ctx, None)
             daemon.attach_capture(ctx, link, tap, options, files.pcap)
@@ -55,15 +57,13 @@ def run(options: Options, inherited: Sequence[int]) -> int:
             end.attend()
         gc.collect()
         gc.freeze()
-        if options.foreground:
-            daemon.write_pid(files.pid)
-        else:
-            daemon.go_background(files.pid)
+        daemon.detach(
+            options, files.pid, Sandbox(options.mode, not options.foreground, directories=files.names.directories)
+        )
         undo.pop_all()
     if guest is not None:
         clients.serve(guest)
-    ctx.reactor.run()
-    return end.status
+    daemon.run(ctx, end)
 
 
 def _remove(path: str) -> None:
@@ -71,15 +71,15 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def build(options: Options, identity: Identity, path: str | None) -> tuple[Context, StreamLink, Tap]:
+def build(options: Options, identity: Identity, names: Follower, path: str | None) -> tuple[Context, StreamLink, Tap]:
     """From the host's configuration to wired services. We are `identity` afterwards."""
     from . import conf_net, conf_summary, listen_sock, wiring  # who we become may not be able to read Python's files
     from .linux import netlink
 
+    seccomp.binding()
     if log.trace_on:
         from . import trace  # noqa: F401
     have_v6 = os.path.exists(daemon.IF_INET6)
-    names = daemon.read_names(options)
     decision = conf_net.decide(options, netlink.read_host(), names.current, have_v6=have_v6)
     daemon.raise_descriptor_limit()
     listen_sock.check_limit(decision.config)

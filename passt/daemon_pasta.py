@@ -6,7 +6,8 @@
     listen    on the host, as who we were started by: it may be root, who has ports below 1024
     create    the tap, inside; listen there, too; become nobody if we were root
     wire      the services, around one Context; listen on automatic ports that are wanted already
-    detach    PID file; to the background unless in the foreground: the parent exits when nothing is left to do
+    detach    to the background unless in the foreground; into the sandbox (`isolation.py`, `seccomp.py`); PID file: the
+              parent exits when nothing is left to do
     run       let the command start, and turn the loop
 
 Before `detach` every error ends the program with a message and status 1, and what was made goes with it. Imports that
@@ -20,50 +21,52 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from . import addr, daemon, daemon_control, isolation, log
+from . import addr, daemon, daemon_control, isolation, log, seccomp
 from .conf import Options
-from .daemon import End, Files
+from .daemon import End, Files, Sandbox
 from .isolation import Identity
-from .linux import netns
-from .log import Fatal
+from .linux.netns import Namespace
 
 if TYPE_CHECKING:
     from .core.context import Context
     from .core.link import TapLink
     from .core.plain_link import PlainLink
     from .linux.routes import NsPlan
-    from .linux.tun import Tap as TapDevice
-    from .pasta import Target, Watch
+    from .pasta import Interface, Target, Watch
+    from .resolv_conf import Follower
     from .tap import Tap
 
 
-def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> int:
-    """From options to exit status. `env` is that of the command. Raises Fatal, with everything undone, at start."""
+def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> NoReturn:
+    """From options to the end. `env` is that of the command. Raises Fatal, with everything undone, at start."""
     identity = isolation.choose_identity(options.runas)
     target, watch, files = open_all(options, env, identity, inherited)
     controls = None
     try:
         controls = daemon_control.Sockets(options)
-        ctx, way, plan = build(options, target, identity)
+        ctx, way, interface = build(options, target, identity, files.names)
         controls.serve(ctx)
         end = End(ctx, target.init)
-        if way is not None:
+        if way is not None and interface is not None:
             link, tap = way
             if options.fd is None:
-                tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, target, plan, end)
+                tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, interface, end)
             else:
-                tap.on_gone = link.on_error = lambda e: tap_gone(plan, end)
+                tap.on_gone = link.on_error = lambda e: tap_gone(interface, end)
             daemon.attach_capture(ctx, link, tap, options, files.pcap)
         end.attend(watch)  # whoever reads the PID may send us a signal at once
         gc.collect()
         gc.freeze()
-        if target.init is None and not options.foreground:
-            netns.settle()
-            daemon.go_background(files.pid)
-        else:
-            daemon.write_pid(files.pid)
+        sandbox = Sandbox(
+            options.mode,
+            background=target.init is None and not options.foreground,
+            capabilities=isolation.RUNNING_CAPABILITIES,
+            namespace=ctx.ns.namespace if ctx.ns is not None else None,
+            directories=(*files.names.directories, *(watch.directories if watch is not None else ())),
+        )
+        daemon.detach(options, files.pid, sandbox)
     except BaseException:
         if controls is not None:
             controls.remove()
@@ -74,8 +77,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> i
         if not log.debug_on:
             log.quiet_stderr()  # the terminal is the command's now
         target.init.start()
-    ctx.reactor.run()
-    return end.status
+    daemon.run(ctx, end)
 
 
 def open_all(
@@ -105,15 +107,15 @@ def open_all(
 
 
 def build(
-    options: Options, target: Target, identity: Identity
-) -> tuple[Context, tuple[TapLink | PlainLink, Tap] | None, NsPlan]:
+    options: Options, target: Target, identity: Identity, names: Follower
+) -> tuple[Context, tuple[TapLink | PlainLink, Tap] | None, Interface | None]:
     """From the host's configuration to wired services; no link and tap with --splice-only. We are `identity` then."""
     from . import conf_net, listen_sock, pasta, wiring  # who we become may not be able to read Python's files
     from .linux import netlink
 
+    seccomp.binding()
     if log.trace_on:
         from . import trace  # noqa: F401
-    names = daemon.read_names(options)
     have_v6 = os.path.exists(daemon.IF_INET6)
     decision = conf_net.decide(options, netlink.read_host(), names.current, have_v6=have_v6)
     config, plan = decision.config, decision.plan
@@ -126,9 +128,9 @@ def build(
     if not root:
         isolation.become(identity)
         pasta.join_userns(target)
-    device, mac, problems = _open_tap(options, target, plan)
-    plan = replace(plan, mac=mac, ifname=device.ifname if device else plan.ifname)
-    decision = replace(decision, plan=plan)
+    interface = _open_tap(options, target, plan)
+    if interface:
+        decision = replace(decision, plan=interface.plan)
     ns = listen_sock.NOTHING
     if (changing and target.netns >= 0) or any(rule.outbound or rule.auto for rule in config.forwards):
         ns = pasta.inside(target, partial(listen_sock.open_side, config, outbound=True, changing=changing))
@@ -137,15 +139,17 @@ def build(
         isolation.become(identity, keep_capabilities=entered_later and identity.uid != 0)
         if target.init is not None and identity.uid != 0:
             pasta.join_userns(target)  # which brings back the rights over our own child's namespace
+    problems = interface.problems if interface else []
     daemon.report(identity, decision, problems, quiet=target.init is not None and not log.debug_on)
-    namespace = netns.Namespace(target.netns) if target.netns >= 0 else None
+    device, mac = (interface.device, interface.mac) if interface else (None, addr.BROADCAST_MAC)
+    namespace = Namespace(target.netns) if target.netns >= 0 else None
     ctx, way = wiring.wire(decision, device, mac, namespace, host, ns)
     daemon.follow_names(ctx, options, names)
-    return ctx, way, plan
+    return ctx, way, interface
 
 
-def _open_tap(options: Options, target: Target, plan: NsPlan) -> tuple[TapDevice | None, bytes, list[str]]:
-    """The tap, set up, its MAC address, and what could not be set up; with --splice-only the loopback interface."""
+def _open_tap(options: Options, target: Target, plan: NsPlan) -> Interface | None:
+    """The tap, set up; with --splice-only none, and the loopback interface is."""
     from . import pasta
     from .linux import netlink
 
@@ -155,29 +159,26 @@ def _open_tap(options: Options, target: Target, plan: NsPlan) -> tuple[TapDevice
         return pasta.inherit_tap(target, options.fd, plan)
     if options.splice_only:
         pasta.inside(target, netlink.loopback_up)
-        return None, addr.BROADCAST_MAC, []
+        return None
     return pasta.create_tap(target, plan)
 
 
-def tap_gone(plan: NsPlan, end: End) -> None:
+def tap_gone(interface: Interface, end: End) -> None:
     """The tap that we were given was deleted: there is nobody left to serve."""
-    log.info(f"Interface {plan.ifname} was deleted, exiting")
+    log.info(f"Interface {interface.plan.ifname} was deleted, exiting")
     end.done()
 
 
-def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, target: Target, plan: NsPlan, end: End) -> None:
-    """Somebody deleted the tap: make it anew, as it was, under the same descriptor number; or end the program."""
-    from . import pasta
-
-    log.warn(f"Interface {plan.ifname} was deleted: making it anew")
-    try:
-        device, _, problems = pasta.create_tap(target, plan)
-    except Fatal as e:
-        end.failed(f"Interface {plan.ifname} was deleted and can't be made anew, exiting: {e}")
-        return
-    for problem in problems:
-        log.warn(problem)
+def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, interface: Interface, end: End) -> None:
+    """Somebody deleted the tap: make it anew, as it was, under the same descriptor; or end the program."""
+    name = interface.plan.ifname
+    log.warn(f"Interface {name} was deleted: making it anew")
     ctx.reactor.forget(link.fd)
-    os.dup2(device.fd, link.fd, inheritable=False)
-    os.close(device.fd)
+    try:
+        interface.make_anew()
+    except OSError as e:
+        end.failed(f"Interface {name} was deleted and can't be made anew, exiting: {e.strerror}")
+        return
+    for problem in interface.problems:
+        log.warn(problem)
     tap.watch(link.fd)

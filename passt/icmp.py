@@ -44,6 +44,7 @@ from .core.fwd import Forwarding
 from .core.idle import IdleFlow, IdleFlows, flow_limit
 from .core.link import F_NEEDS_CSUM, GSO_NONE, VNET
 from .core.reactor import EPOLLERR, EPOLLIN, TYPE_PING, ref_data
+from .linux.calls import calls
 from .linux.sockopt import ORIGIN_ICMP, ORIGIN_ICMP6, ExtendedError, hops_option, read_errors, recverr
 from .wire import ether, icmp, ip
 from .wire.checksum import pseudo_sum
@@ -74,6 +75,8 @@ _UNREACHABLE6 = {
     errno.EACCES: icmp.UNREACHABLE6_ADMIN,
     errno.EPERM: icmp.UNREACHABLE6_ADMIN,
 }
+
+CALLS = calls("sendto", "recvmsg")
 
 
 def from_errno(number: int, mtu: int, *, v4: bool) -> tuple[int, int, int]:

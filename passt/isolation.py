@@ -1,4 +1,5 @@
-"""Who we are: giving up root, joining and making user namespaces, closing what others left open.
+"""What we give up: root, what others left open, capabilities, the file system, other processes. A hostile guest that
+has taken us over should find itself in an empty room.
 
 1. descriptors from 3 up that were open when we were started are closed, once what the command line names by
    /proc/self/fd/N was opened
@@ -8,11 +9,19 @@
 
        capability            needed later for
        --------------------  ----------------------------------------------------------------
-       CAP_SYS_ADMIN         entering it (setns): sockets towards its servers, a new tap
+       CAP_SYS_ADMIN         entering it (setns): dropped as soon as a thread of ours is inside (linux/netns.py)
        CAP_NET_ADMIN         creating and configuring a tap that somebody deleted
        CAP_NET_BIND_SERVICE  ports below 1024 that appear while we run (`auto`)
 
 3. started as anyone else: nothing is dropped; rights come from the user namespace that we make or join
+4. everything is open and imported: `leave_processes`, a PID namespace for what is forked next (the daemon in the
+   background; in the foreground we stay among the processes of whoever started us), in a user namespace of our own
+   if nothing else gives the right to
+5. in the background, or not: `leave_files`, mount, IPC and UTS namespaces, and an empty read-only root (pivot_root(2)).
+   Nothing can be opened by a path any more
+6. `lock_down`: no new privileges (execve(2) gives none), not dumpable (nobody may attach or read our memory), ambient,
+   bounding and all other sets of capabilities empty, but for those that a namespace's tap and ports below 1024 need
+7. `seccomp.py`: the system calls that are left
 
 Mustn't: change ids and lose access to /proc/self. A process that changed its ids is marked not dumpable, whereupon
 its own /proc files belong to root and writing uid_map fails; so the mark is taken away again. Nor lose the signal that
@@ -34,19 +43,44 @@ from .linux import proc
 from .linux.syscall import (
     CAP_NET_ADMIN,
     CAP_NET_BIND_SERVICE,
+    CAP_SETPCAP,
     CAP_SYS_ADMIN,
+    CLONE_NEWIPC,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
     CLONE_NEWUSER,
+    CLONE_NEWUTS,
+    MNT_DETACH,
+    MS_MOVE,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_RDONLY,
+    MS_REC,
+    PR_CAP_AMBIENT,
+    PR_CAP_AMBIENT_CLEAR_ALL,
+    PR_CAPBSET_DROP,
+    PR_CAPBSET_READ,
     PR_SET_DUMPABLE,
     PR_SET_KEEPCAPS,
+    PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
+    has_capability,
+    mount,
     parent_death_signal,
+    pivot_root,
     prctl,
     set_capabilities,
     setns,
+    umount,
+    unshare,
 )
 from .log import Fatal
 
-KEPT_CAPABILITIES = CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
+RUNNING_CAPABILITIES = CAP_NET_ADMIN, CAP_NET_BIND_SERVICE  # in the sandbox, with a namespace
+KEPT_CAPABILITIES = CAP_SYS_ADMIN, *RUNNING_CAPABILITIES
+PLACES = "/tmp", "/run", "/dev", "/proc"  # directories that an empty root may be mounted over, if they exist
 ID_MAX = 2**32 - 2  # 2**32 - 1 means "no change" to setresuid(2)
 
 
@@ -106,6 +140,8 @@ def become(identity: Identity, *, keep_capabilities: bool = False) -> None:
         return
     try:
         with _dying_with_parent():
+            if keep_capabilities:
+                _empty_bounding_set()  # while we have the right to
             prctl(PR_SET_KEEPCAPS, int(keep_capabilities))
             os.setgroups([])
             os.setresgid(identity.gid, identity.gid, identity.gid)
@@ -119,18 +155,104 @@ def become(identity: Identity, *, keep_capabilities: bool = False) -> None:
     prctl(PR_SET_DUMPABLE, 1)
 
 
+# The empty room ----------------------------------------------------------------------------------------------------
+
+
+def leave_processes(*, background: bool) -> None:
+    """Have what is forked next, in the background, in a PID namespace of its own. Raises Fatal.
+
+    The process must be single-threaded. Whoever has no right to make namespaces gets it with a user namespace.
+    """
+    try:
+        if not has_capability(CAP_SYS_ADMIN):
+            uid, gid = os.geteuid(), os.getegid()
+            with _dying_with_parent():
+                unshare(CLONE_NEWUSER)
+            _write_maps(((uid, uid), (gid, gid)))
+        if background:
+            unshare(CLONE_NEWPID)
+    except OSError as e:
+        raise Fatal(f"Couldn't leave the host's processes: {e.strerror} ({namespace_hint(e)})") from None
+
+
+def leave_files(pivot_root_number: int, *, chroot_fallback: bool) -> None:
+    """Leave the file system, and IPC and UTS namespaces: the root is empty, and the current directory. Raises Fatal."""
+    step = "leave the host's mount, IPC and UTS namespaces"
+    try:
+        unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS)
+        step = "detach mounts from the host's"
+        mount("none", "/", "", MS_REC | MS_PRIVATE)
+        step = "mount an empty file system"
+        place = next(filter(os.path.isdir, PLACES), "/")
+        flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
+        mount("tmpfs", place, "tmpfs", flags, "nr_inodes=2,mode=0500")
+        os.chdir(place)
+        step = "make it the root"
+        _change_root(pivot_root_number, chroot_fallback=chroot_fallback)
+    except OSError as e:
+        raise Fatal(f"Couldn't {step}: {e.strerror}") from None
+
+
+def _change_root(pivot_root_number: int, *, chroot_fallback: bool) -> None:
+    """Make the current directory, where something is mounted, the root. Raises OSError or Fatal."""
+    try:
+        pivot_root(pivot_root_number, ".", ".")
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        if not chroot_fallback:
+            raise Fatal(
+                "Couldn't make an empty file system the root: pivot_root(2) can't let go of the root file system that "
+                "is there, as in an initramfs or a chroot: give --chroot-fallback"
+            ) from None
+        mount(".", "/", "", MS_MOVE)
+        os.chroot(".")
+    else:
+        umount(".", MNT_DETACH)  # the old root lies over the new one now
+    os.chdir("/")
+
+
+def lock_down(*kept: int) -> None:
+    """Give up all capabilities but `kept`, and the possibility of ever getting more. Raises Fatal."""
+    try:
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+        if has_capability(CAP_SETPCAP):
+            _empty_bounding_set()
+        set_capabilities(*kept)
+        prctl(PR_SET_DUMPABLE, 0)
+    except OSError as e:
+        raise Fatal(f"Couldn't give up capabilities: {e.strerror}") from None
+
+
+def _empty_bounding_set() -> None:
+    """Without it execve(2) gives no capability; who may not empty it has no new privileges anyway. Raises OSError."""
+    for cap in range(64):
+        try:
+            prctl(PR_CAPBSET_READ, cap)
+        except OSError:
+            return  # EINVAL: there is no such capability, and none after it
+        prctl(PR_CAPBSET_DROP, cap)
+
+
 def map_ids(identity: Identity) -> None:
     """In a new user namespace: make `identity` outside uid 0, gid 0 inside. A failure is only a warning."""
     try:
-        for name, text in (
-            ("uid_map", f"0 {identity.uid} 1"),
-            ("setgroups", "deny"),
-            ("gid_map", f"0 {identity.gid} 1"),
-        ):
-            with open(f"/proc/self/{name}", "w") as f:
-                f.write(text)
+        _write_maps(((0, identity.uid), (0, identity.gid)))
     except OSError as e:
         log.warn(f"Couldn't configure user mappings: {e.strerror}: the command will not be root in its namespace")
+
+
+def _write_maps(ids: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    """In a new user namespace: what one user and one group, (inside, outside) each, are called. Raises OSError."""
+    (uid, outer_uid), (gid, outer_gid) = ids
+    for name, text in (
+        ("uid_map", f"{uid} {outer_uid} 1"),
+        ("setgroups", "deny"),
+        ("gid_map", f"{gid} {outer_gid} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w") as f:
+            f.write(text)
 
 
 def join_userns(fd: int) -> None:

@@ -26,6 +26,7 @@ a handler, the listener rests for a moment: no event can make us spin.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import time
@@ -39,6 +40,7 @@ from .core.idle import NO_DESCRIPTORS
 from .core.nspool import new_socket
 from .core.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from .core.rules import Listener, Rule
+from .linux.calls import calls, one_of
 from .linux.netns import Namespace
 from .linux.syscall import accept
 from .listen_sock import Failure, Wanted, open_ports
@@ -58,6 +60,8 @@ _TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # accept4(2) has made it so; 
 # The queue is as it was, and the next attempt will fail, too; all other errors are about one connection, now gone
 _STUCK = frozenset((errno.ENOMEM, errno.ENOBUFS))
 _DEFECTS = frozenset((errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK))
+
+CALLS = (*calls("accept4"), *one_of("fcntl", 1, fcntl.F_DUPFD_CLOEXEC))  # the latter for the spare descriptor
 
 
 class Listeners:
@@ -289,6 +293,6 @@ class Listeners:
 def _spare_descriptor() -> int:
     """The cheapest descriptor that there is; -1 if none can be had."""
     try:
-        return os.eventfd(0)
+        return os.dup(0)  # standard input: /dev/null, or a terminal
     except OSError:
         return -1

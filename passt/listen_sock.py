@@ -37,6 +37,7 @@ from .core.config import Config
 from .core.idle import NO_DESCRIPTORS
 from .core.nspool import new_socket
 from .core.rules import Listener, Rule
+from .linux.calls import calls
 from .linux.ports import PortTables, open_tables
 from .linux.sockopt import IP_PKTINFO, freebind
 from .linux.tcpinfo import Features, probe
@@ -58,6 +59,8 @@ _PKTINFO = {
 }
 
 Wanted = tuple[Rule, int]  # a port of a rule
+
+CALLS = calls("listen")
 
 
 @dataclass(frozen=True, slots=True)

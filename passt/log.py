@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from . import __version__
+from .linux.calls import calls
 from .log_file import LogFile
 
 ERR, WARNING, INFO, DEBUG, TRACE = 3, 4, 6, 7, 8
@@ -48,6 +49,8 @@ _PREFIX = {ERR: "ERROR:", WARNING: "WARNING:", INFO: "info:", DEBUG: "", TRACE: 
 
 # Called as on_held(when) where a message is held back: somebody should call `flush_held` then.
 on_held: Callable[[float], None] | None = None
+
+CALLS = calls("write", "sendto")
 
 
 class Fatal(Exception):

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import select
 import socket
+import termios
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from . import log
+from . import PASST, log
 from .core.context import Context
 from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
 from .linux import unix
+from .linux.calls import calls, one_of
 from .log import Fatal
 from .stream import Stream, failure
 
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = "/tmp/passt_{}.socket"
 DEFAULT_MAX = 99
+FIONBIO = termios.FIONBIO  # of setblocking()
 SEND_BUFFER = 4 << 20  # bytes asked for; net.core.wmem_max decides
+
+CALLS = (*calls("accept4", "poll", mode=PASST), *one_of("ioctl", 1, FIONBIO, mode=PASST))
 
 
 # The socket in the file system -------------------------------------------------------------------------------------

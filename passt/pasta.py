@@ -9,12 +9,14 @@ rights in it, and what to wait for. Spawning is making a child and then attachin
     root             being root                                           becomes nobody (--runas), joins that of its
                                                                           own child, if there is one
 
-What must be done inside (creating the tap, opening sockets) is done by a thread that enters (`linux/netns.py`), then
-and later: if somebody deletes the tap it is created anew. So root that becomes nobody keeps the rights for that, unless
-the user namespace of its own child gives them (`isolation.py`).
+What must be done inside (creating the tap, opening sockets) is done by a thread that enters (`linux/netns.py`).
+
+If somebody deletes the tap it is created anew, as it was, when we can neither enter a namespace nor open a file any
+more: its descriptor belongs to the namespace that it was opened in for good, and so does the netlink socket that sets
+the new one up (`Tap`). What it takes is CAP_NET_ADMIN there.
 
 Gone: a namespace bound to a file is watched by inotify (deletion in its directory), one under /proc by a pidfd of its
-process and by looking once per second, since procfs reports nothing.
+process. What neither is possible for is looked at once per second, from its directory.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from . import isolation, log, pasta_init
+from . import PASTA, isolation, log, pasta_init
 from .isolation import Identity
 from .linux import inotify, netlink, netns, proc, tun
+from .linux.calls import calls
 from .linux.routes import NsPlan
 from .linux.syscall import (
     CLONE_NEWNET,
@@ -41,6 +44,10 @@ from .log import Fatal
 from .pasta_init import Command
 
 T = TypeVar("T")
+
+CALLS = (
+    *calls("wait4", "write", mode=PASTA),  # of the command
+)
 
 
 class Init:
@@ -205,33 +212,58 @@ def inside(target: Target, function: Callable[[], T]) -> T:
         raise Fatal(e.strerror) from None
 
 
-def create_tap(target: Target, plan: NsPlan) -> tuple[tun.Tap, bytes, list[str]]:
-    """Create and set up the tap inside; returns it, its MAC address, and what could not be set up. Raises Fatal."""
+@dataclass(slots=True)
+class Interface:
+    """The tap inside, and what it takes to make it anew."""
 
-    def create() -> tuple[tun.Tap, bytes, list[str]]:
+    device: tun.Tap
+    mac: bytes
+    problems: list[str]  # what could not be set up
+    netlink: netlink.Rtnetlink | None  # None: it was given to us, and is not ours to make
+    plan: NsPlan
+
+    def make_anew(self) -> None:
+        """Somebody has deleted it. The descriptor stays the same. Raises OSError naming the step."""
+        assert self.netlink is not None
+        self.device = tun.attach(self.device.fd, self.plan.ifname)
+        _, self.problems = netlink.configure(self.netlink, self.plan)
+
+
+def create_tap(target: Target, plan: NsPlan) -> Interface:
+    """Create and set up the tap inside. Raises Fatal."""
+
+    def create() -> Interface:
         tap = tun.open_tap(plan.ifname)
+        nl = None
         try:
-            return tap, *netlink.configure(plan)
+            nl = netlink.Rtnetlink()
+            mac, problems = netlink.configure(nl, plan)
         except BaseException:
             os.close(tap.fd)
+            if nl is not None:
+                nl.close()
             raise
+        return Interface(tap, mac, problems, nl, replace(plan, mac=mac))
 
     return inside(target, create)
 
 
-def inherit_tap(target: Target, fd: int, plan: NsPlan) -> tuple[tun.Tap, bytes, list[str]]:
-    """The tap device that is open as `fd`, set up if its namespace is known; as create_tap. Raises Fatal."""
+def inherit_tap(target: Target, fd: int, plan: NsPlan) -> Interface:
+    """The tap device that is open as `fd`, set up if its namespace is known. Raises Fatal."""
     try:
         tap, mac = tun.inherited_tap(fd)
     except OSError as e:
         raise Fatal(f"Invalid --fd: {fd} ({e.strerror})") from None
+    interface = Interface(tap, mac, [], None, replace(plan, mac=mac, ifname=tap.ifname))
     if target.netns < 0:
-        return tap, mac, []
+        return interface
 
-    def configure() -> tuple[tun.Tap, bytes, list[str]]:
+    def configure() -> Interface:
         if tap.ifname not in (name for _, name in socket.if_nameindex()):
             raise OSError(errno.ENODEV, f"Invalid --fd: {fd} (its interface {tap.ifname} is not in {target.path})")
-        return tap, *netlink.configure(replace(plan, ifname=tap.ifname))
+        with netlink.Rtnetlink() as nl:
+            mac, problems = netlink.configure(nl, replace(plan, ifname=tap.ifname))
+        return replace(interface, mac=mac, problems=problems, plan=replace(interface.plan, mac=mac))
 
     return inside(target, configure)
 
@@ -242,14 +274,19 @@ def inherit_tap(target: Target, fd: int, plan: NsPlan) -> tuple[tun.Tap, bytes, 
 class Watch:
     """Notices that the file of a namespace is gone. Made while we may still look; `gone` says so later.
 
-    `fds` are to be watched for input; `poll` says that somebody must ask `gone` now and then as well.
+    `fds` are to be watched for input; `poll` says that somebody must ask `gone` now and then as well. `directories` are
+    the descriptors that it looks from, one or none: then it takes the namespace to be there.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.fds: list[int] = []
         self.poll = False
-        self._pidfd = self._inotify = -1
+        self._pidfd = self._inotify = self._directory = -1
+        try:
+            self._directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as e:
+            log.debug(f"{path} can't be looked at: {e}")
         pid = proc.pid_of_path(path)
         if pid is not None:
             self._watch_process(pid)
@@ -280,6 +317,10 @@ class Watch:
             self.poll = True
 
     @property
+    def directories(self) -> tuple[int, ...]:
+        return (self._directory,) if self._directory >= 0 else ()
+
+    @property
     def name(self) -> str:
         """What a message calls it."""
         return self.path if self.path.startswith("/proc/") else os.path.basename(self.path)
@@ -294,9 +335,11 @@ class Watch:
         return any(e.name == name for e in inotify.read(fd)) and not self._exists()
 
     def _exists(self) -> bool:
+        if self._directory < 0:
+            return True
         try:
-            os.close(os.open(self.path, os.O_PATH | os.O_CLOEXEC))
-        except FileNotFoundError:
+            os.close(os.open(os.path.basename(self.path), os.O_PATH | os.O_CLOEXEC, dir_fd=self._directory))
+        except (FileNotFoundError, ProcessLookupError):
             return False
         except OSError:
             return True  # it is there, and none of our business any more

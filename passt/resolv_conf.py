@@ -23,8 +23,7 @@ there at start cannot be followed, and is said to be so.
     any other entry of these directories changes      nothing
     inotify lost events (its queue is full)           as if the file had changed
 
-Nothing wakes the process up as long as nothing changes there. System calls after start: read, openat, readlinkat,
-close; for a file that is mounted on, pread64.
+Nothing wakes the process up as long as nothing changes there.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from . import addr, log
 from .core.context import Context
 from .core.reactor import EPOLLIN, TYPE_RESOLV_CONF
 from .linux import inotify
+from .linux.calls import calls
 from .wire.domain import is_name
 
 RESOLV_CONF = "/etc/resolv.conf"
@@ -49,6 +49,9 @@ SIZE_MAX = 65536  # bytes of the file that are read
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHANGES = inotify.CLOSE_WRITE | inotify.MOVED_TO | inotify.CREATE | inotify.MOVED_FROM | inotify.DELETE
+
+
+CALLS = calls("read", "pread64", "close")  # and openat, readlinkat in the directories
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,11 @@ class Follower:
     @property
     def fds(self) -> list[int]:
         return [self._inotify, *self._directories.values(), *([self._mounted] if self._mounted >= 0 else [])]
+
+    @property
+    def directories(self) -> tuple[int, ...]:
+        """Descriptors of directories with files that will be read."""
+        return tuple(self._directories.values())
 
     def close(self) -> None:
         """Close them."""

@@ -20,8 +20,10 @@ from collections.abc import Callable
 from struct import Struct
 from typing import TYPE_CHECKING
 
+from . import PASST
 from .core.context import Context
 from .core.packet import FRAME_ROOM, VNET_LEN
+from .linux.calls import calls
 
 if TYPE_CHECKING:
     from .tap import Tap
@@ -31,6 +33,8 @@ FRAME_MIN = 14  # an Ethernet header
 FRAME_MAX = 65535
 _FRONT = 16  # where the first length stands: a vnet header ends where its frame begins
 _BEFORE = LENGTH.size - VNET_LEN  # from a length to the start of the vnet header
+
+CALLS = calls("recvfrom", mode=PASST)
 
 
 def failure(e: OSError) -> str:

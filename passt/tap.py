@@ -42,7 +42,7 @@ import os
 from collections.abc import Callable
 from struct import Struct
 
-from . import addr, log
+from . import PASTA, addr, log
 from .arp import Arp
 from .core.context import Context
 from .core.link import NO_OFFLOAD, VNET
@@ -52,6 +52,7 @@ from .core.reassembly import Reassembly
 from .dhcp import Dhcp
 from .dhcpv6 import Dhcpv6
 from .icmp import Icmp
+from .linux.calls import calls
 from .ndp import Ndp
 from .tcp import Tcp
 from .udp import Udp
@@ -74,6 +75,8 @@ _PORT_DHCPV6 = 547
 _ECHO = {PROTO_ICMP: 8, PROTO_ICMPV6: 128}
 _ND_TYPES = range(133, 138)
 Groups = dict[bytes, list[int]]
+
+CALLS = calls("readv", mode=PASTA)
 
 
 class Tap:

@@ -56,6 +56,7 @@ from .core.reactor import (
 )
 from .core.rules import Listener
 from .linux import tcpinfo
+from .linux.calls import calls
 from .tcp_ack import ACK_DELAY, PINGPONG_MAX, TcpAck
 from .tcp_buf import TcpOut
 from .tcp_conn import (
@@ -88,6 +89,8 @@ TIMER_SLACK = 0.0005  # s, a timer that fires this early is on time
 _MASK = 0xFFFFFFFF
 _NOT_PLAIN = FIN | SYN | RST | ACK
 _HALF = 1 << 31
+
+CALLS = calls("sendto", "sendmsg", "shutdown")
 
 
 class Tcp:

@@ -29,6 +29,7 @@ from struct import Struct
 from .core.context import Context
 from .core.link import GSO_NONE, GSO_TCPV4, GSO_TCPV6
 from .icmp import Errors
+from .linux.calls import calls
 from .linux.tcpinfo import SO_PEEK_OFF, Features
 from .tcp_conn import (
     ESTABLISHED,
@@ -58,6 +59,8 @@ _MASK = 0xFFFFFFFF
 _OFFSET_5 = 5 << 12
 MSG_PEEK = socket.MSG_PEEK
 MSG_TRUNC = socket.MSG_TRUNC
+
+CALLS = calls("recvmsg", "recvfrom")
 
 
 class TcpOut:

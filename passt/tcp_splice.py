@@ -43,7 +43,7 @@ import os
 import socket
 from typing import Any
 
-from . import addr, log, tcp_sock
+from . import PASTA, addr, log, tcp_sock
 from .core.context import Context
 from .core.flow import GUEST, HOST, Endpoints, Flow, FlowInfo, TableFull, TcpInfo, name_of, reason_of
 from .core.nspool import open_socket
@@ -62,6 +62,7 @@ from .core.reactor import (
 from .core.rules import Listener
 from .core.stats import Tally
 from .linux import tcpinfo
+from .linux.calls import calls
 
 COPY_MAX = 65536  # bytes received at once by a small half
 BULK_MIN = 16384  # bytes in a wake-up
@@ -71,6 +72,8 @@ ROUNDS = 16  # times a half is filled and emptied before others have their turn
 INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
 _SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 IDLE, BLOCKED, AGAIN = range(3)  # what a half waits for: bytes, room at `dst`, its turn
+
+CALLS = calls("splice", "recvfrom", "sendto", "shutdown", mode=PASTA)
 
 
 class Half:

@@ -13,6 +13,15 @@ from __future__ import annotations
 
 import os
 import signal
+import termios
+
+from . import PASTA
+from .linux.calls import one_of
+
+CALLS = (
+    *one_of("ioctl", 1, termios.TIOCGPGRP, termios.TIOCSPGRP, mode=PASTA),
+    *one_of("kill", 1, 0, mode=PASTA),  # whether there is such a group
+)
 
 
 class Terminal:
@@ -23,7 +32,9 @@ class Terminal:
             self._fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:
             self._fd = -1  # there is none
+        self._group = os.getpgrp()
         self._was_ours = self.is_ours()
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # for `restore`
 
     def _foreground(self) -> int:
         """The foreground process group; 0 when there is no terminal."""
@@ -36,16 +47,15 @@ class Terminal:
 
     def is_ours(self) -> bool:
         """Whether what is typed reaches our process group."""
-        return self._foreground() == os.getpgrp()
+        return self._foreground() == self._group
 
     def restore(self) -> None:
         """Take the foreground back from a group that is gone, if it was ours."""
         group = self._foreground()
-        if not self._was_ours or not group or group == os.getpgrp() or _exists(group):
+        if not self._was_ours or not group or group == self._group or _exists(group):
             return
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         try:
-            os.tcsetpgrp(self._fd, os.getpgrp())
+            os.tcsetpgrp(self._fd, self._group)
         except OSError:
             pass  # it was hung up: there is nothing to give back
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from .core.context import Context
 from .core.flow import ACTIVE, Flow
 from .core.reactor import EPOLLERR, EPOLLIN
+from .linux.calls import calls
 from .linux.mmsg import SLOT, Receiver
 from .linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
 from .udp_run import Run, runs
@@ -35,6 +36,8 @@ CONGESTED = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM))
 _NO_SEGMENTS = frozenset((errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.ENOPROTOOPT, errno.EOPNOTSUPP))
 
 Failure = tuple[OSError, int, memoryview]  # why, how many datagrams, the first of them
+
+CALLS = calls("writev", "sendto")
 
 
 class End(Protocol):

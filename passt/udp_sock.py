@@ -33,6 +33,7 @@ from .core import nspool
 from .core.context import Context
 from .core.fwd import Forwarding, SockAddr
 from .core.rules import Listener
+from .linux.calls import calls
 from .linux.mmsg import INFO4, INFO6
 from .linux.sockopt import IP_PKTINFO, SOL_UDP, UDP_SEGMENT, freebind, recverr
 
@@ -46,6 +47,8 @@ BUSY_PORT = frozenset((errno.EACCES, errno.EADDRINUSE))
 _SEGMENT = Struct("=H")
 
 Letter = tuple["Client", bytes]  # a datagram that came to another socket
+
+CALLS = calls("recvfrom", "sendmsg", "getpeername")
 
 
 class Client(NamedTuple):

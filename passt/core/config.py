@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .. import PASST as PASST
+from .. import PASTA as PASTA
 from .rules import Rule
-
-PASTA = "pasta"
-PASST = "passt"
 
 MTU_DEFAULT = 65520  # 65535 - 14 (Ethernet header), rounded down to a multiple of 4
 MTU_MIN = 68  # RFC 791, 3.2

@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Protocol
 
+from .. import PASTA
+from ..linux.calls import calls
+
 VNET = Struct("=BBHHHH")
 F_NEEDS_CSUM = 1
 GSO_NONE = 0
@@ -30,6 +33,8 @@ TRANSIENT = frozenset((errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOSPC, e
 
 Buffer = bytes | bytearray | memoryview
 Capture = Callable[[bool, bytes], None]
+
+CALLS = calls("write", "writev", mode=PASTA)
 
 
 class Link(Protocol):

@@ -41,7 +41,7 @@ class NsSockets:
     """The pools of one namespace, by kind of socket."""
 
     def __init__(self, namespace: Namespace, size: int = POOL_SIZE) -> None:
-        self._namespace = namespace
+        self.namespace = namespace
         self._size = size
         self._pools: dict[Kind, list[Any]] = {}
         self._asked: set[Kind] = set()  # a batch is on its way
@@ -62,7 +62,7 @@ class NsSockets:
             self._errors.pop(key, None)
             self._asked.add(key)
             try:
-                self._namespace.post(partial(self._fill, key))
+                self.namespace.post(partial(self._fill, key))
             except OSError as e:
                 self._asked.discard(key)
                 self._errors[key] = e
@@ -70,7 +70,7 @@ class NsSockets:
     def _wait(self, key: Kind) -> None:
         """Until the batch is there. Raises what it ended with if there is nothing even then."""
         if key in self._asked:
-            self._namespace.run(_nothing)  # comes after it
+            self.namespace.run(_nothing)  # comes after it
         if not self._pools[key]:
             error = self._errors.pop(key, None)
             if error is not None:
@@ -90,7 +90,7 @@ class NsSockets:
 
     def close(self) -> None:
         """Close what was not taken."""
-        self._namespace.run(_nothing)
+        self.namespace.run(_nothing)
         for pool in self._pools.values():
             while pool:
                 pool.pop().close()

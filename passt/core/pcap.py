@@ -13,6 +13,7 @@ import time
 from io import FileIO
 from struct import Struct
 
+from ..linux.calls import calls
 from ..wire.checksum import ones_sum
 from .link import F_NEEDS_CSUM, VNET
 
@@ -21,6 +22,8 @@ RECORD = Struct("=IIII")  # seconds, microseconds, saved length, original length
 MAGIC = 0xA1B2C3D4
 SNAPLEN = 262144
 LINKTYPE_ETHERNET = 1
+
+CALLS = calls("write")
 
 
 class Pcap:

@@ -11,11 +11,16 @@ from __future__ import annotations
 import fcntl
 import os
 
+from .. import PASTA
+from ..linux.calls import calls, one_of
+
 PIPE_SIZE = 1 << 20  # bytes: fs.pipe-max-size, which no ordinary user may exceed, is that by default
 IDLE_MAX = 32  # pipes kept open while nobody uses them
 
 Pipe = tuple[int, int]  # descriptors: to read from, to write to
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
+
+CALLS = (*calls("pipe2", "close", mode=PASTA), *one_of("fcntl", 1, _F_SETPIPE_SZ, mode=PASTA))
 
 
 class PipePool:

@@ -31,6 +31,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from ..linux.calls import calls
+
 Handler = Callable[[int, int, float], None]
 
 EPOLLIN = select.EPOLLIN
@@ -53,6 +55,8 @@ TYPE_GUEST, TYPE_GUEST_LISTEN, TYPE_CONTROL, TYPE_CONTROL_LISTEN = range(13, 17)
 TYPE_DNS, TYPE_RESOLV_CONF = range(17, len(TYPE_NAMES))
 
 MAX_EVENTS = 256  # per wait; more stay in the kernel until the next turn
+
+CALLS = calls("epoll_wait", "epoll_ctl", "read", "close")
 
 
 class Closable(Protocol):

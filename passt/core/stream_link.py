@@ -31,6 +31,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from .. import PASST
+from ..linux.calls import calls
 from .link import NO_OFFLOAD, TRANSIENT, VNET, Buffer, Capture
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ FLUSH_AT = 5 << 16  # bytes after which a turn's end is not waited for: more tha
 FRAME_MAX = 4096 + 65536  # bytes of a frame that QEMU has room for (NET_BUFSIZE)
 LENGTH_LEN = 4
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+CALLS = calls("sendto", "sendmsg", "write", mode=PASST)
 
 
 class StreamLink:

@@ -12,12 +12,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from ..linux.calls import calls
 from ..linux.syscall import timerfd_create, timerfd_settime
 from .reactor import EPOLLIN, TYPE_TCP_TIMER, TYPE_TIMER, Reactor, ref_data, ref_fd
 
 NEVER = float("inf")
 NO_OWNER = 0xFFFFFFFF
 IDLE_MAX = 128
+
+CALLS = calls("timerfd_create", "timerfd_settime", "read", "close")
 
 
 def _drain(fd: int) -> bool:

@@ -30,6 +30,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from .. import addr
+from .calls import calls
 from .sockopt import IP_PKTINFO
 
 COUNT = 64
@@ -52,6 +53,8 @@ _NAME4 = Struct("!H4s")  # after the family: port, address
 _NAME6 = Struct("!H4x16s")  # port, flow information, address
 _SCOPE = Struct("=I")
 _SCOPE_AT = _FAMILY.size + _NAME6.size
+
+CALLS = calls("recvmmsg")
 
 
 class _Iovec(ctypes.Structure):

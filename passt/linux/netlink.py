@@ -20,8 +20,11 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import Any
 
-from .. import addr, log
+from .. import PASTA, addr, log
+from .calls import calls
 from .routes import RT_SCOPE_LINK, Address, Hop, Host, Link, NsPlan, Route, add_in_passes
+
+CALLS = calls("sendto", "recvfrom", mode=PASTA)
 
 
 def _message_classes() -> tuple[Any, Any, Any]:
@@ -76,7 +79,7 @@ DUMP_TRIES = 4
 
 
 class Rtnetlink:
-    """A conversation with the kernel about the network namespace of the calling thread."""
+    """A conversation with the kernel about the network namespace of the calling thread, also from elsewhere later."""
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
@@ -91,6 +94,9 @@ class Rtnetlink:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._sock.close()
 
     # Requests ------------------------------------------------------------------------------------------------------
@@ -290,21 +296,20 @@ def read_host() -> Host:
 # Setting up the namespace ------------------------------------------------------------------------------------------
 
 
-def configure(plan: NsPlan) -> tuple[bytes, list[str]]:
-    """Carry out `plan` in the calling thread's namespace, where the tap exists already.
+def configure(nl: Rtnetlink, plan: NsPlan) -> tuple[bytes, list[str]]:
+    """Carry out `plan` in the namespace of `nl`, where the tap exists already.
 
     Returns the tap's MAC address and a line for each thing that could not be done; raises OSError, naming the step,
     for what nothing works without.
     """
-    with Rtnetlink() as nl:
-        links = {link.name: link for link in nl.links()}
-        _loopback_up(nl, links["lo"])
-        tap = links[plan.ifname]
-        if plan.mac is not None:
-            _step("set MAC address in namespace", nl.set_link, tap.index, address=addr.mac_text(plan.mac))
-        _step("set queue length in namespace", nl.set_link, tap.index, txqlen=plan.txqlen)
-        problems = _configure_tap(nl, tap.index, plan.mac or tap.mac, plan) if plan.configure else []
-        return plan.mac or tap.mac, problems
+    links = {link.name: link for link in nl.links()}
+    _loopback_up(nl, links["lo"])
+    tap = links[plan.ifname]
+    if plan.mac is not None:
+        _step("set MAC address in namespace", nl.set_link, tap.index, address=addr.mac_text(plan.mac))
+    _step("set queue length in namespace", nl.set_link, tap.index, txqlen=plan.txqlen)
+    problems = _configure_tap(nl, tap.index, plan.mac or tap.mac, plan) if plan.configure else []
+    return plan.mac or tap.mac, problems
 
 
 def loopback_up() -> None:

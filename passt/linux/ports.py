@@ -32,9 +32,13 @@ import socket
 from struct import Struct
 from typing import Protocol
 
+from .. import PASTA
 from ..wire.checksum import PROTO_TCP, PROTO_UDP
+from .calls import calls
 
 THREAD_NET = "/proc/thread-self/net"  # /proc/net is that of the process's first thread
+
+CALLS = calls("sendto", "recvfrom", mode=PASTA)
 
 
 class PortTables(Protocol):

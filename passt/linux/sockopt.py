@@ -22,6 +22,7 @@ from struct import Struct
 
 from .. import addr
 from ..wire.cursor import Cursor
+from .calls import Call, Test, calls, one_of
 
 SOL_UDP = socket.IPPROTO_UDP
 UDP_SEGMENT = 103
@@ -53,6 +54,17 @@ ORIGIN_ICMP6 = 3
 ERRORS_PER_DRAIN = 64  # what one call of read_errors takes at most; epoll reports the rest
 QUOTE_MAX = 1280  # no ICMP error quotes more (RFC 4443, 2.4 (c); RFC 1812, 4.3.2.3 stops at 576)
 _CONTROL_SIZE = 256
+
+# The internet sockets of all protocols. A type has flags beside it (SOCK_NONBLOCK, SOCK_CLOEXEC)
+CALLS = (
+    *(
+        Call("socket", (Test(0, family), Test(1, kind, 0xF)))
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+    ),
+    *one_of("setsockopt", 1, socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP, SOL_UDP),
+    *calls("getsockopt", "getsockname", "bind", "connect", "recvmsg", "close"),
+)
 
 
 def recverr(family: int) -> tuple[int, int]:

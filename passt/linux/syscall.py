@@ -107,29 +107,43 @@ else:
         check(_libc.unshare(flags), "unshare")
 
 
-# mount(2), prctl(2) ------------------------------------------------------------------------------------------------
+# mount(2), pivot_root(2), prctl(2) ------------------------------------------------------------------------------------
 
-MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x2, 0x4, 0x8
-MS_REC = 0x4000
-MS_SLAVE = 0x80000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
+MS_MOVE, MS_REC = 0x2000, 0x4000
+MS_PRIVATE, MS_SLAVE = 0x40000, 0x80000
+MNT_DETACH = 2
 
 PR_SET_PDEATHSIG = 1
 PR_GET_PDEATHSIG = 2
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
+PR_CAPBSET_READ, PR_CAPBSET_DROP = 23, 24
 PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 
 
-def mount(source: str, target: str, fstype: str, flags: int) -> None:
-    """Mount without data; `fstype` is empty when only the propagation of `target` changes."""
-    args = source.encode(), os.fsencode(target), fstype.encode() or None, ctypes.c_ulong(flags), None
+def mount(source: str, target: str, fstype: str, flags: int, data: str = "") -> None:
+    """Mount; `fstype` is empty when only the place or the propagation of a mount changes."""
+    args = source.encode(), os.fsencode(target), fstype.encode() or None, ctypes.c_ulong(flags), data.encode() or None
     check(_libc.mount(*args), "mount")
 
 
-def prctl(option: int, value: int) -> None:
-    """prctl(2) for options that take one number."""
+def umount(target: str, flags: int) -> None:
+    """umount2(2)."""
+    check(_libc.umount2(os.fsencode(target), flags), "umount2")
+
+
+def pivot_root(number: int, new: str, old: str) -> None:
+    """Make `new` the root, and find the old one at `old`. The C library has no function for it: give its number."""
+    check(_libc.syscall(ctypes.c_long(number), os.fsencode(new), os.fsencode(old)), "pivot_root")
+
+
+def prctl(option: int, value: int) -> int:
+    """prctl(2) for options that take one number; returns what it says."""
     zero = ctypes.c_ulong(0)
-    check(_libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl")
+    return check(_libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl")
 
 
 def parent_death_signal() -> int:
@@ -142,19 +156,30 @@ def parent_death_signal() -> int:
 
 # capset(2) ---------------------------------------------------------------------------------------------------------
 
-CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_SYS_ADMIN = 10, 12, 21
+CAP_SETPCAP, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_SYS_ADMIN = 8, 10, 12, 21
 _CAP_HEADER = Struct("=Ii")  # version, thread (0: the calling one)
 _CAP_VERSION_3 = 0x20080522
 _CAP_DATA = Struct("=6I")  # effective, permitted, inheritable: the low 32 bits of each, then the high ones
 
 
-def set_capabilities(*kept: int) -> None:
-    """Leave the calling thread those of its permitted capabilities that are `kept`, in effect, and no others."""
+def _capabilities() -> tuple[bytes, int, int]:
+    """The header for both calls, and the effective and permitted sets of the calling thread, as bits."""
     header = _CAP_HEADER.pack(_CAP_VERSION_3, 0)
     data = ctypes.create_string_buffer(_CAP_DATA.size)
     check(_libc.capget(header, data), "capget")
-    _, low, _, _, high, _ = _CAP_DATA.unpack(data.raw)
-    bits = (high << 32 | low) & sum(1 << cap for cap in kept)
+    effective, permitted, _, effective_high, permitted_high, _ = _CAP_DATA.unpack(data.raw)
+    return header, effective_high << 32 | effective, permitted_high << 32 | permitted
+
+
+def has_capability(cap: int) -> bool:
+    """Whether the calling thread has `cap` in effect, in its user namespace."""
+    return bool(_capabilities()[1] >> cap & 1)
+
+
+def set_capabilities(*kept: int) -> None:
+    """Leave the calling thread those of its permitted capabilities that are `kept`, in effect, and no others."""
+    header, _, permitted = _capabilities()
+    bits = permitted & sum(1 << cap for cap in kept)
     low, high = bits & 0xFFFFFFFF, bits >> 32
     check(_libc.capset(header, _CAP_DATA.pack(low, low, 0, high, high, 0)), "capset")
 

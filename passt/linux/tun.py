@@ -23,7 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
 
-from .. import log
+from .. import PASTA, log
+from .calls import one_of
 from .syscall import ioctl_number
 
 TUN_DEVICE = "/dev/net/tun"
@@ -56,6 +57,8 @@ SIOCGIFHWADDR = 0x8927
 _IFREQ = Struct("=16sH22x")
 _INT = Struct("=i")
 
+CALLS = one_of("ioctl", 1, TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, mode=PASTA)
+
 
 @dataclass(frozen=True, slots=True)
 class Tap:
@@ -76,10 +79,21 @@ def open_tap(ifname: str) -> Tap:
     except OSError as e:
         raise OSError(e.errno, f"Failed to open {TUN_DEVICE}: {e.strerror}{_hint(e.errno)}") from None
     try:
+        return attach(fd, ifname)
+    except OSError:
+        os.close(fd)
+        raise
+
+
+def attach(fd: int, ifname: str) -> Tap:
+    """Create `ifname` in the namespace in which `fd` was opened, and attach `fd` to it. Raises OSError.
+
+    That is possible again when somebody has deleted the interface, from whatever namespace the calling thread is in.
+    """
+    try:
         fcntl.ioctl(fd, TUNSETIFF, _IFREQ.pack(ifname.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
         return _with_offloads(fd, ifname)
     except OSError as e:
-        os.close(fd)
         in_use = ": the name is taken there, choose another with -I" if e.errno in (errno.EBUSY, errno.EEXIST) else ""
         raise OSError(e.errno, f"Failed to create tap device {ifname}: {e.strerror}{in_use}") from None
 

@@ -214,8 +214,10 @@ def test_deleted_interface_that_cannot_come_back(root_pasta: Runner) -> None:
         options = "-f", "-q", "--runas", "0", "--netns", target.name, "-I", "tap9"
         process = root_pasta.start(*options, stderr=subprocess.PIPE)
         wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, 3))  # so that nothing can be opened
+        process.send_signal(signal.SIGSTOP)
         target.ip("link", "del", "tap9")
+        target.ip("link", "add", "tap9", "type", "veth", "peer", "name", "tap8")
+        process.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
     assert b"Interface tap9 was deleted and can't be made anew, exiting: " in errors

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from passt import __version__, cli, log
+from passt.conf_options import Options
 from passt.log import Fatal
 
 
@@ -81,14 +82,19 @@ def test_descriptor_must_be_open() -> None:
 
 def test_descriptor_of_the_guest_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
+
+    def run(options: Options, inherited: list[int]) -> None:
+        told.append((options.fd, inherited))
+        raise Fatal("far enough")
+
     reader, writer = os.pipe()
     monkeypatch.setattr(cli, "inherited_fds", lambda: [reader, writer])
     monkeypatch.setattr(log, "setup", lambda *_, **__: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("passt.daemon_passt.run", lambda options, inherited: told.append((options.fd, inherited)) or 5)
+    monkeypatch.setattr("passt.daemon_passt.run", run)
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     try:
-        assert cli.main(["passt", "-F", str(reader)]) == 5
+        assert cli.main(["passt", "-F", str(reader)]) == 1
     finally:
         os.close(reader)
         os.close(writer)

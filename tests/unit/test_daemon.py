@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -14,16 +15,14 @@ from typing import Any, cast
 
 import pytest
 
-from passt import daemon, daemon_pasta, log, pasta
+from passt import daemon, daemon_pasta, log
 from passt.conf_options import Options
 from passt.core.context import Context
 from passt.core.link import VNET, TapLink
 from passt.core.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS
 from passt.daemon import End
 from passt.linux.routes import NsPlan
-from passt.linux.tun import Tap as TapDevice
 from passt.log import Fatal
-from passt.pasta import Target
 
 from .support import T0, reactor, timers
 
@@ -207,42 +206,52 @@ class FakeTap:
         self.watched.append(fd)
 
 
+class FakeInterface:
+    """The interface in the namespace, which comes back or does not."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.plan = NsPlan("tap5")
+        self.problems = ["not all"]
+        self._error = error
+
+    def make_anew(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
 def test_tap_comes_back_under_its_number(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = os.pipe()
-    reactor(ctx).watch(old, 1, 0, EPOLLIN)
-    device = os.fstat(new)
-    plan = NsPlan("tap5", mac=b"\2" * 6)
-    monkeypatch.setattr(pasta, "create_tap", lambda target, p: (TapDevice(new, p.ifname, True, True, True), p.mac, []))
-    monkeypatch.setattr(log, "warn", lambda text: None)
-    link, tap = TapLink(old, Counter(), uso=True), FakeTap()
-    daemon_pasta.reopen(ctx, link, cast(Any, tap), Target(-1, None), plan, attached(ctx))
-    assert (tap.watched, reactor(ctx).refs, link.fd) == ([old], {}, old)
-    assert (os.fstat(old).st_ino, os.get_inheritable(old)) == (device.st_ino, False)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(new)
-    os.close(old)
+    fd, other = os.pipe()
+    reactor(ctx).watch(fd, 1, 0, EPOLLIN)
+    said: list[str] = []
+    monkeypatch.setattr(log, "warn", said.append)
+    link, tap = TapLink(fd, Counter(), uso=True), FakeTap()
+    daemon_pasta.reopen(ctx, link, cast(Any, tap), cast(Any, FakeInterface()), attached(ctx))
+    assert (tap.watched, reactor(ctx).refs, link.fd) == ([fd], {}, fd)
+    assert said == ["Interface tap5 was deleted: making it anew", "not all"]
+    os.close(fd)
+    os.close(other)
 
 
 def test_tap_that_cannot_come_back_ends_us(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise Fatal("not allowed")
-
     said: list[str] = []
-    monkeypatch.setattr(pasta, "create_tap", refuse)
     monkeypatch.setattr(log, "warn", lambda text: None)
     monkeypatch.setattr(log, "err", said.append)
     end = attached(ctx)
-    link = TapLink(-1, Counter(), uso=True)
-    daemon_pasta.reopen(ctx, link, cast(Any, FakeTap()), Target(-1, None), NsPlan("tap5"), end)
-    assert (end.status, reactor(ctx).stopped) == (1, True)
+    fd, other = os.pipe()
+    reactor(ctx).watch(fd, 1, 0, EPOLLIN)
+    tap, gone = FakeTap(), FakeInterface(PermissionError(errno.EPERM, "not allowed"))
+    daemon_pasta.reopen(ctx, TapLink(fd, Counter(), uso=True), cast(Any, tap), cast(Any, gone), end)
+    assert (end.status, reactor(ctx).stopped, tap.watched) == (1, True, [])
     assert said == ["Interface tap5 was deleted and can't be made anew, exiting: not allowed"]
+    os.close(fd)
+    os.close(other)
 
 
 def test_tap_that_was_given_to_us_ends_with_us(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(log, "info", said.append)
     end = attached(ctx)
-    daemon_pasta.tap_gone(NsPlan("tap5"), end)
+    daemon_pasta.tap_gone(cast(Any, FakeInterface()), end)
     assert (end.status, reactor(ctx).stopped, said) == (0, True, ["Interface tap5 was deleted, exiting"])
 
 
@@ -256,8 +265,8 @@ def test_files_are_created_empty_and_private(tmp_path: Path) -> None:
     file = daemon.create("PID", str(path))
     assert file is not None
     assert (path.read_text(), path.stat().st_ino) == ("", before)
-    daemon.write_pid(file)
-    assert path.read_text() == f"{os.getpid()}\n"
+    daemon.write_pid(file, 1234)
+    assert path.read_text() == "1234\n"
     assert file.closed
     fresh = daemon.create("PID", str(tmp_path / "new"))
     assert fresh is not None
@@ -265,7 +274,7 @@ def test_files_are_created_empty_and_private(tmp_path: Path) -> None:
     assert not os.get_inheritable(fresh.fileno())
     fresh.close()
     assert daemon.create("PID", None) is None
-    daemon.write_pid(None)
+    daemon.write_pid(None, 1234)
 
 
 def test_file_that_cannot_be_created(tmp_path: Path) -> None:
@@ -275,7 +284,7 @@ def test_file_that_cannot_be_created(tmp_path: Path) -> None:
 
 def test_pid_file_that_cannot_be_written() -> None:
     with pytest.raises(Fatal, match="PID file write: No space left on device"):
-        daemon.write_pid(FileIO("/dev/full", "w"))
+        daemon.write_pid(FileIO("/dev/full", "w"), 1234)
 
 
 # Background --------------------------------------------------------------------------------------------------------
@@ -306,32 +315,71 @@ def test_background(tmp_path: Path) -> None:
     report = tmp_path / "report"
 
     def body() -> None:
-        parent = os.getpid()
-        daemon.go_background(FileIO(tmp_path / "pid", "w"))
-        facts = [os.getpid() != parent, os.getsid(0) == os.getpid(), os.getcwd() == "/"]
+        outer = os.getpid()
+        pid_file = FileIO(tmp_path / "pid", "w")
+        parent = daemon.go_background(pid_file)
+        facts = [os.getpid() != outer, os.getsid(0) == os.getpid(), pid_file.closed]
+        parent.let_go(os.open(os.devnull, os.O_RDWR))
         facts += [os.readlink(f"/proc/self/fd/{fd}") == "/dev/null" for fd in range(3)]
         os.write(1, b"nobody reads this")
+        facts.append((tmp_path / "pid").read_text() == "")
         (tmp_path / "new").write_text(f"{os.getpid()} {all(facts)}")
         (tmp_path / "new").rename(report)
+        parent.ready()
 
     status, text = in_child(body)  # at the end of file nobody has our standard output any more
     assert (status, text) == (0, b"")
-    while not report.exists():
-        os.sched_yield()
     pid, ok = report.read_text().split()
     assert ok == "True"
     assert (tmp_path / "pid").read_text() == f"{pid}\n"
 
 
-def test_background_that_fails() -> None:
+@pytest.fixture
+def plain_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors go to descriptor 2, whatever the test runner made of sys.stderr."""
+    monkeypatch.setattr(log, "err", lambda text: os.write(2, text.encode()))
+
+
+@pytest.mark.usefixtures("plain_errors")
+def test_pid_file_of_the_daemon_that_cannot_be_written() -> None:
     def body() -> None:
-        try:
-            daemon.go_background(FileIO("/dev/full", "w"))
-        except Fatal as e:
-            os.write(2, str(e).encode())
-            os._exit(1)
+        parent = daemon.go_background(FileIO("/dev/full", "w"))
+        parent.let_go(os.open(os.devnull, os.O_RDWR))
+        parent.ready()
+        signal.pause()  # until it is killed
 
     assert in_child(body) == (1, b"PID file write: No space left on device")
+
+
+def test_daemon_that_fails_says_so_itself() -> None:
+    def body() -> None:
+        daemon.go_background(None)
+        os.write(2, b"why\n")
+        os._exit(3)
+
+    assert in_child(body) == (1, b"why\n")
+
+
+@pytest.mark.usefixtures("plain_errors")
+def test_daemon_that_has_let_go_has_it_said() -> None:
+    def body() -> None:
+        parent = daemon.go_background(None)
+        parent.let_go(os.open(os.devnull, os.O_RDWR))
+        parent.failed("why")
+        os._exit(3)
+
+    assert in_child(body) == (1, b"why")
+
+
+def test_foreground(tmp_path: Path) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    starter = daemon.Starter(FileIO(tmp_path / "pid", "w"))
+    starter.let_go(null)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(null)
+    assert (tmp_path / "pid").read_text() == ""
+    starter.ready()
+    assert (tmp_path / "pid").read_text() == f"{os.getpid()}\n"
 
 
 # Captures ----------------------------------------------------------------------------------------------------------

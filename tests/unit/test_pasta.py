@@ -167,15 +167,39 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_tap_is_created_and_configured_inside(inside: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netlink, "configure", lambda plan: (b"\2" * 6, ["a problem"]))
-    tap, mac, problems = create_tap(Target(9, None), NsPlan("tap5"))
-    os.close(tap.fd)
-    assert (inside, mac, problems) == (["enter 9", "open tap5"], b"\2" * 6, ["a problem"])
+    monkeypatch.setattr(netlink, "configure", lambda nl, plan: (b"\2" * 6, ["a problem"]))
+    made = create_tap(Target(9, None), NsPlan("tap5"))
+    assert made.netlink is not None
+    made.netlink.close()
+    os.close(made.device.fd)
+    assert (inside, made.mac, made.problems) == (["enter 9", "open tap5"], b"\2" * 6, ["a problem"])
+    assert made.plan == NsPlan("tap5", mac=b"\2" * 6)
+
+
+def test_tap_is_made_anew_on_the_same_descriptor(inside: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[NsPlan] = []
+
+    def configure(nl: object, plan: NsPlan) -> tuple[bytes, list[str]]:
+        plans.append(plan)
+        return b"\2" * 6, [f"problem {len(plans)}"]
+
+    monkeypatch.setattr(netlink, "configure", configure)
+    made = create_tap(Target(9, None), NsPlan("tap5"))
+    attached: list[tuple[int, str]] = []
+    monkeypatch.setattr(tun, "attach", lambda fd, name: attached.append((fd, name)) or made.device)
+    made.make_anew()
+    assert attached == [(made.device.fd, "tap5")]
+    assert inside == ["enter 9", "open tap5"]
+    assert plans == [NsPlan("tap5"), NsPlan("tap5", mac=b"\2" * 6)]  # which was the kernel's choice
+    assert made.problems == ["problem 2"]
+    assert made.netlink is not None
+    made.netlink.close()
+    os.close(made.device.fd)
 
 
 @pytest.mark.usefixtures("inside")
 def test_tap_that_cannot_be_configured_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(plan: NsPlan) -> None:
+    def fail(nl: object, plan: NsPlan) -> None:
         raise PermissionError(errno.EPERM, "Couldn't do this: Operation not permitted")
 
     monkeypatch.setattr(netlink, "configure", fail)

@@ -64,7 +64,7 @@ def take(pool: NsSockets, count: int = 1, family: int = INET, kind: int = TCP) -
     """Take sockets, one after the other, each time with the thread asleep, and close them."""
     for _ in range(count):
         pool.take(family, kind).close()
-        pool._namespace.run(lambda: None)
+        pool.namespace.run(lambda: None)
 
 
 @pytest.mark.parametrize("family", [INET, INET6])
@@ -122,7 +122,7 @@ def test_before_the_thread_has_moved_in_each_batch_has_one_of_its_own(inside: In
     for _ in range(4):
         pool.take(INET, TCP).close()  # what is there does
     for _ in range(2):
-        with pytest.raises(PermissionError):
+        with pytest.raises(netns.NoEntry):
             pool.take(INET, TCP)
     inside.may_enter = True
     take(pool)
@@ -136,7 +136,7 @@ def test_last_socket_is_taken_while_the_batch_is_about_to_end(pool: NsSockets) -
         sock.close()
     pool._pools[INET, TCP].clear()
     pool._asked.add((INET, TCP))
-    pool._namespace.post(lambda: pool._asked.discard((INET, TCP)))
+    pool.namespace.post(lambda: pool._asked.discard((INET, TCP)))
     pool.take(INET, TCP).close()
 
 

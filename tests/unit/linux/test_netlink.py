@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -331,9 +331,8 @@ PLAN = NsPlan(
 
 
 def configured(monkeypatch: pytest.MonkeyPatch, plan: NsPlan, **failures: int) -> tuple[bytes, list[str], list[str]]:
-    monkeypatch.setattr(netlink, "Rtnetlink", FakeRtnetlink)
     monkeypatch.setattr(FakeRtnetlink, "failures", {k.replace("_", " "): v for k, v in failures.items()})
-    mac, problems = netlink.configure(plan)
+    mac, problems = netlink.configure(cast(Any, FakeRtnetlink()), plan)
     return mac, problems, FakeRtnetlink.last.calls
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from passt import log
 from passt.linux import netns
 from passt.linux.netns import Namespace, NoEntry, open_ns, path_of, run_in, same_ns
 from passt.linux.syscall import CLONE_NEWNET, CLONE_NEWUSER
@@ -73,15 +74,17 @@ def test_one_thread_does_everything_in_order(resident: Namespace, entered: list[
     assert len(entered) == 1
 
 
-def test_exceptions_of_the_resident(resident: Namespace, capfd: pytest.CaptureFixture[str]) -> None:
+def test_exceptions_of_the_resident(resident: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise FileNotFoundError(errno.ENOENT, "not there")
 
+    said: list[str] = []
+    monkeypatch.setattr(log, "err", said.append)
     with pytest.raises(FileNotFoundError, match="not there"):
         resident.run(fail)
     resident.post(fail)
     assert resident.run(lambda: "alive") == "alive"
-    assert "In the network namespace: FileNotFoundError" in capfd.readouterr().err
+    assert said == ["In the network namespace: FileNotFoundError(2, 'not there')"]
 
 
 def test_resident_takes_no_signals(resident: Namespace) -> None:

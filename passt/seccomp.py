@@ -1,0 +1,161 @@
+"""The system calls that are left when everything is set up: seccomp(2), by libseccomp.
+
+Whatever is not allowed here ends the process at once (SECCOMP_RET_KILL_PROCESS); the kernel writes a line with the
+number of the call to its log (`dmesg`, type=1326). The list is made of the `CALLS` of all modules that are loaded, and
+of what the interpreter itself needs (below); `--print-seccomp` prints it. Installed after initialisation and before
+the first byte of the guest is read, and for all threads.
+
+    call                             allowed with                              what that closes
+    -------------------------------  ----------------------------------------  -----------------------------------------
+    mmap, mprotect                   no PROT_EXEC                              code of one's own
+    socket                           IPv4 or IPv6, stream or datagram          netlink, packet and raw sockets
+    setsockopt                       the levels of these protocols             filters, netlink, packet rings
+    ioctl                            the requests that are made                TIOCSTI, and drivers' own
+    fcntl                            the commands that are made                locks, leases, signals to others
+    openat, readlinkat               directories whose files are watched       all other files
+    kill                             signal 0                                  signals
+
+There is no clone, execve, setns, unshare, mount, ptrace or prctl, and no open by path: the root is empty anyway.
+
+The names are those of x86-64. Where another architecture has another call for the same thing that one is allowed, too
+(`ALTERNATIVES`); where an argument cannot be tested, because it lies in memory or behind socketcall(2), it is not.
+
+Python's binding of libseccomp is pyseccomp, or Debian's package python3-seccomp, whose interface it has.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+from .linux.calls import Call, Calls, Test, calls
+from .log import Fatal
+
+CALLS: Calls = (
+    *calls("futex", "munmap", "mremap", "brk", "madvise", "rt_sigreturn", "clock_gettime", "exit_group"),
+    Call("mmap", (Test(2, 0, mmap.PROT_EXEC),)),
+    Call("mprotect", (Test(2, 0, mmap.PROT_EXEC),)),
+)
+
+ALTERNATIVES = {
+    "accept4": ("accept",),
+    "clock_gettime": ("clock_gettime64",),
+    "epoll_wait": ("epoll_pwait",),
+    "fcntl": ("fcntl64",),
+    "ftruncate": ("ftruncate64",),
+    "futex": ("futex_time64",),
+    "lseek": ("_llseek",),
+    "mmap": ("mmap2",),
+    "recvfrom": ("recv",),
+    "recvmmsg": ("recvmmsg_time64",),
+    "rt_sigreturn": ("sigreturn",),
+    "sendto": ("send",),
+    "timerfd_settime": ("timerfd_settime64",),
+    "wait4": ("waitpid", "waitid"),
+}
+SOCKET_CALLS = frozenset(("socket", "setsockopt"))
+UNTESTABLE = {  # machine -> calls whose arguments are in memory there
+    "i386": SOCKET_CALLS | {"mmap"},
+    "i486": SOCKET_CALLS | {"mmap"},
+    "i586": SOCKET_CALLS | {"mmap"},
+    "i686": SOCKET_CALLS | {"mmap"},
+    "ppc64le": SOCKET_CALLS,
+    "s390x": SOCKET_CALLS | {"mmap"},
+}
+
+
+def binding() -> Any:
+    """Python's binding of libseccomp. Raises Fatal."""
+    try:
+        import pyseccomp
+    except ImportError:
+        pass  # Debian has the other one
+    except RuntimeError as e:
+        raise Fatal(f"Couldn't load libseccomp: {e}: install it (Debian: libseccomp2)") from None
+    else:
+        return pyseccomp
+    try:
+        import seccomp
+    except ImportError:
+        raise Fatal(
+            "The sandbox needs libseccomp's Python binding: pip install pyseccomp, or Debian's python3-seccomp"
+        ) from None
+    return seccomp
+
+
+def collect(mode: str, modules: Iterable[ModuleType] | None = None) -> dict[str, list[Call]]:
+    """The calls of `mode` by name, in alphabetical order, from what `modules` (all that are loaded) declare."""
+    if modules is None:
+        package = __package__ + "."
+        modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(package)]
+    found: dict[str, list[Call]] = {}
+    for module in modules:
+        for call in getattr(module, "CALLS", ()):
+            if call.mode in (None, mode):
+                found.setdefault(call.name, []).append(call)
+    for name, variants in found.items():
+        free = [call for call in variants if not call.tests]
+        found[name] = free[:1] or list(dict.fromkeys(variants))
+    return dict(sorted(found.items()))
+
+
+def in_directories(descriptors: Iterable[int]) -> Calls:
+    """Opening files, and following links, in these directories."""
+    return tuple(Call(name, (Test(0, fd),)) for fd in descriptors for name in ("openat", "readlinkat"))
+
+
+def build(mode: str, machine: str, extra: Sequence[Call] = (), library: Any = None) -> Any:
+    """The filter, not loaded yet, for architecture `machine` as uname(2) has it. Raises Fatal or OSError."""
+    library = library or binding()
+    allowed = collect(mode)
+    for call in extra:
+        allowed.setdefault(call.name, []).append(call)
+    rules = library.SyscallFilter(library.KILL_PROCESS)
+    rules.set_attr(library.Attr.ACT_BADARCH, library.KILL_PROCESS)
+    rules.set_attr(library.Attr.CTL_TSYNC, 1)
+    if hasattr(library.Attr, "CTL_OPTIMIZE"):  # libseccomp 2.5
+        rules.set_attr(library.Attr.CTL_OPTIMIZE, 2)  # a binary tree
+    for variants in allowed.values():
+        for call in variants:
+            _allow(rules, library, call, UNTESTABLE.get(machine, frozenset()))
+    return rules
+
+
+def _allow(rules: Any, library: Any, call: Call, untestable: frozenset[str]) -> None:
+    tests = () if call.name in untestable else call.tests
+    arguments = [library.Arg(t.arg, library.MASKED_EQ, t.mask, t.value) for t in tests]
+    for name in (call.name, *ALTERNATIVES.get(call.name, ())):
+        rules.add_rule(library.ALLOW, name, *arguments)
+
+
+def load(rules: Any) -> None:
+    """From here on nothing else is possible, for any thread. Raises Fatal."""
+    try:
+        rules.load()
+    except OSError as e:
+        why = "the kernel needs CONFIG_SECCOMP_FILTER"
+        raise Fatal(f"Couldn't install the seccomp filter: {e.strerror} ({why})") from None
+
+
+def number(name: str) -> int:
+    """The number of a system call on this machine. Raises Fatal if the binding is missing."""
+    library = binding()
+    value: int = library.resolve_syscall(library.system_arch(), name)
+    return value
+
+
+def table(modes: Sequence[str], modules: Iterable[ModuleType] | None = None) -> Iterator[str]:
+    """Lines that list what is allowed in each mode, with the modules that declare it."""
+    raise NotImplementedError
+
+
+def describe(call: Call) -> str:
+    """Its tests as text: "arg 1 = 0x5421", "arg 2 & 0x4 = 0"."""
+    parts = []
+    for t in call.tests:
+        mask = "" if t.mask == 0xFFFFFFFF else f" & {t.mask:#x}"
+        parts.append(f"arg {t.arg}{mask} = {t.value:#x}")
+    return ", ".join(parts)
