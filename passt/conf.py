@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from . import log
-from .conf_options import DEFAULTS, PORT_SPECS, Done, Fields, Options
+from .conf_options import DEFAULTS, DEPRECATED, PORT_SPECS, Done, Fields, Options
 from .conf_parse import Getopt
 from .conf_table import table
 from .conf_values import EPHEMERAL
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = E
         raise Fatal(f"Extra non-option argument: {words.operands[0]}")
     from . import conf_ports  # --help and --version do without
 
-    specs = fields.pop(PORT_SPECS, [])
+    specs, deprecated = fields.pop(PORT_SPECS, []), fields.pop(DEPRECATED, [])
     options = Options(**fields)
     _check_files(options)
     if options.mode == PASTA and options.fd is not None:
@@ -44,6 +44,8 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = E
     if ephemeral is None and any(rule.weak and not rule.auto for rule in rules):
         taken = f"{EPHEMERAL[0]}-{EPHEMERAL[-1]}"
         log.warn(f"Couldn't read the range of ephemeral ports, which are not forwarded: taking {taken}")
+    for name in deprecated:
+        log.warn(f"--{name} will be dropped soon")
     return replace(options, forwards=rules)
 
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import conf_values as values
-from . import log
-from .conf_options import PORT_SPECS, Fields, Options, Pair
+from .conf_options import DEPRECATED, PORT_SPECS, Fields, Options, Pair
 from .conf_values import NONE
 from .log import Fatal
 
@@ -77,7 +76,7 @@ def deprecated_copy(name: str, field: str) -> Action:
     """--no-copy-routes, --no-copy-addrs."""
 
     def action(fields: Fields, _: str) -> None:
-        log.warn(f"--{name} will be dropped soon")
+        fields.setdefault(DEPRECATED, []).append(name)
         fields[field] = False
 
     return action

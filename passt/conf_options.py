@@ -15,7 +15,9 @@ from .core.rules import Rule
 
 LOG_SIZE = 1 << 20  # bytes
 NETNS_RUN_DIR = "/run/netns"  # where ip-netns(8) keeps its names
-PORT_SPECS = "port_specs"  # key of the specifications, (letter, argument), in the dictionary; no field of Options
+# Keys of the dictionary that are no fields of Options
+PORT_SPECS = "port_specs"  # specifications of ports, (letter, argument)
+DEPRECATED = "deprecated"  # names of options that were given and will be dropped
 
 Fields = dict[str, Any]
 

@@ -230,5 +230,6 @@ def fd(text: str) -> int:
 
 def path(text: str) -> str:
     if not text or "\0" in text:
-        raise Fatal("An empty file name was given (options -P, -p, -l, --netns and --userns need one)")
+        names = "-P, -p, -l, --netns, --nsrun-dir and --userns"
+        raise Fatal(f"An empty file name was given (options {names} need one)")
     return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 
 import pytest
 
@@ -136,3 +137,46 @@ def test_help_and_version(pasta: Runner) -> None:
     done = pasta.run("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("pasta ")
+
+
+# Both commands, as they are typed ------------------------------------------------------------------------------------
+
+TYPED = [
+    ("pasta --map-guest-address 1.2.3.4", "pasta: unrecognized option '--map-guest-address'"),
+    ("pasta --host-lo-to-ns-lo --no-such --version", "pasta: unrecognized option '--no-such'"),
+    ("pasta --one-off", "--one-off is for passt mode only"),
+    ("pasta -P {dir}/pid --netns {dir}/none",
+     "Couldn't open network namespace {dir}/none: No such file or directory"),
+    ("pasta --nsrun-dir {dir} --netns none",
+     "Couldn't open network namespace {dir}/none: No such file or directory"),
+    ("pasta -c {dir}/s --api-socket {dir}/s true", "Both --conf-path and --api-socket are {dir}/s: give each a path of "
+     "its own"),
+    ("pasta --no-copy-routes true", "--no-copy-routes needs --config-net"),
+    ("passt extra -s {dir}/s", "Extra non-option argument: extra"),
+    ("passt -s {dir}/s -c {dir}/s", "Both --socket and --conf-path are {dir}/s: give each a path of its own"),
+    ("passt --vhost-user -s {dir}/s",
+     "passt: unrecognized option '--vhost-user': the guest is served on a stream socket here (qemu -netdev stream)"),
+    ("passt --repair-path {dir}/r -s {dir}/s",
+     "passt: unrecognized option '--repair-path': connections do not migrate with the guest here"),
+    ("passt -s {dir}/s -i nosuch0", "Invalid interface name nosuch0: No such device"),
+    ("passt -s {dir}/s -P {dir}/none/pid", "Couldn't open PID file {dir}/none/pid: No such file or directory"),
+    ("passt -s {dir}/none/s", "Couldn't bind UNIX socket {dir}/none/s: No such file or directory"),
+    ("passt -F 77", "Invalid --fd: 77 (it is not open)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), TYPED)
+def test_typed(pasta: Runner, line: str, message: str) -> None:
+    """Status 1, the line, and nothing is left: no process, and no file but a PID file that was being opened."""
+    with tempfile.TemporaryDirectory(prefix=f"passt-{os.getpid()}-") as directory:
+        os.chmod(directory, 0o777)
+        program, *args = line.format(dir=directory).split()
+        module = "passt.vm" if program == "passt" else "passt"
+        done = subprocess.run(
+            pasta.user.command([pasta.user.python, "-m", module, *args]), cwd="/", env=pasta.user.env,
+            capture_output=True, text=True, check=False, timeout=DEADLINE,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == message.format(dir=directory) + "\n"
+        assert set(os.listdir(directory)) <= {"pid"}
+        assert not leftovers(directory)
