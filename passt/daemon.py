@@ -48,7 +48,7 @@ IF_INET6 = "/proc/net/if_inet6"  # exists if the kernel has IPv6
 FILE_MODE = 0o600
 WATCH_INTERVAL = 1.0  # seconds between looks at a path that the kernel reports nothing about
 READY = b"\0"  # what the daemon tells the process that was started
-FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # USR1 is for us: `daemon_report.py`
 FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 # Before there is a loop --------------------------------------------------------------------------------------------
@@ -150,17 +150,21 @@ class Sandbox:
     directories: tuple[int, ...] = ()  # descriptors: files in them may be opened
 
 
-def detach(options: Options, pid_file: FileIO | None, sandbox: Sandbox) -> None:
+def detach(
+    options: Options, pid_file: FileIO | None, sandbox: Sandbox, settled: Callable[[float], None] = lambda _: None
+) -> None:
     """To the background if asked for, and locked up; then whoever started us is told that all is ready.
 
-    The process must be single-threaded. Raises Fatal; in the background, that is raised in the child, and the parent
-    ends with status 1 in silence.
+    settled(now) is called in the process that stays, as long as files can still be opened. The process must be
+    single-threaded. Raises Fatal; in the background, that is raised in the child, and the parent ends with status 1 in
+    silence.
     """
     pivot_root = seccomp.number("pivot_root")
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     netns.settle()
     isolation.leave_processes(background=sandbox.background)
     starter = go_background(pid_file) if sandbox.background else Starter(pid_file)
+    settled(time.monotonic())
     isolation.leave_files(pivot_root, chroot_fallback=options.chroot_fallback)
     if sandbox.namespace is not None:
         sandbox.namespace.move_in(partial(isolation.lock_down, *sandbox.capabilities))
@@ -264,13 +268,14 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run(ctx: Context, end: End) -> NoReturn:
-    """Turn the loop, and end the process: by _exit(2), since the interpreter's own end is not allowed any more."""
+def run(ctx: Context, end: End, last: Callable[[], None] = lambda: None) -> NoReturn:
+    """Turn the loop, call last(), and end: by _exit(2), since the interpreter's own end is not allowed any more."""
     try:
         ctx.reactor.run()
     except Exception as e:  # what is printed of it otherwise comes from files
         log.err(f"The loop failed, exiting: {e!r}")
         end.status = 1
+    last()
     os._exit(end.status)
 
 

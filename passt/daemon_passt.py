@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import daemon, daemon_control, isolation, log, seccomp
 from .conf import Options
 from .daemon import End, Sandbox
+from .daemon_report import Reports
 
 if TYPE_CHECKING:
     from .core.context import Context
@@ -55,15 +56,15 @@ def run(options: Options, inherited: Sequence[int]) -> NoReturn:
             daemon.attach_capture(ctx, link, tap, options, files.pcap)
             clients = passt.Clients(ctx, link, tap, listener, end.done if options.one_off else None)
             end.attend()
+            reports = Reports(ctx, options)
         gc.collect()
         gc.freeze()
-        daemon.detach(
-            options, files.pid, Sandbox(options.mode, not options.foreground, directories=files.names.directories)
-        )
+        sandbox = Sandbox(options.mode, not options.foreground, directories=files.names.directories)
+        daemon.detach(options, files.pid, sandbox, reports.begin)
         undo.pop_all()
     if guest is not None:
         clients.serve(guest)
-    daemon.run(ctx, end)
+    daemon.run(ctx, end, reports.end)
 
 
 def _remove(path: str) -> None:

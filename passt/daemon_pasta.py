@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import addr, daemon, daemon_control, isolation, log, seccomp
 from .conf import Options
 from .daemon import End, Files, Sandbox
+from .daemon_report import Reports
 from .isolation import Identity
 from .linux.netns import Namespace
 
@@ -57,6 +58,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> N
                 tap.on_gone = link.on_error = lambda e: tap_gone(interface, end)
             daemon.attach_capture(ctx, link, tap, options, files.pcap)
         end.attend(watch)  # whoever reads the PID may send us a signal at once
+        reports = Reports(ctx, options)
         gc.collect()
         gc.freeze()
         sandbox = Sandbox(
@@ -66,7 +68,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> N
             namespace=ctx.ns.namespace if ctx.ns is not None else None,
             directories=(*files.names.directories, *(watch.directories if watch is not None else ())),
         )
-        daemon.detach(options, files.pid, sandbox)
+        daemon.detach(options, files.pid, sandbox, reports.begin)
     except BaseException:
         if controls is not None:
             controls.remove()
@@ -77,7 +79,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> N
         if not log.debug_on:
             log.quiet_stderr()  # the terminal is the command's now
         target.init.start()
-    daemon.run(ctx, end)
+    daemon.run(ctx, end, reports.end)
 
 
 def open_all(

@@ -113,6 +113,7 @@ class Forwards:
         self._listeners = listeners
         self._scanner = scanner
         self._table = RuleTable(ctx.config.forwards)
+        ctx.stats.gauges["forwards"] = lambda: len(self.rules)
         self._limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     @property

@@ -90,6 +90,7 @@ class Listeners:
         self._timer = ctx.timers.services.new(self._resume)
         self._spare = _spare_descriptor()
         ctx.reactor.handle(TYPE_LISTEN, self.sock_handler)
+        ctx.stats.gauges["listeners"] = lambda: len(self._by_index) - len(self._free)
         for listener in opened:
             self._watch(listener)
 

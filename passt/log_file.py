@@ -19,8 +19,6 @@ full pipe costs us no traffic, but the lines that do not fit.
 
 Left out: FALLOC_FL_COLLAPSE_RANGE, which would spare the moving. Few file systems have it, it cuts whole blocks only,
 and moving costs 0.2 ms for each MiB of the limit, once for each third of it written.
-
-System calls after start: write, lseek, pread64, pwrite64, ftruncate.
 """
 
 from __future__ import annotations
@@ -28,10 +26,14 @@ from __future__ import annotations
 import os
 import stat
 
+from .linux.calls import calls
+
 KEEP = 5, 8  # as a fraction of the limit
 _CHUNK = 1 << 18  # bytes moved at once
 _MODE = 0o600
 _FLAGS = os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+
+CALLS = calls("write", "lseek", "pread64", "pwrite64", "ftruncate")
 
 
 class LogFile:

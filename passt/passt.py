@@ -91,6 +91,7 @@ class Clients:
         self._listener = listener
         self._on_end = on_end
         self._sock: socket.socket | None = None
+        ctx.stats.gauges["guests"] = lambda: int(self._sock is not None)
         link.want_write = self._want_write
         link.on_error = lambda e: self.gone(failure(e))
         ctx.reactor.handle(TYPE_GUEST, self._handle)

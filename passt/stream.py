@@ -52,6 +52,7 @@ class Stream:
         self._pool = ctx.pool
         self._limit = ctx.pool.size - FRAME_ROOM  # room that the tap keeps for reassembled packets
         self._tap = tap
+        self._stats = ctx.stats
         self._on_end = on_end
         self._sock: socket.socket | None = None
         self._fill = _FRONT  # end of what was read and not handled
@@ -79,6 +80,9 @@ class Stream:
             return
         frames, left, lie = self._frames(self._fill + n)
         if frames:
+            count = len(frames) >> 1
+            self._stats.frames_from_guest += count
+            self._stats.bytes_from_guest += left - _FRONT - count * LENGTH.size
             self._tap.batch(frames, now)
         if self._sock is not sock:
             return

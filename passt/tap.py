@@ -95,6 +95,7 @@ class Tap:
         # Hosts behind the guest that rules lead to: what they answer does not tell where the guest is.
         self._behind = {rule.target for rule in ctx.config.forwards if not rule.outbound}
         self._reassembly = Reassembly(ctx.drops)
+        self._stats = ctx.stats
         self._front = 0 if vnet else VNET_LEN  # bytes before a frame that a device without the header does not fill
         self._first = (ctx.pool.mv[self._front : FRAME_ROOM],)
         self._budget = 1
@@ -142,6 +143,9 @@ class Tap:
                 self._budget = min(self._budget * 2, BUDGET_MAX)
                 self._streak = 0
         if frames:
+            stats, count = self._stats, len(frames) >> 1
+            stats.frames_from_guest += count
+            stats.bytes_from_guest += offset - count * VNET_LEN
             self.batch(frames, now)
 
     def batch(self, frames: list[int], now: float) -> None:

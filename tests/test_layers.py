@@ -36,6 +36,7 @@ LAYERS = {
     "listen": 4,
     "scan": 4,
     "forwards": 4,
+    "metrics": 4,
     "stream": 4,
     "passt": 5,
     "control": 5,

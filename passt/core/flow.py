@@ -47,7 +47,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import addr, log
+from ..linux.calls import calls
 from ..log import Fatal
+
+CALLS = calls("getsockname", "getpeername")
 
 FREE, NEW, ACTIVE = range(3)
 STATE_NAMES = ("FREE", "NEW", "ACTIVE")

@@ -44,6 +44,14 @@ class Link(Protocol):
     uso: bool  # whether UDP super-frames may be sent
     full: bool  # whether frames would be dropped now, so that who can wait should
 
+    @property
+    def sent_frames(self) -> int:
+        """How many were sent; a super-frame of a device that takes such is one."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes in them, from the Ethernet header on."""
+
     def send(self, hdr: bytearray) -> None:
         """Send a frame that is complete in `hdr`, vnet header first."""
 
@@ -64,32 +72,41 @@ class TapLink:
         self.tso = tso
         self.uso = uso
         self._drops = drops
+        self.sent_frames = 0
+        self._written = 0  # bytes, with vnet headers: what writes return
         self.capture: Capture | None = None  # capture(to_guest, vnet header + frame)
         self.on_error: Callable[[OSError], None] | None = None  # the device is gone
 
     def send(self, hdr: bytearray) -> None:
         """Send a frame that is complete in `hdr`, vnet header first."""
         try:
-            os.write(self.fd, hdr)
+            self._written += os.write(self.fd, hdr)
         except OSError as e:
             self._failed(e)
             return
+        self.sent_frames += 1
         if self.capture is not None:
             self.capture(True, bytes(hdr))
 
     def send_payload(self, parts: Sequence[Buffer]) -> None:
         """Send one frame made of `parts`, the first of which starts with the vnet header."""
         try:
-            os.writev(self.fd, parts)
+            self._written += os.writev(self.fd, parts)
         except OSError as e:
             self._failed(e)
             return
+        self.sent_frames += 1
         if self.capture is not None:
             self.capture(True, b"".join(parts))
 
     def send_frame(self, frame: bytes) -> None:
         """Send a finished Ethernet frame, checksums and all: no vnet header, no offload."""
         self.send_payload((NO_OFFLOAD, frame))
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of frames that were sent."""
+        return self._written - self.sent_frames * VNET.size
 
     def _failed(self, e: OSError) -> None:
         if e.errno in TRANSIENT:
@@ -106,6 +123,7 @@ class NoLink:
     tso = False
     uso = False
     full = False
+    sent_frames = sent_bytes = 0
 
     def __init__(self, drops: Counter[str]) -> None:
         self._drops = drops

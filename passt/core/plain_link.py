@@ -27,6 +27,7 @@ class PlainLink:
     def __init__(self, fd: int, drops: Counter[str]) -> None:
         self.fd = fd
         self._drops = drops
+        self.sent_frames = self.sent_bytes = 0
         self._out = memoryview(bytearray(1 << 18))
         self._gso = Gso(self._out)
         self.capture: Capture | None = None  # capture(to_guest, vnet header + frame)
@@ -70,7 +71,7 @@ class PlainLink:
     def _write(self, frame: memoryview) -> bool:
         """Whether the device still takes frames."""
         try:
-            os.write(self.fd, frame)
+            self.sent_bytes += os.write(self.fd, frame)
         except OSError as e:
             if e.errno in TRANSIENT:
                 self._drops[f"tap write: {errno.errorcode[e.errno or 0]}"] += 1
@@ -79,6 +80,7 @@ class PlainLink:
                 raise
             self.on_error(e)
             return False
+        self.sent_frames += 1
         if self.capture is not None:
             self.capture(True, NO_OFFLOAD + frame)
         return True

@@ -95,6 +95,7 @@ class Reactor:
         self._stop = False
         self.at_turn_end: list[Callable[[float], None]] = []
         self.wakeups = 0
+        self.events = 0
         self.on_fault: Callable[[int, Exception, float], None] | None = None
 
     def handle(self, kind: int, handler: Handler) -> None:
@@ -172,6 +173,7 @@ class Reactor:
         ready = self._epoll.poll(timeout, MAX_EVENTS)
         now = time.monotonic()
         self.wakeups += 1
+        self.events += len(ready)
         refs, handlers = self._refs, self._handlers
         for fd, events in ready:
             ref = refs[fd]

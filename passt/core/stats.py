@@ -2,7 +2,7 @@
 
     figure                             counted by                             when
     ---------------------------------  -------------------------------------  -------------------------
-    frames, bytes from the guest       tap (here)                             for each batch
+    frames, bytes from the guest       tap, stream (here)                     for each batch
     frames, bytes to the guest         the link, in itself                    for each frame: one write
     bytes between loopbacks            tcp_splice, udp_splice (here)          for each wake-up
     flows opened, closed, and why      core.flow, in the table                for each flow
@@ -11,9 +11,9 @@
     listening sockets, forwards, ...   their owners, who can count them       when they are asked
     processor time, memory             the kernel                             when it is asked
 
-A super-frame counts as one frame, with all its bytes; bytes of frames are those from the Ethernet header on.
-
-System calls when asked: getrusage, pread64.
+A super-frame counts as one frame, with all its bytes, where the guest's kernel takes and gives such; bytes of frames
+are those from the Ethernet header on. Flows count payload. What a link was given is counted as sent, even if a virtual
+machine leaves before it has read all of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ import os
 import resource
 import time
 from collections.abc import Callable
+
+from ..linux.calls import calls
+
+CALLS = calls("getrusage", "pread64")
 
 _STATM = "/proc/self/statm"  # in pages: size, resident, ... (proc(5))
 _KIB = 1024
@@ -39,31 +43,28 @@ class Tally:
 class Stats:
     """One per process. `spliced` is (to the guest, to the host) by protocol.
 
-    `gauges` are numbers that their owners can tell at any time: "listeners", "forwards", "guests".
+    `gauges` are numbers that their owners can tell at any time: "listeners", "forwards", and "guests" where these come
+    and go.
     """
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.frames_from_guest = 0  # written by tap
+        self.frames_from_guest = 0  # written by tap, or stream
         self.bytes_from_guest = 0  # likewise
         self.spliced = {"tcp": (Tally(), Tally()), "udp": (Tally(), Tally())}
         self.gauges: dict[str, Callable[[], int]] = {}
         self._statm = -1
         self._page = resource.getpagesize()
 
-    def gauge(self, name: str) -> int:
-        """What the owner of `name` says; 0 if it has none."""
+    def gauge(self, name: str, default: int = 0) -> int:
+        """What the owner of `name` says, if it has one."""
         ask = self.gauges.get(name)
-        return ask() if ask is not None else 0
+        return ask() if ask is not None else default
 
-    def open_memory(self, proc: int | None = None) -> None:
-        """Be able to tell memory even without a file system. To be called in the process that it is about.
-
-        `proc` is a descriptor of /proc, where that is not there by name any more.
-        """
-        path = _STATM if proc is None else _STATM.removeprefix("/proc/")
+    def open_memory(self) -> None:
+        """Be able to tell memory when there are no files any more. To be called in the process that it is about."""
         try:
-            self._statm = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+            self._statm = os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             self._statm = -1  # no /proc: `resident` has another source
 

@@ -64,6 +64,7 @@ class StreamLink:
         self._out = memoryview(mmap.mmap(-1, 2 * LIMIT))
         self._gso: Gso = Gso(self._out)
         self._drops = drops
+        self.sent_frames = self.sent_bytes = 0  # written to the buffer
         self.want_write = want_write
         self.on_room: Callable[[float], None] | None = None  # called when `full` ends
         self.on_error: Callable[[OSError], None] | None = None
@@ -95,6 +96,8 @@ class StreamLink:
                 return
         self._gso.frame(at, length, parts)
         self._tail = at + LENGTH_LEN + length
+        self.sent_frames += 1
+        self.sent_bytes += length
         if self.capture is not None:
             self._show(at)
 
@@ -110,6 +113,8 @@ class StreamLink:
         at = self._room(count * (LENGTH_LEN + head) + len(payload), count, head + size)
         if at >= 0:
             self._tail = self._gso.cut(at, hdr, payload)
+            self.sent_frames += count
+            self.sent_bytes += self._tail - at - count * LENGTH_LEN
             if self.capture is not None:
                 self._show(at)
 

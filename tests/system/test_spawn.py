@@ -121,10 +121,10 @@ def test_namespace_of_the_command(hosted: Runner) -> None:
 
 # Signals and terminals ---------------------------------------------------------------------------------------------
 
-TRAP = "trap 'echo got it; exit 9' TERM HUP USR1 INT QUIT; echo ready; while :; do sleep 0.05; done"
+TRAP = "trap 'echo got it; exit 9' TERM HUP USR2 INT QUIT; echo ready; while :; do sleep 0.05; done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT])
 def test_signals_are_passed_on(pasta: Runner, number: signal.Signals) -> None:
     process = pasta.start("-q", "--", "sh", "-c", TRAP, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None

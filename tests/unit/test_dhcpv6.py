@@ -297,8 +297,9 @@ def test_log(monkeypatch: pytest.MonkeyPatch, kind: str, line: str) -> None:
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is logged from now on."""
     lines: list[str] = []
-    monkeypatch.setattr(log, "_last", {})
+    monkeypatch.setattr(log, "_held", {})
     monkeypatch.setattr(log, "info", lines.append)
+    monkeypatch.setattr(log, "say", lambda level, text: lines.append(text))
     return lines
 
 

@@ -254,7 +254,7 @@ class Descriptors:
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
-    monkeypatch.setattr(log, "_last", {})
+    monkeypatch.setattr(log, "_held", {})
     monkeypatch.setattr(log, "_write", lambda level, text: said.append(text))
     return said
 

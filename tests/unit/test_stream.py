@@ -79,6 +79,7 @@ def test_byte_by_byte(wire: Wire) -> None:
     for byte in framed(*frames):
         wire.send(bytes((byte,)))
     assert wire.tap.frames == frames
+    assert (wire.ctx.stats.frames_from_guest, wire.ctx.stats.bytes_from_guest) == (2, 74)
 
 
 def test_many_at_once(wire: Wire) -> None:
@@ -86,6 +87,8 @@ def test_many_at_once(wire: Wire) -> None:
     wire.send(framed(*frames))
     assert wire.tap.frames == frames
     assert wire.tap.batches < 10
+    stats = wire.ctx.stats
+    assert (stats.frames_from_guest, stats.bytes_from_guest) == (300, sum(map(len, frames)))
 
 
 def test_longest_and_shortest(wire: Wire) -> None:

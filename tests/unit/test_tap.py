@@ -530,6 +530,18 @@ def test_addresses_of_the_guest(tap: FakeTap, frame: bytes, learnt: dict[str, by
     assert tap.ctx.guest == Guest(**{**known, **learnt})
 
 
+@pytest.mark.parametrize("vnet", [True, False])
+def test_frames_are_counted(vnet: bool) -> None:
+    """Without the vnet header, good ones and bad ones."""
+    tap = FakeTap(vnet=vnet)
+    tap.put(ether(ARP()), ip4(tcp(b"1" * 100)), b"short", vnet=NO_OFFLOAD if vnet else b"")
+    tap.read()
+    stats = tap.ctx.stats
+    assert stats.frames_from_guest == 3
+    assert stats.bytes_from_guest == len(bytes(ether(ARP()))) + len(bytes(ip4(tcp(b"1" * 100)))) + len(b"short")
+    tap.close()
+
+
 # The budget ----------------------------------------------------------------------------------------------------------
 
 

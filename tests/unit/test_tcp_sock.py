@@ -14,7 +14,7 @@ from passt import addr, log, tcp_sock
 from passt.core.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from passt.linux.tcpinfo import SO_PEEK_OFF
 from passt.tcp_conn import TcpConn
-from tests.unit.support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, IP6, make_context, reactor
+from tests.unit.support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, IP6, T0, make_context, reactor
 from tests.unit.tcp_support import ALL, FakeSocket, fake_sockets
 
 __all__ = ["fake_sockets"]
@@ -28,7 +28,7 @@ def connected(peer: bytes, *, features: Any = ALL, **config: Any) -> tuple[TcpCo
     guest = GUEST4 if len(peer) == 4 else GUEST6
     conn = TcpConn(guest + peer + bytes.fromhex("9c40 0050"))
     ctx.flows.insert(conn)
-    tcp_sock.aim(ctx.fwd, conn)
+    tcp_sock.aim(ctx, conn, T0)
     error = tcp_sock.connect(ctx, features, conn)
     assert error == FakeSocket.connect_results[-1]
     return conn, FakeSocket.made[-1], reactor(ctx).events.get(conn.fd)
@@ -146,7 +146,7 @@ def test_loopback_that_takes_its_time() -> None:
     ctx = make_context()
     conn = TcpConn(GUEST4 + GATEWAY4 + bytes.fromhex("9c40 0050"))
     ctx.flows.insert(conn)
-    tcp_sock.aim(ctx.fwd, conn)
+    tcp_sock.aim(ctx, conn, T0)
     assert tcp_sock.connect(ctx, ALL, conn) == errno.EINPROGRESS
     assert reactor(ctx).events[conn.fd] & EPOLLOUT
 

@@ -214,7 +214,7 @@ def test_a_fault_goes_to_the_owner_of_the_event(
     def note(which: int) -> Callable[[int], None]:
         return lambda ref: calls.append((which, ref))
 
-    monkeypatch.setattr(log, "_last", {})
+    monkeypatch.setattr(log, "_held", {})
     handlers = {TYPE_TCP: note(0), TYPE_TCP_TIMER: note(0), TYPE_UDP: note(1), TYPE_PING: note(2)}
     wiring._fault(handlers, make_ref(kind, 5, 7), ZeroDivisionError(), 1.0)
     owner = {"_tcp": 0, "_udp": 1, "_icmp": 2}
@@ -222,7 +222,7 @@ def test_a_fault_goes_to_the_owner_of_the_event(
 
 
 def test_a_fault_costs_one_connection(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log, "_last", {})
+    monkeypatch.setattr(log, "_held", {})
     lines: list[str] = []
     monkeypatch.setattr(log, "_write", lambda level, text: lines.append(text))
     to_host = IP(src=addr.text(GUEST4), dst=addr.text(GATEWAY4))
@@ -249,7 +249,7 @@ def test_a_fault_costs_one_connection(wired: Wired, monkeypatch: pytest.MonkeyPa
 
 def test_a_fault_of_a_listener_is_handed_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays, and is not looked at for a moment."""
-    monkeypatch.setattr(log, "_last", {})
+    monkeypatch.setattr(log, "_held", {})
     monkeypatch.setattr(log, "_write", lambda level, text: None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

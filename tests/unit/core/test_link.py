@@ -50,6 +50,7 @@ def test_one_frame_one_write(tap: Tap) -> None:
     assert tap.read() == bytes(HEADER)
     assert tap.read() == bytes(HEADER) + b"payload"
     assert tap.read() == NO_OFFLOAD + b"frame"
+    assert (tap.link.sent_frames, tap.link.sent_bytes) == (3, len("header" + "headerpayload" + "frame"))
 
 
 def test_capture(tap: Tap) -> None:
@@ -74,6 +75,7 @@ def test_full_queue_drops_and_counts(tap: Tap) -> None:
     tap.link.send_payload((HEADER, b"x"))
     assert tap.drops == {"tap write: EAGAIN": before + 2}
     assert seen == [], "what was not sent is not captured"
+    assert tap.link.sent_bytes == (100 - before) * (4096 - VNET.size), "nor counted"
 
 
 @pytest.mark.parametrize("code", sorted(link.TRANSIENT))
@@ -107,4 +109,5 @@ def test_without_a_tap_frames_are_counted() -> None:
     nowhere.send_payload((HEADER, b"x"))
     nowhere.send_frame(b"frame")
     assert drops == {"no tap": 3}
+    assert (nowhere.sent_frames, nowhere.sent_bytes) == (0, 0)
     assert (nowhere.tso, nowhere.uso) == (False, False)

@@ -54,6 +54,7 @@ def test_finished_frame(device: Device) -> None:
     device.link.send_frame(b"x" * 60)
     device.link.send(bytearray(NO_OFFLOAD + b"y" * 60))
     assert device.frames() == [b"x" * 60, b"y" * 60]
+    assert (device.link.sent_frames, device.link.sent_bytes) == (2, 120)
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -171,6 +171,14 @@ def test_super_frame_is_cut(guest: Guest) -> None:
     assert b"".join(f[74:] for f in frames[:44]) == payload(parts)
 
 
+def test_counts_are_of_frames_as_the_guest_gets_them(guest: Guest) -> None:
+    guest.link.send_frame(b"x" * 60)
+    guest.link.send_payload(super_frame(20, 1460))
+    frames = guest.end_turn()
+    guest.link.send_frame(b"x" * (FRAME_MAX + 1))  # a drop
+    assert (guest.link.sent_frames, guest.link.sent_bytes) == (21, sum(map(len, frames)))
+
+
 def test_super_frame_longer_than_a_piece(guest: Guest) -> None:
     parts = super_frame(65515 // 28, 28)
     assert FLUSH_AT > 65515 // 28 * (28 + 78)
