@@ -22,7 +22,7 @@ run: ## A login shell in a new namespace with network
 check: setup ## ruff, mypy and the unit tests
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/mypy --strict bench tests/system/traffic tests/system/vm
+	.venv/bin/mypy --strict bench tests/system/traffic tests/system/vm tests/system/clients
 	$(PYTHON) -m pytest -q tests/unit tests/test_layers.py
 
 test: ## Everything that CI runs

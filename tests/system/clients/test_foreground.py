@@ -89,8 +89,8 @@ ROWS = (
         (copied, link_has(mtu=1400), outward), signal.SIGTERM),
     Row("snug", "pasta --config-net -t none -u none -T none -U none --ns-ifname snug0 --no-netns-quit --quiet "
         "--foreground --userns {userns} --netns {netns}", (copied, link_has(ifname="snug0"), closed)),
-    Row("fcvm", "pasta --foreground --config-net -I eth0 --ns-mac-addr 02:00:5e:00:53:01 --userns {userns} "
-        "--netns {netns}",
+    Row("fcvm", "nsenter --preserve-credentials --user={userns} pasta --foreground --config-net -I eth0 --ns-mac-addr "
+        "02:00:5e:00:53:01 --netns {netns}",
         (copied, link_has(ifname="eth0", address="02:00:5e:00:53:01"))),
     Row("mejis", "nsenter --preserve-credentials --user={userns} pasta --netns {netns} -f --config-net "
         "--host-lo-to-ns-lo -T none -U none -t 8080:80 -u none",
