@@ -10,6 +10,10 @@ the other direction listens, the port is ours, and following it would be followi
 what has vanished is closed: connections that came through it go on, UDP flows, which would keep the port, end. A port
 that cannot be bound is tried again each time, and said once, in debug.
 
+On the host, who is bound to an address of 127/8 of its own is found there only (systemd-resolved: 127.0.0.53). So
+outbound rules listen on the same address in the namespace, which leads to that server: names are found there as they
+are on the host, by what /etc/resolv.conf says. Such a port counts for nothing else.
+
     time     condition                     consequence
     -------  ----------------------------  --------------------------------------
     0.8 s    there are automatic rules     the tables are read and compared again
@@ -29,11 +33,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from . import log
 from .core.context import Context
 from .core.rules import Rule
-from .linux.ports import PortTables
+from .linux.ports import Pinned, PortTables
 from .listen import Listeners
 from .listen_sock import Wanted
 from .wire.checksum import PROTO_TCP, PROTO_UDP
@@ -52,6 +57,7 @@ class Scanner:
         self._failed: dict[bool, set[Wanted]] = {False: set(), True: set()}  # by direction, at the last look
         self._timer = -1
         self._armed = False
+        self._own: set[Rule] = set()  # made from outbound rules, each for one address that somebody is bound to
         self._set_rules(ctx.config.forwards)
 
     def _set_rules(self, rules: Iterable[Rule]) -> None:
@@ -68,6 +74,9 @@ class Scanner:
     def follow(self, rules: Iterable[Rule], now: float) -> None:
         """Other rules are in force from now on. What no rule wants any more was closed by who changed them."""
         self._set_rules(rules)
+        for own in self._own:
+            if replace(own, addr=None, target=None) not in self._outbound:
+                self._close(own, self._listeners.ports(own))
         self.start(now)
 
     def start(self, now: float) -> None:
@@ -94,23 +103,50 @@ class Scanner:
 
     def _follow_all(self, *directions: tuple[list[Rule], PortTables | None]) -> None:
         """Read all tables, then act: what we cease to listen on stays bound for this turn, and is not ours any more."""
-        found = [(rules, self._bound(rules, tables)) for rules, tables in directions if rules]
-        for rules, bound in found:
-            self._follow(rules, bound)
+        found = [(rules, self._bound(rules, tables), tables) for rules, tables in directions if rules]
+        for rules, bound, tables in found:
+            new = self._follow(rules, bound)
+            if rules[0].outbound and tables is not None:
+                new += self._follow_pinned(rules, tables)
+            self._add(rules[0].outbound, new)
 
-    def _follow(self, rules: list[Rule], bound: dict[int, set[int]]) -> None:
-        """Listen where `rules`, of one direction, lead to a port that is bound, and nowhere else."""
+    def _follow(self, rules: list[Rule], bound: dict[int, set[int]]) -> list[Wanted]:
+        """Listen where `rules`, of one direction, lead to a port that is bound; returns what is new."""
         listeners = self._listeners
         new: list[Wanted] = []
         for rule in rules:
             wanted = {p for t in bound[rule.proto] if (p := t - rule.to + rule.first) in rule.ports}
             wanted -= {port for port in wanted for others in self._others[rule] if port in others}
             have = listeners.ports(rule)
-            for port in have - wanted:
-                listeners.remove(rule, port)
-                log.debug(f"{rule.option}: port {port} is not bound any more")
+            self._close(rule, have - wanted)
             new += [(rule, p) for p in sorted(wanted - have)]
-        self._add(rules[0].outbound, new)
+        return new
+
+    def _follow_pinned(self, rules: list[Rule], tables: PortTables) -> list[Wanted]:
+        """The same for servers of the host that are bound to a loopback address of their own."""
+        wanted: dict[Rule, set[int]] = {}
+        ours = self._listeners.has
+        tcp: Pinned = set()
+        if any(rule.proto == PROTO_TCP for rule in rules):
+            tcp = {(a, port) for a, port in tables.pinned(PROTO_TCP) if not ours(PROTO_TCP, False, port)}
+        for rule in rules if self._ctx.config.ip4 is not None else ():
+            for address, bound in tcp if rule.proto == PROTO_TCP else tcp | tables.pinned(PROTO_UDP):
+                port = bound - rule.to + rule.first
+                taken = ours(rule.proto, False, bound) or any(port in others for others in self._others[rule])
+                if rule.addr is None and rule.target is None and port in rule.ports and not taken:
+                    wanted.setdefault(replace(rule, addr=address, target=address), set()).add(port)
+        new: list[Wanted] = []
+        for own in self._own | wanted.keys():
+            have = self._listeners.ports(own)
+            self._close(own, have - wanted.get(own, set()))
+            new += [(own, p) for p in sorted(wanted.get(own, set()) - have)]
+        self._own = set(wanted)
+        return new
+
+    def _close(self, rule: Rule, ports: set[int]) -> None:
+        for port in ports:
+            self._listeners.remove(rule, port)
+            log.debug(f"{rule.option}: port {port} is not bound any more")
 
     def _bound(self, rules: Sequence[Rule], tables: PortTables | None) -> dict[int, set[int]]:
         """Ports by protocol that others than ourselves have bound at the side where `rules` lead."""

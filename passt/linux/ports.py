@@ -6,7 +6,8 @@ path nor a thread inside is needed later. A request and its dump, as far as they
 
     struct nlmsghdr            length u32 | type u16 | flags u16 | sequence u32 | port u32
     struct inet_diag_req_v2    family u8 | protocol u8 | ext u8 | pad u8 | states u32 | sockid (48)
-    struct inet_diag_msg       family u8 | state u8 | timer u8 | retrans u8 | source port u16, big-endian | ...
+    struct inet_diag_msg       family u8 | state u8 | timer u8 | retrans u8 | source port u16, big-endian |
+                               destination port u16 | source address (16, of which IPv4 uses 4) | ...
 
 A kernel without inet_diag has the files /proc/net/{tcp,tcp6,udp,udp6}, which belong to a namespace in the same way:
 
@@ -32,7 +33,7 @@ import socket
 from struct import Struct
 from typing import Protocol
 
-from .. import PASTA
+from .. import PASTA, addr
 from ..wire.checksum import PROTO_TCP, PROTO_UDP
 from .calls import calls
 
@@ -41,11 +42,20 @@ THREAD_NET = "/proc/thread-self/net"  # /proc/net is that of the process's first
 CALLS = calls("sendto", "recvfrom", mode=PASTA)
 
 
+Pinned = set[tuple[bytes, int]]
+
+
 class PortTables(Protocol):
     """What is bound in one namespace."""
 
     def bound(self, proto: int) -> set[int]:
-        """Ports that are bound now, TCP ones if they are listened on. Raises OSError."""
+        """Ports that are bound now, TCP ones if they are listened on; but not by `pinned` alone. Raises OSError."""
+
+    def pinned(self, proto: int) -> Pinned:
+        """Addresses in 127/8, other than 127.0.0.1, and ports that were bound there at the last call of `bound`.
+
+        That is where systemd-resolved serves, for instance (127.0.0.53); who connects elsewhere does not find it.
+        """
 
     def close(self) -> None:
         """Close what is open."""
@@ -67,14 +77,14 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 _DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _REQUEST = Struct("=IHHIIBBBxI48x")
 _MESSAGE = Struct("=IHHI")  # and port (4), family to retrans (4), source port (2)
-_PORT_AT = 20
+_FAMILY_AT, _PORT_AT, _ADDRESS_AT = 16, 20, 24
 _ERROR = Struct("=i")
 _ERROR_AT = 16
 _RECEIVE = 65536  # a dump comes in parts of 32 KiB at most
 _STATES = {PROTO_TCP: 1 << 0x0A, PROTO_UDP: 1 << 0x07}
 
 
-def parse_diag(data: bytes, sequence: int, ports: set[int]) -> bool:
+def parse_diag(data: bytes, sequence: int, ports: set[int], pinned: Pinned) -> bool:
     """Add the ports of one part of the dump `sequence`; True if it is the last one. Raises OSError if the kernel says.
 
     What is no message of that dump says nothing.
@@ -86,8 +96,12 @@ def parse_diag(data: bytes, sequence: int, ports: set[int]) -> bool:
         if length < _MESSAGE.size or end > len(data):
             break
         if number == sequence:
-            if kind == SOCK_DIAG_BY_FAMILY and length >= _PORT_AT + 2:
-                ports.add(data[at + _PORT_AT] << 8 | data[at + _PORT_AT + 1])
+            if kind == SOCK_DIAG_BY_FAMILY and length >= _ADDRESS_AT + 4:
+                port = data[at + _PORT_AT] << 8 | data[at + _PORT_AT + 1]
+                if data[at + _ADDRESS_AT] == 127 and data[at + _FAMILY_AT] == socket.AF_INET:
+                    _add(data[at + _ADDRESS_AT : at + _ADDRESS_AT + 4], port, ports, pinned)
+                else:
+                    ports.add(port)
             elif kind == NLMSG_DONE:
                 return True
             elif kind == NLMSG_ERROR and length >= _ERROR_AT + _ERROR.size:
@@ -97,11 +111,20 @@ def parse_diag(data: bytes, sequence: int, ports: set[int]) -> bool:
     return False
 
 
+def _add(address: bytes, port: int, ports: set[int], pinned: Pinned) -> None:
+    """A port that is bound to an address of 127/8."""
+    if address == addr.LOOPBACK4:
+        ports.add(port)
+    else:
+        pinned.add((address, port))
+
+
 class DiagTables:
     """By sock_diag. Raises OSError where that is not possible."""
 
     def __init__(self) -> None:
         self._sequence = 0
+        self._pinned: dict[int, Pinned] = {}
         self._sock = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG
         )
@@ -113,22 +136,27 @@ class DiagTables:
             raise
 
     def bound(self, proto: int) -> set[int]:
-        """Ports that are bound now, TCP ones if they are listened on. Raises OSError."""
+        """As in `PortTables`."""
         ports: set[int] = set()
-        self._dump(socket.AF_INET, proto, ports)
+        pinned = self._pinned[proto] = set()
+        self._dump(socket.AF_INET, proto, ports, pinned)
         try:
-            self._dump(socket.AF_INET6, proto, ports)
+            self._dump(socket.AF_INET6, proto, ports, pinned)
         except OSError as e:
             if e.errno != errno.ENOENT:  # a kernel without IPv6
                 raise
         return ports - {0}
 
-    def _dump(self, family: int, proto: int, ports: set[int]) -> None:
+    def pinned(self, proto: int) -> Pinned:
+        """As in `PortTables`."""
+        return self._pinned[proto]
+
+    def _dump(self, family: int, proto: int, ports: set[int], pinned: Pinned) -> None:
         # The kernel prepares the answer while it takes the request, and each further part while it gives the last one
         self._sequence = self._sequence + 1 & 0xFFFFFFFF
         request = _REQUEST.size, SOCK_DIAG_BY_FAMILY, _DUMP, self._sequence, 0, family, proto, 0, _STATES[proto]
         self._sock.send(_REQUEST.pack(*request))
-        while not parse_diag(self._sock.recv(_RECEIVE), self._sequence, ports):
+        while not parse_diag(self._sock.recv(_RECEIVE), self._sequence, ports, pinned):
             pass
 
     def close(self) -> None:
@@ -139,7 +167,8 @@ class DiagTables:
 # /proc/net -----------------------------------------------------------------------------------------------------------
 
 _FILES = {PROTO_TCP: ("tcp", "tcp6"), PROTO_UDP: ("udp", "udp6")}
-_LINE = rb"^ *\d+: [0-9A-F]+:([0-9A-F]{4}) [0-9A-F]+:[0-9A-F]{4} "
+_LINE = rb"^ *\d+: ([0-9A-F]+):([0-9A-F]{4}) [0-9A-F]+:[0-9A-F]{4} "
+_WORD = Struct("=I")
 _BOUND = {
     PROTO_TCP: re.compile(_LINE + rb"0A ", re.MULTILINE),
     PROTO_UDP: re.compile(_LINE + rb"07 ", re.MULTILINE),
@@ -149,9 +178,16 @@ _READ_SIZE = 65536
 _PAGE = 4096 - 256  # a part that is shorter than a page less a line is the last one
 
 
-def parse(proto: int, text: bytes) -> set[int]:
+def parse(proto: int, text: bytes, pinned: Pinned) -> set[int]:
     """Ports that are bound, in the text of a file of protocol `proto`. Lines of any other shape say nothing."""
-    return {int(port, 16) for port in _BOUND[proto].findall(text)} - {0}
+    ports: set[int] = set()
+    for address, port in _BOUND[proto].findall(text):
+        packed = _WORD.pack(int(address, 16)) if len(address) == 8 else b"\0"
+        if packed[0] == 127:
+            _add(packed, int(port, 16), ports, pinned)
+        else:
+            ports.add(int(port, 16))
+    return ports - {0}
 
 
 class ProcTables:
@@ -159,6 +195,7 @@ class ProcTables:
 
     def __init__(self, directory: str = THREAD_NET) -> None:
         self._fds: dict[int, list[int]] = {}
+        self._pinned: dict[int, Pinned] = {}
         for proto, names in _FILES.items():
             fds = self._fds[proto] = []
             for name in names:
@@ -170,8 +207,13 @@ class ProcTables:
                         raise
 
     def bound(self, proto: int) -> set[int]:
-        """Ports that are bound now, TCP ones if they are listened on. Raises OSError."""
-        return {port for fd in self._fds[proto] for port in parse(proto, _read(fd, proto))}
+        """As in `PortTables`."""
+        pinned = self._pinned[proto] = set()
+        return {port for fd in self._fds[proto] for port in parse(proto, _read(fd, proto), pinned)}
+
+    def pinned(self, proto: int) -> Pinned:
+        """As in `PortTables`."""
+        return self._pinned[proto]
 
     def close(self) -> None:
         """Close the files."""

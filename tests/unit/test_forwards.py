@@ -55,6 +55,9 @@ class Bound:
     def bound(self, proto: int) -> set[int]:
         return self.ports
 
+    def pinned(self, proto: int) -> set[tuple[bytes, int]]:
+        return set()
+
 
 class Rig:
     """Rules as they are at start, listened on."""

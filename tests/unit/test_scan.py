@@ -30,6 +30,7 @@ class World:
         self.theirs: dict[tuple[str, int], set[int]] = {
             (side, proto): set() for side in ("host", "ns") for proto in (PROTO_TCP, PROTO_UDP)
         }
+        self.pinned: dict[tuple[str, int], set[tuple[bytes, int]]] = {key: set() for key in self.theirs}
         self.ours: dict[Rule, set[int]] = {}
         self.closing: dict[Rule, set[int]] = {}  # removed, and bound until the turn ends
         self.refused: set[int] = set()
@@ -84,6 +85,9 @@ class Tables:
         self.reads.append(proto)
         ours = (ports for r, ports in self.world.ours.items() if (r.proto, r.outbound) == (proto, self.side == "ns"))
         return self.world.theirs[self.side, proto].union(*ours)
+
+    def pinned(self, proto: int) -> set[tuple[bytes, int]]:
+        return self.world.pinned[self.side, proto]
 
 
 # Following -----------------------------------------------------------------------------------------------------------
@@ -274,3 +278,63 @@ def test_a_fault_costs_one_look() -> None:
     w.binds("ns", PROTO_TCP, 80)
     w.look()
     assert w.ours == {T: {80}}
+
+
+# Addresses of 127/8 --------------------------------------------------------------------------------------------------
+
+STUB = addr.packed("127.0.0.53")
+
+
+def at(rule: Rule, address: bytes = STUB) -> Rule:
+    return replace(rule, addr=address, target=address)
+
+
+def test_a_server_at_a_loopback_address_of_its_own_is_found_there() -> None:
+    w = World(TO, UO)
+    w.scanner.start(T0)
+    w.pinned["host", PROTO_UDP] = {(STUB, 53)}
+    w.pinned["host", PROTO_TCP] = {(STUB, 53), (addr.packed("127.0.0.54"), 53)}
+    w.look()
+    assert w.ours == {
+        at(UO): {53}, at(UO, addr.packed("127.0.0.54")): {53}, at(TO): {53}, at(TO, addr.packed("127.0.0.54")): {53}
+    }  # fmt: skip
+    w.pinned["host", PROTO_TCP].clear()
+    w.look()
+    assert {rule: ports for rule, ports in w.ours.items() if ports} == {at(UO): {53}}
+    w.pinned["host", PROTO_UDP].clear()
+    w.look()
+    assert not any(w.ours.values())
+
+
+def test_where_it_is_listened_on_by_ourselves_it_is_an_echo() -> None:
+    fixed = Rule("-t 127.0.0.53/53", PROTO_TCP, False, 53, 53, 53, addr=STUB)
+    w = World(TO, fixed)
+    w.ours[fixed] = {53}
+    w.pinned["host", PROTO_TCP] = {(STUB, 53)}
+    w.scanner.start(T0)
+    assert w.ours == {fixed: {53}}
+
+
+def test_servers_of_the_namespace_at_such_addresses_cannot_be_reached_from_outside() -> None:
+    w = World(T, U)
+    w.pinned["ns", PROTO_TCP] = {(STUB, 53)}
+    w.scanner.start(T0)
+    assert not w.ours
+
+
+def test_ranges_and_rules_that_end() -> None:
+    low = replace(UO, option="-U 1-100,auto", last=100)
+    w = World(low)
+    w.pinned["host", PROTO_UDP] = {(STUB, 53), (STUB, 153)}
+    w.scanner.start(T0)
+    assert w.ours == {at(low): {53}}
+    w.scanner.follow([], T0)
+    assert not any(w.ours.values())
+
+
+def test_without_ipv4_there_are_none() -> None:
+    w = World(UO)
+    w.ctx.config = replace(w.ctx.config, ip4=None)
+    w.pinned["host", PROTO_UDP] = {(STUB, 53)}
+    w.scanner.start(T0)
+    assert not w.ours

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passt.linux.ports import DiagTables, PortTables, ProcTables, open_tables, parse, parse_diag
+from passt.linux.ports import DiagTables, Pinned, PortTables, ProcTables, open_tables, parse, parse_diag
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
 HEADER = b"  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -39,22 +39,22 @@ def files(directory: Path, **texts: bytes) -> ProcTables:
 
 
 def test_listening_and_bound() -> None:
-    assert parse(PROTO_TCP, TCP) == {8080, 22}
-    assert parse(PROTO_TCP, TCP6) == {80}
-    assert parse(PROTO_UDP, UDP) == {68}
+    assert parse(PROTO_TCP, TCP, set()) == {8080, 22}
+    assert parse(PROTO_TCP, TCP6, set()) == {80}
+    assert parse(PROTO_UDP, UDP, set()) == {68}
 
 
 def test_states_are_those_of_the_protocol() -> None:
-    assert parse(PROTO_UDP, TCP) == parse(PROTO_TCP, UDP) == set()
+    assert parse(PROTO_UDP, TCP, set()) == parse(PROTO_TCP, UDP, set()) == set()
 
 
 def test_port_0_is_none() -> None:
-    assert parse(PROTO_TCP, TCP.replace(b":0016", b":0000")) == {8080}
+    assert parse(PROTO_TCP, TCP.replace(b":0016", b":0000"), set()) == {8080}
 
 
 @given(st.binary() | st.lists(st.sampled_from(TCP.split(b" "))).map(b" ".join), st.sampled_from((PROTO_TCP, PROTO_UDP)))
 def test_any_bytes_give_ports(text: bytes, proto: int) -> None:
-    assert all(0 < port < 65536 for port in parse(proto, text))
+    assert all(0 < port < 65536 for port in parse(proto, text, set()))
 
 
 def test_families_are_joined(tmp_path: Path) -> None:
@@ -145,20 +145,20 @@ ENOENT = message(2, struct.pack("=i", -2) + bytes(16))
 )
 def test_parts_of_a_dump(data: bytes, ports: set[int], last: bool) -> None:
     found: set[int] = set()
-    assert parse_diag(data, 7, found) == last
+    assert parse_diag(data, 7, found, set()) == last
     assert found == ports
 
 
 def test_refusal() -> None:
     with pytest.raises(FileNotFoundError, match="sock_diag"):
-        parse_diag(ENOENT, 7, set())
+        parse_diag(ENOENT, 7, set(), set())
 
 
 @given(st.binary() | st.lists(st.sampled_from([socket_message(80), DONE, ENOENT, b"\x10", bytes(3)])).map(b"".join))
 def test_any_bytes_give_ports_or_an_error(data: bytes) -> None:
     found: set[int] = set()
     try:
-        parse_diag(data, 7, found)
+        parse_diag(data, 7, found, set())
     except OSError:
         pass  # the kernel says so
     assert all(0 <= port < 65536 for port in found)
@@ -167,10 +167,10 @@ def test_any_bytes_give_ports_or_an_error(data: bytes) -> None:
 def test_kernel_without_ipv6_by_sock_diag(monkeypatch: pytest.MonkeyPatch) -> None:
     real = DiagTables._dump
 
-    def dump(self: DiagTables, family: int, proto: int, ports: set[int]) -> None:
+    def dump(self: DiagTables, family: int, proto: int, ports: set[int], pinned: Pinned) -> None:
         if family == socket.AF_INET6:
-            parse_diag(ENOENT, 7, ports)
-        real(self, family, proto, ports)
+            parse_diag(ENOENT, 7, ports, pinned)
+        real(self, family, proto, ports, pinned)
 
     monkeypatch.setattr(DiagTables, "_dump", dump)
     tables = DiagTables()
@@ -184,7 +184,7 @@ def test_files_do_where_there_is_no_sock_diag(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(tables, DiagTables)
     tables.close()
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(DiagTables, "_dump", lambda self, family, proto, ports: parse_diag(ENOENT, 7, ports))
+    monkeypatch.setattr(DiagTables, "_dump", lambda self, *args: parse_diag(ENOENT, 7, set(), set()))
     with pytest.raises(FileNotFoundError):
         DiagTables()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -225,3 +225,22 @@ def test_many_ports(kind: Callable[[], PortTables]) -> None:
         for s in servers:
             s.close()
         tables.close()
+
+
+@pytest.mark.parametrize("kind", [DiagTables, ProcTables])
+def test_loopback_addresses_of_their_own(kind: Callable[[], PortTables]) -> None:
+    """A port counts as bound if it is bound anywhere else, too."""
+    tables = kind()
+    with socket.create_server(("127.0.0.53", 0)) as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        port = tcp.getsockname()[1]
+        udp.bind(("127.0.0.53", 0))
+        assert port not in tables.bound(PROTO_TCP)
+        assert (bytes((127, 0, 0, 53)), port) in tables.pinned(PROTO_TCP)
+        assert udp.getsockname()[1] not in tables.bound(PROTO_UDP)
+        assert (bytes((127, 0, 0, 53)), udp.getsockname()[1]) in tables.pinned(PROTO_UDP)
+        with socket.create_server(("127.0.0.1", port)):
+            assert port in tables.bound(PROTO_TCP)
+            assert (bytes((127, 0, 0, 53)), port) in tables.pinned(PROTO_TCP)
+    tables.bound(PROTO_TCP)
+    assert all(p != port for _, p in tables.pinned(PROTO_TCP))
+    tables.close()
