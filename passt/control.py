@@ -36,6 +36,7 @@ from .core.context import Context
 from .core.nspool import new_socket
 from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_CONTROL, TYPE_CONTROL_LISTEN, ref_data
 from .linux import unix
+from .linux.calls import calls
 from .linux.syscall import accept
 
 CLIENTS_MAX = 16
@@ -46,6 +47,8 @@ OUTPUT_TURN = 1 << 18  # bytes sent to one client in one turn
 REQUEST_TIME = 10.0  # s
 IDLE_TIME = 60.0  # s
 REST = 0.1  # s that a listener is left alone after accept(2) has failed
+
+CALLS = calls("accept4", "recvfrom", "sendto", "close")
 
 BACKLOG = CLIENTS_MAX
 _TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK

@@ -26,7 +26,6 @@ a handler, the listener rests for a moment: no event can make us spin.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import time
@@ -40,9 +39,9 @@ from .core.idle import NO_DESCRIPTORS
 from .core.nspool import new_socket
 from .core.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from .core.rules import Listener, Rule
-from .linux.calls import calls, one_of
+from .linux.calls import calls
 from .linux.netns import Namespace
-from .linux.syscall import accept
+from .linux.syscall import accept, timerfd_create
 from .listen_sock import Failure, Wanted, open_ports
 from .tcp_sock import reset
 from .wire.checksum import PROTO_TCP
@@ -61,7 +60,7 @@ _TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # accept4(2) has made it so; 
 _STUCK = frozenset((errno.ENOMEM, errno.ENOBUFS))
 _DEFECTS = frozenset((errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK))
 
-CALLS = (*calls("accept4"), *one_of("fcntl", 1, fcntl.F_DUPFD_CLOEXEC))  # the latter for the spare descriptor
+CALLS = calls("accept4")
 
 
 class Listeners:
@@ -294,6 +293,6 @@ class Listeners:
 def _spare_descriptor() -> int:
     """The cheapest descriptor that there is; -1 if none can be had."""
     try:
-        return os.dup(0)  # standard input: /dev/null, or a terminal
+        return timerfd_create()
     except OSError:
         return -1

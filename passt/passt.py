@@ -13,9 +13,7 @@ The socket is made in the file system by `linux/unix.py`: with mode 0700, over w
 
 from __future__ import annotations
 
-import select
 import socket
-import termios
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,7 +21,8 @@ from . import PASST, log
 from .core.context import Context
 from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
 from .linux import unix
-from .linux.calls import calls, one_of
+from .linux.calls import calls
+from .linux.syscall import accept
 from .log import Fatal
 from .stream import Stream, failure
 
@@ -33,10 +32,9 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = "/tmp/passt_{}.socket"
 DEFAULT_MAX = 99
-FIONBIO = termios.FIONBIO  # of setblocking()
 SEND_BUFFER = 4 << 20  # bytes asked for; net.core.wmem_max decides
 
-CALLS = (*calls("accept4", "poll", mode=PASST), *one_of("ioctl", 1, FIONBIO, mode=PASST))
+CALLS = calls("accept4", "sendto", mode=PASST)
 
 
 # The socket in the file system -------------------------------------------------------------------------------------
@@ -102,17 +100,17 @@ class Clients:
     def _accept(self, ref: int, events: int, now: float) -> None:
         assert self._listener is not None
         try:
-            sock, _ = self._listener.accept()
+            fd, _, _ = accept(self._listener.fileno())
         except OSError as e:
             log.warn_ratelimited("guest accept", f"Couldn't accept a guest: {e.strerror}", now)
             return
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         while self._sock is not None and _hung_up(self._sock):
             self._stream.read(now)  # what the guest has left behind: it went before this one came
         if self._sock is not None:
-            log.info("Another client connected: closed, there is a guest already")
+            log.info_ratelimited("guest", "Another client connected: closed, there is a guest already", now)
             sock.close()
             return
-        sock.setblocking(False)
         log.info(f"Accepted connection from PID {unix.credentials(sock)[0]}")
         self.serve(sock)
 
@@ -152,6 +150,10 @@ class Clients:
 
 def _hung_up(sock: socket.socket) -> bool:
     """Whether the other end is closed, though there may be something from it to read."""
-    poll = select.poll()
-    poll.register(sock, 0)  # POLLHUP comes unasked (poll(2))
-    return any(events & select.POLLHUP for _, events in poll.poll(0))
+    try:
+        sock.send(b"")  # sends nothing, and finds out that nobody could receive it
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return False

@@ -31,13 +31,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+from . import PASTA
 from .linux.calls import Call, Calls, Test, calls
 from .log import Fatal
 
 CALLS: Calls = (
-    *calls("futex", "munmap", "mremap", "brk", "madvise", "rt_sigreturn", "clock_gettime", "exit_group"),
+    *calls("futex", "munmap", "mremap", "brk", "rt_sigreturn", "clock_gettime", "exit_group"),
     Call("mmap", (Test(2, 0, mmap.PROT_EXEC),)),
-    Call("mprotect", (Test(2, 0, mmap.PROT_EXEC),)),
+    # The heap of a second thread
+    Call("mprotect", (Test(2, 0, mmap.PROT_EXEC),), PASTA),
+    *calls("madvise", mode=PASTA),
 )
 
 ALTERNATIVES = {

@@ -73,7 +73,7 @@ INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
 _SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 IDLE, BLOCKED, AGAIN = range(3)  # what a half waits for: bytes, room at `dst`, its turn
 
-CALLS = calls("splice", "recvfrom", "sendto", "shutdown", mode=PASTA)
+CALLS = calls("splice", "recvfrom", "sendto", "shutdown", "getpeername", mode=PASTA)
 
 
 class Half:

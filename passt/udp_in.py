@@ -40,7 +40,7 @@ from .core.rules import Listener
 from .linux.mmsg import SLOT, AddressReceiver, Envelope
 from .udp import Udp
 from .udp_io import reason
-from .udp_sock import Client, Letter, Shared, open_client, open_socket, opener
+from .udp_sock import Client, Letter, Shared, hears_itself, open_client, open_socket, opener
 from .udp_splice import UdpSplice
 
 BATCHES_MAX = 8  # for one event
@@ -170,7 +170,7 @@ class UdpIn:
                 continue  # the port as such cannot be had for this
             if self._letters:
                 self._ctx.timers.services.arm(self._timer, now)
-            if isinstance(sock, Shared) or sock.getsockname() == sock.getpeername():
+            if isinstance(sock, Shared) or hears_itself(sock, client.sockaddr(host, dport)):
                 sock.close()  # it would tell of no errors; it would hear itself
                 continue
             return sock

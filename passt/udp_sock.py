@@ -48,7 +48,7 @@ _SEGMENT = Struct("=H")
 
 Letter = tuple["Client", bytes]  # a datagram that came to another socket
 
-CALLS = calls("recvfrom", "sendmsg", "getpeername")
+CALLS = calls("recvfrom", "sendmsg")
 
 
 class Client(NamedTuple):
@@ -72,6 +72,12 @@ class Client(NamedTuple):
 def opener(ctx: Context, namespace: bool) -> Callable[[int, int], Any]:
     """What opens sockets of a family and a type: in the namespace, or here."""
     return ctx.ns.take if namespace and ctx.ns is not None else nspool.open_socket
+
+
+def hears_itself(sock: Any, peer: SockAddr) -> bool:
+    """Whether `sock`, connected to `peer`, is at that address and port itself."""
+    own: SockAddr = sock.getsockname()
+    return own[:2] == peer[:2]
 
 
 # Towards a host or a server ------------------------------------------------------------------------------------------
@@ -114,7 +120,7 @@ def open_target(
         return sock
 
     sock = opened(sport)
-    if sport == dport and sock.getsockname() == sock.getpeername():
+    if sport == dport and hears_itself(sock, peer):
         # An address of the same host, and the port is the peer's: the socket would hear itself.
         sock.close()
         sock = opened(0)

@@ -340,10 +340,9 @@ def test_accept_that_fails_is_no_end(machine: Machine, monkeypatch: pytest.Monke
     warnings: list[str] = []
     monkeypatch.setattr(log, "warn_ratelimited", lambda key, text, now: warnings.append(text))
 
-    class Refuses:
-        def accept(self) -> Any:
-            raise OSError(errno.EMFILE, "Too many open files")
+    def refuse(fd: int) -> tuple[int, bytes, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
 
-    machine.clients._listener = cast(Any, Refuses())
+    monkeypatch.setattr(passt, "accept", refuse)
     machine.clients._accept(0, 1, 0.0)
     assert warnings == ["Couldn't accept a guest: Too many open files"]
