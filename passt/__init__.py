@@ -11,11 +11,13 @@ Where a packet goes
     guest -> host   tap fd, or a machine's UNIX socket -> stream -> tap (packet pool, classify, group by flow)
                         ARP -> arp    NS, RS -> ndp    UDP 67 -> dhcp    UDP 547 -> dhcpv6         answers -> link
                         echo -> icmp    UDP -> udp    TCP -> tcp      flow, or a new one: fwd -> host socket
+                        queries for the host's resolvers -> dns -> one of them, or the next (core.resolvers)
     host -> guest   socket -> tcp / udp / icmp -> pre-cooked header and a view of the payload -> link
                     listening socket -> listen -> tcp / udp_in, and on as above
                     link: as it is to the tap fd; cut and summed (core.gso) to the UNIX socket (core.stream_link)
     loopbacks       listening socket -> listen -> tcp_splice / udp_in, udp_splice -> socket of the other side
     bound ports     kernel's tables of both sides -> scan -> listen: `auto` opens and closes listening sockets
+    resolv.conf     directory watches -> resolv_conf -> conf_dns -> another Config for dhcp, dhcpv6, ndp, core.resolvers
     time            timerfds -> tcp / udp / icmp / ndp, each handed `now`
 
 Layers: a module imports from lower ones only (tests/test_layers.py holds that)
@@ -26,10 +28,11 @@ Layers: a module imports from lower ones only (tests/test_layers.py holds that)
     6  conf*, daemon*, wiring             argv -> frozen Config; the composition root
     5  pasta*, passt, qrap                namespaces and the command in them; the socket of a virtual machine
        isolation, terminal, trace         who we are; --trace
+       resolv_conf                        the host's resolvers
     4  tap, stream, listen*, scan         the ways in: frames; connections and datagrams of others
     3  arp ndp dhcp dhcpv6                configuration services
-       icmp udp* tcp*                     the data plane
-    2  core                               loop, timers, packet pool, the way out, flows, forwarding rules
+       icmp udp* tcp* dns                 the data plane
+    2  core                               loop, timers, packet pool, the way out, flows, rules, resolvers
     1  linux, log                         the kernel, wrapped once
     0  wire, addr                         formats; addresses as packed bytes
 
