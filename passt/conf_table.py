@@ -75,7 +75,7 @@ def _completion(fields: Fields, text: str) -> None:
 # Name, short name, argument, action, help ---------------------------------------------------------------------------
 
 TABLE = (
-    Option("debug", "d", "", actions.setting("level", log.DEBUG),
+    Option("debug", "d", "", actions.debug,
            "Be verbose, log to standard error only"),
     Option("trace", "", "", actions.setting("level", log.TRACE),
            "Be extra verbose: one line for each packet; implies --debug"),
@@ -99,8 +99,8 @@ TABLE = (
     Option("chroot-fallback", "", "", actions.setting("chroot_fallback", True),
            "Where the root file system forbids pivot_root(2), as an\n"
            "initramfs does, use chroot(2) to let go of it"),
-    Option("runas", "", "UID|UID:GID", actions.parsed("runas", values.runas),
-           "Run as given UID and GID, or LOGIN and GROUP\n"
+    Option("runas", "", "UID[:GID]|LOGIN[:GROUP]", actions.parsed("runas", values.runas),
+           "Run as this user and group\n"
            "default: as who started it, user nobody if that is root"),
     Option("help", "h", "", _help,
            "Display this help and exit"),

@@ -12,7 +12,7 @@ complete -c pasta -l stats -x -d 'Log a table of traffic, flows and drops so oft
 complete -c pasta -s c -l conf-path -r -F -d 'Listen for pesto(1) on UNIX domain socket PATH'
 complete -c pasta -l api-socket -r -F -d 'Listen on PATH for requests as slirp4netns(1) has them'
 complete -c pasta -l chroot-fallback -d 'Where the root file system forbids pivot_root(2), as an'
-complete -c pasta -l runas -x -a '(__fish_complete_users)' -d 'Run as given UID and GID, or LOGIN and GROUP'
+complete -c pasta -l runas -x -a '(__fish_complete_users)' -d 'Run as this user and group'
 complete -c pasta -s h -l help -d 'Display this help and exit'
 complete -c pasta -l version -d 'Show version and exit'
 complete -c pasta -l completion -x -a 'bash zsh fish' -d 'Print completions for SHELL: bash, zsh or fish; and exit'
