@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import conf_values as values
+from . import log
 from .conf_options import DEPRECATED, PORT_SPECS, Fields, Options, Pair
 from .conf_values import NONE
 from .log import Fatal
@@ -20,6 +21,11 @@ DNS_MAX = 3  # per family, as in resolv.conf(5)
 SEARCH_MAX = 6
 
 # Kinds -------------------------------------------------------------------------------------------------------------
+
+
+def debug(fields: Fields, _: str) -> None:
+    """After --quiet it counts; --trace, which implies it, stays."""
+    fields["level"] = max(fields.get("level", log.INFO), log.DEBUG)
 
 
 def setting(field: str, value: Any) -> Action:
