@@ -93,8 +93,14 @@ def follow_names(ctx: Context, options: Options, names: Follower) -> None:
     names.attend(ctx, partial(conf_dns.follow, ctx, options))
 
 
-def report(identity: Identity, decision: Decision, problems: list[str], *, quiet: bool) -> None:
-    """Say what was chosen, and what could not be done; `quiet` leaves the former out."""
+def report(
+    identity: Identity, decision: Decision, problems: list[str], *, quiet: bool = False, background: bool = False
+) -> None:
+    """Say what was chosen, and what could not be done; `quiet` leaves the former out. We are `identity` already.
+
+    `background`: what would be said when it first matters is said now, as long as somebody hears.
+    """
+    from . import icmp
     from .conf_summary import describe
 
     if identity.warning:
@@ -105,6 +111,8 @@ def report(identity: Identity, decision: Decision, problems: list[str], *, quiet
             log.info(line)
     for problem in problems:
         log.warn(problem)
+    if background and not decision.config.no_icmp and not decision.config.splice_only:
+        icmp.probe()
 
 
 def raise_descriptor_limit() -> None:

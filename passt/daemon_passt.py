@@ -90,7 +90,7 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     isolation.become(identity)
     if path is not None:
         log.info(conf_summary.describe_socket(path))
-    daemon.report(identity, decision, [], quiet=False)
+    daemon.report(identity, decision, [], background=not options.foreground)
     if path is not None:
         for line in conf_summary.describe_client(path):
             log.info(line)

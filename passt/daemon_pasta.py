@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -142,7 +143,9 @@ def build(
         if target.init is not None and identity.uid != 0:
             pasta.join_userns(target)  # which brings back the rights over our own child's namespace
     problems = interface.problems if interface else []
-    daemon.report(identity, decision, problems, quiet=target.init is not None and not log.debug_on)
+    spawned = target.init is not None
+    quiet, background = spawned and not log.debug_on, not spawned and not options.foreground
+    daemon.report(identity, decision, problems, quiet=quiet, background=background)
     device, mac = (interface.device, interface.mac) if interface else (None, addr.BROADCAST_MAC)
     namespace = Namespace(target.netns) if target.netns >= 0 else None
     ctx, way = wiring.wire(decision, device, mac, namespace, host, ns)
@@ -174,7 +177,7 @@ def tap_gone(interface: Interface, end: End) -> None:
 def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, interface: Interface, end: End) -> None:
     """Somebody deleted the tap: make it anew, as it was, under the same descriptor; or end the program."""
     name = interface.plan.ifname
-    log.warn(f"Interface {name} was deleted: making it anew")
+    log.warn_ratelimited("tap", f"Interface {name} was deleted: making it anew", time.monotonic())
     ctx.reactor.forget(link.fd)
     try:
         interface.make_anew()
@@ -182,5 +185,5 @@ def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, interface: Interfa
         end.failed(f"Interface {name} was deleted and can't be made anew, exiting: {e.strerror}")
         return
     for problem in interface.problems:
-        log.warn(problem)
+        log.warn_ratelimited(problem, problem, time.monotonic())
     tap.watch(link.fd)

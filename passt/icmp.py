@@ -176,6 +176,26 @@ def refuse(src: bytes, dst: bytes, echo: memoryview) -> str | None:
 class PingNotAllowed(Exception):
     """None of our groups is in net.ipv4.ping_group_range."""
 
+    def __str__(self) -> str:
+        return (
+            "Cannot open ping sockets: echo requests will not be answered. As root, allow them to every group: "
+            'sysctl -w net.ipv4.ping_group_range="0 2147483647"'
+        )
+
+
+def probe() -> None:
+    """Warn if ping sockets are kept from us: for who goes to the background, where nobody might see it later."""
+    for family, proto in ((socket.AF_INET, socket.IPPROTO_ICMP), (socket.AF_INET6, socket.IPPROTO_ICMPV6)):
+        try:
+            socket.socket(family, socket.SOCK_DGRAM, proto).close()
+        except PermissionError:
+            log.warn(str(PingNotAllowed()))
+            return
+        except OSError:
+            continue  # a family that this host does not have
+        else:
+            return
+
 
 def open_socket(fwd: Forwarding, host: bytes, ident: int) -> socket.socket:
     """A non-blocking ping socket connected to `host`, with identifier `ident` if it is free.
@@ -263,8 +283,8 @@ class Icmp:
         ident = int.from_bytes(echo[4:6], "big")
         try:
             sock = self._flows.open(lambda: open_socket(ctx.fwd, host, ident))
-        except PingNotAllowed:
-            self._not_allowed()
+        except PingNotAllowed as e:
+            self._not_allowed(e)
             return None
         except OSError as e:
             self._refused(e, src, dst, echo, now)
@@ -286,15 +306,12 @@ class Icmp:
             packet = icmp.quote(src, dst, icmp.protocol(dst), bytes(echo))
             self._errors.refused(e.errno or 0, src, dst, packet, now)
 
-    def _not_allowed(self) -> None:
+    def _not_allowed(self, e: PingNotAllowed) -> None:
         """The host keeps ping sockets from us: say what to do, once, and go on without them."""
         self._ctx.drops["icmp: no ping sockets"] += 1
         if not self._warned:
             self._warned = True
-            log.warn(
-                "Cannot open ping sockets: echo requests will not be answered. As root, allow them to every group: "
-                'sysctl -w net.ipv4.ping_group_range="0 2147483647"'
-            )
+            log.warn(str(e))
 
     def sock_handler(self, ref: int, events: int, now: float) -> None:
         """Errors first: they are about requests that came before what can be read."""

@@ -223,7 +223,8 @@ def test_tap_comes_back_under_its_number(ctx: Context, monkeypatch: pytest.Monke
     fd, other = os.pipe()
     reactor(ctx).watch(fd, 1, 0, EPOLLIN)
     said: list[str] = []
-    monkeypatch.setattr(log, "warn", said.append)
+    monkeypatch.setattr(log, "_held", {})
+    monkeypatch.setattr(log, "say", lambda level, text: said.append(text))
     link, tap = TapLink(fd, Counter(), uso=True), FakeTap()
     daemon_pasta.reopen(ctx, link, cast(Any, tap), cast(Any, FakeInterface()), attached(ctx))
     assert (tap.watched, reactor(ctx).refs, link.fd) == ([fd], {}, fd)
@@ -234,7 +235,8 @@ def test_tap_comes_back_under_its_number(ctx: Context, monkeypatch: pytest.Monke
 
 def test_tap_that_cannot_come_back_ends_us(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(log, "warn", lambda text: None)
+    monkeypatch.setattr(log, "_held", {})
+    monkeypatch.setattr(log, "say", lambda level, text: None)
     monkeypatch.setattr(log, "err", said.append)
     end = attached(ctx)
     fd, other = os.pipe()

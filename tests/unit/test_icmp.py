@@ -336,6 +336,40 @@ def test_ping_sockets_not_allowed_is_said_once(talk: Talk, monkeypatch: pytest.M
     assert talk.packets() == []
 
 
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ({socket.AF_INET: errno.EACCES}, 1),
+        ({socket.AF_INET: errno.EAFNOSUPPORT, socket.AF_INET6: errno.EACCES}, 1),
+        ({socket.AF_INET: errno.EAFNOSUPPORT, socket.AF_INET6: errno.EAFNOSUPPORT}, 0),
+        ({}, 0),
+    ],
+)
+def test_what_a_daemon_says_before_nobody_hears(
+    monkeypatch: pytest.MonkeyPatch, errors: dict[int, int], said: int
+) -> None:
+    warnings: list[str] = []
+    opened: list[FakeProbe] = []
+
+    class FakeProbe:
+        def __init__(self, family: int, kind: int, proto: int) -> None:
+            assert kind == socket.SOCK_DGRAM
+            if family in errors:
+                raise OSError(errors[family], "no")
+            opened.append(self)
+            self.closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(log, "warn", warnings.append)
+    monkeypatch.setattr(socket, "socket", FakeProbe)
+    icmp.probe()
+    assert len(warnings) == said
+    assert all("net.ipv4.ping_group_range" in text for text in warnings)
+    assert all(probe.closed for probe in opened)
+
+
 def test_no_route_is_told(talk: Talk) -> None:
     talk.refusal = OSError(errno.ENETUNREACH, "no route")
     request = talk.asks(1)
