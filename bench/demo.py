@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -44,6 +45,32 @@ def measured(console: Console, figures: Figures) -> None:
     for name, value in figures:
         table.add_row(name, value)
     console.print(table)
+
+
+def cost(program: str, pid: int, figures: Figures) -> None:
+    """What the daemon has used so far."""
+    figures.append((f"processor time of {program} for all this", f"{cpu_seconds(pid):.2f} s"))
+    figures.append((f"resident memory of {program}", f"{resident_kib(pid) / 1024:.0f} MiB"))
+
+
+def present(
+    name: str,
+    argv: list[str],
+    steps: Callable[[Lab, Console], None],
+    expected: tuple[type[Exception], ...] = (LabError,),
+) -> int:
+    """steps(lab, console) in the laboratory. Exit status: 0, or 1 with what did not work, if that is `expected`."""
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    try:
+        laboratory.enter(f"bench.{name}", argv)
+        with Lab() as lab:
+            steps(lab, console)
+    except expected as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def ping_allowed(console: Console) -> bool:
@@ -116,24 +143,13 @@ def demo(lab: Lab, contender: Contender, console: Console) -> None:
         ping(seat.guest, console, figures)
         download(lab, seat.guest, console, figures)
         iperf3(lab, seat.guest, console, figures)
-        figures.append(("processor time of pasta for all this", f"{cpu_seconds(seat.daemon.pid):.2f} s"))
-        figures.append(("resident memory of pasta", f"{resident_kib(seat.daemon.pid) / 1024:.0f} MiB"))
+        cost("pasta", seat.daemon.pid, figures)
     measured(console, figures)
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 1 with what did not work."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    try:
-        laboratory.enter("bench.demo", argv)
-        with Lab() as lab:
-            demo(lab, OURS, console)
-    except LabError as e:
-        print(f"demo: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return present("demo", argv, lambda lab, console: demo(lab, OURS, console))
 
 
 if __name__ == "__main__":

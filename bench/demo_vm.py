@@ -22,11 +22,10 @@ from rich.console import Console
 from tests.system.vm.image import image
 from tests.system.vm.machine import VirtualMachine
 
-from . import lab as laboratory
 from . import vm
 from .contenders import OUR_PASST
-from .demo import Figures, measured, ping_allowed, show
-from .lab import GATEWAY, HOST, PEER, Lab, LabError, cpu_seconds, resident_kib, wait_for
+from .demo import Figures, cost, measured, ping_allowed, present, show
+from .lab import GATEWAY, HOST, PEER, Lab, LabError, wait_for
 
 DOWNLOAD = 64 << 20
 HTTP_PORT = 8080
@@ -113,25 +112,19 @@ def demo(lab: Lab, console: Console) -> None:
             visit(lab, machine, console)
         finally:
             machine.close()
-        figures.append(("processor time of passt for all this", f"{cpu_seconds(pid):.2f} s"))
-        figures.append(("resident memory of passt", f"{resident_kib(pid) / 1024:.0f} MiB"))
+        cost("passt", pid, figures)
     measured(console, figures)
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 1 with what did not work."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
     try:
         vm.prepare({vm.MACHINE})
-        laboratory.enter("bench.demo_vm", argv)
-        with Lab() as lab:
-            demo(lab, console)
-    except (LabError, AssertionError, OSError) as e:  # an assertion is what a machine has that does not obey
-        print(f"demo-vm: {e}", file=sys.stderr)
+    except (LabError, OSError) as e:
+        print(f"demo_vm: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    # An assertion is what a machine has that does not obey
+    return present("demo_vm", argv, demo, (LabError, AssertionError, OSError))
 
 
 if __name__ == "__main__":

@@ -208,20 +208,23 @@ def _streams() -> list[Row]:
     return rows
 
 
+# Title, server, client, flows of what is measured in exchanges per second
+LOADS = {
+    "udp-out": ("UDP 1400 B namespace → host", "udp-sink", "udp-send", 1),
+    "udp-in": ("UDP 1400 B host → namespace", "udp-source", "udp-receive", 1),
+    "tcp-rr-1": ("TCP round trips, 1 flow", "tcp-echo", "tcp-rr", 1),
+    "tcp-rr-16": ("TCP round trips, 16 flows", "tcp-echo", "tcp-rr", 16),
+    "udp-rr": ("UDP round trips", "udp-echo", "udp-rr", 1),
+    "tcp-crr-1": ("connect-request-response, 1 flow", "tcp-answer", "tcp-crr", 1),
+    "tcp-crr-16": ("connect-request-response, 16 flows", "tcp-answer", "tcp-crr", 16),
+}
+
+
 def _loads() -> list[Row]:
-    crr = "connect-request-response"
-    plan = (
-        ("udp-out", "UDP 1400 B namespace → host", "udp-sink", "udp-send", 1, "1.2 x C"),
-        ("udp-in", "UDP 1400 B host → namespace", "udp-source", "udp-receive", 1, "1.2 x C"),
-        ("tcp-rr-1", "TCP round trips, 1 flow", "tcp-echo", "tcp-rr", 1, "0.8 x C"),
-        ("tcp-rr-16", "TCP round trips, 16 flows", "tcp-echo", "tcp-rr", 16, "0.8 x C"),
-        ("udp-rr", "UDP round trips", "udp-echo", "udp-rr", 1, "0.8 x C"),
-        ("tcp-crr-1", f"{crr}, 1 flow", "tcp-answer", "tcp-crr", 1, "0.6 x C"),
-        ("tcp-crr-16", f"{crr}, 16 flows", "tcp-answer", "tcp-crr", 16, "0.6 x C"),
-    )
+    targets = {"udp-out": "1.2 x C", "udp-in": "1.2 x C", "tcp-crr-1": "0.6 x C", "tcp-crr-16": "0.6 x C"}
     return [
-        Row(name, title, "1/s", "CPU us", BIG, "apart", load(server, client, flows), target)
-        for name, title, server, client, flows, target in plan
+        Row(name, title, "1/s", "CPU us", BIG, "apart", load(server, client, flows), targets.get(name, "0.8 x C"))
+        for name, (title, server, client, flows) in LOADS.items()
     ]
 
 
@@ -245,20 +248,18 @@ def _forwarded_streams() -> list[Row]:
 
 
 def _forwarded_loads() -> list[Row]:
-    crr = "connect-request-response"
-    plan = (
-        ("lo-udp-in", "forwarded loopback UDP 1400 B host → namespace", "udp-sink", "udp-send", 1, "1.2 x C"),
-        ("lo-udp-out", "forwarded loopback UDP 1400 B namespace → host", "udp-source", "udp-receive", 1, "1.2 x C"),
-        ("lo-tcp-rr-16", "forwarded loopback TCP round trips, 16 flows", "tcp-echo", "tcp-rr", 16, ""),
-        ("lo-tcp-crr-1", f"forwarded loopback {crr}, 1 flow", "tcp-answer", "tcp-crr", 1, ""),
-        ("lo-tcp-crr-16", f"forwarded loopback {crr}, 16 flows", "tcp-answer", "tcp-crr", 16, "0.7 x C"),
-    )
+    """Clients are on the other side here: who sends to a sink in the namespace sends into it."""
+    way = {"lo-udp-in": "udp-out", "lo-udp-out": "udp-in"}
+    targets = {"lo-udp-in": "1.2 x C", "lo-udp-out": "1.2 x C", "lo-tcp-crr-16": "0.7 x C"}
     rows = []
-    for name, title, server, client, flows, target in plan:
+    for name in ("lo-udp-in", "lo-udp-out", "lo-tcp-rr-16", "lo-tcp-crr-1", "lo-tcp-crr-16"):
+        title = LOADS[name.removeprefix("lo-")][0]
+        _, server, client, flows = LOADS[way.get(name, name.removeprefix("lo-"))]
         measure = load(server, client, flows, "loopback")
-        rows.append(_forwarded(name, title, measure, target))
-    measure = load("tcp-answer", "tcp-crr", 16, "inbound")
-    rows.append(_forwarded("fwd-tcp-crr-16", f"forwarded {crr} from peer, 16 flows", measure, ""))
+        rows.append(_forwarded(name, f"forwarded loopback {title}", measure, targets.get(name, "")))
+    title, server, client, flows = LOADS["tcp-crr-16"]
+    title = f"forwarded {title.replace(',', ' from peer,')}"
+    rows.append(_forwarded("fwd-tcp-crr-16", title, load(server, client, flows, "inbound"), ""))
     return rows
 
 

@@ -62,7 +62,7 @@ CALLS = one_of("ioctl", 1, TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, mode=PASTA
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """An open tap device and what it may hand us. Without `vnet`, frames have no vnet header, and nothing is offloaded."""
+    """An open tap device and what it may hand us. Without `vnet` frames have no vnet header, and no offloads."""
 
     fd: int
     ifname: str

@@ -363,7 +363,7 @@ def test_warnings_about_what_a_virtual_machine_is_told() -> None:
     assert remarks(guest_of("--no-dhcp-dns", resolvers=ResolvConf())) == ["Couldn't get any nameserver address"]
 
 
-# The queue ------------------------------------------------------------------------------------------
+# The queue ---------------------------------------------------------------------------------------------------------
 
 
 def test_routes_that_are_left_out_are_named() -> None:

@@ -14,6 +14,14 @@ from passt.resolv_conf import ResolvConf
 from tests.unit.test_conf_net import HOST, LO, given_host, guest_of, ip, remarks
 
 NO_PORTS = "-t none -u none -T none -U none"
+HOST4 = [
+    "MAC:",
+    "    host: 9a:55:9a:55:9a:55",
+    "DHCP:",
+    "    assign: 192.0.2.2",
+    "    mask: 255.255.255.0",
+    "    router: 192.0.2.1",
+]
 
 
 def test_virtual_machine() -> None:
@@ -25,12 +33,7 @@ def test_virtual_machine() -> None:
         "Addresses in the guest:",
         "    192.0.2.2: the guest itself",
         "    192.0.2.1: 127.0.0.1 of the host",
-        "MAC:",
-        "    host: 9a:55:9a:55:9a:55",
-        "DHCP:",
-        "    assign: 192.0.2.2",
-        "    mask: 255.255.255.0",
-        "    router: 192.0.2.1",
+        *HOST4,
         "DNS:",
         "    192.0.2.53",
         "DNS search list:",
@@ -58,12 +61,7 @@ def test_namespace() -> None:
         "    192.0.2.1: 127.0.0.1 of the host",
         "    2001:db8::2: the namespace itself",
         "    2001:db8::1: ::1 of the host",
-        "MAC:",
-        "    host: 9a:55:9a:55:9a:55",
-        "DHCP:",
-        "    assign: 192.0.2.2",
-        "    mask: 255.255.255.0",
-        "    router: 192.0.2.1",
+        *HOST4,
         "NDP/DHCPv6:",
         "    assign: 2001:db8::2",
         "    router: 2001:db8::1",

@@ -129,25 +129,18 @@ def test_udp(served: Guest, lan: Lan, family: str, path: str, form: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_address_bound_port_is_open_there_only(served: Guest, lan: Lan, family: str) -> None:
+@pytest.mark.parametrize(("outer", "inner"), [((7040, 8040), (7041, 7041)), ((7050, 7050), (7051, 8051))])
+def test_a_bound_port_is_open_there_only(
+    served: Guest, lan: Lan, family: str, outer: tuple[int, int], inner: tuple[int, int]
+) -> None:
+    """By an address, and by an interface: (port, where it leads) of the host's network and of its loopback."""
     number, host, loopback, _ = FAMILIES[family]
-    server_in(served, number, 8040)
-    server_in(served, number, 7041)
+    server_in(served, number, outer[1])
+    server_in(served, number, inner[1])
     with pytest.raises(ConnectionRefusedError):
-        lan.host.connect(loopback, 7040)
+        lan.host.connect(loopback, outer[0])
     with pytest.raises(ConnectionRefusedError):
-        lan.peer.connect(host, 7041)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_interface_bound_port_is_open_there_only(served: Guest, lan: Lan, family: str) -> None:
-    number, host, loopback, _ = FAMILIES[family]
-    server_in(served, number, 7050)
-    server_in(served, number, 8051)
-    with pytest.raises(ConnectionRefusedError):
-        lan.host.connect(loopback, 7050)
-    with pytest.raises(ConnectionRefusedError):
-        lan.peer.connect(host, 7051)
+        lan.peer.connect(host, inner[0])
 
 
 @pytest.mark.parametrize(("asks", "listens"), [("::1", "v4"), ("127.0.0.1", "v6")])
