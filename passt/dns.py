@@ -117,6 +117,7 @@ class DnsFlow(UdpFlow):
 
     __slots__ = ("by_fd", "ends", "questions")
     kind = "DNS flow"
+    label = "dns"
 
     def __init__(self, key: bytes, now: float) -> None:
         super().__init__(key, b"", now)

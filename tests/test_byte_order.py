@@ -15,6 +15,7 @@ NATIVE = {
     ("passt.udp_flow", "=BBHH"),  # its first half
     ("passt.core.pcap", "=IHHiIII"),  # pcap files: the magic tells the reader
     ("passt.core.pcap", "=IIII"),
+    ("passt.linux.inotify", "=iIII"),  # struct inotify_event
     ("passt.linux.mmsg", "@Nii"),  # control messages: struct cmsghdr
     ("passt.linux.mmsg", "=i4s4s"),  # struct in_pktinfo
     ("passt.linux.mmsg", "=16sI"),  # struct in6_pktinfo
@@ -25,17 +26,17 @@ NATIVE = {
     ("passt.linux.ports", "=IHHIIBBBxI48x"),  # sock_diag
     ("passt.linux.ports", "=IHHI"),
     ("passt.linux.ports", "=i"),
+    ("passt.linux.ports", "=I"),  # addresses in /proc/net
     ("passt.linux.sockopt", "=IBBBxII"),  # control messages of error queues
     ("passt.linux.sockopt", "=H"),
     ("passt.linux.syscall", "=Ii"),  # capset(2)
     ("passt.linux.syscall", "=6I"),
-    ("passt.linux.syscall", "=iIII"),  # inotify events
     ("passt.linux.tcpinfo", "=I"),  # struct tcp_info
     ("passt.linux.tcpinfo", "=Q"),
     ("passt.linux.tcpinfo", "=9I"),  # SO_MEMINFO
     ("passt.linux.tun", "=16sH22x"),  # ioctls
     ("passt.linux.tun", "=i"),
-    ("passt.passt", "=iII"),  # struct ucred
+    ("passt.linux.unix", "=iII"),  # struct ucred
     ("passt.tcp_sock", "=ii"),  # struct linger
     ("passt.udp_sock", "=H"),  # UDP_SEGMENT as a control message
 }

@@ -55,7 +55,7 @@ CALLS = calls("getsockname", "getpeername")
 FREE, NEW, ACTIVE = range(3)
 STATE_NAMES = ("FREE", "NEW", "ACTIVE")
 FLOW_MAX = 131071
-LABELS = ("tcp", "tcp_splice", "udp", "udp_splice", "ping")  # all there are
+LABELS = ("tcp", "tcp_splice", "udp", "udp_splice", "dns", "ping")  # all there are
 GUEST, HOST = "guest", "host"  # who began a flow
 RECENT = 5.0  # s since the last packet of an active flow; then it is idle
 

@@ -1,4 +1,4 @@
-"""inotify(7): what happens to the entries of directories, by ctypes.
+"""inotify(7): what happens to the entries of directories.
 
     struct inotify_event     watch i32 | mask u32 | cookie u32 | length u32 | name, NUL-padded to `length` bytes
 
@@ -8,12 +8,11 @@ the same watch. An instance is one descriptor; fs.inotify.max_user_instances lim
 
 from __future__ import annotations
 
-import ctypes
 import os
 from struct import Struct
 from typing import NamedTuple
 
-from .syscall import check
+from .syscall import inotify_add_watch, inotify_init
 
 MODIFY = 0x2
 CLOSE_WRITE = 0x8
@@ -23,7 +22,6 @@ Q_OVERFLOW = 0x4000  # events were lost; its watch is -1
 
 _SIZE = 65536
 _EVENT = Struct("=iIII")
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Event(NamedTuple):
@@ -36,12 +34,12 @@ class Event(NamedTuple):
 
 def new() -> int:
     """A non-blocking descriptor without watches. Raises OSError: EMFILE when the user has too many."""
-    return check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1")
+    return inotify_init()
 
 
 def add(fd: int, path: str, mask: int) -> int:
     """Watch what `path` leads to; returns the watch. Raises OSError."""
-    return check(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(mask)), "inotify_add_watch")
+    return inotify_add_watch(fd, path, mask)
 
 
 def watch(path: str, mask: int) -> int:

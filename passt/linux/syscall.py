@@ -113,6 +113,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
 MS_MOVE, MS_REC = 0x2000, 0x4000
 MS_PRIVATE, MS_SLAVE = 0x40000, 0x80000
 MNT_DETACH = 2
+_OPEN_TREE_CLONE, _AT_RECURSIVE, _AT_FDCWD = 0x1, 0x8000, -100
 
 PR_SET_PDEATHSIG = 1
 PR_GET_PDEATHSIG = 2
@@ -138,6 +139,12 @@ def umount(target: str, flags: int) -> None:
 def pivot_root(number: int, new: str, old: str) -> None:
     """Make `new` the root, and find the old one at `old`. The C library has no function for it: give its number."""
     check(_libc.syscall(ctypes.c_long(number), os.fsencode(new), os.fsencode(old)), "pivot_root")
+
+
+def open_tree(number: int, path: str, *, recursive: bool) -> int:
+    """A descriptor of a new mount, which is nowhere in the file system, of what is below the directory `path`."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    return check(_libc.syscall(ctypes.c_long(number), _AT_FDCWD, os.fsencode(path), ctypes.c_uint(flags)), "open_tree")
 
 
 def prctl(option: int, value: int) -> int:
@@ -211,3 +218,16 @@ def accept(fd: int) -> tuple[int, bytes, int]:
     else:
         packed = peer[8:24]
     return new, packed, peer[2] << 8 | peer[3]
+
+
+# inotify(7): `inotify.py` --------------------------------------------------------------------------------------------
+
+
+def inotify_init() -> int:
+    """A non-blocking descriptor without watches."""
+    return check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1")
+
+
+def inotify_add_watch(fd: int, path: str, mask: int) -> int:
+    """Watch what `path` leads to; returns the watch."""
+    return check(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(mask)), "inotify_add_watch")

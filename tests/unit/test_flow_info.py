@@ -15,8 +15,9 @@ from passt.core.flow import LABELS, RECENT, FlowInfo
 from passt.linux.tcpinfo import BYTES_ACKED, BYTES_RECEIVED, RTT, TOTAL_RETRANS
 from passt.wire.tcp import ACK, FIN, RST, SYN
 
+from . import test_dns as test_dns_flows
 from . import test_icmp, test_udp, test_udp_splice
-from .support import T0
+from .support import T0, reactor
 from .tcp_support import PEER_PORT, FakeSocket, Talk, accepted_connection, fake_sockets, open_connection
 from .test_tcp_splice import Lab, MakeLab, make_lab, reset
 from .test_udp_splice import Start, start
@@ -311,13 +312,33 @@ def test_pings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (info.protocol, info.to_guest, info.to_host, info.state) == ("icmp", 64, 64, "active")
     talk.icmp.forget()
     assert closed(talk.ctx) == {("ping", "guest gone"): 1}
+    reactor(talk.ctx).end_turn(T0)
+
+
+# DNS ---------------------------------------------------------------------------------------------------------------
+
+
+def test_dns() -> None:
+    """The host's end is the resolver that was asked last."""
+    talk = test_dns_flows.Talk(test_dns_flows.A, test_dns_flows.C)
+    query, answer = test_dns_flows.query(7), test_dns_flows.answer(7)
+    talk.asks(query)
+    talk.fails(test_dns_flows.A)
+    talk.answers(test_dns_flows.C, answer)
+    info = info_of(talk.ctx, T0)
+    assert (info.protocol, info.path) == ("udp", "tap")
+    assert ends_of(info) == ("guest", "192.0.2.2:40000", "169.254.1.1:53", f"[{test_dns_flows.C}]:53")
+    assert (info.to_guest, info.to_host) == (len(answer), 2 * len(query))
+    talk.udp.forget()
+    assert closed(talk.ctx) == {("dns", "guest gone"): 1}
 
 
 def test_all_labels_were_met() -> None:
+    from passt.dns import DnsFlow
     from passt.icmp import PingFlow
     from passt.tcp_conn import TcpConn
     from passt.tcp_splice import SpliceConn
     from passt.udp_flow import UdpFlow
     from passt.udp_splice import SpliceFlow
 
-    assert tuple(kind.label for kind in (TcpConn, SpliceConn, UdpFlow, SpliceFlow, PingFlow)) == LABELS
+    assert tuple(kind.label for kind in (TcpConn, SpliceConn, UdpFlow, SpliceFlow, DnsFlow, PingFlow)) == LABELS
