@@ -167,15 +167,15 @@ def detach(
     single-threaded. Raises Fatal; in the background, that is raised in the child, and the parent ends with status 1 in
     silence.
     """
-    pivot_root = seccomp.number("pivot_root")
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     netns.settle()
     isolation.leave_processes(background=sandbox.background)
     starter = go_background(pid_file) if sandbox.background else Starter(pid_file)
     settled(time.monotonic())
-    isolation.leave_files(pivot_root, chroot_fallback=options.chroot_fallback)
+    isolation.leave_files(seccomp.number, sandbox.directories, chroot_fallback=options.chroot_fallback)
     if sandbox.namespace is not None:
         sandbox.namespace.move_in(partial(isolation.lock_down, *sandbox.capabilities))
+        os.close(sandbox.namespace.fd)
     isolation.lock_down(*sandbox.capabilities)
     rules = seccomp.build(sandbox.mode, os.uname().machine, seccomp.in_directories(sandbox.directories))
     starter.let_go(null)

@@ -34,7 +34,7 @@ import errno
 import grp
 import os
 import pwd
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,6 +68,7 @@ from .linux.syscall import (
     PR_SET_PDEATHSIG,
     has_capability,
     mount,
+    open_tree,
     parent_death_signal,
     pivot_root,
     prctl,
@@ -175,11 +176,18 @@ def leave_processes(*, background: bool) -> None:
         raise Fatal(f"Couldn't leave the host's processes: {e.strerror} ({namespace_hint(e)})") from None
 
 
-def leave_files(pivot_root_number: int, *, chroot_fallback: bool) -> None:
-    """Leave the file system, and IPC and UTS namespaces: the root is empty, and the current directory. Raises Fatal."""
+def leave_files(number: Callable[[str], int], directories: Iterable[int], *, chroot_fallback: bool) -> None:
+    """Leave the file system, and IPC and UTS namespaces: the root is empty, and the current directory. Raises Fatal.
+
+    Descriptors of `directories` stay: they lead to what is below them, and no way up. number(name) is that of a system
+    call.
+    """
     step = "leave the host's mount, IPC and UTS namespaces"
     try:
         unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS)
+        step = "detach directories whose files are followed"
+        for fd in directories:
+            _cut_off(number("open_tree"), fd)
         step = "detach mounts from the host's"
         mount("none", "/", "", MS_REC | MS_PRIVATE)
         step = "mount an empty file system"
@@ -188,9 +196,22 @@ def leave_files(pivot_root_number: int, *, chroot_fallback: bool) -> None:
         mount("tmpfs", place, "tmpfs", flags, "nr_inodes=2,mode=0500")
         os.chdir(place)
         step = "make it the root"
-        _change_root(pivot_root_number, chroot_fallback=chroot_fallback)
+        _change_root(number("pivot_root"), chroot_fallback=chroot_fallback)
     except OSError as e:
         raise Fatal(f"Couldn't {step}: {e.strerror}") from None
+
+
+def _cut_off(open_tree_number: int, fd: int) -> None:
+    """Make a mount of the directory `fd` alone, under the same number: its `..` is itself. Raises OSError."""
+    path = os.readlink(f"/proc/self/fd/{fd}")  # in our mount namespace, which is new
+    try:
+        alone = open_tree(open_tree_number, path, recursive=False)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        alone = open_tree(open_tree_number, path, recursive=True)  # what is mounted below may not be uncovered
+    os.dup2(alone, fd, inheritable=False)
+    os.close(alone)
 
 
 def _change_root(pivot_root_number: int, *, chroot_fallback: bool) -> None:

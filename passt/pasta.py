@@ -274,8 +274,8 @@ def inherit_tap(target: Target, fd: int, plan: NsPlan) -> Interface:
 class Watch:
     """Notices that the file of a namespace is gone. Made while we may still look; `gone` says so later.
 
-    `fds` are to be watched for input; `poll` says that somebody must ask `gone` now and then as well. `directories` are
-    the descriptors that it looks from, one or none: then it takes the namespace to be there.
+    `fds` are to be watched for input; `poll` says that somebody must ask `gone` now and then as well, which looks from
+    `directories` (descriptors, none without `poll`), since paths lead nowhere then.
     """
 
     def __init__(self, path: str) -> None:
@@ -283,16 +283,14 @@ class Watch:
         self.fds: list[int] = []
         self.poll = False
         self._pidfd = self._inotify = self._directory = -1
-        try:
-            self._directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as e:
-            log.debug(f"{path} can't be looked at: {e}")
         pid = proc.pid_of_path(path)
         if pid is not None:
             self._watch_process(pid)
         if pid is None or not self._below_ns(path):
             self._watch_directory()
         self.fds = [fd for fd in (self._pidfd, self._inotify) if fd >= 0]
+        if self.poll:
+            self._open_directory()
 
     @staticmethod
     def _below_ns(path: str) -> bool:
@@ -316,6 +314,13 @@ class Watch:
             log.debug(f"Watching {self.path} by looking at it: {e}")
             self.poll = True
 
+    def _open_directory(self) -> None:
+        try:
+            self._directory = os.open(os.path.dirname(self.path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as e:
+            self.poll = False
+            log.warn(f"The end of {self.path} will not be noticed: {e.strerror}")
+
     @property
     def directories(self) -> tuple[int, ...]:
         return (self._directory,) if self._directory >= 0 else ()
@@ -332,13 +337,14 @@ class Watch:
         if fd == self._pidfd:
             return True
         name = os.path.basename(self.path)
-        return any(e.name == name for e in inotify.read(fd)) and not self._exists()
+        return any(e.name == name for e in inotify.read(fd))
 
     def _exists(self) -> bool:
-        if self._directory < 0:
-            return True
+        path, directory = self.path, None
+        if self._directory >= 0:
+            path, directory = os.path.basename(path), self._directory
         try:
-            os.close(os.open(os.path.basename(self.path), os.O_PATH | os.O_CLOEXEC, dir_fd=self._directory))
+            os.close(os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=directory))
         except (FileNotFoundError, ProcessLookupError):
             return False
         except OSError:

@@ -12,7 +12,8 @@ the first byte of the guest is read, and for all threads.
     setsockopt                       the levels of these protocols             filters, netlink, packet rings
     ioctl                            the requests that are made                TIOCSTI, and drivers' own
     fcntl                            the commands that are made                locks, leases, signals to others
-    openat, readlinkat               directories whose files are watched       all other files
+    openat, readlinkat               to read, in directories with files that   all other files
+                                     are followed (resolv.conf)
     kill                             signal 0                                  signals
 
 There is no clone, execve, setns, unshare, mount, ptrace or prctl, and no open by path: the root is empty anyway.
@@ -26,6 +27,7 @@ Python's binding of libseccomp is pyseccomp, or Debian's package python3-seccomp
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
@@ -106,8 +108,13 @@ def collect(mode: str, modules: Iterable[ModuleType] | None = None) -> dict[str,
 
 
 def in_directories(descriptors: Iterable[int]) -> Calls:
-    """Opening files, and following links, in these directories."""
-    return tuple(Call(name, (Test(0, fd),)) for fd in descriptors for name in ("openat", "readlinkat"))
+    """Opening files to read them, and following links, in these directories."""
+    reading = Test(2, os.O_RDONLY, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC)
+    return tuple(
+        call
+        for fd in descriptors
+        for call in (Call("openat", (Test(0, fd), reading)), Call("readlinkat", (Test(0, fd),)))
+    )
 
 
 def build(mode: str, machine: str, extra: Sequence[Call] = (), library: Any = None) -> Any:
