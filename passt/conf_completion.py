@@ -8,7 +8,7 @@ argument can be, as far as the table tells by its name there:
     UID|UID:GID     users                         SHELL      the shells
     others          `none` where the help has it, or nothing: only the user knows
 
-Options end at the first operand. With pasta that is a command, which is completed by its own rules.
+Options end at the first operand. With pasta that is a command, which is completed by its own rules; with pesto, a file.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Option(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program to complete: its names, its options, whether its operands are a command, and words for SPEC."""
+    """A program to complete: its names, its options, what its operands are ("command", "file", ""), words for SPEC."""
 
     names: tuple[str, ...]
     options: Sequence[Option]
-    command: bool = False
+    operands: str = ""
     spec: tuple[str, ...] = ("none", "all")
 
     def words(self, option: Option) -> tuple[str, ...]:
@@ -59,7 +59,8 @@ class Program:
         return ("none",) if "'none'" in option.help else ()
 
     def with_arg(self) -> list[Option]:
-        return [option for option in self.options if option.arg]
+        """Options whose argument may be the next word; one that is optional never is."""
+        return [option for option in self.options if option.arg and not option.arg.startswith("[")]
 
 
 def script(shell: str, program: Program) -> str:
@@ -118,6 +119,10 @@ if ((i < COMP_CWORD)) && declare -F _command_offset >/dev/null; then
         else
             mapfile -t COMPREPLY < <(compgen -c -- "$cur")
         fi"""
+_BASH_FILE = """\
+compopt -o filenames
+        mapfile -t COMPREPLY < <(compgen -f -- "$cur")"""
+_BASH_OPERANDS = {"command": _BASH_COMMAND, "file": _BASH_FILE, "": ":"}
 
 
 _BASH_ACTIONS = {
@@ -146,7 +151,7 @@ def _bash(program: Program) -> str:
         with_arg="|".join(form for option in program.with_arg() for form in _forms(option)),
         arguments="\n".join(lines),
         options=" ".join(form for option in program.options for form in _forms(option)),
-        operands=_BASH_COMMAND if program.command else ":",
+        operands=_BASH_OPERANDS[program.operands],
     )
 
 
@@ -167,6 +172,9 @@ _ZSH_ACTIONS = {
 }
 
 
+_ZSH_OPERANDS = {"command": "*:::command:_normal", "file": "*:file:_files", "": "*: :"}
+
+
 def _zsh(program: Program) -> str:
     lines = [f"#compdef {' '.join(program.names)}", f"# zsh completion of {program.names[0]}(1), {_NOTE}", ""]
     if any(option.arg == "PATH|NAME" for option in program.options):
@@ -174,11 +182,14 @@ def _zsh(program: Program) -> str:
     lines.append("_arguments -s -S -A '-*' \\")
     for option in program.options:
         text = _zsh_quoted(option.help.split("\n")[0])
-        arg = f":{_zsh_quoted(option.arg)}:{_zsh_action(program, option)}" if option.arg else ""
+        short, long, colons = ("+", "=", ":") if option in program.with_arg() else ("-", "=-", "::")
+        if not option.arg:
+            short = long = ""
+        arg = f"{colons}{_zsh_quoted(option.arg)}:{_zsh_action(program, option)}" if option.arg else ""
         if option.short:
-            lines.append(f"    '*-{option.short}{'+' if arg else ''}[{text}]{arg}' \\")
-        lines.append(f"    '*--{option.name}{'=' if arg else ''}[{text}]{arg}' \\")
-    lines.append("    '*:::command:_normal'" if program.command else "    '*: :'")
+            lines.append(f"    '*-{option.short}{short}[{text}]{arg}' \\")
+        lines.append(f"    '*--{option.name}{long}[{text}]{arg}' \\")
+    lines.append(f"    '{_ZSH_OPERANDS[program.operands]}'")
     return "\n".join(lines) + "\n"
 
 
@@ -199,8 +210,10 @@ def _zsh_quoted(text: str) -> str:
 
 
 def _fish(program: Program) -> str:
-    lines = [f"# fish completion of {program.names[0]}(1), {_NOTE}", f"complete -c {program.names[0]} -f"]
-    if program.command:
+    lines = [f"# fish completion of {program.names[0]}(1), {_NOTE}"]
+    if program.operands != "file":
+        lines.append(f"complete -c {program.names[0]} -f")
+    if program.operands == "command":
         lines.append(f"complete -c {program.names[0]} -a '(__fish_complete_subcommand)'")
     for option in program.options:
         short = f" -s {option.short}" if option.short else ""
@@ -222,4 +235,4 @@ def _fish_arg(program: Program, option: Option) -> str:
     words = program.words(option)
     if words:
         return f" -x -a '{' '.join(words)}'"
-    return " -x" if option.arg else ""
+    return " -x" if option in program.with_arg() else ""

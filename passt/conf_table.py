@@ -285,7 +285,7 @@ def completed(mode: str) -> Program:
 
     options = [replace(option, help=_text(option, mode)) for option in listed(mode)]
     if mode == PASTA:
-        return Program(("pasta", "passt4netns"), options, command=True, spec=("none", "auto", "all"))
+        return Program(("pasta", "passt4netns"), options, operands="command", spec=("none", "auto", "all"))
     return Program(("passt",), options)
 
 

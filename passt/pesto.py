@@ -26,6 +26,8 @@ from .log import Fatal
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .conf_completion import Program
+
 PROGRAM = "pesto"
 TIMEOUT = 60.0  # s that the other end may take to answer
 SIDES = ("HOST", "SPLICE", "ALL")
@@ -121,6 +123,13 @@ TABLE = (
     Option("help", "h", "", _help, "Display this help and exit"),
     Option("version", "", "", _version, "Show version and exit"),
 )  # fmt: skip
+
+
+def completed() -> Program:
+    """What shells complete."""
+    from .conf_completion import Program
+
+    return Program((PROGRAM,), TABLE, operands="file", spec=("none", "auto", "all"))
 
 
 def usage() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from passt import pesto
 from passt.conf_completion import SHELLS, script
 from passt.conf_table import completed, listed
 from passt.core.config import PASST, PASTA
@@ -16,6 +17,7 @@ from passt.log import Fatal
 from tests.system.support import Pty, environment
 
 COMPLETIONS = Path(__file__).parent.parent / "completions"
+PESTO = "pesto"
 FILES = {
     "bash/pasta": ("bash", PASTA),
     "bash/passt4netns": ("bash", PASTA),
@@ -24,6 +26,9 @@ FILES = {
     "zsh/_passt": ("zsh", PASST),
     "fish/pasta.fish": ("fish", PASTA),
     "fish/passt.fish": ("fish", PASST),
+    "bash/pesto": ("bash", PESTO),
+    "zsh/_pesto": ("zsh", PESTO),
+    "fish/pesto.fish": ("fish", PESTO),
 }
 
 
@@ -37,7 +42,8 @@ def run(*argv: str) -> str:
 def test_files_are_up_to_date(path: str) -> None:
     """If not: scripts/completions."""
     shell, mode = FILES[path]
-    assert (COMPLETIONS / path).read_text() == script(shell, completed(mode))
+    program = pesto.completed() if mode == PESTO else completed(mode)
+    assert (COMPLETIONS / path).read_text() == script(shell, program)
 
 
 def test_every_file_is_installed() -> None:
@@ -72,7 +78,7 @@ def complete(name: str, *words: str) -> list[str]:
     source {COMPLETIONS}/bash/{name}
     complete -p {name} >/dev/null
     COMP_WORDS=({line}); COMP_CWORD={len(words)}
-    _{"passt" if name == "passt" else "pasta"}
+    _{"pasta" if name == "passt4netns" else name}
     printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     return sorted(set(filter(None, run("bash", "--norc", "-c", code).splitlines())))
@@ -122,10 +128,23 @@ def test_bash_completes_passt(words: list[str], offered: list[str]) -> None:
     assert complete("passt", *words) == offered
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["--del"], ["--delete"]),
+        (["-A", "-t", ""], ["all", "auto", "none"]),
+        (["--clear", "--sh"], ["--show"]),  # its argument, which it can do without, is never the next word
+        (["-s", "/etc/hostn"], ["/etc/hostname"]),
+    ],
+)
+def test_bash_completes_pesto(words: list[str], offered: list[str]) -> None:
+    assert complete("pesto", *words) == offered
+
+
 # zsh and fish ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["_pasta", "_passt"])
+@pytest.mark.parametrize("name", ["_pasta", "_passt", "_pesto"])
 def test_zsh_takes_it(name: str) -> None:
     run("zsh", "-f", "-n", str(COMPLETIONS / "zsh" / name))
 
@@ -141,6 +160,8 @@ def test_zsh_completes() -> None:
             shell.type("\x15")  # which empties the line
         shell.type("true; passt --one\t")
         shell.expect("--one-off")
+        shell.type("\x15true; pesto --metr\t")
+        shell.expect("--metrics")
     finally:
         shell.close()
 
@@ -154,6 +175,7 @@ def test_zsh_completes() -> None:
         ("passt --one", ["--one-off"]),
         ("passt --config-", []),
         ("passt -u a", ["all"]),
+        ("pesto --metr", ["--metrics"]),
     ],
 )
 def test_fish_completes(line: str, offered: list[str]) -> None:
