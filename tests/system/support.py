@@ -99,12 +99,15 @@ def wait_for(condition: Callable[[], Any], what: str, deadline: float = DEADLINE
 
 
 def alive(pid: int) -> bool:
-    """Whether `pid` is a process that has not ended (a zombie has)."""
+    """Whether `pid` is a process that has not ended with all of its threads (a zombie has)."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            return f.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except (FileNotFoundError, ProcessLookupError):
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
         return False
+    try:
+        return not select.select([process], [], [], 0)[0]
+    finally:
+        os.close(process)
 
 
 @dataclass
