@@ -33,7 +33,7 @@ class Reports:
         self._ctx = ctx
         self._interval = options.stats
         self._lines = _as_json() if options.stats_json else metrics.table
-        self._earlier: metrics.Snapshot | None = None
+        self._earlier: metrics.Snapshot | None = None  # the last one that was shown, or that of the begin
         self._due = 0.0
         if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
             ctx.reactor.on_signal(signal.SIGUSR1, self.show)
@@ -42,8 +42,9 @@ class Reports:
         log.on_held = partial(services.arm, services.new(log.flush_held))
 
     def begin(self, now: float) -> None:
-        """Open the last file, start the timer."""
+        """Open the last file, start the timer. What it took to get here is not of the loop."""
         self._ctx.stats.open_memory()
+        self._earlier = metrics.snapshot(self._ctx, now)
         if self._interval:
             self._due = now + self._interval
             self._ctx.timers.services.arm(self._timer, self._due)

@@ -134,6 +134,22 @@ def test_signals_are_passed_on(pasta: Runner, number: signal.Signals) -> None:
     assert process.wait(DEADLINE) == 9
 
 
+def test_statistics_are_for_whoever_asks(pasta: Runner) -> None:
+    """SIGUSR1 is ours: the command, which has a trap for it, hears nothing."""
+    script = "trap 'echo hit' USR1; echo ready; while :; do sleep 0.05; done"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = pasta.start("-q", "--", "sh", "-c", script, **pipes)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == b"ready\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGUSR1)
+        while not process.stderr.readline().startswith(b"Statistics of the last "):
+            assert process.poll() is None
+    process.terminate()
+    assert process.stdout.read() == b""
+    assert process.wait(DEADLINE) == 143
+
+
 def test_command_that_dies_of_a_passed_signal(pasta: Runner) -> None:
     process = pasta.start("-q", "--", "sh", "-c", "echo ready; exec sleep 1000", stdout=subprocess.PIPE)
     assert process.stdout is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,3 +238,16 @@ def test_guest_that_never_reads(lan: Lan, ordinary_user: User) -> None:
         while client.frame(0.5):
             pass
         client.ping(PEER)
+
+
+def test_statistics_on_a_signal(lan: Lan, ordinary_user: User) -> None:
+    """Whether there is a guest, and what it sent and got: frames of a virtual machine are those of its wire."""
+    with passt(lan, ordinary_user, "-q") as server:
+        os.kill(server.daemon, signal.SIGUSR1)
+        server.expect(r"\n  0 guests, ")
+        with Client.at(str(server.path)) as client:
+            client.configure().ping(PEER)
+            os.kill(server.daemon, signal.SIGUSR1)
+            server.expect(r"\n  1 guest, ")
+            server.expect(r"\n    ping +1 +\S+ +1 +0\n")
+            server.expect(r"\n  guest -> host +\S+ +[1-9]\d* +\S+ +[1-9]\d*\n")
