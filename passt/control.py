@@ -50,7 +50,7 @@ REST = 0.1  # s that a listener is left alone after accept(2) has failed
 
 CALLS = calls("accept4", "recvfrom", "sendto", "close")
 
-BACKLOG = CLIENTS_MAX
+BACKLOG = 128  # who comes while we are busy: a client that may not wait is refused at once beyond that
 _TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 

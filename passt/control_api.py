@@ -23,7 +23,6 @@ A rule is written as on the command line. What is no JSON object ends the conver
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -100,7 +99,7 @@ class Api:
             return streamed("flows", metrics.flows(self._ctx, now))
         if command == "show":
             _no_more(asked)
-            rules = list(self._forwards.rules.items())
+            rules = sorted(self._forwards.rules.items(), key=_number)
             return streamed("rules", (self._described(number, rule) for number, rule in rules))
         if command in ("add", "delete", "replace", "clear", "change"):
             outcome = self._forwards.change(self._changes(command, asked), now)
@@ -154,8 +153,8 @@ class Api:
     def _changed(self, outcome: Outcome) -> Json:
         return {
             "ok": True,
-            "added": [self._described(number, rule) for number, rule in outcome.added.items()],
-            "removed": [describe(number, rule) for number, rule in outcome.removed.items()],
+            "added": [self._described(*item) for item in sorted(outcome.added.items(), key=_number)],
+            "removed": [describe(*item) for item in sorted(outcome.removed.items(), key=_number)],
             "present": [describe(None, rule) for rule in outcome.present],
         }
 
@@ -178,7 +177,6 @@ class Api:
             "info": {
                 "version": __version__,
                 "mode": self._mode,
-                "pid": os.getpid(),
                 "mtu": config.mtu,
                 "assigned": [addr.text(ip.addr) for ip in (config.ip4, config.ip6) if ip is not None and ip.addr],
                 "gateways": [addr.text(ip.gateway) for ip in (config.ip4, config.ip6) if ip is not None and ip.gateway],
@@ -244,6 +242,10 @@ def _list(asked: Json, name: str, kind: type) -> list[Any]:
 def _no_more(asked: Json) -> None:
     for name in asked:
         raise Wrong(f"unknown member {name!r:.80} of the request")
+
+
+def _number(item: tuple[int, Rule]) -> int:
+    return item[0]
 
 
 def _text(address: bytes) -> str | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .pesto import Connection
 
 INTERVAL = 1.0  # s
+USUAL = (80, 24)  # columns and rows of a terminal that does not say
 NARROW, LOW = 60, 10  # what is drawn on at least, whatever the terminal says
 
 _ENTER = "\x1b[?1049h\x1b[?25l"  # another screen, without the cursor
@@ -63,7 +64,7 @@ def _watch(connection: Connection, keyboard: _Keyboard) -> None:
     earlier = ask(connection)
     now = earlier
     while True:
-        columns, rows = os.get_terminal_size()
+        columns, rows = (said or usual for said, usual in zip(os.get_terminal_size(), USUAL, strict=True))
         lines = draw(now, earlier, max(columns, NARROW), max(rows, LOW))
         lines[2:3] = [f"{_REVERSE}{lines[2]:<{columns}}{_PLAIN}"]
         screen = f"{_REST_OF_LINE}\r\n".join(lines[:rows])
@@ -157,7 +158,7 @@ def _summary(now: Json, earlier: Json, seconds: float, width: int) -> list[str]:
     cpu = (sum(now["cpu"].values()) - sum(earlier["cpu"].values())) / seconds
     wakeups = (now["loop"]["wakeups"] - earlier["loop"]["wakeups"]) / seconds
     first = (
-        f"{now['mode']} {now['version']}, PID {now['pid']}, up {span(now['uptime'])}; CPU {cpu:.0%}, "
+        f"{now['mode']} {now['version']}, up {span(now['uptime'])}; CPU {cpu:.0%}, "
         f"memory {size(now['memory'])}, {size(wakeups)} wake-ups/s"
     )
     rates = []

@@ -127,7 +127,8 @@ class SlirpApi:
         return found
 
     def _list(self) -> Iterator[bytes]:
-        rules = [(n, rule) for n, rule in self._forwards.rules.items() if not rule.auto and not rule.outbound]
+        items = sorted(self._forwards.rules.items(), key=lambda item: item[0])
+        rules = [(n, rule) for n, rule in items if not rule.auto and not rule.outbound]
         entries = (entry for number, rule in rules for entry in self._entries(number, rule))
         yield b'{"return": {"entries": ['
         separator = ""

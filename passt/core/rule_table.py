@@ -13,7 +13,7 @@ same port (`core/rules.py`), but for `auto` ones, which leave to others what the
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ class Missing(Exception):
 
 
 class RuleTable:
-    """Rules by number, in the order in which they came."""
+    """Rules by number, in no particular order."""
 
     def __init__(self, rules: Iterable[Rule] = ()) -> None:
         self.rules: dict[int, Rule] = {}
@@ -66,7 +66,8 @@ class RuleTable:
 
     def _take(self, number: int) -> Rule:
         rule = self.rules.pop(number)
-        self._parts[meaning(rule)].remove((rule.first, number))
+        parts = self._parts[meaning(rule)]
+        del parts[bisect_left(parts, (rule.first, number))]
         return rule
 
     def covering(self, rule: Rule) -> list[int]:
@@ -88,7 +89,8 @@ class RuleTable:
         at = bisect_right(parts, (rule.first, self._next)) - 1
         if at >= 0 and self.rules[parts[at][1]].last < rule.first:
             at += 1
-        yield from [number for _, number in parts[max(at, 0) :]]
+        for i in range(max(at, 0), len(parts)):
+            yield parts[i][1]
 
     def delete(self, rule: Rule) -> None:
         """Take its ports away from those who have them. Raises Missing, and nothing is changed then."""

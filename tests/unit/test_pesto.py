@@ -325,7 +325,6 @@ def stats(uptime: float, **more: Any) -> Json:
     return {
         "mode": "pasta",
         "version": "1",
-        "pid": 42,
         "uptime": uptime,
         "memory": 50_000_000,
         "cpu": {"user": uptime / 10, "system": uptime / 10},
@@ -345,7 +344,7 @@ def test_a_screen() -> None:
     lines = draw(now, earlier, 80, 24)
     assert max(map(len, lines)) <= 80
     assert lines[:2] == [
-        "pasta 1, PID 42, up 12.0s; CPU 20%, memory 50M, 100 wake-ups/s",
+        "pasta 1, up 12.0s; CPU 20%, memory 50M, 100 wake-ups/s",
         "2.0kB/s to guest, 1.0kB/s to host; flows: 2 tcp, 1 udp+",
     ]
     assert lines[3].split()[-4:] == ["1.0k", "0", "5.0M", "12.3ms"], "the one with the highest rate first"
