@@ -1,6 +1,7 @@
 """The commands: `pasta`, also called `passt4netns`, or `python -m passt`; and `passt`, or `python -m passt.vm`.
 
-As with the original, which of them it is follows from the name that it is called by.
+As with the original, which of them it is follows from the name that it is called by. A name that has neither is pasta:
+who executes a script by its descriptor, as nsjail does, calls it /dev/fd/N.
 
 Only what parsing needs is imported here, so that --help, --version and errors are quick.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import struct
 import subprocess
@@ -130,6 +129,32 @@ def test_netns_by_name_and_its_end(root_pasta: Runner) -> None:
         daemon = root_pasta.daemon("--config-net", "--netns", target.name)
         assert len(target.show("address")) == 2
         assert alive(daemon)
+    wait_for(lambda: not alive(daemon), "the end of pasta")
+
+
+def test_netns_by_name_in_another_directory(root_pasta: Runner, tmp_path: Path) -> None:
+    """As --nsrun-dir of 2021 and 2022 had it."""
+    file = tmp_path / "green"
+    file.touch()
+    with new_host() as target:
+        subprocess.run(["mount", "--bind", target.path, str(file)], check=True)
+        try:
+            daemon = root_pasta.daemon("--config-net", "--nsrun-dir", str(tmp_path), "--netns", "green")
+            assert len(target.show("address")) == 2
+        finally:
+            subprocess.run(["umount", str(file)], check=True)
+            file.unlink()
+        wait_for(lambda: not alive(daemon), "the end of pasta")
+
+
+def test_netns_that_is_a_pid(pasta: Runner) -> None:
+    """What stands for slirp4netns(1) gives it so: the user namespace of the process is joined, too."""
+    target = pasta.namespace()
+    daemon = pasta.daemon("-q", "--ipv4-only", "-a", "10.0.2.0", "-n", "24", "-g", "10.0.2.2", "--dns-forward",
+                          "10.0.2.3", "-m", "1500", "--no-ndp", "--no-dhcpv6", "--no-dhcp", "--config-net",
+                          "--no-map-gw", "-I", "tap0", "-t", "none", "--netns", str(target))  # fmt: skip
+    assert b"10.0.2.0/24" in enter(target, "ip", "-4", "address", "show", "dev", "tap0")
+    os.kill(target, signal.SIGKILL)
     wait_for(lambda: not alive(daemon), "the end of pasta")
 
 
