@@ -140,9 +140,7 @@ class IdleFlows(Generic[F]):
             self.close(own, "fault")
 
     def close_at_once(self, flow: F, why: str) -> None:
-        """Forget `flow` and give its descriptors back now. Their numbers go to the sockets that are opened next, which
-        may so get an event meant for these in the same turn: the handlers of idle flows bear being called for nothing.
-        """
+        """Forget `flow` and give its descriptors back now: their numbers go to the sockets that are opened next."""
         del self.by_key[flow.key]
         for fd, owner in flow.sockets():
             self._ctx.reactor.forget(fd)

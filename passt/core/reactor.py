@@ -12,8 +12,9 @@ Reference of a watched descriptor:
 
 A descriptor that is closed while events of the same turn still wait could be reused by the next `socket()`, and the
 new owner would get the old one's event. Therefore a descriptor is not closed at once: `retire` forgets the
-reference, so that what still waits for it is skipped, and closes it when the turn ends. Nobody else closes a
-descriptor that is or was watched.
+reference, so that what still waits for it is skipped, and closes it when the turn ends. Who must have it back within
+the turn, because no other is left, asks to `forget` it: then its events of this turn are taken away. Nobody else closes
+a descriptor that is or was watched.
 
 A turn ends with the `at_turn_end` callbacks (acknowledgements that could ride on no data, batches of frames). What was
 put off until `between_turns` comes last, after descriptors were closed: no event waits then, so that what is retired
@@ -87,8 +88,9 @@ class Reactor:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._refs: list[int] = [0] * 1024
+        self._refs: list[int] = [0] * (self._epoll.fileno() + 1024)
         self._handlers: list[Handler] = [_unhandled] * len(TYPE_NAMES)
+        self._ready: list[tuple[int, int]] = []  # what this turn handles, or has handled
         self._retired: list[Closable] = []
         self._put_off: list[Callable[[float], None]] = []
         self._signals: dict[int, Callable[[float], None]] = {}
@@ -127,9 +129,14 @@ class Reactor:
         self._retired.append(owner)
 
     def forget(self, fd: int) -> None:
-        """Stop watching `fd`, which stays open and belongs to the caller again."""
+        """Stop watching `fd`, which stays open and belongs to the caller again.
+
+        No event of this turn is left for it: who gets its number next, be it at once, gets events of its own only.
+        """
         self._refs[fd] = 0
         self._epoll.unregister(fd)
+        nobody = self._epoll.fileno(), 0  # is never watched itself
+        self._ready[:] = [nobody if event[0] == fd else event for event in self._ready]
 
     def between_turns(self, callback: Callable[[float], None]) -> None:
         """Call callback(now) once, when everything of this turn is handled. It must not raise."""
@@ -170,7 +177,7 @@ class Reactor:
 
     def turn(self, timeout: float = -1) -> None:
         """Wait at most `timeout` seconds (-1: for ever), handle what came, close what was retired."""
-        ready = self._epoll.poll(timeout, MAX_EVENTS)
+        ready = self._ready = self._epoll.poll(timeout, MAX_EVENTS)
         now = time.monotonic()
         self.wakeups += 1
         self.events += len(ready)

@@ -102,6 +102,36 @@ def test_forget_leaves_it_open(reactor: Reactor) -> None:
     a.close()
 
 
+@pytest.mark.parametrize("doomed", [0, 1])
+def test_who_gets_a_forgotten_number_in_the_same_turn_gets_no_event_of_its_former_owner(
+    reactor: Reactor, doomed: int
+) -> None:
+    """Whichever of two is handled first forgets the other one, whose number a socket without events gets at once."""
+    socks = [readable(), readable()]
+    fresh: list[socket.socket] = []
+    handled: Seen = []
+
+    def handler(ref: int, events: int, now: float) -> None:
+        handled.append((r.ref_data(ref), events))
+        victim = socks[1 - r.ref_data(ref)]
+        fd = victim.fileno()
+        a, b = socket.socketpair()
+        reactor.forget(fd)
+        victim.close()
+        os.dup2(a.fileno(), fd)  # as the next socket() would get it, but for certain
+        fresh.extend((a, b, socket.socket(fileno=fd)))
+        reactor.watch(fd, TYPE_UDP, 7, EPOLLIN)
+
+    reactor.handle(TYPE_TCP, handler)
+    reactor.handle(TYPE_UDP, no_handler)
+    for i in (doomed, 1 - doomed):
+        reactor.watch(socks[i].fileno(), TYPE_TCP, i, EPOLLIN)
+    reactor.turn(5)
+    assert len(handled) == 1
+    for s in (*socks, *fresh):
+        s.close()
+
+
 def test_descriptor_beyond_the_table(reactor: Reactor) -> None:
     a = readable()
     seen: Seen = []
