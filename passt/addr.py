@@ -21,6 +21,15 @@ def is_loopback(a: bytes) -> bool:
     return a == LOOPBACK6 or (a[:12] == V4_MAPPED_PREFIX and a[12] == 127)
 
 
+def is_martian(a: bytes) -> bool:
+    """An address that no packet on a link may have (RFC 1812, 5.3.7): loopback, or IPv4 mapped into IPv6.
+
+    The latter is how a program writes IPv4 addresses to its own kernel (RFC 4291, 2.5.5.2): ::ffff:127.0.0.1 is its
+    loopback, too.
+    """
+    return is_loopback(a) or a[:12] == V4_MAPPED_PREFIX
+
+
 def unmapped(a: bytes) -> bytes:
     """The IPv4 address that is mapped into an IPv6 one (RFC 4291, 2.5.5.2), or else `a` itself."""
     return a[12:] if a[:12] == V4_MAPPED_PREFIX else a

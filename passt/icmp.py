@@ -170,6 +170,8 @@ def refuse(src: bytes, dst: bytes, echo: memoryview) -> str | None:
         return "icmp: not an echo request"
     if not addr.is_unicast(src) or addr.is_unspecified(dst):
         return "icmp: no address to answer or to ask"
+    if addr.is_martian(src) or addr.is_martian(dst):
+        return "icmp: martian address"
     return None
 
 

@@ -29,6 +29,8 @@ header is inside the packet before it is read. What fails is dropped and counted
     ICMP        8 bytes                                            icmp truncated
     ND          hop limit 255 (RFC 4861, 6.1 and 7.1)              ndp hop limit
     family off  IPv4 or IPv6 is disabled                           ipv4 disabled, ipv6 disabled
+    addresses   loopback, or IPv4 mapped into IPv6: looked at      tcp endpoint, udp: martian address,
+                when a flow begins, since later ones have its key  icmp: martian address
     others      no such protocol here (IGMP, MLD, SCTP ...)        ip protocol, icmp type
 
 Checksums of the guest are not verified: they are partial (the offload), or came through memory that does not flip bits.
@@ -393,7 +395,7 @@ class Tap:
     def _seen(self, src: bytes) -> None:
         """Remember the source address of the guest."""
         guest = self._guest
-        if addr.is_loopback(src) or not addr.is_unicast(src) or src in self._behind:
+        if addr.is_martian(src) or not addr.is_unicast(src) or src in self._behind:
             return
         if len(src) == 4:
             guest.addr4 = src

@@ -428,4 +428,4 @@ def _agree(conn: TcpConn, options: tcp.SynOptions) -> None:
 
 def _may_connect(a: bytes) -> bool:
     """Whether `a` may be an end of a connection on the link to the guest."""
-    return addr.is_unicast(a) and not addr.is_loopback(a)
+    return addr.is_unicast(a) and not addr.is_martian(a)

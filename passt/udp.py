@@ -68,6 +68,8 @@ def refuse(src: bytes, dst: bytes, key: bytes) -> str | None:
     """Why a datagram of the guest cannot begin a flow, None if it can."""
     if not addr.is_unicast(src) or addr.is_unspecified(dst):
         return "udp: no address to answer or to send to"
+    if addr.is_martian(src) or addr.is_martian(dst):
+        return "udp: martian address"
     if not any(key[-4:-2]) or not any(key[-2:]):
         return "udp: port 0"
     return None

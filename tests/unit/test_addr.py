@@ -55,6 +55,28 @@ def test_kinds(text: str, loopback: bool, link_local: bool, multicast: bool, uni
     assert (addr.is_multicast(a), addr.is_unicast(a)) == (multicast, unicast)
 
 
+@pytest.mark.parametrize(
+    ("text", "martian"),
+    [
+        ("127.0.0.1", True),
+        ("127.255.255.255", True),
+        ("126.255.255.255", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", True),
+        ("::2", False),
+        ("::", False),
+        ("::ffff:127.0.0.1", True),
+        ("::ffff:0.0.0.0", True),
+        ("::ffff:192.0.2.1", True),
+        ("::fffe:127.0.0.1", False),
+        ("ff02::1", False),
+    ],
+)
+def test_martians(text: str, martian: bool) -> None:
+    assert addr.is_martian(addr.packed(text)) == martian
+
+
 def test_constants() -> None:
     names = {
         "0.0.0.0": addr.ANY4,

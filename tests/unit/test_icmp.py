@@ -302,6 +302,10 @@ REQUEST4 = bytes.fromhex("0800 f7ff 0000 0000")
         (addr.ANY4, FAR4, REQUEST4, "icmp: no address to answer or to ask"),
         (addr.BROADCAST4, FAR4, REQUEST4, "icmp: no address to answer or to ask"),
         (GUEST4, addr.ANY4, REQUEST4, "icmp: no address to answer or to ask"),
+        (GUEST4, addr.LOOPBACK4, REQUEST4, "icmp: martian address"),
+        (addr.LOOPBACK4, FAR4, REQUEST4, "icmp: martian address"),
+        (GUEST6, addr.LOOPBACK6, b"\x80" + bytes(7), "icmp: martian address"),
+        (GUEST6, addr.packed("::ffff:127.0.0.1"), b"\x80" + bytes(7), "icmp: martian address"),
     ],
 )
 def test_refuse(src: bytes, dst: bytes, echo: bytes, reason: str | None) -> None:
