@@ -30,7 +30,7 @@ class Sockets:
     def __init__(self, options: Options) -> None:
         """Raises Fatal, with nothing left open."""
         self._options = options
-        self._origin: unix.Origin | None = None
+        self._origins: list[unix.Origin] = []  # who may speak: who started us, and who we will be
         self._conf: control.Listening | None = None
         self._api: control.Listening | None = None
         if not wanted(options):
@@ -38,7 +38,7 @@ class Sockets:
         from . import control_api, slirp_api  # noqa: F401  # who we become may not be able to read Python's files
 
         "".encode("unicode_escape")  # for messages: a codec is such a file, too
-        self._origin = unix.Origin()
+        self._origins.append(unix.Origin())
         try:
             if options.conf_path is not None:
                 self._conf = control.listen(options.conf_path)
@@ -55,12 +55,12 @@ class Sockets:
                 with suppress(OSError):  # it may be root's, and we somebody else by now
                     os.unlink(listening.path)
                 listening.sock.close()
-        if self._origin is not None:
-            self._origin.close()
+        for origin in self._origins:
+            origin.close()
 
     def serve(self, ctx: Context) -> None:
         """From now on the loop answers. We are who we will be."""
-        if self._origin is None:
+        if not wanted(self._options):
             return
         from . import control_api, slirp_api
 
@@ -72,4 +72,5 @@ class Sockets:
             sockets.append((self._conf, control_api.Api(ctx, ctx.forwards, specs, options.mode)))
         if self._api is not None:
             sockets.append((self._api, slirp_api.SlirpApi(ctx, ctx.forwards, specs)))
-        control.Control(ctx, sockets, control.Users((self._origin, unix.Origin()), root=in_init_userns()))
+        self._origins.append(unix.Origin())
+        control.Control(ctx, sockets, control.Users(self._origins, root=in_init_userns()))

@@ -433,3 +433,37 @@ def test_two_rules_may_have_a_port_at_different_addresses(make: Make, port: int)
     assert rig.listeners.has(PROTO_TCP, False, port)
     rig.listeners.remove(replace(b, to=port + 1), port)
     assert not rig.listeners.has(PROTO_TCP, False, port)
+
+
+# Rules that change ----------------------------------------------------------------------------------------------------
+
+
+def test_another_rule_takes_a_port_over(make: Make, port: int) -> None:
+    """The socket is the same; where it leads is told for each connection."""
+    rig = make(rule(port, port + 1))
+    heir = replace(rule(port), to=80)
+    rig.listeners.hand_over(rig.opened[0].rule, port, heir)
+    assert (rig.opened[0].rule, rig.opened[0].to) == (heir, 80)
+    assert rig.listeners.ports(heir) == {port} and rig.listeners.ports(rig.opened[1].rule) == {port + 1}
+    rig.connect(port)
+    rig.fire()
+    assert rig.splice.got
+    rig.listeners.remove(heir, port)
+    assert not rig.listeners.has(PROTO_TCP, False, port)
+
+
+@pytest.mark.parametrize(("to", "told"), [(None, []), (80, ["end", "begin"])])
+def test_udp_flows_end_if_a_port_leads_elsewhere(make: Make, port: int, to: int | None, told: list[str]) -> None:
+    rig = make(rule(port, proto=PROTO_UDP))
+    heir = replace(rule(port, proto=PROTO_UDP), option="-u another", to=to or port)
+    before = len(rig.udp_in.ports)
+    rig.listeners.hand_over(rig.opened[0].rule, port, heir)
+    assert [what for _, what in rig.udp_in.ports[before:]] == told
+
+
+def test_what_is_opened_is_not_served_yet(make: Make, port: int) -> None:
+    rig = make()
+    opened, failed = rig.listeners.open([(rule(port), port)])
+    assert not failed and not rig.listeners.ports(rule(port)) and opened[0].fd not in reactor(rig.ctx).refs
+    rig.listeners.watch(opened)
+    assert rig.listeners.ports(rule(port)) == {port}

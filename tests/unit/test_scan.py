@@ -338,3 +338,48 @@ def test_without_ipv4_there_are_none() -> None:
     w.pinned["host", PROTO_UDP] = {(STUB, 53)}
     w.scanner.start(T0)
     assert not w.ours
+
+
+# Rules that change ----------------------------------------------------------------------------------------------------
+
+
+def test_other_rules() -> None:
+    """What comes is looked for at once; what is gone is nobody's business any more; the timer comes and goes."""
+    w = World()
+    w.scanner.start(T0)
+    assert w.deadlines == []
+    w.binds("ns", PROTO_TCP, 80)
+    w.scanner.follow([T], T0)
+    assert w.log == ["+-t auto 80"] and w.deadlines == [T0 + INTERVAL]
+    w.remove(T, 80)
+    w.scanner.follow([], T0 + 0.1)
+    w.look(T0 + INTERVAL)
+    assert w.deadlines == [None] and w.log == ["+-t auto 80", "--t auto 80"]
+    w.scanner.follow([T], T0 + 5)
+    assert w.deadlines == [T0 + 5 + INTERVAL]
+
+
+def test_one_timer_is_enough() -> None:
+    w = World(T)
+    w.scanner.start(T0)
+    w.scanner.follow([T, TO], T0 + 0.5)
+    assert w.deadlines == [T0 + INTERVAL]
+
+
+def test_ports_that_others_ask_for() -> None:
+    """By name, on an address in common: they are left to them, and come back."""
+    w = World(T)
+    w.binds("ns", PROTO_TCP, 80, 81)
+    w.scanner.start(T0)
+    named = replace(T, option="-t 127.0.0.1/80", first=80, last=80, addr=addr.LOOPBACK4, auto=False, weak=False)
+    w.scanner.follow([T, named, replace(named, first=81, last=81, outbound=True)], T0)
+    assert w.ours[T] == {81}
+    w.scanner.follow([T], T0)
+    assert w.ours[T] == {80, 81}
+
+
+def test_what_can_be_followed() -> None:
+    w = World()
+    assert w.scanner.can_follow(True) and w.scanner.can_follow(False)
+    bare = Scanner(w.ctx, w, None, None)  # type: ignore[arg-type]
+    assert not bare.can_follow(True) and not bare.can_follow(False)
