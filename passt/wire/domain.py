@@ -75,7 +75,7 @@ def compress_list(names: Iterable[str]) -> bytes:
     return bytes(out)
 
 
-def _name_at(data: bytes, pos: int) -> tuple[str, int]:
+def _name_at(data: bytes, pos: int, compressed: bool) -> tuple[str, int]:
     """The name at `pos` and the position after it. Pointers lead back, and are no more than labels: the walk ends."""
     found: list[str] = []
     length, after, floor = 1, -1, pos
@@ -85,6 +85,8 @@ def _name_at(data: bytes, pos: int) -> tuple[str, int]:
         size = data[pos]
         pos += 1
         if size >= POINTER:
+            if not compressed:
+                raise Malformed("domain name compressed")
             if pos >= len(data):
                 raise Malformed("domain name truncated")
             target = (size & ~POINTER) << 8 | data[pos]
@@ -110,12 +112,12 @@ def _name_at(data: bytes, pos: int) -> tuple[str, int]:
     raise Malformed("domain name too many pointers")
 
 
-def decode_list(data: bytes) -> tuple[str, ...]:
-    """The names of a list, compressed or not; empty ones are padding (RFC 8106, 5.2). Raises Malformed."""
+def decode_list(data: bytes, *, compressed: bool = True) -> tuple[str, ...]:
+    """The names of a list, which may be `compressed`; empty ones are padding (RFC 8106, 5.2). Raises Malformed."""
     names = []
     pos = 0
     while pos < len(data):
-        name, pos = _name_at(data, pos)
+        name, pos = _name_at(data, pos, compressed)
         if name:
             names.append(name)
     return tuple(names)

@@ -131,7 +131,8 @@ class Dnssl:
     @classmethod
     def parse(cls, c: Cursor) -> Dnssl:
         _, lifetime = c.unpack(cls.LAYOUT)
-        return cls(domain.decode_list(c.rest()), lifetime)
+        # RFC 8106, 5.2 forbids compression, by which a frame could name hundreds of times its size
+        return cls(domain.decode_list(c.rest(), compressed=False), lifetime)
 
     @classmethod
     def leading(cls, names: tuple[str, ...], room: int) -> tuple[str, ...]:

@@ -148,11 +148,23 @@ def test_too_long_a_list() -> None:
         (NS + "0301 40c0ffffffff", "truncated"),
         (NS + "1902 0000 ffffffff 0000000000000000", "truncated"),
         (NS + "1f02 0000 ffffffff 4000000000000000", "label type"),
+        (NS + "1f02 0000 ffffffff 016100c000c00000", "compressed"),
     ],
 )
 def test_malformed(literal: str, reason: str) -> None:
     with pytest.raises(Malformed, match=reason):
         NeighbourSolicitation.parse(bytes.fromhex(literal))
+
+
+def test_names_are_no_more_than_the_message() -> None:
+    """With pointers, 63 KiB of options would be 6 MiB of names, and a second and a half of work."""
+    body, last = bytearray(b"\1a\0"), 0
+    for _ in range(120):
+        body, last = body + b"\1b" + (0xC000 | last).to_bytes(2, "big"), len(body)
+    body += (0xC000 | last).to_bytes(2, "big") * ((2032 - len(body)) // 2) + b"\0"
+    option = b"\x1f\xff" + bytes(6) + body
+    with pytest.raises(Malformed, match="compressed"):
+        RouterSolicitation.parse(bytes((133,)) + bytes(7) + option * 31)
 
 
 def test_unknown_options_are_skipped() -> None:
