@@ -17,6 +17,7 @@ Where a packet goes
                     link: as it is to the tap fd; cut and summed (core.gso) to the UNIX socket (core.stream_link)
     loopbacks       listening socket -> listen -> tcp_splice / udp_in, udp_splice -> socket of the other side
     bound ports     kernel's tables of both sides -> scan -> listen: `auto` opens and closes listening sockets
+    other rules     control sockets -> control -> control_api, slirp_api -> forwards -> listen, scan
     resolv.conf     directory watches -> resolv_conf -> conf_dns -> another Config for dhcp, dhcpv6, ndp, core.resolvers
     time            timerfds -> tcp / udp / icmp / ndp, each handed `now`
 
@@ -24,12 +25,14 @@ Layers: a module imports from lower ones only (tests/test_layers.py holds that)
 ================================================================================
 
     8  vm                                 `python -m passt.vm`
-    7  cli                                the commands
+    7  cli, pesto*                        the commands
     6  conf*, daemon*, wiring             argv -> frozen Config; the composition root
+       control_api, slirp_api             what is said on control sockets
     5  pasta*, passt, qrap                namespaces and the command in them; the socket of a virtual machine
        isolation, terminal, trace         who we are; --trace
-       resolv_conf                        the host's resolvers
+       resolv_conf, control               the host's resolvers; control sockets
     4  tap, stream, listen*, scan         the ways in: frames; connections and datagrams of others
+       forwards, metrics                  rules that change; what is counted, as it is shown
     3  arp ndp dhcp dhcpv6                configuration services
        icmp udp* tcp* dns                 the data plane
     2  core                               loop, timers, packet pool, the way out, flows, rules, resolvers
