@@ -40,7 +40,13 @@ from ..traffic.support import Namespace
 STAYS = 1.2  # seconds, after which whatever looks once per second would have looked
 MARK = "PASST_TEST_CLIENT"  # in the environment of what a client starts, by which it is found again
 _numbers = itertools.count(1)
-_PROGRAMS = {"pasta": "passt.cli", "passt": "passt.cli", "passt4netns": "passt.cli", "qrap": "passt.qrap"}
+_PROGRAMS = {
+    "pasta": "passt.cli",
+    "passt": "passt.cli",
+    "passt4netns": "passt.cli",
+    "qrap": "passt.qrap",
+    "pesto": "passt.pesto",
+}
 _SCRIPT = """#!{python}
 import sys
 sys.path[:0] = {path!r}
