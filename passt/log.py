@@ -44,6 +44,7 @@ _stderr: TextIO | None = sys.stderr
 _stderr_level = TRACE
 _timestamps = False
 _syslog: socket.socket | None = None
+_in_journal = False  # what is written to standard error: syslog would bring it there again
 _file: LogFile | None = None
 _PREFIX = {ERR: "ERROR:", WARNING: "WARNING:", INFO: "info:", DEBUG: "", TRACE: ""}
 
@@ -69,7 +70,7 @@ def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None, 
     That is `log_file`, of at most `log_size` bytes, or else /dev/log if `syslog`. Raises Fatal when the file cannot be
     opened.
     """
-    global _ident, _level, debug_on, trace_on, _timestamps, _syslog, _file
+    global _ident, _level, debug_on, trace_on, _timestamps, _syslog, _in_journal, _file
     _ident, _level = ident, level
     debug_on, trace_on = level >= DEBUG, level >= TRACE
     _timestamps = debug_on
@@ -81,6 +82,13 @@ def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None, 
             raise Fatal(f"Couldn't open log file {log_file}: {e.strerror}") from None
     elif syslog and not debug_on:
         _syslog = _open_syslog()
+        _in_journal = _stderr is not None and _is_journal(_stderr.fileno())
+
+
+def _is_journal(fd: int) -> bool:
+    """Whether systemd has connected a descriptor to its journal (systemd.exec(5))."""
+    status = os.fstat(fd)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def _open_syslog() -> socket.socket | None:
@@ -124,7 +132,7 @@ def _write(level: int, text: str, *, asked: bool = False) -> None:
             _file.write(line.encode(errors="backslashreplace"))
         except OSError:
             pass  # the disk is full: a log line is not worth ending for
-    if _syslog is not None:
+    if _syslog is not None and not (_in_journal and _stderr is not None):
         try:
             _syslog.send(f"<{min(level, DEBUG)}> {_ident}: {text}".encode(errors="backslashreplace"))
         except OSError:

@@ -34,6 +34,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, stderr: TextIO | None) -> None:
         "_stderr_level": log.TRACE,
         "_timestamps": False,
         "_syslog": None,
+        "_in_journal": False,
         "_file": None,
     }
     rate_limits = {"_held": {}, "_flush_at": log.NEVER, "on_held": None}
@@ -137,6 +138,26 @@ def test_syslog(syslog: socket.socket, stderr: Path) -> None:
     log.info("fine")
     assert [syslog.recv(100) for _ in range(3)] == [b"<3> passt: bad", b"<4> passt: odd", b"<6> passt: fine"]
     assert stderr.read_text() == "bad\nodd\nfine\n"
+
+
+def test_journal_has_a_line_once(syslog: socket.socket, stderr: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard error leads there, and so does syslog: that is used when the daemon has no standard error any more."""
+    status = stderr.stat()
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+    log.setup("passt", log.INFO, syslog=True)
+    log.info("starting")
+    log.stop_stderr()
+    log.info("running")
+    assert stderr.read_text() == "starting\n"
+    assert syslog.recv(100) == b"<6> passt: running"
+
+
+def test_stream_that_was_the_journal(syslog: socket.socket, stderr: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that starts us may have redirected it, and left the variable."""
+    monkeypatch.setenv("JOURNAL_STREAM", "8:1")
+    log.setup("passt", log.INFO, syslog=True)
+    log.info("starting")
+    assert syslog.recv(100) == b"<6> passt: starting"
 
 
 def test_syslog_that_stalls(syslog: socket.socket) -> None:
