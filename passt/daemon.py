@@ -284,6 +284,7 @@ def run(ctx: Context, end: End, last: Callable[[], None] = lambda: None) -> NoRe
         log.err(f"The loop failed, exiting: {e!r}")
         end.status = 1
     last()
+    ctx.reactor.abandon()  # ports are free before anybody can see that we are gone
     os._exit(end.status)
 
 

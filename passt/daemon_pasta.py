@@ -150,6 +150,8 @@ def build(
     namespace = Namespace(target.netns) if target.netns >= 0 else None
     ctx, way = wiring.wire(decision, device, mac, namespace, host, ns)
     daemon.follow_names(ctx, options, names)
+    if target.userns is not None:
+        os.close(target.userns)
     return ctx, way, interface
 
 

@@ -43,7 +43,7 @@ class Reports:
 
     def begin(self, now: float) -> None:
         """Open the last file, start the timer. What it took to get here is not of the loop."""
-        self._ctx.stats.open_memory()
+        self._ctx.stats.open_process()
         self._earlier = metrics.snapshot(self._ctx, now)
         if self._interval:
             self._due = now + self._interval

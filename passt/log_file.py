@@ -11,7 +11,7 @@ history at any time, and a byte is moved about twice in its life.
 
 There are two descriptors. Lines are appended (O_APPEND): somebody who empties the file (logrotate's copytruncate) does
 not get one with a hole. pwrite(2) ignores its offset on such a descriptor, so what is moved is moved by another one,
-without the flag; it also tells the size, which others may have changed. To `tail -f` a rotation is a file that was
+without the flag; it also tells whether the file is shorter than it was. To `tail -f` a rotation is a file that was
 truncated, which it says, and goes on.
 
 Not a regular file (a pipe, a terminal, /dev/null): lines are written, and none is waited for; what a reader leaves in a
@@ -33,7 +33,7 @@ _CHUNK = 1 << 18  # bytes moved at once
 _MODE = 0o600
 _FLAGS = os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
-CALLS = calls("write", "lseek", "pread64", "pwrite64", "ftruncate")
+CALLS = calls("write", "pread64", "pwrite64", "ftruncate")
 
 
 class LogFile:
@@ -63,12 +63,12 @@ class LogFile:
     def write(self, data: bytes) -> None:
         """Append a line, or several. Raises OSError."""
         if self._mover >= 0:
-            size = os.lseek(self._mover, 0, os.SEEK_END)
-            if size < self._size:
-                self._header = 0  # somebody has emptied the file, and taken the header, too
+            size = self._size
+            if size and not os.pread(self._mover, 1, size - 1):
+                size = self._header = 0  # somebody has emptied the file, and taken the header, too
             if size + len(data) > self._limit:
                 data, size = self._make_room(data, size)
-            self._size = size
+            self._size = size + len(data)
         os.write(self._fd, data)
 
     def close(self) -> None:

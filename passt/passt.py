@@ -111,7 +111,8 @@ class Clients:
             log.info_ratelimited("guest", "Another client connected: closed, there is a guest already", now)
             sock.close()
             return
-        log.info(f"Accepted connection from PID {unix.credentials(sock)[0]}")
+        pid = unix.credentials(sock)[0]
+        log.info(f"Accepted connection{f' from PID {pid}' if pid else ''}")  # 0: it is in no PID namespace that we see
         self.serve(sock)
 
     def serve(self, sock: socket.socket) -> None:

@@ -50,7 +50,7 @@ from .. import addr, log
 from ..linux.calls import calls
 from ..log import Fatal
 
-CALLS = calls("getsockname", "getpeername")
+CALLS = calls("getsockname")
 
 FREE, NEW, ACTIVE = range(3)
 STATE_NAMES = ("FREE", "NEW", "ACTIVE")

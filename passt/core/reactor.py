@@ -201,6 +201,15 @@ class Reactor:
                 callback(now)
             self.close_retired()
 
+    def abandon(self) -> None:
+        """Close every descriptor that is watched, behind the back of its owner: the process ends.
+
+        The kernel would, too, but only once the last thread has ended, after the first one is seen to be a zombie.
+        """
+        for fd, ref in enumerate(self._refs):
+            if ref:
+                os.close(fd)
+
     def close(self) -> None:
         """Close the epoll set; for tests and for the end of the program."""
         self._epoll.close()

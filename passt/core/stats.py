@@ -19,16 +19,14 @@ machine leaves before it has read all of it.
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable
 
 from ..linux.calls import calls
 
-CALLS = calls("getrusage", "pread64")
+CALLS = calls("pread64", "clock_gettime")
 
-_STATM = "/proc/self/statm"  # in pages: size, resident, ... (proc(5))
-_KIB = 1024
+_STAT = "/proc/self/stat"  # proc(5)
 
 
 class Tally:
@@ -53,35 +51,37 @@ class Stats:
         self.bytes_from_guest = 0  # likewise
         self.spliced = {"tcp": (Tally(), Tally()), "udp": (Tally(), Tally())}
         self.gauges: dict[str, Callable[[], int]] = {}
-        self._statm = -1
-        self._page = resource.getpagesize()
+        self._stat = -1
+        self._page, self._tick = os.sysconf("SC_PAGESIZE"), os.sysconf("SC_CLK_TCK")
 
     def gauge(self, name: str, default: int = 0) -> int:
         """What the owner of `name` says, if it has one."""
         ask = self.gauges.get(name)
         return ask() if ask is not None else default
 
-    def open_memory(self) -> None:
-        """Be able to tell memory when there are no files any more. To be called in the process that it is about."""
+    def open_process(self) -> None:
+        """Be able to tell memory and time when there are no files any more. In the process that it is about."""
         try:
-            self._statm = os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC)
+            self._stat = os.open(_STAT, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            self._statm = -1  # no /proc: `resident` has another source
+            self._stat = -1  # no /proc
+
+    def _field(self, number: int) -> int:
+        """A field of the file, as proc(5) counts them. The name in field 2 may hold anything."""
+        return int(os.pread(self._stat, 1024, 0).rpartition(b")")[2].split()[number - 3])
 
     def resident(self) -> int:
-        """Memory that the process has now, in bytes; where only that is known, the most it ever had."""
-        if self._statm >= 0:
-            return int(os.pread(self._statm, 128, 0).split()[1]) * self._page
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
+        """Memory that the process has now, in bytes; 0 if that is not known."""
+        return self._field(24) * self._page if self._stat >= 0 else 0
 
-    @staticmethod
-    def cpu() -> tuple[float, float]:
-        """Processor time so far in seconds: ours, and the kernel's for us."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        return usage.ru_utime, usage.ru_stime
+    def cpu(self) -> tuple[float, float]:
+        """Processor time so far in seconds: ours, and the kernel's for us. Without /proc all is ours."""
+        if self._stat < 0:
+            return time.process_time(), 0.0
+        return self._field(14) / self._tick, self._field(15) / self._tick
 
     def close(self) -> None:
         """For tests."""
-        if self._statm >= 0:
-            os.close(self._statm)
-            self._statm = -1
+        if self._stat >= 0:
+            os.close(self._stat)
+            self._stat = -1

@@ -71,7 +71,7 @@ def test_snapshot(ctx: Context) -> None:
     assert snap["loop"] == {"wakeups": 10, "events": 20}
     assert snap["drops"] == {"tcp inbound: too many half open": 3}
     assert (snap["guests"], snap["listeners"], snap["forwards"]) == (1, 4, 2)
-    assert snap["memory"] > 1 << 20
+    assert snap["memory"] == 0  # of a process that could not open what tells it
     assert snap["cpu"]["user"] > 0
 
 

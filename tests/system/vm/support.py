@@ -19,7 +19,7 @@ from ..traffic.support import PEER, PEER6, Lan, Namespace
 PASST = os.environ.get("PASST")  # another passt than ours, to try the tests themselves
 _OURS = "import sys; from passt.cli import main; sys.exit(main(['passt', *sys.argv[1:]]))"
 # What passt says of its clients
-ACCEPTED = r"(?i)accepted connection from PID"
+ACCEPTED = r"(?i)accepted connection"
 GONE = r"Client connection closed|The guest.*, (waiting for another|exiting)"
 START_DEADLINE = 10.0  # seconds to be ready, or to give up
 LISTENS = 0x10000  # in the flags of /proc/net/unix: __SO_ACCEPTCON

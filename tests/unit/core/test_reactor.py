@@ -372,3 +372,15 @@ def test_close_gives_the_wake_up_descriptor_back() -> None:
     reactor.on_signal(signal.SIGUSR1, lambda now: None)
     reactor.close()
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_abandoned_descriptors_are_closed(reactor: Reactor) -> None:
+    (ours, theirs), (other, unwatched) = os.pipe(), os.pipe()
+    for fd in (ours, other):
+        reactor.watch(fd, TYPE_TAP, 0, EPOLLIN)
+    reactor.forget(other)
+    reactor.abandon()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(ours)
+    for fd in (theirs, other, unwatched):
+        os.close(fd)  # these were not

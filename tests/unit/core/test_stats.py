@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 
 import pytest
 
@@ -13,7 +14,7 @@ MIB = 1 << 20
 
 def test_memory_is_that_of_now() -> None:
     stats = Stats()
-    stats.open_memory()
+    stats.open_process()
     try:
         before = stats.resident()
         block = bytearray(64 * MIB)
@@ -27,19 +28,27 @@ def test_memory_is_that_of_now() -> None:
     assert after < during - 60 * MIB
 
 
-def test_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = Stats()
-    monkeypatch.setattr("passt.core.stats._STATM", "/nowhere/statm")
-    stats.open_memory()
-    assert stats.resident() > MIB
+    monkeypatch.setattr("passt.core.stats._STAT", "/nowhere/stat")
+    stats.open_process()
+    assert stats.resident() == 0
+    user, system = stats.cpu()
+    assert 0 < user < stats.cpu()[0] and system == 0
 
 
 def test_processor_time() -> None:
-    user, system = Stats.cpu()
-    for _ in range(100_000):
-        pass
-    again = Stats.cpu()
-    assert sum(again) > user + system > 0
+    stats = Stats()
+    stats.open_process()
+    try:
+        before = stats.cpu()
+        ends = time.process_time() + 0.05  # several ticks of the kernel's clock
+        while time.process_time() < ends:
+            pass
+        after = stats.cpu()
+    finally:
+        stats.close()
+    assert sum(after) > sum(before) >= 0
 
 
 def test_gauges() -> None:

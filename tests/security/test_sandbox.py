@@ -1,0 +1,167 @@
+"""What a running daemon has left: read from /proc by somebody else, for every way to start one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from passt.linux.syscall import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
+
+from ..system.support import Runner, new_host, wait_for
+
+NOBODY = 65534
+NAMESPACE_RIGHTS = 1 << CAP_NET_ADMIN | 1 << CAP_NET_BIND_SERVICE
+KINDS = "user", "mnt", "pid", "ipc", "uts", "net"
+
+
+@dataclass
+class Inmate:
+    """A process, seen from outside."""
+
+    pid: int
+
+    @property
+    def status(self) -> dict[str, str]:
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+    def capabilities(self, which: str) -> int:
+        return int(self.status[f"Cap{which}"], 16)
+
+    def own(self) -> set[str]:
+        """Kinds of namespaces that are not those of the tests."""
+        return {k for k in KINDS if os.readlink(f"/proc/{self.pid}/ns/{k}") != os.readlink(f"/proc/self/ns/{k}")}
+
+    def descriptors(self) -> dict[int, str]:
+        directory = f"/proc/{self.pid}/fd"
+        return {int(fd): os.readlink(f"{directory}/{fd}") for fd in os.listdir(directory)}
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def attached(pasta: Runner, stack: ExitStack, *options: str) -> Inmate:
+    """pasta in the background, for a namespace of somebody else."""
+    if pasta.user.is_root:
+        target = stack.enter_context(new_host())
+        return Inmate(pasta.daemon("-q", "--config-net", *options, "--netns", target.path))
+    return Inmate(pasta.daemon("-q", "--config-net", *options, str(pasta.namespace())))
+
+
+def spawning(pasta: Runner, stack: ExitStack, *options: str) -> Inmate:
+    """pasta in the foreground, with a command."""
+    process = pasta.start(
+        "-q",
+        "--config-net",
+        *options,
+        "--",
+        "sh",
+        "-c",
+        "echo ready; cat",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    return Inmate(process.pid)
+
+
+def machine(pasta: Runner, stack: ExitStack, *options: str) -> Inmate:
+    """passt in the background."""
+    directory = Path(f"/tmp/passt-security-{os.getpid()}")
+    directory.mkdir(exist_ok=True)
+    os.chmod(directory, 0o777)
+    stack.callback(subprocess.run, ["rm", "-rf", str(directory)], check=True)
+    command = pasta.user.command(
+        [pasta.user.python, "-m", "passt.vm", "-q", "-P", f"{directory}/pid", "-s", f"{directory}/socket", *options]
+    )
+    done = subprocess.run(command, env=pasta.user.env, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    pid = int((directory / "pid").read_text())
+    pasta.daemons.append(pid)
+    return Inmate(pid)
+
+
+Start = Callable[..., Inmate]
+WAYS = [attached, spawning, machine]
+
+
+@pytest.mark.parametrize("start", WAYS)
+def test_no_rights_are_left(pasta: Runner, stack: ExitStack, start: Start) -> None:
+    inmate = start(pasta, stack)
+    status = inmate.status
+    assert status["Seccomp"] == "2" and status["NoNewPrivs"] == "1"
+    assert status["Uid"].split() == [str(NOBODY if pasta.user.is_root else pasta.user.uid)] * 4
+    assert not status["Groups"] or not pasta.user.is_root
+    allowed = 0 if start is machine else NAMESPACE_RIGHTS
+    assert inmate.capabilities("Eff") == inmate.capabilities("Prm") == allowed
+    assert [inmate.capabilities(which) for which in ("Inh", "Bnd", "Amb")] == [0, 0, 0]
+    for thread in os.listdir(f"/proc/{inmate.pid}/task"):
+        own = Path(f"/proc/{inmate.pid}/task/{thread}/status").read_text()
+        assert re.search(r"^Seccomp:\s2$", own, re.M) and int(re.findall(r"CapEff:\s(\w+)", own)[0], 16) == allowed
+    assert os.stat(f"/proc/{inmate.pid}/environ").st_uid == 0  # not dumpable: its memory is nobody else's
+
+
+@pytest.mark.parametrize("start", WAYS)
+def test_nothing_is_in_sight(pasta: Runner, stack: ExitStack, start: Start) -> None:
+    inmate = start(pasta, stack)
+    assert os.listdir(f"/proc/{inmate.pid}/root/") == []
+    assert os.readlink(f"/proc/{inmate.pid}/cwd") == "/"
+    mounts = Path(f"/proc/{inmate.pid}/mountinfo").read_text().splitlines()
+    assert len(mounts) == 1 and " / / ro,nosuid,nodev,noexec" in mounts[0]
+    assert inmate.own() >= {"mnt", "ipc", "uts"}
+    assert "net" not in inmate.own()
+    assert ("pid" in inmate.own()) == (start is not spawning)
+    if start is not spawning:
+        assert inmate.status["NSpid"].split()[-1] == "1"
+
+
+@pytest.mark.parametrize("start", WAYS)
+def test_descriptors_are_those_that_are_used(pasta: Runner, stack: ExitStack, start: Start) -> None:
+    descriptors = start(pasta, stack).descriptors()
+    if start is not spawning:
+        assert {descriptors.pop(fd) for fd in range(3)} == {"/dev/null"}
+    else:
+        for fd in range(3):
+            descriptors.pop(fd)
+    kept = [what for what in descriptors.values() if not re.match(r"socket:|pipe:|anon_inode:", what)]
+    paths = [re.sub(r"/proc/\d+/", "/proc/PID/", what) for what in kept]
+    assert set(paths) <= {
+        "/dev/net/tun",
+        "/proc/PID/stat",
+        "/",
+        "/etc",
+        os.path.dirname(os.path.realpath("/etc/resolv.conf")),
+    }
+    assert len(paths) == len(set(paths))
+
+
+def test_root_that_asks_for_it_stays_root(root_pasta: Runner, stack: ExitStack) -> None:
+    inmate = attached(root_pasta, stack, "--runas", "0")
+    assert inmate.status["Uid"].split() == ["0"] * 4
+    assert inmate.status["Seccomp"] == "2"
+    assert inmate.capabilities("Eff") == NAMESPACE_RIGHTS
+    assert os.listdir(f"/proc/{inmate.pid}/root/") == []
+
+
+@pytest.mark.parametrize("start", WAYS)
+def test_work_ends_as_usual(pasta: Runner, stack: ExitStack, start: Start) -> None:
+    inmate = start(pasta, stack)
+    if start is spawning:
+        process = pasta.processes[-1]
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(30) == 0
+    else:
+        os.kill(inmate.pid, signal.SIGTERM)
+        wait_for(lambda: not os.path.exists(f"/proc/{inmate.pid}"), "the end")
