@@ -14,7 +14,8 @@ Where a packet goes
                         queries for the host's resolvers -> dns -> one of them, or the next (core.resolvers)
     host -> guest   socket -> tcp / udp / icmp -> pre-cooked header and a view of the payload -> link
                     listening socket -> listen -> tcp / udp_in, and on as above
-                    link: as it is to the tap fd; cut and summed (core.gso) to the UNIX socket (core.stream_link)
+                    link: as it is to the tap fd; cut and summed (core.gso) to the UNIX socket (core.stream_link),
+                    or to a tap that was given to us without a vnet header (core.plain_link)
     loopbacks       listening socket -> listen -> tcp_splice / udp_in, udp_splice -> socket of the other side
     bound ports     kernel's tables of both sides -> scan -> listen: `auto` opens and closes listening sockets
     other rules     control sockets -> control -> control_api, slirp_api -> forwards -> listen, scan
@@ -40,7 +41,7 @@ Layers: a module imports from lower ones only (tests/test_layers.py holds that)
     0  wire, addr                         formats; addresses as packed bytes
 
 One writer per thing: `tap` writes what was observed of the guest, `core.flow` the state of a flow, `tcp_conn` the
-events of a connection, `core.link` the tap device, `core.stream_link` the UNIX socket.
+events of a connection, `core.link` or `core.plain_link` the tap device, `core.stream_link` the UNIX socket.
 
 Vocabulary
 ==========
