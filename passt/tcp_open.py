@@ -15,6 +15,10 @@ The guest connects                                     A host client connects
 The kernel has accepted a host client before the guest is asked, so the client believes that it is connected. What it
 sends waits in its socket; if the guest refuses or does not answer, it is reset.
 
+A guest's connection is refused by RST, and counted, when there is no room for it: OPENING_MAX of its own are not
+established yet, or one in OPENING_SHARE of descriptors ("tcp: too many half open"; the host's kernel may try for two
+minutes to connect); the table of flows is full ("flow table full"); no descriptor or no memory is left ("tcp socket").
+
     host client's connection                                                     counted as
     ---------------------------------------------------------------------------  -------------------------------
     TCP is off                                                                   tcp disabled
@@ -81,6 +85,8 @@ from .wire.tcp import ACK, FIN, RST, SEQ_TO_WINDOW, SYN
 
 HALF_OPEN_MAX = 4096  # connections of host clients that wait for the guest
 HALF_OPEN_SHARE = 8
+OPENING_MAX = 8192  # connections of the guest on their way to being established
+OPENING_SHARE = 4
 REFUSED = frozenset((errno.ECONNREFUSED, errno.ECONNRESET))
 
 _MASK = 0xFFFFFFFF
@@ -99,6 +105,7 @@ class TcpOpen:
         self._secret = os.urandom(16)  # RFC 6528: new at each start
         self._replaced = 0  # connections whose client came back
         self.half_open_max = flow_limit(HALF_OPEN_MAX, HALF_OPEN_SHARE)
+        self.opening_max = flow_limit(OPENING_MAX, OPENING_SHARE)
 
     def segments(self, conn: TcpConn | None, key: bytes, segments: list[int], now: float) -> TcpConn | None:
         """Handle segments before ESTABLISHED.
@@ -134,6 +141,7 @@ class TcpOpen:
                 self._table.reset_by_guest(conn)
                 return None
             elif flags == ACK and conn.events & TAP_SYN_ACK_SENT and ack == conn.snd_nxt & _MASK:
+                self._table.opening -= 1
                 self._established(conn, numbers)
                 del segments[:i]  # the ACK may carry data
                 return conn
@@ -196,6 +204,9 @@ class TcpOpen:
 
     def _open(self, key: bytes, isn: int, window: int, options: tcp.SynOptions, now: float) -> TcpConn | None:
         """The guest connects: so do we, on the host."""
+        if self._table.opening >= self.opening_max:
+            self._no_room(key, isn, "tcp: too many half open")
+            return None
         conn = TcpConn(key)
         conn.isn_tap = isn
         conn.rcv_nxt = conn.rcv_acked = conn.rcv_edge = isn + 1
@@ -205,23 +216,31 @@ class TcpOpen:
         try:
             self._table.add(conn)
         except TableFull:
-            self._ctx.drops["flow table full"] += 1
-            self._out.refuse(key, isn, 0, SYN, 1)
+            self._no_room(key, isn, "flow table full")
             return None
         self._number(conn, now)
         self._out.cook(conn)
         set_event(conn, TAP_SYN_RCVD)
+        self._table.opening += 1
         try:
             error = self._connect(conn)
         except OSError as e:  # no descriptor, no memory: ours to answer for, so RST
-            log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
-            self._ctx.drops["tcp socket"] += 1
-            self._out.refuse(key, isn, 0, SYN, 1)
-            self._table.close(conn, "no socket")
+            self._no_socket(conn, e, now)
             return None
         if error != errno.EINPROGRESS:
             self.connected(conn, error, now)
         return conn if conn.sock is not None else None
+
+    def _no_room(self, key: bytes, isn: int, why: str) -> None:
+        """Refuse the guest's connection."""
+        self._ctx.drops[why] += 1
+        self._out.refuse(key, isn, 0, SYN, 1)
+
+    def _no_socket(self, conn: TcpConn, e: OSError, now: float) -> None:
+        """Likewise, one that has its place already."""
+        log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
+        self._no_room(conn.key, conn.isn_tap, "tcp socket")
+        self._table.reset_by_guest(conn, "no socket")
 
     def connected(self, conn: TcpConn, error: int, now: float) -> None:
         """The host socket is connected, or `error` says why it is not: tell the guest."""
@@ -236,13 +255,17 @@ class TcpOpen:
             self._ctx.resolvers.answered(conn.tried[-1], now)
             conn.tried = ()
             tcp_sock.be_patient(conn.sock)
+        set_event(conn, TAP_SYN_ACK_SENT)
+        try:
+            self._table.schedule(conn, now)  # which may take a descriptor, the last one of a connection
+        except OSError as e:
+            self._no_socket(conn, e, now)
+            return
         self._ctx.flows.activate(conn)
         self._acks.open_window(conn, now)
         self._out.syn_ack(conn, conn.ws_to != 0)
         conn.snd_nxt = conn.snd_una + 1
         conn.t_rx = now
-        set_event(conn, TAP_SYN_ACK_SENT)
-        self._table.schedule(conn, now)
 
     def _connect(self, conn: TcpConn) -> int:
         """Start connecting; returns 0, EINPROGRESS, or what failed.

@@ -30,7 +30,7 @@ from . import tcp_sock
 from .core.context import Context
 from .core.timers import NEVER
 from .tcp_buf import TcpOut
-from .tcp_conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, TcpConn, timeout
+from .tcp_conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, TAP_SYN_RCVD, TcpConn, timeout
 
 
 class TcpTable:
@@ -41,6 +41,7 @@ class TcpTable:
         self._out = out
         self.by_key: dict[bytes, TcpConn] = {}
         self.half_open = 0  # connections of host clients that the guest has not answered yet
+        self.opening = 0  # connections that the guest began and that are not established yet
 
     def add(self, conn: TcpConn) -> None:
         """Take a new connection in. Raises TableFull."""
@@ -97,8 +98,9 @@ class TcpTable:
     def release(self, conn: TcpConn, why: str) -> None:
         """Give back everything a connection holds."""
         del self.by_key[conn.key]
-        if conn.events & (SOCK_ACCEPTED | ESTABLISHED) == SOCK_ACCEPTED:
-            self.half_open -= 1
+        if not conn.events & ESTABLISHED:
+            self.half_open -= conn.events & SOCK_ACCEPTED != 0
+            self.opening -= conn.events & TAP_SYN_RCVD != 0
         if conn.timer >= 0:
             self._ctx.timers.give_back(conn.timer)
             conn.timer = -1

@@ -195,9 +195,9 @@ def test_reset_without_connection_is_ignored() -> None:
 
 @pytest.mark.parametrize(
     "peer",
-    ["224.0.0.1", "255.255.255.255", "0.0.0.0", "127.0.0.1", "127.8.9.10"]
-    + ["ff02::1", "::", "::1", "::ffff:127.0.0.1", "::ffff:0.0.0.0", "::ffff:198.51.100.7"],
-)
+    ["224.0.0.1", "255.255.255.255", "0.0.0.0", "127.0.0.1", "127.8.9.10", "ff02::1", "::", "::1", "::ffff:127.0.0.1",
+     "::ffff:0.0.0.0", "::ffff:198.51.100.7"],
+)  # fmt: skip
 def test_endpoints_that_cannot_have_a_connection(peer: str) -> None:
     talk = Talk(peer=addr.packed(peer), v6=":" in peer)
     talk.syn()
