@@ -181,7 +181,7 @@ def test_what_was_started_with_counts(rig: Make) -> None:
 
 def test_long_options_are_not_repeated(api: Api2, port: int) -> None:
     """Each rule of an option is called by it: that of a long one would be long for each of many."""
-    text = f"-t {port}," + ",".join(f"~{p}" for p in range(20000, 20100))
+    text = f"-t {port}," + ",".join(f"~{p}" for p in range(40000, 40100))
     assert len(text) > OPTION_MAX
     with taken(port):
         assert api.refused("add", rules=[text]).endswith(f"for option '-t {port}'")
