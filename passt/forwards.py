@@ -278,8 +278,9 @@ class Forwards:
         """
         firm = [f for f in failures if not f.rule.weak]
         full = next((f for f in failures if f.errno in NO_DESCRIPTORS), None)
-        if full is None and opened and opened[-1].fd >= self._limit - RESERVE > 0:
-            full = Failure(opened[-1].rule, opened[-1].port, 0)
+        last = max(opened, key=lambda listener: listener.fd, default=None)
+        if full is None and last is not None and last.fd >= self._limit - RESERVE > 0:
+            full = Failure(last.rule, last.port, 0)
         if full is not None:
             raise Refused(
                 [
