@@ -411,7 +411,7 @@ def a_hundred_connections(c: Controlled) -> None:
     assert len(told) == 80
     for sock in socks:
         sock.close()
-    wait_for(lambda: c.ask({"command": "show"})["ok"], "there is room again")
+    wait_for(lambda: c.pesto("--show").returncode == 0, "there is room again")
 
 
 @pytest.mark.parametrize("hurt", [garbage, half_a_message, a_million_requests, no_answers_read, a_hundred_connections])
