@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 RESULTS = bench/results/latest.json
 
 .DEFAULT_GOAL = help
-.PHONY: help setup install-system-packages run check test bench bench-quick bench-plot demo demo-vm completions clean
+.PHONY: docs-seccomp help setup install-system-packages run check test bench bench-quick bench-plot demo demo-vm completions clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ demo-vm: ## The same of a virtual machine: the tests' guest under QEMU, whose ne
 
 completions: ## The files for bash, zsh and fish anew, from the table of options
 	scripts/completions
+
+docs-seccomp: setup ## docs/seccomp.md from the code
+	$(PYTHON) -m passt.daemon_calls >docs/seccomp.md
 
 clean: ## Remove what was installed or built here
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     inherited = inherited_fds()
     try:
         options = parse(words, mode(name), ephemeral_ports())
+        if options.print_seccomp:
+            from . import daemon_calls
+
+            raise Done("".join(f"{line}\n" for line in daemon_calls.lines(options.mode)))
         if options.fd is not None and options.fd not in inherited:
             raise Fatal(f"Invalid --fd: {options.fd} (it is not open)")
         _want_random_hashes()

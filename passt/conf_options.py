@@ -50,6 +50,7 @@ class Options:
     stats_json: bool = False  # ... as JSON
     conf_path: str | None = None  # control socket
     api_socket: str | None = None  # the same in the terms of slirp4netns
+    print_seccomp: bool = False
     chroot_fallback: bool = False  # where the root file system forbids pivot_root(2)
     runas: str | None = None
     pcap: str | None = None

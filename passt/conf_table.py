@@ -104,6 +104,9 @@ TABLE = (
            "default: as who started it, user nobody if that is root"),
     Option("help", "h", "", _help,
            "Display this help and exit"),
+    Option("print-seccomp", "", "", actions.setting("print_seccomp", True),
+           "Print which system calls the running program may make,\n"
+           "and exit"),
     Option("version", "", "", _version,
            "Show version and exit"),
     Option("completion", "", "SHELL", _completion,

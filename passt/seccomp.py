@@ -29,19 +29,19 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 from . import PASTA
-from .linux.calls import Call, Calls, Test, calls
+from .linux.calls import ALL_BITS, Call, Calls, Condition, calls
 from .log import Fatal
 
 CALLS: Calls = (
     *calls("futex", "munmap", "mremap", "brk", "rt_sigreturn", "clock_gettime", "exit_group"),
-    Call("mmap", (Test(2, 0, mmap.PROT_EXEC),)),
+    Call("mmap", (Condition(2, 0, mmap.PROT_EXEC),)),
     # The heap of a second thread
-    Call("mprotect", (Test(2, 0, mmap.PROT_EXEC),), PASTA),
+    Call("mprotect", (Condition(2, 0, mmap.PROT_EXEC),), PASTA),
     *calls("madvise", mode=PASTA),
 )
 
@@ -61,6 +61,7 @@ ALTERNATIVES = {
     "timerfd_settime": ("timerfd_settime64",),
     "wait4": ("waitpid", "waitid"),
 }
+UNKNOWN = -1  # the number of a name that libseccomp does not know (__NR_SCMP_ERROR)
 SOCKET_CALLS = frozenset(("socket", "setsockopt"))
 UNTESTABLE = {  # machine -> calls whose arguments are in memory there
     "i386": SOCKET_CALLS | {"mmap"},
@@ -109,36 +110,36 @@ def collect(mode: str, modules: Iterable[ModuleType] | None = None) -> dict[str,
 
 def in_directories(descriptors: Iterable[int]) -> Calls:
     """Opening files to read them, and following links, in these directories."""
-    reading = Test(2, os.O_RDONLY, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC)
+    reading = Condition(2, os.O_RDONLY, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC)
     return tuple(
         call
         for fd in descriptors
-        for call in (Call("openat", (Test(0, fd), reading)), Call("readlinkat", (Test(0, fd),)))
+        for call in (Call("openat", (Condition(0, fd), reading)), Call("readlinkat", (Condition(0, fd),)))
     )
 
 
-def build(mode: str, machine: str, extra: Sequence[Call] = (), library: Any = None) -> Any:
+def build(mode: str, machine: str, extra: Sequence[Call] = ()) -> Any:
     """The filter, not loaded yet, for architecture `machine` as uname(2) has it. Raises Fatal or OSError."""
-    library = library or binding()
-    allowed = collect(mode)
-    for call in extra:
-        allowed.setdefault(call.name, []).append(call)
+    library = binding()
     rules = library.SyscallFilter(library.KILL_PROCESS)
     rules.set_attr(library.Attr.ACT_BADARCH, library.KILL_PROCESS)
     rules.set_attr(library.Attr.CTL_TSYNC, 1)
     if hasattr(library.Attr, "CTL_OPTIMIZE"):  # libseccomp 2.5
         rules.set_attr(library.Attr.CTL_OPTIMIZE, 2)  # a binary tree
-    for variants in allowed.values():
-        for call in variants:
-            _allow(rules, library, call, UNTESTABLE.get(machine, frozenset()))
+    fill(rules, library, machine, [call for variants in collect(mode).values() for call in variants] + list(extra))
     return rules
 
 
-def _allow(rules: Any, library: Any, call: Call, untestable: frozenset[str]) -> None:
-    tests = () if call.name in untestable else call.tests
-    arguments = [library.Arg(t.arg, library.MASKED_EQ, t.mask, t.value) for t in tests]
-    for name in (call.name, *ALTERNATIVES.get(call.name, ())):
-        rules.add_rule(library.ALLOW, name, *arguments)
+def fill(rules: Any, library: Any, machine: str, allowed: Iterable[Call]) -> None:
+    """Add a rule for each call, under all names that it has on some architecture. Raises OSError."""
+    untestable = UNTESTABLE.get(machine, frozenset())
+    for call in allowed:
+        tests = () if call.name in untestable else call.tests
+        arguments = [library.Arg(t.arg, library.MASKED_EQ, t.mask, t.value) for t in tests]
+        rules.add_rule(library.ALLOW, call.name, *arguments)
+        for name in ALTERNATIVES.get(call.name, ()):
+            if library.resolve_syscall(library.system_arch(), name) != UNKNOWN:
+                rules.add_rule(library.ALLOW, name, *arguments)
 
 
 def load(rules: Any) -> None:
@@ -157,15 +158,26 @@ def number(name: str) -> int:
     return value
 
 
-def table(modes: Sequence[str], modules: Iterable[ModuleType] | None = None) -> Iterator[str]:
-    """Lines that list what is allowed in each mode, with the modules that declare it."""
-    raise NotImplementedError
+def table(mode: str) -> list[tuple[str, str, str]]:
+    """What is allowed in a mode, for people: (call, arguments that it is allowed with, modules that declare it)."""
+    rows = []
+    for name, variants in collect(mode).items():
+        users = [module[len(__package__) + 1 :] for module in sorted(sys.modules) if _declares(module, name, mode)]
+        rows.append((name, _tests_text(variants), " ".join(users)))
+    rows += [(name, "in directories that are followed", "resolv_conf") for name in ("openat", "readlinkat")]
+    return sorted(rows)
 
 
-def describe(call: Call) -> str:
-    """Its tests as text: "arg 1 = 0x5421", "arg 2 & 0x4 = 0"."""
-    parts = []
-    for t in call.tests:
-        mask = "" if t.mask == 0xFFFFFFFF else f" & {t.mask:#x}"
-        parts.append(f"arg {t.arg}{mask} = {t.value:#x}")
-    return ", ".join(parts)
+def _declares(module: str, name: str, mode: str) -> bool:
+    if not module.startswith(f"{__package__}."):
+        return False
+    return any(c.name == name and c.mode in (None, mode) for c in getattr(sys.modules[module], "CALLS", ()))
+
+
+def _tests_text(variants: Sequence[Call]) -> str:
+    """ "arg 1 = 0x5421", or with several variants "arg 0 = 0x2, arg 1 & 0xf = 0x1; arg 0 = ..."; empty for any."""
+    return "; ".join(
+        ", ".join(f"arg {t.arg}{'' if t.mask == ALL_BITS else f' & {t.mask:#x}'} = {t.value:#x}" for t in call.tests)
+        for call in variants
+        if call.tests
+    )

@@ -13,6 +13,7 @@ complete -c passt -l api-socket -r -F -d 'Listen on PATH for requests as slirp4n
 complete -c passt -l chroot-fallback -d 'Where the root file system forbids pivot_root(2), as an'
 complete -c passt -l runas -x -a '(__fish_complete_users)' -d 'Run as this user and group'
 complete -c passt -s h -l help -d 'Display this help and exit'
+complete -c passt -l print-seccomp -d 'Print which system calls the running program may make,'
 complete -c passt -l version -d 'Show version and exit'
 complete -c passt -l completion -x -a 'bash zsh fish' -d 'Print completions for SHELL: bash, zsh or fish; and exit'
 complete -c passt -s p -l pcap -r -F -d 'Save all packets to pcap file'

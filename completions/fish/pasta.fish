@@ -14,6 +14,7 @@ complete -c pasta -l api-socket -r -F -d 'Listen on PATH for requests as slirp4n
 complete -c pasta -l chroot-fallback -d 'Where the root file system forbids pivot_root(2), as an'
 complete -c pasta -l runas -x -a '(__fish_complete_users)' -d 'Run as this user and group'
 complete -c pasta -s h -l help -d 'Display this help and exit'
+complete -c pasta -l print-seccomp -d 'Print which system calls the running program may make,'
 complete -c pasta -l version -d 'Show version and exit'
 complete -c pasta -l completion -x -a 'bash zsh fish' -d 'Print completions for SHELL: bash, zsh or fish; and exit'
 complete -c pasta -s p -l pcap -r -F -d 'Save all packets to pcap file'

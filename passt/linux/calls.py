@@ -15,7 +15,7 @@ ALL_BITS = 0xFFFFFFFF  # the arguments tested are ints, whose upper half in a re
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Condition:
     """Argument `arg`, counted from 0, must be `value` in the bits of `mask`."""
 
     arg: int
@@ -28,7 +28,7 @@ class Call:
     """A system call, if all tests hold; in one mode only (PASTA, PASST) if `mode` says so."""
 
     name: str
-    tests: tuple[Test, ...] = ()
+    tests: tuple[Condition, ...] = ()
     mode: str | None = None
 
 
@@ -42,4 +42,4 @@ def calls(*names: str, mode: str | None = None) -> Calls:
 
 def one_of(name: str, arg: int, *values: int, mode: str | None = None) -> Calls:
     """A call whose argument `arg` is one of `values`."""
-    return tuple(Call(name, (Test(arg, value),), mode) for value in values)
+    return tuple(Call(name, (Condition(arg, value),), mode) for value in values)

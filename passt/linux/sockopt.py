@@ -22,7 +22,7 @@ from struct import Struct
 
 from .. import addr
 from ..wire.cursor import Cursor
-from .calls import Call, Test, calls, one_of
+from .calls import Call, Condition, calls, one_of
 
 SOL_UDP = socket.IPPROTO_UDP
 UDP_SEGMENT = 103
@@ -58,7 +58,7 @@ _CONTROL_SIZE = 256
 # The internet sockets of all protocols. A type has flags beside it (SOCK_NONBLOCK, SOCK_CLOEXEC)
 CALLS = (
     *(
-        Call("socket", (Test(0, family), Test(1, kind, 0xF)))
+        Call("socket", (Condition(0, family), Condition(1, kind, 0xF)))
         for family in (socket.AF_INET, socket.AF_INET6)
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
     ),

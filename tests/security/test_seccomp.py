@@ -1,0 +1,152 @@
+"""The filter: what it allows, on every architecture, and that the documentation says the same."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyseccomp
+import pytest
+
+from passt import PASST, PASTA, daemon_calls, seccomp
+from passt.linux.calls import Call, Condition, calls, one_of
+from passt.log import Fatal
+
+from ..system.support import REPOSITORY, environment
+
+LIMITS = {PASTA: 45, PASST: 35}  # calls, on x86-64 with CPython 3.11
+ARCHITECTURES = {  # libseccomp's name -> what uname(2) says
+    "X86_64": "x86_64",
+    "AARCH64": "aarch64",
+    "PPC64LE": "ppc64le",
+    "S390X": "s390x",
+    "X86": "i686",
+    "ARM": "armv7l",
+}
+
+
+def module(*declared: Call) -> ModuleType:
+    made = ModuleType("made")
+    made.CALLS = declared  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize("mode", LIMITS)
+def test_few_calls_are_left(mode: str) -> None:
+    assert daemon_calls.LOADED
+    assert len(seccomp.table(mode)) <= LIMITS[mode], "a call was added: do without, or without another one"
+
+
+NEVER = [
+    "execve", "execveat", "fork", "clone", "clone3", "open", "openat2", "ptrace", "mount", "setns", "unshare", "prctl",
+    "bpf", "io_uring_setup", "socketpair",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", LIMITS)
+@pytest.mark.parametrize("name", NEVER)
+def test_what_is_never_left(mode: str, name: str) -> None:
+    assert name not in seccomp.collect(mode)
+
+
+def test_documentation_has_the_same_table() -> None:
+    assert (REPOSITORY / "docs" / "seccomp.md").read_text() == daemon_calls.markdown(), "make docs-seccomp"
+
+
+@pytest.mark.parametrize("mode", [PASTA, PASST])
+def test_print_seccomp(mode: str) -> None:
+    program = "passt" if mode == PASTA else "passt.vm"
+    command = [sys.executable, "-m", program, "--print-seccomp"]
+    done = subprocess.run(command, env=environment(), cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "".join(f"{line}\n" for line in daemon_calls.lines(mode))
+
+
+def test_declarations_are_joined() -> None:
+    one = module(*calls("read", "write"), *one_of("ioctl", 1, 5, 6), *one_of("fcntl", 1, 7))
+    other = module(*calls("fcntl"), *one_of("ioctl", 1, 6, 8), *calls("poll", mode=PASST))
+    found = seccomp.collect(PASTA, [one, other, ModuleType("without")])
+    assert list(found) == ["fcntl", "ioctl", "read", "write"]
+    assert found["fcntl"] == [Call("fcntl")], "any argument includes a certain one"
+    assert [call.tests[0] for call in found["ioctl"]] == [Condition(1, 5), Condition(1, 6), Condition(1, 8)]
+    assert "poll" in seccomp.collect(PASST, [one, other])
+
+
+# Architectures -----------------------------------------------------------------------------------------------------
+
+
+def names(call: str) -> tuple[str, ...]:
+    return (call, *seccomp.ALTERNATIVES.get(call, ()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("mode", LIMITS)
+def test_each_call_exists_there_by_some_name(architecture: str, mode: str) -> None:
+    token = getattr(pyseccomp.Arch, architecture)
+    multiplexed = pyseccomp.resolve_syscall(token, "socketcall") >= 0  # pseudo numbers from -100 to -120 stand for it
+    for call, _, _ in seccomp.table(mode):
+        numbers = [pyseccomp.resolve_syscall(token, name) for name in names(call)]
+        assert any(n >= 0 or (multiplexed and -120 <= n <= -100) for n in numbers), call
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("mode", LIMITS)
+def test_filter_can_be_made_there(architecture: str, mode: str, tmp_path: Path) -> None:
+    rules = pyseccomp.SyscallFilter(pyseccomp.KILL_PROCESS)
+    token = getattr(pyseccomp.Arch, architecture)
+    if token != pyseccomp.system_arch():
+        rules.remove_arch(pyseccomp.system_arch())
+        rules.add_arch(token)
+    rules.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)
+    allowed = [call for variants in seccomp.collect(mode).values() for call in variants]
+    seccomp.fill(rules, pyseccomp, ARCHITECTURES[architecture], [*allowed, *seccomp.in_directories((8, 9))])
+    with open(tmp_path / "filter", "wb") as f:
+        rules.export_bpf(f)
+    assert (tmp_path / "filter").stat().st_size > 8 * len(allowed)
+
+
+# Without it --------------------------------------------------------------------------------------------------------
+
+
+def test_no_binding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pyseccomp", "seccomp"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(Fatal, match="pip install pyseccomp, or Debian's python3-seccomp"):
+        seccomp.binding()
+
+
+def test_debians_binding_does_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyseccomp", None)
+    monkeypatch.setitem(sys.modules, "seccomp", pyseccomp)
+    assert seccomp.binding() is pyseccomp
+
+
+def test_kernel_without_filters() -> None:
+    class Refuses:
+        def load(self) -> None:
+            raise OSError(22, "Invalid argument")
+
+    with pytest.raises(Fatal, match="Couldn't install the seccomp filter: Invalid argument"):
+        seccomp.load(Refuses())
+
+
+def test_filter_holds(tmp_path: Path) -> None:
+    """In a process of its own: what is allowed is possible, then one call more is the end."""
+    code = (
+        "import os; from passt import seccomp, daemon_calls\n"
+        "rules = seccomp.build('passt', os.uname().machine)\n"
+        "seccomp.load(rules); os.write(1, b'still here'); os.getpid()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGSYS, b"still here")
+
+
+def test_machine_of_the_tests_is_known() -> None:
+    assert platform.machine() in ARCHITECTURES.values()
+    library: Any = seccomp.binding()
+    assert seccomp.number("read") == library.resolve_syscall(library.system_arch(), "read")
