@@ -307,6 +307,8 @@ def namespace_hint(e: OSError) -> str:
     """What to do when unshare(2) fails."""
     if e.errno in (errno.ENOSPC, errno.EUSERS):
         return "user namespaces are forbidden or used up: raise sysctl user.max_user_namespaces"
+    if e.errno == errno.ENOSYS:
+        return "a seccomp profile hides the system call, as those of containers do: it has to allow unshare(2)"
     if e.errno == errno.EPERM:
         return (
             "user namespaces are forbidden to ordinary users: see sysctl kernel.unprivileged_userns_clone and "

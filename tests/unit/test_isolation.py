@@ -160,6 +160,7 @@ def test_close_fds() -> None:
         (errno.EUSERS, "raise sysctl user.max_user_namespaces"),
         (errno.EPERM, "kernel.unprivileged_userns_clone"),
         (errno.EINVAL, "CONFIG_USER_NS"),
+        (errno.ENOSYS, "seccomp profile"),
         (errno.ENOMEM, "the kernel refused"),
     ],
 )
