@@ -85,6 +85,8 @@ class LogFile:
         room = self._limit - self._header
         if len(data) > room:
             data = data[: room - 1] + b"\n"
+        if not size:
+            return data, 0  # somebody has just emptied it: there is nothing to keep
         keep = min(self._limit * KEEP[0] // KEEP[1], room - len(data))
         return data, self._move(self._line_after(size - keep))
 

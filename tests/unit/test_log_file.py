@@ -102,6 +102,12 @@ def test_somebody_empties_the_file(file: LogFile, path: Path) -> None:
     assert len(lines) > 40
 
 
+def test_a_long_line_into_a_file_that_was_emptied(file: LogFile, path: Path) -> None:
+    os.truncate(path, 0)
+    file.write(b"x" * 2 * LIMIT + b"\n")
+    assert path.read_bytes() == b"x" * (LIMIT - 1) + b"\n"
+
+
 def test_two_write_to_one_file(path: Path, file: LogFile) -> None:
     """Lines are appended, also behind those of others, which count."""
     with path.open("ab", buffering=0) as other:
