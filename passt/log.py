@@ -55,13 +55,21 @@ CALLS = calls("write", "sendto")
 
 
 class Fatal(Exception):
-    """The program cannot go on: a line saying what failed, why, and what to do; or several of them. Exit status 1."""
+    """The program cannot go on: a line saying what failed, why, and what to do; or several of them. Exit status 1.
+
+    What is quoted in a line may be anything, such as another line, or commands to a terminal: it is escaped.
+    """
 
     def __init__(self, *lines: object) -> None:
-        super().__init__(*map(str, lines))
+        super().__init__(*(text if text.isprintable() else _escaped(text) for text in map(str, lines)))
 
     def __str__(self) -> str:
         return "\n".join(self.args)
+
+
+def _escaped(text: str) -> str:
+    spaced = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in spaced)
 
 
 def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None, log_size: int = FILE_SIZE) -> None:

@@ -335,3 +335,8 @@ def test_quiet_holds_back_for_good(stderr: Path) -> None:
 def test_fatal_is_a_line_or_several() -> None:
     assert str(log.Fatal("cannot open X: no such file: create it")) == "cannot open X: no such file: create it"
     assert str(log.Fatal("X", OSError("Y"))) == "X\nY"
+
+
+def test_what_a_fatal_line_quotes_stays_in_the_line() -> None:
+    e = log.Fatal("unrecognized option '--x\n\x1b[2J\udcff'", "größer")
+    assert str(e) == "unrecognized option '--x \\x1b[2J\\udcff'\ngrößer"
