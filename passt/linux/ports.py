@@ -105,7 +105,7 @@ def parse_diag(data: bytes, sequence: int, ports: set[int], pinned: Pinned) -> b
             elif kind == NLMSG_DONE:
                 return True
             elif kind == NLMSG_ERROR and length >= _ERROR_AT + _ERROR.size:
-                code = -_ERROR.unpack_from(data, at + _ERROR_AT)[0]
+                code = -_ERROR.unpack_from(data, at + _ERROR_AT)[0] & 0x7FFFFFFF
                 raise OSError(code, f"sock_diag: {os.strerror(code)}")
         at = end + 3 & ~3
     return False

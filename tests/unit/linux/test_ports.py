@@ -244,3 +244,9 @@ def test_loopback_addresses_of_their_own(kind: Callable[[], PortTables]) -> None
     tables.bound(PROTO_TCP)
     assert all(p != port for _, p in tables.pinned(PROTO_TCP))
     tables.close()
+
+
+def test_an_error_of_any_number() -> None:
+    data = struct.pack("=IHHIIi", 20, 2, 2, 1, 0, -(1 << 31))
+    with pytest.raises(OSError, match="sock_diag"):
+        parse_diag(data, 1, set(), set())
