@@ -57,3 +57,13 @@ def test_help_of_passt(client: Client) -> None:
 def test_last_occurrence_and_every_way_of_writing(client: Client, line: str) -> None:
     done = client.run(f"{line} -q --config-net --no-dhcp -- sh -c 'cat /sys/class/net/*/mtu'")
     assert "1500\n" in done.stdout
+
+
+def test_executed_by_descriptor(client: Client) -> None:
+    """nsjail executes what it has open (execveat(2)): the name that tells the mode is lost, and pasta is meant."""
+    script = (
+        f"import os; fd = os.open('{client.bin}/pasta', os.O_RDONLY); os.set_inheritable(fd, True); "
+        "os.execve(fd, ['pasta', '--version'], os.environ)"
+    )
+    done = client.run(["/usr/bin/python3", "-c", script])
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("pasta ")
