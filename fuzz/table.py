@@ -1,0 +1,74 @@
+"""The targets: what guides each, and how long its inputs are.
+
+Only modules that are named here tell which branches were taken: the less that is, the more executions in a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, Protocol, cast
+
+HERE = Path(__file__).parent
+CORPUS = HERE / "corpus"
+REGRESSIONS = HERE / "regressions"
+
+
+class Module(Protocol):
+    """A module of `targets`."""
+
+    def one(self, data: bytes) -> None:
+        """One execution: raises nothing."""
+
+    def seeds(self) -> Iterable[bytes]:
+        """Inputs to begin with."""
+
+
+class Target(NamedTuple):
+    """`modules` are those of `passt` that guide it, `length` the most bytes of an input."""
+
+    name: str
+    length: int
+    modules: tuple[str, ...]
+
+    def load(self) -> Module:
+        """Import it."""
+        return cast(Module, importlib.import_module(f"fuzz.targets.{self.name}"))
+
+    def corpus(self) -> list[bytes]:
+        """What earlier runs left, and the inputs that found bugs."""
+        path = CORPUS / f"{self.name}.hex"
+        lines = path.read_text().split("\n") if path.exists() else []
+        found = [bytes.fromhex(line) for line in lines if line]
+        return found + [p.read_bytes() for p in sorted((REGRESSIONS / self.name).glob("*"))]
+
+
+def _target(name: str, length: int, modules: str) -> Target:
+    return Target(name, length, tuple(f"passt.{module}" for module in modules.split()))
+
+
+TARGETS = (
+    # formats
+    _target("arp", 64, "wire.arp wire.cursor"),
+    _target("ip", 200, "wire.ip wire.cursor"),
+    _target("fragment", 400, "wire.fragment wire.ip core.reassembly"),
+    _target("tcp_options", 64, "wire.tcp"),
+    _target("builders", 200, "wire.ether wire.udp wire.icmp wire.checksum"),
+    _target("dhcp_format", 512, "wire.dhcp wire.cursor"),
+    _target("dhcpv6_format", 300, "wire.dhcpv6 wire.cursor"),
+    _target("ndp_format", 300, "wire.ndp wire.domain wire.cursor"),
+    _target("domain", 160, "wire.domain"),
+    # what others write
+    _target("command_line", 120, "conf conf_parse conf_actions conf_values conf_ports"),
+    _target("ports", 60, "conf_ports core.rules"),
+    _target("resolv_conf", 100, "resolv_conf wire.domain addr"),
+    _target("kernel_tables", 250, "linux.ports linux.inotify"),
+    # machines
+    _target("reassembly", 120, "core.reassembly"),
+    _target("gso", 24, "core.gso"),
+    _target("stream", 40, "stream"),
+    _target("log_file", 40, "log_file"),
+)
+
+BY_NAME = {target.name: target for target in TARGETS}

@@ -1,0 +1,44 @@
+"""Command lines: words with a zero byte between them; of pasta and of passt.
+
+Invariants: any words give options, or `Fatal` with one line, or `Done` with a text; two readings are equal; nothing on
+the host is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from passt import conf
+from passt.conf_options import Done
+from passt.conf_table import TABLE
+from passt.core.config import PASST, PASTA
+from passt.log import Fatal
+
+VALUES = ("1", "192.0.2.1", "fe80::1", "eth0", "1500", "/tmp/x", "52:54:00:12:34:56", "none", "all", "1048576", "a.b")
+
+
+def seeds() -> Iterable[bytes]:
+    for i, option in enumerate(TABLE):
+        for value in (VALUES[i % len(VALUES)], VALUES[(i + 5) % len(VALUES)]) if option.arg else ("",):
+            yield b"\0" + f"--{option.name}\0{value}".encode()
+    yield b"\0-fq4\0-t80\0--\0sh\0-c\0true"
+    yield b"\1-d\0-s\0/tmp/a\0-P/tmp/b\0-t\0auto"
+    yield b"\0" + b"--config-net\0--no-copy-routes\0" + b"1234"
+
+
+def read(argv: list[str], mode: str) -> object:
+    try:
+        return conf.parse(argv, mode)
+    except Fatal as e:
+        assert "\n" not in str(e), "one line"
+        return str(e)
+    except Done as e:
+        return str(e)
+
+
+def one(data: bytes) -> None:
+    if not data:
+        return
+    mode = PASST if data[0] & 1 else PASTA
+    argv = data[1:].decode("utf-8", "surrogateescape").split("\0")
+    assert read(argv, mode) == read(argv, mode)
