@@ -26,10 +26,12 @@ Python's binding of libseccomp is pyseccomp, or Debian's package python3-seccomp
 
 from __future__ import annotations
 
+import ctypes.util
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -76,10 +78,11 @@ UNTESTABLE = {  # machine -> calls whose arguments are in memory there
 def binding() -> Any:
     """Python's binding of libseccomp. Raises Fatal."""
     try:
-        import pyseccomp
+        with _names_instead_of_a_search():
+            import pyseccomp
     except ImportError:
         pass  # Debian has the other one
-    except RuntimeError as e:
+    except (OSError, RuntimeError) as e:
         raise Fatal(f"Couldn't load libseccomp: {e}: install it (Debian: libseccomp2)") from None
     else:
         return pyseccomp
@@ -90,6 +93,21 @@ def binding() -> Any:
             "The sandbox needs libseccomp's Python binding: pip install pyseccomp, or Debian's python3-seccomp"
         ) from None
     return seccomp
+
+
+@contextmanager
+def _names_instead_of_a_search() -> Iterator[None]:
+    """Let pyseccomp load its libraries as all programs do, by their names.
+
+    It asks ctypes.util.find_library(), which runs ldconfig(8), or a compiler, where it finds that they exist.
+    """
+    names = {"c": None, "seccomp": "libseccomp.so.2"}  # None: what the interpreter is linked with
+    before = ctypes.util.find_library
+    ctypes.util.find_library = names.get
+    try:
+        yield
+    finally:
+        ctypes.util.find_library = before
 
 
 def collect(mode: str, modules: Iterable[ModuleType] | None = None) -> dict[str, list[Call]]:
