@@ -101,9 +101,12 @@ def _names_instead_of_a_search() -> Iterator[None]:
 
     It asks ctypes.util.find_library(), which runs ldconfig(8), or a compiler, where it finds that they exist.
     """
-    names = {"c": None, "seccomp": "libseccomp.so.2"}  # None: what the interpreter is linked with
+
+    def named(name: str) -> str | None:
+        return "libseccomp.so.2" if name == "seccomp" else None  # None: what the interpreter is linked with
+
     before = ctypes.util.find_library
-    ctypes.util.find_library = names.get
+    ctypes.util.find_library = named
     try:
         yield
     finally:
