@@ -68,6 +68,7 @@ TARGETS = (
     _target("reassembly", 120, "core.reassembly"),
     _target("gso", 24, "core.gso"),
     _target("stream", 40, "stream"),
+    _target("tcp", 90, "tcp tcp_open tcp_ack tcp_buf tcp_table"),
     _target("log_file", 40, "log_file"),
 )
 

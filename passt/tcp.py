@@ -115,7 +115,8 @@ class Tcp:
     def tap_handler(self, key: bytes, segments: list[int], now: float) -> None:
         """Segments of one flow: `segments` is a flat list of (offset of the TCP header, end) in the packet pool."""
         conn = self._conns.get(key)
-        if conn is None or not conn.events & ESTABLISHED:
+        fresh = conn is None or not conn.events & ESTABLISHED
+        if fresh:
             conn = self._opening.segments(conn, key, segments, now)
             if conn is None:
                 return
@@ -128,6 +129,7 @@ class Tcp:
         buf, mv, unpack = self._pool.buf, self._pool.mv, SEQ_TO_WINDOW.unpack_from
         rcv_nxt, una, window = conn.rcv_nxt, conn.snd_una, conn.snd_wnd
         in_flight = conn.snd_nxt - una
+        sent = max(in_flight, conn.rewound - una)
         payload: list[memoryview] = []
         later: list[tuple[int, int, int, int]] = []
         fin = must_ack = duplicate = False
@@ -149,13 +151,14 @@ class Tcp:
                 continue
             advance = (ack - una) & _MASK
             n = end - data
-            if 0 < advance <= in_flight:
+            if 0 < advance <= sent:
                 una += advance
                 in_flight -= advance
+                sent -= advance
                 window = win << conn.ws_from
             elif advance == 0:
                 win <<= conn.ws_from
-                if win == window and in_flight and not n and not bits & FIN:
+                if win == window and in_flight > 0 and not n and not bits & FIN:
                     duplicate = True
                 window = win
             if seq == rcv_nxt & _MASK:
@@ -183,6 +186,8 @@ class Tcp:
         if later:
             rcv_nxt, fin, hole = self._reorder(rcv_nxt, later, payload, fin)
             must_ack |= hole
+        if fresh:
+            duplicate = False  # what is in flight was sent after this batch came
         if una != conn.snd_una or window != conn.snd_wnd or duplicate or conn.retries:
             self._acknowledged(conn, una, window, duplicate, now)
             if conn.sock is None:
@@ -309,9 +314,12 @@ class Tcp:
         if events & EPOLLOUT and conn.low and conn.sock is not None:
             self._acks.writable(conn, now)
 
-    def _to_tap(self, conn: TcpConn, now: float) -> None:
-        """Send what the socket has, and see to the timer."""
+    def _to_tap(self, conn: TcpConn, now: float, progress: bool = False) -> None:
+        """Send what the socket has, and see to the timer: what is in flight already keeps its time (RFC 6298, 5.1),
+        unless an acknowledgement made `progress` (5.3).
+        """
         before = conn.snd_nxt
+        flying = before != conn.snd_una and not progress
         due = conn.ack_due
         try:
             self._out.data(conn)
@@ -320,7 +328,8 @@ class Tcp:
             return
         if conn.snd_nxt != before and conn.pingpong < PINGPONG_MAX and (due or now - conn.t_rx < ACK_DELAY):
             conn.pingpong += 1
-        self._schedule(conn, now)
+        if not flying:
+            self._schedule(conn, now)
 
     def _acknowledged(self, conn: TcpConn, una: int, window: int, duplicate: bool, now: float) -> None:
         """The guest acknowledged everything before `una` and takes `window` bytes after it."""
@@ -329,6 +338,8 @@ class Tcp:
         if progress:
             conn.snd_una = una
             conn.retries = 0
+            if una > conn.snd_nxt:
+                self._out.catch_up(conn)
             if conn.events & TAP_FIN_SENT and una == conn.snd_nxt:
                 set_event(conn, TAP_FIN_ACKED)
                 if conn.events & CLOSED == CLOSED:
@@ -354,10 +365,10 @@ class Tcp:
             conn.recover = conn.snd_nxt
             self._out.again(conn)
         if not conn.drained:
-            self._to_tap(conn, now)
+            self._to_tap(conn, now, progress)
         elif conn.snd_nxt == una and window and not conn.retries:
             conn.deadline = now + KEEPALIVE_IDLE  # as `_schedule` would; the timer, armed for earlier, finds it there
-        else:
+        elif progress or conn.snd_nxt == una:
             self._schedule(conn, now)
 
     # Opening -----------------------------------------------------------------------------------------------------

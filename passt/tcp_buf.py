@@ -16,7 +16,8 @@ SO_PEEK_OFF (TCP: kernel 6.9) lets the kernel keep the offset of the next peek. 
 and what was sent already lands in a buffer nobody reads.
 
 A short peek means that the queue is empty (`drained`), so the question "is there more?" is not asked again until the
-socket reports an event; urgent data also cuts a peek short, so a connection that has seen any always asks twice.
+socket reports an event; urgent data also cuts a peek short, so a connection that has seen any always asks twice, and
+without SO_PEEK_OFF waits for the guest to acknowledge what is before the mark.
 If the peer's FIN was reported before the peek, a short one ends the stream, and our FIN rides on the last segment.
 """
 
@@ -178,11 +179,15 @@ class TcpOut:
             if want > PEEK_MAX:
                 want = PEEK_MAX
             if not self._peek_off:
+                if conn.urgent:
+                    self.consume(conn)
                 want = min(want, DISCARD_MAX - (conn.snd_nxt - conn.base))
                 if want <= 0:
                     return
             n = self._peek(conn, want)
-            ended = n < want and conn.events & SOCK_FIN_RCVD and not (n and conn.urgent)
+            # Short at an urgent mark, perhaps. A peek that begins before the mark does not get beyond it.
+            cut = n < want and conn.urgent and (n or (not self._peek_off and conn.snd_nxt != conn.base))
+            ended = n < want and conn.events & SOCK_FIN_RCVD and not cut
             if n:
                 self._segments(conn, n, tcp.FIN if ended else 0)
                 conn.snd_nxt += n
@@ -191,9 +196,11 @@ class TcpOut:
             if ended:
                 conn.snd_nxt += 1
                 set_event(conn, TAP_FIN_SENT)
-            if n < want and not (n and conn.urgent):
+            if n < want and not cut:
                 conn.drained = True
                 return
+            if not n:
+                return  # what comes after the mark can be seen when the guest has what is before it
 
     def _peek(self, conn: TcpConn, want: int) -> int:
         """Read up to `want` bytes at snd_nxt without taking them; 0: none now, or the end (then the event is set)."""
@@ -250,10 +257,21 @@ class TcpOut:
     def rewind(self, conn: TcpConn) -> None:
         """Forget that anything after snd_una was sent: the next `data` sends it again."""
         conn.resent += 1
+        conn.rewound = max(conn.rewound, conn.snd_nxt)
+        conn.fin_rewound = conn.fin_rewound or bool(conn.events & TAP_FIN_SENT)
         conn.snd_nxt = conn.snd_una
         conn.drained = False
         set_event(conn, 0, clear=TAP_FIN_SENT)
         self._seek(conn, conn.snd_una)
+
+    def catch_up(self, conn: TcpConn) -> None:
+        """The guest acknowledged what was forgotten: it is not sent again. FIN was behind the last byte, if it was."""
+        conn.snd_nxt = conn.snd_una
+        fin = 0
+        if conn.snd_una == conn.rewound and conn.fin_rewound:
+            set_event(conn, TAP_FIN_SENT)
+            fin = 1
+        self._seek(conn, conn.snd_una - fin)
 
     def consume(self, conn: TcpConn) -> None:
         """Take what the guest acknowledged out of the socket, without copying it. The peek offset follows."""

@@ -28,6 +28,7 @@ They are Python integers that start in 32 bits and never wrap; they are masked w
     snd_nxt    next byte to send to the guest
     snd_wnd    bytes after snd_una that the guest is ready to take
     base       sequence number of the first byte that still lies in the socket: base <= snd_una
+    rewound    snd_nxt before it was set back to snd_una: the guest may have got that far, and may say so at any time
     recover    snd_nxt when a retransmission began (RFC 6582); acknowledgements below it are partial
     rcv_nxt    next byte expected from the guest: everything before it is in the host socket
     rcv_acked  what the next segment to the guest acknowledges (`ack_due`: none has said so yet)
@@ -94,6 +95,7 @@ class TcpConn(Flow):
         "drained",  # a peek came back short: nothing to read until the socket says so
         "eager",  # much was dropped from the socket last time: what is left may pin a large buffer, drop it at once
         "events",
+        "fin_rewound",  # FIN is what is before `rewound`
         "gso",  # whether `hdr` has segmentation fields set
         "hdr",  # pre-cooked frame: vnet, Ethernet, IP, TCP headers
         "host",  # address and port that the host socket is connected to
@@ -118,6 +120,7 @@ class TcpConn(Flow):
         "recover",
         "resent",  # retransmissions to the guest
         "retries",
+        "rewound",  # what snd_nxt was before everything after snd_una was forgotten; less than that, or 0: nothing was
         "snd_nxt",
         "snd_una",
         "snd_wnd",
@@ -144,9 +147,9 @@ class TcpConn(Flow):
         self.mss = tcp.MSS_DEFAULT
         self.chunk = self.ws_from = self.ws_to = 0
         self.isn = self.isn_tap = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_low = self.rcv_max = 0
-        self.snd_una = self.snd_nxt = self.snd_wnd = self.base = self.recover = 0
+        self.snd_una = self.snd_nxt = self.snd_wnd = self.base = self.recover = self.rewound = 0
         self.gso = self.near = self.low = self.lost = self.ack_due = False
-        self.queued = self.urgent = self.eager = self.keepalive = False
+        self.queued = self.urgent = self.eager = self.keepalive = self.fin_rewound = False
         self.drained = True
         self.pingpong = self.retries = self.unpolled = self.lazy = self.resent = 0
         self.timer = -1

@@ -15,7 +15,7 @@ from scapy.all import IP, TCP, Ether, IPv6
 
 from passt import addr
 from passt.core.flow import FlowTable
-from passt.core.reactor import EPOLLIN, EPOLLOUT, EPOLLPRI, make_ref
+from passt.core.reactor import EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, make_ref
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 from tests.unit.support import GATEWAY4, link, reactor
 from tests.unit.tcp_support import ALL, GUEST_ISN, FakeSocket, Talk, fake_sockets, open_connection
@@ -752,3 +752,75 @@ def test_any_acknowledgements_deliver_each_byte_once(steps: list[str], peek_off:
             for j, byte in enumerate(s.payload):
                 assert got.setdefault(s.seq - 1 + j, byte) == byte == sent[s.seq - 1 + j]
     assert acked == len(sent)
+
+
+# Found by fuzzing ----------------------------------------------------------------------------------------------------
+
+
+def test_data_that_waited_for_the_handshake_is_sent_once() -> None:
+    """The segment that acknowledges our SYN, SYN does not acknowledge anything else twice."""
+    talk = Talk()
+    talk.syn()
+    talk.expect(SYN | ACK, seq=0, ack=1)
+    talk.host(b"220 ready")
+    talk.window = 1000
+    talk.guest(ACK)
+    talk.expect(ACK | PSH, b"220 ready")
+
+
+@pytest.mark.parametrize("more", [b"", b"x"])
+def test_a_retransmission_is_not_put_off_by_what_acknowledges_nothing(more: bytes) -> None:
+    """RFC 6298, 5: the timer starts with the first byte in flight, and again when some are acknowledged."""
+    talk = open_connection()
+    talk.host(b"lost")
+    talk.expect(ACK | PSH, b"lost")
+    talk.wait(1.0)
+    talk.expect(ACK | PSH, b"lost")  # and that is lost, too
+    for i in range(8):
+        talk.wait(0.4)
+        talk.guest(ACK, b"upload", ack=1, window=60000 + i)
+        if more:
+            talk.host(more)
+    assert b"lost" in [s.payload[:4] for s in talk.taken()]
+
+
+def test_end_behind_urgent_data_without_peek_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peek stops at the mark, however much lies behind it: that is not the end."""
+    original = FakeSocket._peek
+
+    def peek(sock: FakeSocket, offset: int, n: int) -> bytes:
+        at = 8 - taken(sock)
+        return original(sock, offset, at - offset if offset < at < offset + n else n)
+
+    def taken(sock: FakeSocket) -> int:
+        return 16 - len(sock.incoming)
+
+    talk = open_connection(features=replace(ALL, peek_off=False))
+    talk.sock.incoming += b"before--" + b"behind--"
+    monkeypatch.setattr(FakeSocket, "_peek", peek)
+    talk.sock.ended = True
+    reactor(talk.ctx).fire(talk.sock.fd, EPOLLIN | EPOLLPRI | EPOLLRDHUP, talk.now)
+    talk.expect(ACK | PSH, b"before--")
+    talk.guest(ACK, ack=9)
+    talk.expect(ACK | PSH, b"behind--")
+    talk.guest(ACK, ack=17)
+    talk.expect(ACK | FIN, b"")
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_what_is_to_be_sent_again_is_acknowledged_after_all(end: bool) -> None:
+    """The window closed, so nothing could be sent again; the guest has it all the same."""
+    talk = open_connection()
+    talk.host(b"arrived", end=end)
+    talk.expect(ACK | PSH | (FIN if end else 0), b"arrived")
+    talk.guest(ACK, ack=1, window=0)
+    talk.wait(1.5)
+    talk.taken()
+    talk.guest(ACK, ack=9 if end else 8)
+    if end:
+        talk.guest(ACK | FIN, ack=9)
+        talk.expect(ACK, b"")
+        assert talk.gone
+    else:
+        talk.host(b"more")
+        talk.expect(ACK | PSH, b"more", seq=8)
