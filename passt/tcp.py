@@ -115,8 +115,9 @@ class Tcp:
     def tap_handler(self, key: bytes, segments: list[int], now: float) -> None:
         """Segments of one flow: `segments` is a flat list of (offset of the TCP header, end) in the packet pool."""
         conn = self._conns.get(key)
-        fresh = conn is None or not conn.events & ESTABLISHED
-        if fresh:
+        fresh = False
+        if conn is None or not conn.events & ESTABLISHED:
+            fresh = True
             conn = self._opening.segments(conn, key, segments, now)
             if conn is None:
                 return
