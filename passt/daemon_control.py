@@ -10,11 +10,11 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from . import control
 from .linux import unix
 from .linux.proc import ephemeral_ports, in_init_userns
 
 if TYPE_CHECKING:
+    from . import control
     from .conf import Options
     from .core.context import Context
 
@@ -35,7 +35,7 @@ class Sockets:
         self._api: control.Listening | None = None
         if not wanted(options):
             return
-        from . import control_api, slirp_api  # noqa: F401  # who we become may not be able to read Python's files
+        from . import control, control_api, slirp_api  # noqa: F401  # who we become may not be able to read files
 
         "".encode("unicode_escape")  # for messages: a codec is such a file, too
         self._origins.append(unix.Origin())
@@ -62,7 +62,7 @@ class Sockets:
         """From now on the loop answers. We are who we will be."""
         if not wanted(self._options):
             return
-        from . import control_api, slirp_api
+        from . import control, control_api, slirp_api
 
         assert ctx.forwards is not None, "there is one wherever there are listeners"
         options = self._options

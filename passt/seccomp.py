@@ -26,7 +26,7 @@ Python's binding of libseccomp is pyseccomp, or Debian's package python3-seccomp
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import mmap
 import os
 import sys
@@ -99,18 +99,26 @@ def binding() -> Any:
 def _names_instead_of_a_search() -> Iterator[None]:
     """Let pyseccomp load its libraries as all programs do, by their names.
 
-    It asks ctypes.util.find_library(), which runs ldconfig(8), or a compiler, where it finds that they exist.
+    It asks ctypes.util.find_library(), which runs ldconfig(8), or a compiler, where it finds that they exist. That
+    module takes longer to import than all the rest, so a stand-in has its place for that moment.
     """
 
-    def named(name: str) -> str | None:
+    def find_library(name: str) -> str | None:
         return "libseccomp.so.2" if name == "seccomp" else None  # None: what the interpreter is linked with
 
-    before = ctypes.util.find_library
-    ctypes.util.find_library = named
+    name = "ctypes.util"
+    before, stand_in = sys.modules.get(name), ModuleType(name)
+    stand_in.find_library = find_library  # type: ignore[attr-defined]
+    sys.modules[name] = stand_in
+    setattr(ctypes, "util", stand_in)  # noqa: B010  # whom type checkers take for a module
     try:
         yield
     finally:
-        ctypes.util.find_library = before
+        del sys.modules[name]
+        delattr(ctypes, "util")
+        if before is not None:
+            sys.modules[name] = before
+            setattr(ctypes, "util", before)  # noqa: B010
 
 
 def collect(mode: str, modules: Iterable[ModuleType] | None = None) -> dict[str, list[Call]]:
