@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 RESULTS = bench/results/latest.json
 
 .DEFAULT_GOAL = help
-.PHONY: docs-seccomp help setup install-system-packages run check test bench bench-quick bench-plot demo demo-vm completions clean
+.PHONY: docs-seccomp help setup install-system-packages run check test fuzz fuzz-long bench bench-quick bench-plot demo demo-vm completions clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,11 +22,17 @@ run: ## A login shell in a new namespace with network
 check: setup ## ruff, mypy and the unit tests
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/mypy --strict bench tests/system/traffic tests/system/vm tests/system/clients
+	.venv/bin/mypy --strict bench fuzz tests/system/traffic tests/system/vm tests/system/clients
 	$(PYTHON) -m pytest -q tests/unit tests/test_layers.py
 
 test: ## Everything that CI runs
 	scripts/test
+
+fuzz: ## Hostile input, made up by a machine that watches which code it reaches: a minute (docs/fuzzing.md)
+	scripts/fuzz --seconds 2
+
+fuzz-long: ## The same up to ten million executions of each target, recorded in docs/fuzzing.md (hours)
+	scripts/fuzz --runs 10000000 --record
 
 bench: ## The benchmark, beside the C original, slirp4netns and loopback (about 30 minutes)
 	scripts/setup bench

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from .table import BY_NAME, CORPUS, HERE, TARGETS, Target
@@ -62,12 +62,10 @@ class Figures:
     @classmethod
     def parse(cls, row: str) -> Figures:
         name, executions, seconds, _, corpus, coverage, crashes, date = (c.strip() for c in row.strip("|\n").split("|"))
-        branches, features = coverage.split(", ")
-        numbers = (executions, seconds, corpus, branches, features, crashes)
-        return cls(name.strip("`"), *(int(n.replace(",", "")) for n in numbers), date)
-
-
-assert len(fields(Figures)) == 8
+        numbers = [int(n.replace(",", "")) for n in (executions, seconds, corpus, *coverage.split(", "), crashes)]
+        found = cls(name.strip("`"), date=date)
+        found.executions, found.seconds, found.corpus, found.coverage, found.features, found.crashes = numbers
+        return found
 
 
 # The record ----------------------------------------------------------------------------------------------------------

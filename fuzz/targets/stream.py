@@ -56,7 +56,15 @@ class Way:
 
 WAY = Way()
 ENDS: list[str] = []
-STREAM = Stream(CTX, cast(Any, WAY), lambda why: (ENDS.append(why), STREAM.attach(None))[0])
+
+
+def end(why: str) -> None:
+    """As the owner does, who lets go of the socket."""
+    ENDS.append(why)
+    STREAM.attach(None)
+
+
+STREAM = Stream(CTX, cast(Any, WAY), end)
 
 
 def seeds() -> Iterable[bytes]:
@@ -69,7 +77,8 @@ def seeds() -> Iterable[bytes]:
 
 def expected(sent: bytes) -> tuple[list[bytes], int, bool]:
     """The frames in a stream, the length that lies in it or -1, and whether it ends within a frame."""
-    frames, at = [], 0
+    frames: list[bytes] = []
+    at = 0
     while at + 4 <= len(sent):
         length = int.from_bytes(sent[at : at + 4], "big")
         if not FRAME_MIN <= length <= FRAME_MAX:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from struct import Struct
 from types import SimpleNamespace
 from typing import Any, cast
@@ -601,12 +601,12 @@ def one(data: bytes) -> None:
     steps = Steps(data)
     world = WORLDS[steps.byte() & 1]
     world.start()
-    former: Callable[..., Any] = tcp_sock.new_socket
-    tcp_sock.new_socket = cast(Any, world.new_socket)
+    module: Any = tcp_sock
+    former, module.new_socket = module.new_socket, world.new_socket
     try:
         program(world, steps)
         behave(world)
         settle(world)
     finally:
-        tcp_sock.new_socket = former
+        module.new_socket = former
         empty(world)

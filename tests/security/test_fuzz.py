@@ -1,0 +1,67 @@
+"""Everything that reads input of a stranger: what fuzzing has found is replayed, and it goes on for a while.
+
+The invariants are those of `fuzz/targets/`. How far it went is recorded in docs/fuzzing.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuzz.run import read_record
+from fuzz.table import CORPUS, REGRESSIONS, TARGETS, Target
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+def test_replay(target: Target) -> None:
+    """The seeds, the corpus, and every input that found a bug."""
+    module = target.load()
+    inputs = [*module.seeds(), *target.corpus()]
+    assert inputs
+    for data in inputs:
+        try:
+            module.one(data)
+        except Exception as e:
+            e.add_note(f"input: {data.hex()}")
+            raise
+
+
+def test_any_input_is_a_program() -> None:
+    for target in TARGETS:
+        one = target.load().one
+        for data in (b"", b"\0", b"\xff", bytes(target.length), b"\xff" * target.length, bytes(range(40))):
+            one(data)
+
+
+def test_there_is_a_target_for_whatever_is_kept() -> None:
+    names = {t.name for t in TARGETS}
+    modules = {p.stem for p in (ROOT / "fuzz" / "targets").glob("*.py")} - {"__init__"}
+    assert modules == names
+    assert {p.stem for p in CORPUS.glob("*.hex")} <= names
+    assert {p.name for p in REGRESSIONS.iterdir()} <= names
+    assert read_record().keys() <= names
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+def test_guiding_modules_are_there(target: Target) -> None:
+    for name in target.modules:
+        assert importlib.util.find_spec(name) is not None, name
+
+
+@pytest.mark.timeout(170)
+def test_a_short_run() -> None:
+    """Each target for a second; `make fuzz-long` is the long form."""
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("atheris is missing, which has wheels for Linux x86-64 and CPython up to 3.13: scripts/setup test")
+    done = subprocess.run(
+        [sys.executable, "-m", "fuzz", "--seconds", "1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [t.name for t in TARGETS]
