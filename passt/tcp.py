@@ -8,7 +8,8 @@ Directions
 
 Guest to host (`tap_handler`). Segments of one read of the tap come grouped by connection. Payload in order goes to
 the socket in one `sendmsg` over views of the packet pool. What the socket took is acknowledged; what it did not take
-is dropped and asked for again, which the window that we promise makes rare: see `tcp_ack.py`.
+is dropped and asked for again, which the window that we promise makes rare: see `tcp_ack.py`. What comes behind a hole
+waits for what is missing: see `tcp_early.py`.
 
 Host to guest (`sock_handler`, and `tap_handler` when an acknowledgement opens the window). Data is peeked, sent, and
 stays in the socket until the guest has it: see `tcp_buf.py`. Events are edge-triggered.
@@ -39,6 +40,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from . import tcp_sock
@@ -84,6 +86,7 @@ CONSUME = 8192  # acknowledged bytes that are dropped from the socket at once
 LAZY_MAX = 32  # acknowledgements of fewer bytes after which they are, too; none waits longer than ACK_DELAY
 KEEPALIVE_PROBES = 8
 IOV_MAX = 1024
+DUPLICATES = 3  # acknowledgements that make a guest send again what is missing (RFC 5681, 3.2)
 TIMER_SLACK = 0.0005  # s, a timer that fires this early is on time
 
 _MASK = 0xFFFFFFFF
@@ -143,9 +146,12 @@ class Tcp:
                 continue
             if bits & (RST | SYN | ACK) != ACK:
                 if bits & RST:
-                    if (seq - conn.rcv_acked) & _MASK <= conn.rcv_edge - conn.rcv_acked:
+                    # RFC 5961, 3.2: only what comes next, or what the last acknowledgement asked for, resets
+                    if seq in (rcv_nxt & _MASK, conn.rcv_acked & _MASK):
                         self._table.reset_by_guest(conn)
                         return
+                    if (seq - conn.rcv_acked) & _MASK <= conn.rcv_edge - conn.rcv_acked:
+                        must_ack = True  # challenge
                     self._ctx.drops["tcp reset out of window"] += 1
                 elif bits & SYN:
                     must_ack = True  # RFC 5961, 4.2: challenge
@@ -184,9 +190,12 @@ class Tcp:
                 rcv_nxt += new
             if new >= 0 and bits & FIN and n + gap == 1 << 32:
                 fin = True
-        if later:
-            rcv_nxt, fin, hole = self._reorder(rcv_nxt, later, payload, fin)
-            must_ack |= hole
+        if later or conn.early:
+            rcv_nxt, fin, hole = self._reorder(conn, rcv_nxt, later, payload, fin)
+            if hole:
+                must_ack = True
+                for _ in range(min(len(later), DUPLICATES) - 1):  # and one below
+                    self._out.ack(conn)
         if fresh:
             duplicate = False  # what is in flight was sent after this batch came
         if una != conn.snd_una or window != conn.snd_wnd or duplicate or conn.retries:
@@ -206,7 +215,9 @@ class Tcp:
         seq, ack, bits, win = SEQ_TO_WINDOW.unpack_from(self._pool.buf, offset + 4)
         data = offset + (bits >> 10 & 0x3C)
         rcv_nxt, una = conn.rcv_nxt, conn.snd_una
-        if seq != rcv_nxt & _MASK or bits & _NOT_PLAIN != ACK or not offset + 20 <= data < end or conn.retries:
+        if seq != rcv_nxt & _MASK or bits & _NOT_PLAIN != ACK or not offset + 20 <= data < end:
+            return False
+        if conn.retries or conn.early:
             return False
         advance = (ack - una) & _MASK
         if advance > conn.snd_nxt - una:
@@ -220,21 +231,34 @@ class Tcp:
         return True
 
     def _reorder(
-        self, rcv_nxt: int, later: list[tuple[int, int, int, int]], payload: list[memoryview], fin: bool
+        self,
+        conn: TcpConn,
+        rcv_nxt: int,
+        later: list[tuple[int, int, int, int]],
+        payload: list[memoryview],
+        fin: bool,
     ) -> tuple[int, bool, bool]:
-        """Append what follows without a hole among segments that came early; returns (rcv_nxt, fin, hole)."""
-        hole = False
-        for seq, data, end, fin_bit in sorted(later):
+        """Append what follows without a hole of what came early, now or before, and keep the rest.
+
+        Returns (rcv_nxt, fin, hole).
+        """
+        pieces = [(seq, self._pool.mv[data:end], fin_bit) for seq, data, end, fin_bit in later]
+        early = self._table.early
+        if conn.early:
+            pieces += early.take(conn)
+        pieces.sort(key=itemgetter(0))
+        for i, (seq, data, fin_bit) in enumerate(pieces):
             skip = rcv_nxt - seq
             if skip < 0 or fin:
-                hole = True
-                break
-            if skip < end - data:
-                payload.append(self._pool.view(data + skip, end))
-                rcv_nxt += end - data - skip
-            if fin_bit and rcv_nxt == seq + end - data:
+                if not fin and not conn.events & TAP_FIN_RCVD:
+                    early.keep(conn, pieces[i:])
+                return rcv_nxt, fin, True
+            if skip < len(data):
+                payload.append(data[skip:])
+                rcv_nxt += len(data) - skip
+            if fin_bit and rcv_nxt == seq + len(data):
                 fin = True
-        return rcv_nxt, fin, hole
+        return rcv_nxt, fin, False
 
     def _to_sock(
         self, conn: TcpConn, payload: Sequence[memoryview], rcv_nxt: int, fin: bool, must_ack: bool, now: float

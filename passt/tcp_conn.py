@@ -94,6 +94,7 @@ class TcpConn(Flow):
         "deadline",  # time.monotonic() at which `Tcp.timer_handler` has something to do
         "drained",  # a peek came back short: nothing to read until the socket says so
         "eager",  # much was dropped from the socket last time: what is left may pin a large buffer, drop it at once
+        "early",  # pieces of data behind a hole (`tcp_early.py`)
         "events",
         "fin_rewound",  # FIN is what is before `rewound`
         "gso",  # whether `hdr` has segmentation fields set
@@ -142,6 +143,7 @@ class TcpConn(Flow):
         self.host: tuple[bytes, int] = b"", 0
         self.other = b""
         self.tried: Tried = ()
+        self.early: tuple[tuple[int, memoryview, int], ...] = ()
         self.hdr = bytearray()
         self.l4 = self.ip_sum = self.tcp_sum = 0
         self.mss = tcp.MSS_DEFAULT

@@ -31,6 +31,7 @@ from .core.context import Context
 from .core.timers import NEVER
 from .tcp_buf import TcpOut
 from .tcp_conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, TAP_SYN_RCVD, TcpConn, timeout
+from .tcp_early import TcpEarly
 
 
 class TcpTable:
@@ -39,6 +40,7 @@ class TcpTable:
     def __init__(self, ctx: Context, out: TcpOut) -> None:
         self._ctx = ctx
         self._out = out
+        self.early = TcpEarly(ctx.drops)
         self.by_key: dict[bytes, TcpConn] = {}
         self.half_open = 0  # connections of host clients that the guest has not answered yet
         self.opening = 0  # connections that the guest began and that are not established yet
@@ -107,5 +109,7 @@ class TcpTable:
         if conn.sock is not None:
             self._ctx.reactor.retire(conn.fd, conn.sock)
             conn.sock = None
+        if conn.early:
+            self.early.take(conn)
         conn.ack_due = False
         self._ctx.flows.free(conn, why)

@@ -660,6 +660,22 @@ def test_reset_out_of_the_window_is_ignored() -> None:
     talk.expect(ACK, ack=6)
 
 
+def test_reset_in_the_window_is_asked_to_prove_itself() -> None:
+    """RFC 5961, 3.2: a blind guess is not enough, and who means it knows the number from our answer."""
+    talk = near()
+    talk.guest(RST, seq=100)
+    talk.expect(ACK, seq=1, ack=1)
+    assert talk.ctx.drops["tcp reset out of window"] == 1 and not talk.sock.closed
+    talk.guest(RST, seq=1)
+    assert talk.gone and talk.sock.resets_on_close
+
+
+def test_reset_behind_data_of_the_same_batch() -> None:
+    talk = near()
+    talk.put(talk.segment(ACK, b"data"), talk.segment(RST | ACK))
+    assert talk.gone and talk.sock.resets_on_close
+
+
 def test_reset_by_the_host_peer_comes_after_its_last_data() -> None:
     talk = open_connection()
     talk.sock.incoming += b"last words"
