@@ -4,9 +4,9 @@
     python -m fuzz tcp udp --seconds 60
     python -m fuzz --runs 10000000 --record
 
-With --record, executions are added to those of earlier runs until each target has `--runs` of them; docs/fuzzing.md and
-the corpus are written after each slice, so that an end at any time loses no more than that. What crashes a target is
-left in build/fuzz/TARGET, and the run goes on with the next target.
+With --record, executions are added to those of earlier runs until each target has `--runs` of them; the corpus and
+docs/fuzzing.md are written after each slice, so that an end at any time loses no more than that. What crashes a target
+is left in build/fuzz/TARGET, and the run goes on with the next target.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -137,26 +138,28 @@ def put_inputs(target: Target, directory: Path) -> None:
         (directory / hashlib.sha1(data, usedforsecurity=False).hexdigest()).write_bytes(data)
 
 
-def short(target: Target, seconds: int, runs: int) -> bool:
+def short(target: Target, runs: int, seconds: int) -> bool:
     """Run one target, without a record; whether it went well."""
     with tempfile.TemporaryDirectory() as name:
         put_inputs(target, Path(name))
-        figures, said = run(target, Path(name), seconds=seconds, runs=runs)
+        figures, said = run(target, Path(name), seconds=seconds or 1, runs=runs)
     _show(figures, said)
     return not said
 
 
-def long(target: Target, runs: int) -> bool:
-    """Run one target until it has `runs` executions in all, and record them."""
+def long(target: Target, runs: int, seconds: int) -> bool:
+    """Run one target until it has `runs` executions in all, or for `seconds` (0: for as long as it takes)."""
+    spent = 0
     with tempfile.TemporaryDirectory() as name:
         put_inputs(target, Path(name))
         while True:
             record = read_record()
             before = record.get(target.name) or Figures(target.name)
             left = runs - before.executions
-            if left <= 0:
+            if left <= 0 or (seconds and spent >= seconds):
                 return True
-            figures, said = run(target, Path(name), seconds=SLICE, runs=left)
+            figures, said = run(target, Path(name), seconds=min(SLICE, seconds or SLICE), runs=left)
+            spent += figures.seconds
             figures.executions += before.executions
             figures.seconds += before.seconds
             figures.crashes += before.crashes
@@ -178,7 +181,7 @@ def _show(figures: Figures, said: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fuzz", description="Coverage-guided fuzzing of everything that reads input.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"all, if none is named: {', '.join(BY_NAME)}")
-    parser.add_argument("--seconds", type=int, default=1, help="for each target (1)")
+    parser.add_argument("--seconds", type=int, default=0, help="for each target, at most (1; with --record: no limit)")
     parser.add_argument("--runs", type=int, default=-1, help="executions of each target, at most")
     parser.add_argument("--record", action="store_true", help="go on to --runs, write docs/fuzzing.md and fuzz/corpus")
     asked = parser.parse_args(argv)
@@ -189,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--record goes on to a number of executions: --runs 10000000")
     if importlib.util.find_spec("atheris") is None:
         parser.error("atheris is missing: pip install -e .[fuzz,test] (Linux x86-64, CPython 3.11 to 3.13)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which also ends the process that is running
     targets = [BY_NAME[name] for name in asked.targets] or list(TARGETS)
-    well = [long(t, asked.runs) if asked.record else short(t, asked.seconds, asked.runs) for t in targets]
+    go = long if asked.record else short
+    well = [go(t, asked.runs, asked.seconds) for t in targets]
     return 0 if all(well) else 1
