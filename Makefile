@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 RESULTS = bench/results/latest.json
 
 .DEFAULT_GOAL = help
-.PHONY: docs-seccomp help setup install-system-packages run check test fuzz fuzz-long bench bench-quick bench-plot demo demo-vm completions clean
+.PHONY: docs-seccomp help setup install-system-packages run check test fuzz fuzz-long security bench bench-quick bench-plot demo demo-vm completions clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ fuzz: ## Hostile input, made up by a machine that watches which code it reaches:
 
 fuzz-long: ## The same up to ten million executions of each target, recorded in docs/fuzzing.md (hours)
 	scripts/fuzz --runs 10000000 --record
+
+security: ## Floods from the guest at full length, and docs/floods.md from what came of them (about 20 minutes)
+	scripts/security
 
 bench: ## The benchmark, beside the C original, slirp4netns and loopback (about 30 minutes)
 	scripts/setup bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ TEST_USER = "pastatest"
 TUN = "/dev/net/tun"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def tun_device() -> Iterator[None]:
-    """/dev/net/tun with the mode that udev gives it, for as long as the tests run."""
+@contextlib.contextmanager
+def tun_for_all() -> Iterator[None]:
+    """/dev/net/tun with the mode that udev gives it."""
     if os.geteuid() != 0:
         yield
         return
@@ -24,6 +25,13 @@ def tun_device() -> Iterator[None]:
     os.chmod(TUN, 0o666)
     yield
     os.chmod(TUN, mode)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tun_device() -> Iterator[None]:
+    """The same, for as long as the tests run."""
+    with tun_for_all():
+        yield
 
 
 @pytest.fixture(scope="session")

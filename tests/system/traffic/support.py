@@ -47,6 +47,7 @@ __all__ = [
 AGENT = Path(__file__).with_name("agent.py")
 AGENT_PYTHON = "/usr/bin/python3"  # everybody may execute it, and it starts fast
 PASTA = os.environ.get("PASTA")  # another pasta than ours, to try the tests themselves
+START = "\nimport sys; from passt.cli import main; sys.exit(main(['pasta', *sys.argv[1:]]))"
 NAMESPACES = {"user": "-U", "mnt": "-m", "net": "-n", "pid": "-p"}
 
 
@@ -179,8 +180,8 @@ class Namespace:
 class Guest(Namespace):
     """What is behind a pasta that runs for `user` on `host`."""
 
-    def __init__(self, host: Namespace, user: User, *options: str, descriptors: int = 0) -> None:
-        pasta = [PASTA] if PASTA else [user.python, "-m", "passt"]
+    def __init__(self, host: Namespace, user: User, *options: str, descriptors: int = 0, before: str = "") -> None:
+        pasta = [PASTA] if PASTA else [user.python, *(["-c", before + START] if before else ["-m", "passt"])]
         if descriptors:
             pasta = ["prlimit", f"--nofile={descriptors}:{descriptors}", *pasta]
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the guest
@@ -235,9 +236,9 @@ class Lan:
     guests: list[Guest] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def pasta(self, user: User, *options: str, descriptors: int = 0) -> Iterator[Guest]:
-        """A guest of `pasta OPTIONS`, which may have so many descriptors."""
-        guest = Guest(self.host, user, *options, descriptors=descriptors)
+    def pasta(self, user: User, *options: str, descriptors: int = 0, before: str = "") -> Iterator[Guest]:
+        """A guest of `pasta OPTIONS`, which may have so many descriptors; `before` is Python to be executed first."""
+        guest = Guest(self.host, user, *options, descriptors=descriptors, before=before)
         try:
             yield guest
         except BaseException:

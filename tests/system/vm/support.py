@@ -25,14 +25,14 @@ START_DEADLINE = 10.0  # seconds to be ready, or to give up
 LISTENS = 0x10000  # in the flags of /proc/net/unix: __SO_ACCEPTCON
 
 
-def passt_command(user: User, *options: str) -> list[str]:
-    """The command line that runs passt as `user`."""
-    return user.command([*([PASST] if PASST else [user.python, "-c", _OURS]), *options])
+def passt_command(user: User, *options: str, before: str = "") -> list[str]:
+    """The command line that runs passt as `user`; `before` is Python to be executed first."""
+    return user.command([*([PASST] if PASST else [user.python, "-c", before + _OURS]), *options])
 
 
-def on_host(host: Namespace, user: User, *options: str) -> list[str]:
+def on_host(host: Namespace, user: User, *options: str, before: str = "") -> list[str]:
     """The same in the namespaces of `host`, to be executed by the test. Files are those of `host`."""
-    return host.argv(passt_command(user, *options))
+    return host.argv(passt_command(user, *options, before=before))
 
 
 def seen_from_here(host: Namespace, path: Path | str) -> str:
@@ -71,12 +71,14 @@ def run(host: Namespace, user: User, *options: str, pass_fds: Sequence[int] = ()
 class Passt:
     """passt in the foreground, at a socket that listens, or on a descriptor."""
 
-    def __init__(self, host: Namespace, user: User, options: Sequence[str], path: Path | None, fd: int = -1) -> None:
+    def __init__(
+        self, host: Namespace, user: User, options: Sequence[str], path: Path | None, fd: int = -1, before: str = ""
+    ) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with passt
         self.path = path
         where = ["-s", str(path)] if path else ["-F", str(fd)]
         pid = Path(f"/tmp/passt-test-{os.getpid()}-{time.monotonic_ns()}.pid")
-        command = on_host(host, user, "-f", "-P", str(pid), *where, *options)
+        command = on_host(host, user, "-f", "-P", str(pid), *where, *options, before=before)
         self.process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command], cwd="/", env=user.env, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=self._stderr, pass_fds=(fd,) if fd >= 0 else (),
@@ -135,13 +137,13 @@ class Passt:
 
 
 @contextlib.contextmanager
-def passt(lan: Lan, user: User, *options: str) -> Iterator[Passt]:
-    """passt with a socket in a directory of its own."""
+def passt(lan: Lan, user: User, *options: str, before: str = "") -> Iterator[Passt]:
+    """passt with a socket in a directory of its own; `before` is Python to be executed first."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         if user.uid != os.geteuid():
             os.chown(name, user.uid, user.gid)
-        made = Passt(lan.host, user, options, Path(name, "socket"))
+        made = Passt(lan.host, user, options, Path(name, "socket"), before=before)
         try:
             yield made
         except BaseException:
