@@ -50,7 +50,7 @@ from .core.context import Context
 from .core.link import NO_OFFLOAD, VNET
 from .core.packet import FRAME_ROOM, VNET_LEN
 from .core.reactor import EPOLLIN, TYPE_TAP, ref_fd
-from .core.reassembly import Reassembly
+from .core.reassembly import LENGTH_MAX, Reassembly
 from .dhcp import Dhcp
 from .dhcpv6 import Dhcpv6
 from .icmp import Icmp
@@ -343,7 +343,8 @@ class Tap:
         """An IPv4 fragment (RFC 791, 3.2)."""
         key = self._pool.copy(*addresses) + bytes((proto,)) + ident.to_bytes(2, "big")
         more = bool(fragment & ip.MF)
-        whole = self._reassembly.add(key, (fragment & 0x1FFF) * 8, more, self._pool.view(l4, end), now)
+        offset, payload = (fragment & 0x1FFF) * 8, self._pool.view(l4, end)
+        whole = self._reassembly.add(key, offset, more, payload, now, LENGTH_MAX - ip.HEADER4.size)
         if whole is not None:
             self._reassembled(addresses, proto, whole, now)
 

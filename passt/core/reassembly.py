@@ -19,7 +19,8 @@ Rules, each counted in `drops` under its reason:
     overlap          a fragment that overlaps another spoils the packet: what came is thrown away, and what still comes
                      is ignored until the packet would have timed out (RFC 5722; for IPv4 as well, since no sender
                      makes overlaps but to deceive). An exact copy of a fragment is ignored alone: links duplicate.
-    bad fragment     not the last and no multiple of 8 bytes, empty, beyond 65535 bytes, or beyond the known end
+    bad fragment     not the last and no multiple of 8 bytes, empty, beyond the known end, or beyond 65535 bytes (IPv4:
+                     with the header)
     timeout          30 s after the first fragment came (as Linux; RFC 791 has 15 s, RFC 8200 60 s)
     queue full       more than PACKETS packets, or MEMORY bytes with what Python needs per fragment: oldest goes first
 
@@ -67,13 +68,15 @@ class Reassembly:
     def __len__(self) -> int:
         return len(self._packets)
 
-    def add(self, key: bytes, offset: int, more: bool, payload: bytes | memoryview, now: float) -> bytes | None:
-        """Take one fragment; returns the packet that it completes."""
+    def add(
+        self, key: bytes, offset: int, more: bool, payload: bytes | memoryview, now: float, most: int = LENGTH_MAX
+    ) -> bytes | None:
+        """Take one fragment; returns the packet that it completes, which has at most `most` bytes."""
         if offset == 0 and not more:
             return bytes(payload)
         self._expire(now)
         end = offset + len(payload)
-        if not payload or (more and len(payload) % 8) or end > LENGTH_MAX:
+        if not payload or (more and len(payload) % 8) or end > most:
             self._drops["fragment: bad"] += 1
             return None
         packet = self._packets.get(key)

@@ -12,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.dhcp import DHCP
 from scapy.layers.dhcp6 import DHCP6OptClientId
-from scapy.layers.inet import TCP
+from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import ICMPv6NDOptDstLLAddr, ICMPv6NDOptMTU
 from scapy.layers.l2 import ARP, Ether
+from scapy.packet import Raw
 
+from passt import addr
 from passt.core.link import NO_OFFLOAD
 from passt.core.packet import PacketPool
 from passt.tap import Tap
 from tests.unit import hostile
 from tests.unit.hostile import CHANGES, FILLS, Stack, build, check, harmless, random_frames, seeds
-from tests.unit.support import GUEST_MAC, OUR_MAC, link
+from tests.unit.support import GUEST4, GUEST_MAC, OUR_MAC, link
 from tests.unit.tcp_support import FakeSocket
 from tests.unit.test_tap import FakeTap
 
@@ -97,6 +99,19 @@ def test_each_valid_frame_at_any_length(which: int) -> None:
     cut, shorten = (next(i for i, f in enumerate(CHANGES) if f.__name__ == name) for name in ("_cut", "_shorten"))
     size = min(len(seeds()[which]), 150)
     check([build((which, [(how, at, 0)])) for at in range(size) for how in (cut, shorten)], together=False)
+
+
+def test_ping_of_death() -> None:
+    """Fragments that make a packet which no total length can tell: the last one is not taken."""
+    echo = b"\x08\0\0\0\0\x07\0\1" + bytes(65512)
+    frames = []
+    for at in range(0, len(echo), 16000):
+        piece = echo[at : at + 16000]
+        header = IP(src=addr.text(GUEST4), dst="198.51.100.7", proto=1, id=5, frag=at // 8)
+        header.flags = "MF" if at + 16000 < len(echo) else ""
+        frames.append(NO_OFFLOAD + bytes(Ether(src=addr.mac_text(GUEST_MAC)) / header / Raw(piece)))
+    for room in (1 << 30, 0):
+        assert check(frames, together=False, room=room) == {"fragment: bad": 1}
 
 
 def test_some_of_what_is_done_by_hand() -> None:
