@@ -390,12 +390,12 @@ def segment(world: World, talk: Talk, steps: Steps, batch: Batch) -> bool:
     payload = GUEST_DATA[at : at + n] if at >= 0 else b"\0" * min(n, 1)
     n = len(payload)
     window = WINDOWS[c & 7]
-    _believe(talk, flags, at, n, ack, window, c)
+    _believe(talk, flags, at, n, ack, window)
     batch.append((flags, talk.isn + 1 + at, talk.ours + 1 + ack, payload, window, options))
     return bool(c & 8)
 
 
-def _believe(talk: Talk, flags: int, at: int, n: int, ack: int, window: int, c: int) -> None:
+def _believe(talk: Talk, flags: int, at: int, n: int, ack: int, window: int) -> None:
     """What follows from a segment for what may be expected."""
     if flags & RST:
         talk.wild = True
@@ -405,6 +405,8 @@ def _believe(talk: Talk, flags: int, at: int, n: int, ack: int, window: int, c: 
         talk.fin = at + n
         talk.fins.add(at + n)
     talk.wild |= 0 <= talk.fin < talk.high
+    if flags & ACK and ack >= 0:
+        talk.edge = max(talk.edge, min(ack, STREAM_MAX) + (window << 7))
     if flags & ACK and 0 <= ack <= talk.most:
         # It may acknowledge what it never got: then it will not get it again.
         sock = talk.sock
@@ -412,7 +414,6 @@ def _believe(talk: Talk, flags: int, at: int, n: int, ack: int, window: int, c: 
             talk.got, talk.ended = ack - 1, True
         else:
             talk.got = max(talk.got, ack)
-        talk.edge = max(talk.edge, ack + (window << 7), ack + 65535 * (c & 1))
 
 
 def host(world: World, talk: Talk, kind: int, steps: Steps) -> None:
