@@ -7,6 +7,8 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from passt import addr
 from passt.linux.mmsg import COUNT, SLOT, AddressReceiver, Envelope, Receiver
@@ -187,3 +189,25 @@ def envelope6(peer: bytes, scope: int, destination: bytes, interface: int) -> by
 )
 def test_scopes_and_groups(peer: bytes, scope: int, destination: bytes, expected: Envelope) -> None:
     assert Envelope.parse(envelope6(peer, scope, destination, 3)) == expected
+
+
+KINDS = (0, IP_PKTINFO), (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO), (socket.SOL_SOCKET, 29), (0, socket.IP_TTL)
+
+
+@given(
+    st.sampled_from((socket.AF_INET, socket.AF_INET6)),
+    st.binary(min_size=30, max_size=30),
+    st.lists(st.sampled_from(KINDS), max_size=2),
+    st.binary(min_size=20, max_size=20),
+)
+def test_any_envelope_of_a_kernel(family: int, name: bytes, kinds: list[tuple[int, int]], data: bytes) -> None:
+    """Whatever addresses are in it: those that come out are of one family."""
+    padded = data.ljust(socket.CMSG_SPACE(20) - 16, b"\0")
+    control = b"".join(struct.pack("@Nii", socket.CMSG_LEN(20), *kind) + padded for kind in kinds)
+    envelope = struct.pack("=H", family) + name + control.ljust(2 * socket.CMSG_SPACE(20), b"\0")
+    found = Envelope.parse(envelope)
+    assert len(found.peer) in (4, 16)
+    assert len(found.local) in (4, 16)
+    assert 0 <= found.port <= 0xFFFF
+    assert found.peer == addr.unmapped(found.peer)
+    assert found.scope == 0 or len(found.peer) == 16

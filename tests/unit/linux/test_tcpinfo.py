@@ -11,6 +11,8 @@ from struct import Struct
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from passt.linux import tcpinfo
 from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, SND_WND, SO_MEMINFO, SO_PEEK_OFF, Features, probe, send_buffer
@@ -142,3 +144,12 @@ def test_details_layout() -> None:
     full = tcpinfo.Details(rtt=0.0015, retransmits=3, idle=2.5, acked=1 << 40, received=1 << 41)
     assert tcpinfo.Details.parse(bytes(info)) == full
     assert tcpinfo.Details.parse(bytes(info[:104])) == replace(full, acked=None, received=None)
+
+
+@given(st.binary(min_size=104, max_size=300))
+def test_details_of_any_kernel(info: bytes) -> None:
+    """However long the structure is, from that of Linux 2.6 on: what is not there is None, the rest not negative."""
+    found = tcpinfo.Details.parse(info)
+    assert (found.acked is None) == (len(info) < BYTES_ACKED + 8)
+    assert (found.received is None) == (len(info) < tcpinfo.BYTES_RECEIVED + 8)
+    assert all(value is None or value >= 0 for value in (found.rtt, found.retransmits, found.idle, found.acked))

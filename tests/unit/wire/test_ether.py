@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from passt import addr
 from passt.wire import ether
@@ -50,3 +52,12 @@ def test_icmp6() -> None:
 )
 def test_multicast_mac(group: str, mac: str) -> None:
     assert addr.mac_text(ether.multicast_mac(addr.packed(group))) == mac
+
+
+@given(st.booleans(), st.binary(max_size=300), st.integers(0, 0xFFFF), st.integers(0, 0xFFFF))
+def test_any_datagram(v4: bool, payload: bytes, sport: int, dport: int) -> None:
+    """As scapy would have built it, checksums and lengths."""
+    src, dst = (SRC4, DST4) if v4 else (SRC6, DST6)
+    frame = ether.udp_frame(GUEST, OURS, src, dst, sport, dport, payload)
+    assert frame == recomputed(frame)
+    assert frame.endswith(payload)
