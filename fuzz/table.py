@@ -72,6 +72,7 @@ TARGETS = (
     _target("tap", 120, "tap wire.ip core.reassembly"),
     _target("stack", 100, "tap udp icmp dns tcp tcp_open arp dhcp dhcpv6 ndp core.idle"),
     _target("udp", 80, "udp udp_io udp_run udp_flow dns core.idle core.resolvers"),
+    _target("icmp", 60, "icmp core.idle wire.icmp wire.fragment"),
     _target("tcp", 90, "tcp tcp_open tcp_ack tcp_buf tcp_table"),
     _target("log_file", 40, "log_file"),
 )
