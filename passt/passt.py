@@ -14,6 +14,7 @@ The socket is made in the file system by `linux/unix.py`: with mode 0700, over w
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = "/tmp/passt_{}.socket"
 DEFAULT_MAX = 99
+LINES = 256  # of the log about those who come and go, at once; and then LINES_PER_SECOND
+LINES_PER_SECOND = 10
 SEND_BUFFER = 4 << 20  # bytes asked for; net.core.wmem_max decides
 
 CALLS = calls("accept4", "sendto", mode=PASST)
@@ -89,6 +92,7 @@ class Clients:
         self._listener = listener
         self._on_end = on_end
         self._sock: socket.socket | None = None
+        self._lines, self._said = float(LINES), 0.0  # that may still be said, and when the last one was
         ctx.stats.gauges["guests"] = lambda: int(self._sock is not None)
         link.want_write = self._want_write
         link.on_error = lambda e: self.gone(failure(e))
@@ -112,7 +116,7 @@ class Clients:
             sock.close()
             return
         pid = unix.credentials(sock)[0]
-        log.info(f"Accepted connection{f' from PID {pid}' if pid else ''}")  # 0: it is in no PID namespace that we see
+        self._say(f"Accepted connection{f' from PID {pid}' if pid else ''}", now)  # 0: it is in no PID namespace we see
         self.serve(sock)
 
     def serve(self, sock: socket.socket) -> None:
@@ -139,7 +143,7 @@ class Clients:
         sock, self._sock = self._sock, None
         if sock is None:
             return
-        log.info(f"{what}, {'exiting' if self._on_end else 'waiting for another'}")
+        self._say(f"{what}, {'exiting' if self._on_end else 'waiting for another'}", time.monotonic())
         self._stream.attach(None)
         self._link.attach(None)
         self._ctx.reactor.retire(sock.fileno(), sock)
@@ -147,6 +151,16 @@ class Clients:
             self._on_end()
         else:
             self._tap.forget()
+
+    def _say(self, text: str, now: float) -> None:
+        """Tell the log, unless they come and go for nothing else."""
+        self._lines = min(self._lines + (now - self._said) * LINES_PER_SECOND, LINES)
+        self._said = now
+        if self._lines >= 1:
+            self._lines -= 1
+            log.info(text)
+        else:
+            log.info_ratelimited("guest lines", text, now)
 
 
 def _hung_up(sock: socket.socket) -> bool:

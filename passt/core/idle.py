@@ -4,7 +4,7 @@
     ---------------------------------------  ---------------------------------------------------  ---------
     nothing sent or received for `timeout`   closed by the next sweep                             idle
     more than `limit` flows, or table full   the longest idle sixteenth is closed                 evicted
-    no descriptor left (EMFILE, ENFILE)      the longest idle one is closed, the socket retried   evicted
+    no descriptor left (EMFILE, ENFILE)      likewise, and the socket is tried again              evicted
 
 A protocol writes `flow.last = now` and adds to a count of bytes for each batch, and that is all it pays. One timer
 serves all flows of a protocol; it is armed only while there are flows, never before one could be due, and re-armed by
@@ -86,7 +86,7 @@ class IdleFlows(Generic[F]):
         self._due = NEVER
 
     def open(self, make: Callable[[], socket.socket]) -> socket.socket:
-        """The socket that `make` opens; if descriptors ran out, at the cost of the longest idle flow.
+        """The socket that `make` opens; if descriptors ran out, at the cost of the longest idle flows.
 
         Raises what `make` raises.
         """
@@ -95,7 +95,7 @@ class IdleFlows(Generic[F]):
         except OSError as e:
             if e.errno not in NO_DESCRIPTORS or not self.by_key:
                 raise
-        self.close_at_once(min(self.by_key.values(), key=_last), "evicted")
+        self._close_oldest(self.close_at_once)
         return make()
 
     def add(self, flow: F, sock: socket.socket, now: float) -> None:
@@ -148,11 +148,15 @@ class IdleFlows(Generic[F]):
         self._ctx.flows.free(flow, why)
 
     def evict(self) -> None:
+        """Make room in the table."""
+        self._close_oldest(self.close)
+
+    def _close_oldest(self, close: Callable[[F, str], None]) -> None:
         """Close the longest idle sixteenth, so that the sorting is paid for by many new flows."""
         by_age = sorted(self.by_key.values(), key=_last)
         for flow in by_age[: len(by_age) // EVICT_SHARE + 1]:
             self._ctx.drops[f"{flow.kind}: closed to make room"] += 1
-            self.close(flow, "evicted")
+            close(flow, "evicted")
 
     def sweep(self, now: float) -> None:
         """Close what has been idle for too long, and come back when the next flow may be due."""

@@ -281,6 +281,19 @@ def test_a_lie_closes_the_client_and_the_next_may_come(machine: Machine, said: l
     assert receive(other, ARP)
 
 
+def test_who_comes_and_goes_all_the_time_does_not_fill_the_log(
+    machine: Machine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[str] = []
+    monkeypatch.setattr(log, "info_ratelimited", lambda key, text, now: held.append(text))
+    monkeypatch.setattr(passt, "LINES_PER_SECOND", 0)
+    for _ in range(passt.LINES):
+        client = machine.connect()
+        client.close()
+        machine.turn()
+    assert len(said) == passt.LINES and len(held) == passt.LINES
+
+
 def test_one_off(tmp_path: Path, said: list[str]) -> None:
     machine = Machine(tmp_path / "socket", one_off=True)
     machine.connect().close()

@@ -153,6 +153,15 @@ def test_out_of_descriptors_the_longest_idle_flow_gives_its_own(ctx: Context, fl
         assert list(reactor(ctx).refs) == [newer.fd]
 
 
+def test_out_of_descriptors_a_sixteenth_pays_for_the_search(ctx: Context, flows: IdleFlows[IdleFlow]) -> None:
+    """Or each new flow of a flood would look at all that there are."""
+    made = [add(flows, i, T0 + i) for i in range(LIMIT)]
+    with flows.open(failing(1, errno.ENFILE)):
+        assert [f.state for f in made[:4]] == [FREE, FREE, FREE, ACTIVE]
+        assert [f.sock.fileno() for f in made[:3]] == [-1] * 3
+    assert ctx.drops == {"flow: closed to make room": 3}
+
+
 @pytest.mark.parametrize(
     ("times", "number", "have"), [(2, errno.EMFILE, 1), (1, errno.EMFILE, 0), (1, errno.EACCES, 1)]
 )
