@@ -88,6 +88,7 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     wired = wiring.wire_machine(decision, host)
     daemon.follow_names(wired[0], options, names)
     isolation.become(identity)
+    isolation.gain_rights()  # before anybody is told that it works
     if path is not None:
         log.info(conf_summary.describe_socket(path))
     daemon.report(identity, decision, [], background=not options.foreground)

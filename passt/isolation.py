@@ -162,18 +162,30 @@ def become(identity: Identity, *, keep_capabilities: bool = False) -> None:
 def leave_processes(*, background: bool) -> None:
     """Have what is forked next, in the background, in a PID namespace of its own. Raises Fatal.
 
-    The process must be single-threaded. Whoever has no right to make namespaces gets it with a user namespace.
+    The process must be single-threaded. Rights are as after `gain_rights`.
     """
+    gain_rights()
     try:
-        if not has_capability(CAP_SYS_ADMIN):
-            uid, gid = os.geteuid(), os.getegid()
-            with _dying_with_parent():
-                unshare(CLONE_NEWUSER)
-            _write_maps(((uid, uid), (gid, gid)))
         if background:
             unshare(CLONE_NEWPID)
     except OSError as e:
-        raise Fatal(f"Couldn't leave the host's processes: {e.strerror} ({namespace_hint(e)})") from None
+        raise Fatal(f"Couldn't leave the host's processes: {os.strerror(e.errno or 0)} ({namespace_hint(e)})") from None
+
+
+def gain_rights() -> None:
+    """Have the right to make namespaces, by a user namespace of our own if nothing else gives it. Raises Fatal.
+
+    The process must be single-threaded, and be who it will remain.
+    """
+    if has_capability(CAP_SYS_ADMIN):
+        return
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        with _dying_with_parent():
+            unshare(CLONE_NEWUSER)
+        _write_maps(((uid, uid), (gid, gid)))
+    except OSError as e:
+        raise Fatal(f"Couldn't create user namespace: {os.strerror(e.errno or 0)} ({namespace_hint(e)})") from None
 
 
 def leave_files(number: Callable[[str], int], directories: Iterable[int], *, chroot_fallback: bool) -> None:
@@ -198,7 +210,8 @@ def leave_files(number: Callable[[str], int], directories: Iterable[int], *, chr
         step = "make it the root"
         _change_root(number("pivot_root"), chroot_fallback=chroot_fallback)
     except OSError as e:
-        raise Fatal(f"Couldn't {step}: {e.strerror}") from None
+        hint = f" ({namespace_hint(e)})" if step.startswith("leave") else ""
+        raise Fatal(f"Couldn't {step}: {e.strerror}{hint}") from None
 
 
 def _cut_off(open_tree_number: int, fd: int) -> None:
@@ -304,15 +317,20 @@ def close_fds(fds: Iterable[int]) -> None:
 
 
 def namespace_hint(e: OSError) -> str:
-    """What to do when unshare(2) fails."""
+    """What to do when unshare(2) fails, or what only the right to namespaces allows."""
     if e.errno in (errno.ENOSPC, errno.EUSERS):
-        return "user namespaces are forbidden or used up: raise sysctl user.max_user_namespaces"
+        return "user namespaces are forbidden or used up: raise sysctl user.max_user_namespaces, or those beside it"
     if e.errno == errno.ENOSYS:
         return "a seccomp profile hides the system call, as those of containers do: it has to allow unshare(2)"
     if e.errno == errno.EPERM:
         return (
             "user namespaces are forbidden to ordinary users: see sysctl kernel.unprivileged_userns_clone and "
             "kernel.apparmor_restrict_unprivileged_userns, or the container's seccomp profile"
+        )
+    if e.errno == errno.EACCES:
+        return (
+            "AppArmor or SELinux forbids user namespaces: see contrib/README.md, and for AppArmor sysctl "
+            "kernel.apparmor_restrict_unprivileged_userns"
         )
     if e.errno == errno.EINVAL:
         return "this kernel has no user namespaces (CONFIG_USER_NS)"

@@ -159,6 +159,7 @@ def test_close_fds() -> None:
         (errno.ENOSPC, "raise sysctl user.max_user_namespaces"),
         (errno.EUSERS, "raise sysctl user.max_user_namespaces"),
         (errno.EPERM, "kernel.unprivileged_userns_clone"),
+        (errno.EACCES, "contrib/README.md"),
         (errno.EINVAL, "CONFIG_USER_NS"),
         (errno.ENOSYS, "seccomp profile"),
         (errno.ENOMEM, "the kernel refused"),
