@@ -29,7 +29,7 @@ test: ## Everything that CI runs
 	scripts/test
 
 fuzz: ## Hostile input, made up by a machine that watches which code it reaches: a minute (docs/fuzzing.md)
-	scripts/fuzz --seconds 2
+	scripts/fuzz
 
 fuzz-long: ## The same up to ten million executions of each target, recorded in docs/fuzzing.md (hours)
 	scripts/fuzz --runs 10000000 --record

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from fuzz.steps import Steps
 from passt.core import reassembly
 from passt.core.reassembly import LENGTH_MAX, TIMEOUT, Reassembly
 
-reassembly.MEMORY = MEMORY = 1 << 15  # so that short inputs reach the limits
-reassembly.PACKETS = PACKETS = 12
+LIMITS = reassembly.MEMORY, reassembly.PACKETS
+MEMORY, PACKETS = 1 << 15, 12  # here, so that short inputs reach them
 DATA = bytes(i * 31 + (i >> 8) & 0xFF for i in range(1 << 17))
 LENGTHS = (8, 16, 24, 48, 1480, 8192, 1, 7, 13, 0)
 
@@ -29,6 +30,15 @@ def seeds() -> Iterable[bytes]:
 
 
 def one(data: bytes) -> None:
+    module: Any = reassembly
+    module.MEMORY, module.PACKETS = MEMORY, PACKETS
+    try:
+        program(data)
+    finally:
+        module.MEMORY, module.PACKETS = LIMITS
+
+
+def program(data: bytes) -> None:
     steps, now = Steps(data), 0.0
     queue = Reassembly(Counter())
     while steps.left > 0:
