@@ -139,12 +139,8 @@ class Forwards:
             early = self._in_the_way(plan, after.values())
             opened = self._open(plan.open, early)
             gone = set(early)
-            for rule, port in plan.close:
-                if (rule, port) not in gone:
-                    self._listeners.remove(rule, port)
-            for rule, port, heir in plan.hand_over:
-                if (rule, port) not in gone:
-                    self._listeners.hand_over(rule, port, heir)
+            self._listeners.remove_all(w for w in plan.close if w not in gone)
+            self._listeners.hand_over([h for h in plan.hand_over if h[:2] not in gone])
             self._listeners.watch(opened)
             self._table = table
             self._ctx.reactor.close_retired()
@@ -252,8 +248,7 @@ class Forwards:
 
     def _open(self, wanted: Sequence[Wanted], early: Sequence[Wanted]) -> list[Listener]:
         """Open ports, having closed `early`. Raises Refused, with everything as it was."""
-        for rule, port in early:
-            self._listeners.remove(rule, port)
+        self._listeners.remove_all(early)
         self._ctx.reactor.close_retired()
         opened: list[Listener] = []
         try:

@@ -122,9 +122,9 @@ class Listeners:
         listeners: list[Listener] = []
         config = self._ctx.config
         if not outbound:
-            for rule, port in wanted:
-                if rule.proto != PROTO_TCP:
-                    self._udp_in.make_way(port)
+            udp = {port for rule, port in wanted if rule.proto != PROTO_TCP}
+            if udp:
+                self._udp_in.make_way(udp)
             return listeners, open_ports(config, wanted, listeners)
         assert self._namespace is not None, "a virtual machine has no outbound rules"
         try:
@@ -139,35 +139,48 @@ class Listeners:
 
     def remove(self, rule: Rule, port: int) -> None:
         """Stop listening on a port of `rule`. Connections go on; UDP flows would keep the port, and end."""
-        held = rule.proto, rule.outbound, port
-        for listener in self._by_rule[rule].pop(port):
-            self._by_index[listener.index] = None
-            self._free.append(listener.index)
-            self._ctx.reactor.retire(listener.fd, listener.sock)
-            if rule.proto != PROTO_TCP:
-                self._udp_in.end(listener)
-            self._held[held] -= 1
-        if not self._held[held]:
-            del self._held[held]
-        if not self._by_rule[rule]:
-            del self._by_rule[rule]
+        self.remove_all([(rule, port)])
 
-    def hand_over(self, rule: Rule, port: int, heir: Rule) -> None:
-        """Let `heir`, which listens in the same way, have a port of `rule`, without a moment in which it is closed.
+    def remove_all(self, ports: Iterable[Wanted]) -> None:
+        """The same for ports of rules."""
+        closed: list[Listener] = []
+        for rule, port in ports:
+            listeners = self._take(rule, port)
+            held = rule.proto, rule.outbound, port
+            for listener in listeners:
+                self._by_index[listener.index] = None
+                self._free.append(listener.index)
+                self._ctx.reactor.retire(listener.fd, listener.sock)
+            self._held[held] -= len(listeners)
+            if not self._held[held]:
+                del self._held[held]
+            closed += listeners
+        self._udp_in.end([listener for listener in closed if listener.rule.proto != PROTO_TCP])
+
+    def hand_over(self, ports: Sequence[tuple[Rule, int, Rule]]) -> None:
+        """Let heirs, the third of each, which listen in the same way, have ports of rules, without a moment in which
+        these are closed.
 
         Connections go on. UDP flows end if the port leads elsewhere now.
         """
+        handed: list[tuple[Listener, Rule]] = []
+        for rule, port, heir in ports:
+            listeners = self._take(rule, port)
+            self._by_rule.setdefault(heir, {})[port] = listeners
+            handed += [(listener, heir) for listener in listeners]
+        moved = [listener for listener, heir in handed if listener.rule.proto != PROTO_TCP and _moves(listener, heir)]
+        self._udp_in.end(moved)
+        for listener, heir in handed:
+            listener.rule, listener.to = heir, heir.target_port(listener.port)
+        for listener in moved:
+            self._udp_in.begin(listener)
+
+    def _take(self, rule: Rule, port: int) -> tuple[Listener, ...]:
+        """The listeners of a port of `rule`, which has them no more."""
         listeners = self._by_rule[rule].pop(port)
         if not self._by_rule[rule]:
             del self._by_rule[rule]
-        self._by_rule.setdefault(heir, {})[port] = listeners
-        elsewhere = (rule.target, rule.target_port(port)) != (heir.target, heir.target_port(port))
-        for listener in listeners:
-            if elsewhere and rule.proto != PROTO_TCP:
-                self._udp_in.end(listener)
-            listener.rule, listener.to = heir, heir.target_port(port)
-            if elsewhere and rule.proto != PROTO_TCP:
-                self._udp_in.begin(listener)
+        return listeners
 
     @property
     def has_namespace(self) -> bool:
@@ -288,6 +301,11 @@ class Listeners:
             if self._by_index[listener.index] is listener:
                 self._ctx.reactor.change(listener.fd, EPOLLIN)
         self._resting.clear()
+
+
+def _moves(listener: Listener, heir: Rule) -> bool:
+    """Whether its port leads elsewhere once it is one of `heir`."""
+    return (listener.rule.target, listener.to) != (heir.target, heir.target_port(listener.port))
 
 
 def _spare_descriptor() -> int:

@@ -144,8 +144,8 @@ class Scanner:
         return new
 
     def _close(self, rule: Rule, ports: set[int]) -> None:
+        self._listeners.remove_all((rule, port) for port in ports)
         for port in ports:
-            self._listeners.remove(rule, port)
             log.debug(f"{rule.option}: port {port} is not bound any more")
 
     def _bound(self, rules: Sequence[Rule], tables: PortTables | None) -> dict[int, set[int]]:

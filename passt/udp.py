@@ -36,7 +36,7 @@ that come from single hosts), unless the port is forwarded; send queues: a full 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Container
 from functools import partial
 from typing import Any
 
@@ -281,15 +281,16 @@ class Udp:
         flow.last = now
         self._deliver(flow, runs(mv, frames, SEGMENTS_MAX if self._ctx.link.uso else 1))
 
-    def end(self, listener: Listener) -> None:
-        """A listener in the host closes: what may use its port ends, or the next listener could not have the port."""
+    def end(self, listeners: Collection[Listener]) -> None:
+        """Listeners in the host close: what may use their ports ends, or the next ones could not have these."""
+        ports = {listener.to for listener in listeners}
         for flow in list(self._by_key.values()):
-            if flow.sport == listener.to if flow.origin is None else flow.origin.listener is listener:
+            if flow.sport in ports if flow.origin is None else flow.origin.listener in listeners:
                 self._flows.close(flow, "listener gone")
 
-    def make_way(self, port: int) -> None:
-        """Somebody is about to listen on `port`, which flows that the guest began may have: they begin again."""
-        for flow in [f for f in self._by_key.values() if f.origin is None and f.sport == port]:
+    def make_way(self, ports: Container[int]) -> None:
+        """Somebody is about to listen on `ports`, which flows that the guest began may have: they begin again."""
+        for flow in [f for f in self._by_key.values() if f.origin is None and f.sport in ports]:
             self._flows.close_at_once(flow, "made way for a listener")
 
     # Errors, and the guest's hardware address ------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Container, Iterable
 from typing import Any
 
 from . import addr
@@ -138,10 +139,10 @@ class UdpIn:
 
     # Ports -----------------------------------------------------------------------------------------------------------
 
-    def make_way(self, port: int) -> None:
-        """Somebody is about to listen on `port` of the host."""
+    def make_way(self, ports: Container[int]) -> None:
+        """Somebody is about to listen on `ports` of the host."""
         if self._udp is not None:
-            self._udp.make_way(port)
+            self._udp.make_way(ports)
 
     def begin(self, listener: Listener) -> None:
         """A listener opens."""
@@ -149,14 +150,21 @@ class UdpIn:
         if not rule.outbound and rule.target is None and rule.ifname is None:
             self._leading.setdefault(listener.to, []).append(listener)
 
-    def end(self, listener: Listener) -> None:
-        """A listener closes: what came by it ends with it, since its sockets keep the port from the next listener."""
-        leading = self._leading.get(listener.to, [])
-        if listener in leading:
-            leading.remove(listener)
-        self.splice.end(listener)
-        if self._udp is not None and not listener.rule.outbound:
-            self._udp.end(listener)
+    def end(self, listeners: Iterable[Listener]) -> None:
+        """Listeners close: what came by them ends with them, since its sockets keep the port from the next listener.
+
+        All at once, since this looks at every flow: a range of ports has as many listeners, and flows are the guest's.
+        """
+        ending = frozenset(listeners)
+        for listener in ending:
+            leading = self._leading.get(listener.to, [])
+            if listener in leading:
+                leading.remove(listener)
+        if ending:
+            self.splice.end(ending)
+        inbound = frozenset(listener for listener in ending if not listener.rule.outbound)
+        if self._udp is not None and inbound:
+            self._udp.end(inbound)
 
     def open_socket(self, host: bytes, sport: int, dport: int, now: float) -> Any:
         """A socket connected to `host`, for a flow that the guest begins from port `sport`. Raises OSError."""

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -292,9 +292,9 @@ class UdpSplice:
             except OSError as e:
                 self._drops[f"udp splice: send: {reason(e)}"] += 1
 
-    def end(self, listener: Listener) -> None:
-        """A listener closes: what came by it ends with it, since its sockets keep the port from the next listener."""
-        for flow in [f for f in self._flows.by_key.values() if f.client.listener is listener]:
+    def end(self, listeners: Container[Listener]) -> None:
+        """Listeners close: what came by them ends with them, since its sockets keep the port from the next listener."""
+        for flow in [f for f in self._flows.by_key.values() if f.client.listener in listeners]:
             self._flows.close(flow, "listener gone")
 
     def fault(self, ref: int) -> None:

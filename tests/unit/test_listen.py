@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ class Taker:
     def __init__(self) -> None:
         self.got: list[tuple[Any, ...]] = []
         self.ports: list[tuple[int, str]] = []  # that UDP is told of
+        self.looks = 0  # at all flows, which may be many
 
     def accepted(self, listener: Listener, sock: Any, *who: Any) -> None:
         self.got.append((listener.port, *who))
@@ -45,14 +46,16 @@ class Taker:
     def sock_handler(self, listener: Listener, now: float) -> None:
         self.got.append((listener.port, now))
 
-    def make_way(self, port: int) -> None:
-        self.ports.append((port, "make way"))
+    def make_way(self, ports: Collection[int]) -> None:
+        self.looks += 1
+        self.ports += [(port, "make way") for port in sorted(ports)]
 
     def begin(self, listener: Listener) -> None:
         self.ports.append((listener.port, "begin"))
 
-    def end(self, listener: Listener) -> None:
-        self.ports.append((listener.port, "end"))
+    def end(self, listeners: Collection[Listener]) -> None:
+        self.looks += bool(listeners)
+        self.ports += [(listener.port, "end") for listener in listeners]
 
 
 class Rig:
@@ -442,7 +445,7 @@ def test_another_rule_takes_a_port_over(make: Make, port: int) -> None:
     """The socket is the same; where it leads is told for each connection."""
     rig = make(rule(port, port + 1))
     heir = replace(rule(port), to=80)
-    rig.listeners.hand_over(rig.opened[0].rule, port, heir)
+    rig.listeners.hand_over([(rig.opened[0].rule, port, heir)])
     assert (rig.opened[0].rule, rig.opened[0].to) == (heir, 80)
     assert rig.listeners.ports(heir) == {port} and rig.listeners.ports(rig.opened[1].rule) == {port + 1}
     rig.connect(port)
@@ -457,8 +460,28 @@ def test_udp_flows_end_if_a_port_leads_elsewhere(make: Make, port: int, to: int 
     rig = make(rule(port, proto=PROTO_UDP))
     heir = replace(rule(port, proto=PROTO_UDP), option="-u another", to=to or port)
     before = len(rig.udp_in.ports)
-    rig.listeners.hand_over(rig.opened[0].rule, port, heir)
+    rig.listeners.hand_over([(rig.opened[0].rule, port, heir)])
     assert [what for _, what in rig.udp_in.ports[before:]] == told
+
+
+def test_a_range_of_udp_ports_costs_one_look_at_all_flows(make: Make, port: int) -> None:
+    """Flows are the guest's, thousands if it likes, and the loop stands still meanwhile."""
+    rig = make()
+    wanted = [(rule(port, port + 3, proto=PROTO_UDP), p) for p in range(port, port + 4)]
+    assert rig.listeners.add_all(wanted) == [] and rig.udp_in.looks == 1
+    heir = replace(wanted[0][0], to=80)
+    rig.listeners.hand_over([(*w, heir) for w in wanted])
+    assert rig.udp_in.looks == 2 and rig.listeners.ports(heir) == set(range(port, port + 4))
+    rig.listeners.remove_all([(heir, p) for _, p in wanted])
+    assert rig.udp_in.looks == 3 and not rig.listeners.ports(heir)
+    assert [p for p, what in rig.udp_in.ports if what == "end"] == 2 * [p for _, p in wanted]
+
+
+def test_no_look_at_flows_for_tcp(make: Make, port: int) -> None:
+    rig = make()
+    assert rig.listeners.add_all([(rule(port), port)]) == []
+    rig.listeners.remove(rule(port), port)
+    assert rig.udp_in.looks == 0
 
 
 def test_what_is_opened_is_not_served_yet(make: Make, port: int) -> None:

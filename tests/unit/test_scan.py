@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -67,10 +68,11 @@ class World:
                 self.log.append(f"+{rule.option} {port}")
         return failed
 
-    def remove(self, rule: Rule, port: int) -> None:
-        self.ours[rule].remove(port)
-        self.closing.setdefault(rule, set()).add(port)
-        self.log.append(f"-{rule.option} {port}")
+    def remove_all(self, ports: Iterable[Wanted]) -> None:
+        for rule, port in ports:
+            self.ours[rule].remove(port)
+            self.closing.setdefault(rule, set()).add(port)
+            self.log.append(f"-{rule.option} {port}")
 
 
 class Tables:
@@ -351,7 +353,7 @@ def test_other_rules() -> None:
     w.binds("ns", PROTO_TCP, 80)
     w.scanner.follow([T], T0)
     assert w.log == ["+-t auto 80"] and w.deadlines == [T0 + INTERVAL]
-    w.remove(T, 80)
+    w.remove_all([(T, 80)])
     w.scanner.follow([], T0 + 0.1)
     w.look(T0 + INTERVAL)
     assert w.deadlines == [None] and w.log == ["+-t auto 80", "--t auto 80"]

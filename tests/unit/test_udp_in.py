@@ -469,7 +469,7 @@ def test_rules_that_do_not_lead_to_the_guest_alone(local: Start, rule: dict[str,
     peer = lab.socket()
     guest_sends(lab, guest_key(peer, TO), b"hello")
     assert peer.recvfrom(9)[1][1] != listener.port
-    lab.udp_in.end(listener)
+    lab.udp_in.end([listener])
 
 
 def test_a_port_that_must_not_be_bound_is_not_the_guests(local: Start) -> None:
@@ -518,7 +518,7 @@ def test_flows_of_the_guest_make_way_for_a_listener(local: Start) -> None:
     assert peer.recvfrom(9)[1][1] == port
     with pytest.raises(OSError, match="in use"):
         lab.listen("::", port)
-    lab.udp_in.make_way(port)
+    lab.udp_in.make_way({port})
     assert lab.flows == []
     listener = lab.listen("::", port)
     guest_sends(lab, key, b"later")
@@ -768,7 +768,7 @@ def test_flows_of_the_guest_outlive_listeners(local: Start) -> None:
     lab = local()
     peer, listener = lab.socket(), lab.listen()
     guest_sends(lab, GUEST4 + GATEWAY4 + b"\x10\x00" + port_of(peer).to_bytes(2, "big"), b"?")
-    lab.udp_in.end(listener)
+    lab.udp_in.end([listener])
     assert lab.flow.sock.getpeername() == peer.getsockname()
 
 

@@ -76,7 +76,7 @@ class Lab:
     def stop(self, listener: Listener) -> None:
         """Stop listening, as `Listeners.remove` does."""
         del self.listeners[listener.fd]
-        self.udp_in.end(listener)
+        self.udp_in.end([listener])
         listener.sock.close()
         reactor(self.ctx).end_turn(self.now)
 
