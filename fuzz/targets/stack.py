@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 from fuzz import frames
@@ -34,7 +34,7 @@ with harmless():
     STACKS = [Stack(fill, mtu=1500) for fill in FILLS]
 for _stack in STACKS:
     # As at the beginning, so that the numbers in valid frames stay right
-    cast(Any, _stack.tcp._opening).isn = cache(lambda key, now, isn=_stack.tcp._opening.isn: isn(key, T0))
+    cast(Any, _stack.tcp._opening).isn = lambda key, now, isn=cache(partial(_stack.tcp._opening.isn, now=T0)): isn(key)
 WRITEV = hostile._writev
 
 
