@@ -32,9 +32,16 @@ BATCH_MAX = 60_000  # bytes
 
 with harmless():
     STACKS = [Stack(fill, mtu=1500) for fill in FILLS]
+
+
+def fix_numbers(stack: Stack) -> None:
+    """Initial sequence numbers stay those of the beginning, so that the numbers in valid frames stay right."""
+    isn = cache(partial(stack.tcp._opening.isn, now=T0))
+    cast(Any, stack.tcp._opening).isn = lambda key, now: isn(key)
+
+
 for _stack in STACKS:
-    # As at the beginning, so that the numbers in valid frames stay right
-    cast(Any, _stack.tcp._opening).isn = lambda key, now, isn=cache(partial(_stack.tcp._opening.isn, now=T0)): isn(key)
+    fix_numbers(_stack)
 WRITEV = hostile._writev
 
 
