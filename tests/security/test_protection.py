@@ -201,6 +201,9 @@ def test_only_forwarded_ports_are_open(lan: Lan, writer: Writer) -> None:
 
 def test_clients_are_led_to_the_address_that_the_guest_used_last(lan: Lan, writer: Writer) -> None:
     """A guest that lies about its address loses its clients, and gains nothing: it leads them to itself in any case."""
+    program = writer.guest.make_socket()
+    program.bind(("0.0.0.0", 80))
+    program.listen()
     for said, src in ((STRANGER, STRANGER), (HOST, "")):
         with lan.host.listen("127.0.0.1", socket.SOCK_DGRAM) as server:
             writer.to(GATEWAY, UDP(sport=4004, dport=server.getsockname()[1]) / FENCE, src)
@@ -208,6 +211,7 @@ def test_clients_are_led_to_the_address_that_the_guest_used_last(lan: Lan, write
         writer.nothing_more()
         with lan.peer.connect(HOST, FORWARDED):
             assert writer.answer(80)[IP].dst == said
+    program.close()
 
 
 def test_udp_answers_come_only_from_whom_was_asked(lan: Lan, writer: Writer) -> None:
