@@ -51,6 +51,14 @@ class Writer:
         v6 = ":" in dst
         self.send((IPv6 if v6 else IP)(src=src or (HOST6 if v6 else HOST), dst=dst) / rest)
 
+    def program(self) -> socket.socket:
+        """What clients of the forwarded port are led to."""
+        sock = self.guest.make_socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("0.0.0.0", 80))
+        sock.listen()
+        return sock
+
     def here(self) -> None:
         """Let it be known at which address the guest is."""
         self.to(GATEWAY, UDP(sport=4999, dport=9))
@@ -190,20 +198,14 @@ def test_only_forwarded_ports_are_open(lan: Lan, writer: Writer) -> None:
         assert refused(lambda: lan.peer.connect(HOST, 80))
         assert refused(lambda: lan.host.connect("127.0.0.1", other.getsockname()[1]))
     writer.here()
-    server = writer.guest.make_socket()
-    with server:
-        server.bind(("0.0.0.0", 80))
-        server.listen()
-        with lan.peer.connect(HOST, FORWARDED):
-            accepted, _ = server.accept()
-            accepted.close()
+    with writer.program() as server, lan.peer.connect(HOST, FORWARDED):
+        accepted, _ = server.accept()
+        accepted.close()
 
 
 def test_clients_are_led_to_the_address_that_the_guest_used_last(lan: Lan, writer: Writer) -> None:
     """A guest that lies about its address loses its clients, and gains nothing: it leads them to itself in any case."""
-    program = writer.guest.make_socket()
-    program.bind(("0.0.0.0", 80))
-    program.listen()
+    program = writer.program()
     for said, src in ((STRANGER, STRANGER), (HOST, "")):
         with lan.host.listen("127.0.0.1", socket.SOCK_DGRAM) as server:
             writer.to(GATEWAY, UDP(sport=4004, dport=server.getsockname()[1]) / FENCE, src)
