@@ -205,7 +205,9 @@ class Reactor:
         """Close every descriptor that is watched, behind the back of its owner: the process ends.
 
         The kernel would, too, but only once the last thread has ended, after the first one is seen to be a zombie.
+        Signals that still come are nobody's: that their descriptor is gone must not be an error.
         """
+        signal.set_wakeup_fd(-1)
         for fd, ref in enumerate(self._refs):
             if ref:
                 os.close(fd)

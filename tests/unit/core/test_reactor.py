@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 
@@ -372,6 +373,21 @@ def test_close_gives_the_wake_up_descriptor_back() -> None:
     reactor.on_signal(signal.SIGUSR1, lambda now: None)
     reactor.close()
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.usefixtures("restore")
+def test_signal_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second SIGTERM finds the loop abandoned: what Python had to say about that would need its source files."""
+    complaints: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    reactor = Reactor()
+    reactor.on_signal(signal.SIGUSR1, lambda _: None)
+    reactor.abandon()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert complaints == []
+    watched, writer = reactor._signal_pair
+    watched.detach()  # it is closed
+    writer.close()
 
 
 def test_abandoned_descriptors_are_closed(reactor: Reactor) -> None:
