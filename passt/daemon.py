@@ -161,7 +161,7 @@ class Sandbox:
 def detach(
     options: Options, pid_file: FileIO | None, sandbox: Sandbox, settled: Callable[[float], None] = lambda _: None
 ) -> None:
-    """To the background if asked for, and locked up; then whoever started us is told that all is ready.
+    """To the background if asked for, and locked up; then whoever started us is told that all is ready, or else we end.
 
     settled(now) is called in the process that stays, as long as files can still be opened. The process must be
     single-threaded. Raises Fatal; in the background, that is raised in the child, and the parent ends with status 1 in
@@ -184,7 +184,11 @@ def detach(
     except Fatal as e:
         starter.failed(str(e))
         raise
-    starter.ready()
+    try:
+        starter.ready()
+    except Fatal as e:  # nothing can be undone from in here: what was made ends with us, but for paths
+        log.err(str(e))
+        os._exit(1)
 
 
 class Starter:
@@ -198,7 +202,7 @@ class Starter:
         os.close(null)
 
     def ready(self) -> None:
-        """Everything is."""
+        """Everything is. Raises Fatal if it cannot be told."""
         write_pid(self._pid_file, self._pid)
 
     def failed(self, text: str) -> None:
@@ -221,7 +225,10 @@ class Parent(Starter):
         os.close(null)
 
     def ready(self) -> None:
-        os.write(self._pipe, READY)
+        try:
+            os.write(self._pipe, READY)
+        except BrokenPipeError:
+            raise Fatal("Who started this has not waited for it, exiting") from None
         os.close(self._pipe)
 
     def failed(self, text: str) -> None:

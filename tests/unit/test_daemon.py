@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import stat
 from collections import Counter
@@ -351,6 +352,22 @@ def test_pid_file_of_the_daemon_that_cannot_be_written() -> None:
         signal.pause()  # until it is killed
 
     assert in_child(body) == (1, b"PID file write: No space left on device")
+
+
+def test_who_started_it_is_gone() -> None:
+    """Killed while it waited: it would never stop what it does not know of."""
+
+    def body() -> None:
+        parent = daemon.go_background(None)
+        os.kill(os.getppid(), signal.SIGKILL)
+        pipe = select.poll()
+        pipe.register(parent._pipe, 0)  # POLLERR comes unasked: nobody reads
+        pipe.poll()
+        with pytest.raises(Fatal, match="has not waited"):
+            parent.ready()
+        os.write(2, b"ends")
+
+    assert in_child(body) == (-signal.SIGKILL, b"ends")
 
 
 def test_daemon_that_fails_says_so_itself() -> None:

@@ -133,6 +133,13 @@ def test_pid_file_that_cannot_be(site: Site) -> None:
     assert len(site.guest.show("link")) == 1
 
 
+@pytest.mark.parametrize("line", [PASTA, PASST], ids=["pasta", "passt"])
+def test_pid_file_without_room_in_the_foreground(site: Site, line: str) -> None:
+    """It is written from inside the sandbox: no path can be removed any more, but who waits for the PID is told."""
+    said = site.fails(in_foreground(line).replace("{dir}/pid", "/dev/full") + " -c {dir}/control")
+    assert said == "PID file write: No space left on device\n"
+
+
 def test_pid_to_a_pipe_from_the_background(site: Site) -> None:
     """The daemon's, not that of the process which was started; the pipe ends with it."""
     reader, writer = os.pipe()
