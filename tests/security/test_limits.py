@@ -1,11 +1,18 @@
 """What a guest or a peer can make us keep, and what happens when it is too much: the limits that have no test beside
-the code that they are part of. docs/limits.md lists all of them.
+the code that they are part of. docs/security.md lists all of them.
 """
 
 from __future__ import annotations
 
+import ast
 import errno
+import importlib
 import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +20,7 @@ import pytest
 from passt import tcp_sock
 from passt.core.flow import ACTIVE, FREE
 from passt.wire.tcp import ACK, RST, SYN
+from tests.unit.hostile import Stack, harmless, random_frames
 from tests.unit.support import timers
 from tests.unit.tcp_support import FakeSocket, Talk, fake_sockets
 
@@ -128,3 +136,105 @@ def test_a_full_table_refuses_connections_and_harms_none() -> None:
     connect(talk, PORTS[0])
     talk.expect(RST | ACK, ack=1)
     assert talk.ctx.drops == {"flow table full": 1} and flow.state != FREE
+
+
+# What is written down -----------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = (ROOT / "docs" / "security.md").read_text()
+TABLE = DOCUMENT[DOCUMENT.index("## What a guest can use up") : DOCUMENT.index("## Hostile input")]
+LIMITS = re.findall(r"`([a-z_.]+)\.([A-Z_]+)` (\d+)", TABLE)
+
+
+@pytest.mark.parametrize(("module", "name", "value"), LIMITS)
+def test_limits_are_those_that_are_written_down(module: str, name: str, value: str) -> None:
+    assert getattr(importlib.import_module(f"passt.{module}"), name) == int(value)
+
+
+def test_all_flow_limits_and_shares_are_written_down() -> None:
+    written = {(module, name) for module, name, _ in LIMITS}
+    assert len(written) > 30
+    for path in (ROOT / "passt").rglob("*.py"):
+        module = path.relative_to(ROOT / "passt").with_suffix("").as_posix().replace("/", ".")
+        for name in re.findall(
+            r"^(\w*(?:FLOWS_MAX|_SHARE|OPEN_MAX|OPENING_MAX|CLIENTS_MAX))\b", path.read_text(), re.M
+        ):
+            assert (module, name) in written or name == "EVICT_SHARE", f"{module}.{name}"
+
+
+@pytest.mark.parametrize(("path", "name"), re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", DOCUMENT))
+def test_tests_that_are_named_exist(path: str, name: str) -> None:
+    assert f"def {name}(" in (ROOT / path).read_text()
+
+
+# Counters and the log ------------------------------------------------------------------------------------------------
+
+
+def calls_of(tree: ast.AST, where: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """All nodes of a module, with the function that they are in."""
+    for node in ast.iter_child_nodes(tree):
+        name = node.name if isinstance(node, ast.FunctionDef) else where
+        yield name, node
+        yield from calls_of(node, name)
+
+
+# What a reason of a drop may have in it besides text: names of errnos, kinds of flows
+OF_REASONS = {
+    "reason(e)", "reason(why)", "reason", "flow.kind", "errno.errorcode[e.errno or 0]",
+    "errno.errorcode.get(error, error)", "errno.errorcode.get(error.errno, error.errno)",
+    "errno.errorcode.get(e.errno or 0, e.errno)", "reason(e) if isinstance(e, OSError) else 'table full'",
+}  # fmt: skip
+
+
+def test_reasons_of_drops_have_nothing_of_the_guest_in_them() -> None:
+    found = set()
+    for path in (ROOT / "passt").rglob("*.py"):
+        for _, node in calls_of(ast.parse(path.read_text())):
+            if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("drops"):
+                found |= {ast.unparse(n.value) for n in ast.walk(node.slice) if isinstance(n, ast.FormattedValue)}
+    assert found == OF_REASONS
+
+
+def test_reasons_of_drops_are_few_whatever_the_guest_sends() -> None:
+    """Twice as much of it has hardly more reasons."""
+    drops: list[Counter[str]] = []
+    for count in 300, 600:
+        rng = random.Random(5)
+        with harmless():
+            stack = Stack(bytes(1 << 20))
+            for _ in range(count):
+                stack.batch(random_frames(rng))
+            drops.append(Counter(stack.ctx.drops))
+    few, more = map(set, drops)
+    assert few <= more and len(more) <= len(few) + 10 and len(more) < 100, sorted(more)
+
+
+# Functions that say something at any rate, and what bounds it: they run once, at start or at the end; who causes it is
+# the operator, by an option or the control socket; or the function says itself how often it speaks.
+SPOKEN = {
+    "cli.py": {"_fail"},
+    "daemon.py": {"report", "attach_capture", "go_background", "run", "failed", "_namespace_gone", "detach"},
+    "daemon_passt.py": {"build"},
+    "daemon_pasta.py": {"tap_gone"},  # which ends us
+    "dhcp.py": {"tap_handler"},  # behind a line that is limited
+    "forwards.py": {"_restore"},
+    "icmp.py": {"probe", "_not_allowed"},  # once
+    "isolation.py": {"map_ids"},
+    "linux/netns.py": {"_guarded"},  # a fault of ours, in opening sockets
+    "passt.py": {"_say"},  # counts its lines
+    "pasta.py": {"_open_directory"},
+    "pasta_init.py": {"_init", "_attempt"},
+    "resolv_conf.py": {"_watch"},
+}
+
+
+def test_what_is_said_without_a_limit_cannot_be_caused_by_a_guest() -> None:
+    spoken: dict[str, set[str]] = {}
+    for path in (ROOT / "passt").rglob("*.py"):
+        name = path.relative_to(ROOT / "passt").as_posix()
+        if name == "log.py" or name.startswith(("conf", "pesto", "qrap")):
+            continue
+        for where, node in calls_of(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("log.err", "log.warn", "log.info"):
+                spoken.setdefault(name, set()).add(where)
+    assert spoken == SPOKEN
