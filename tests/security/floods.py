@@ -188,10 +188,10 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(lan: Lan, user: User, *, haste: bool) -> Iterator[Stage]:
+def stage(lan: Lan, user: User, *, haste: bool, descriptors: int = 0) -> Iterator[Stage]:
     """Everything but the flood."""
     with (
-        lan.pasta(user, "-q", "--config-net", before=HASTE if haste else "") as guest,
+        lan.pasta(user, "-q", "--config-net", before=HASTE if haste else "", descriptors=descriptors) as guest,
         lan.host.listen("127.0.0.1") as listener,
     ):
         port = listener.getsockname()[1]
@@ -263,9 +263,12 @@ def taken(guest: Guest) -> int:
     return packets
 
 
-def run(lan: Lan, user: User, kind: str, seconds: float, *, haste: bool) -> Result:
-    """One flood of a namespace, from before it to when nothing is left of it."""
-    with stage(lan, user, haste=haste) as scene:
+def run(lan: Lan, user: User, kind: str, seconds: float, *, haste: bool, descriptors: int = 0) -> Result:
+    """One flood of a namespace, from before it to when nothing is left of it.
+
+    The daemon may have so many `descriptors`, 0: as many as we.
+    """
+    with stage(lan, user, haste=haste, descriptors=descriptors) as scene:
         guest = scene.guest
         before, count = Sample.of(guest.daemon), taken(guest)
         watch = Watch(guest.daemon)

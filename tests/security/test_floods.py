@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from ..system.support import User
-from ..system.traffic.support import Lan, new_lan, root_user
+from ..system.support import User, wait_for
+from ..system.traffic.support import GATEWAY, Lan, new_lan, refused, root_user
 from .floods import DESCRIPTORS_LEFT, KINDS, MEMORY_LEFT, MEMORY_MAX, SECONDS, SYN_RETRIES, Result, run
 from .machine_flood import MACHINE_KINDS, run_machine
 
+FEW = 128  # descriptors
 FRAMES_MIN = 1000  # that make a flood, however slow the machine
 
 
@@ -45,3 +46,36 @@ def test_a_namespace_floods(lan: Lan, ordinary_user: User, kind: str) -> None:
 @pytest.mark.parametrize("kind", MACHINE_KINDS)
 def test_a_machine_floods(lan: Lan, ordinary_user: User, kind: str) -> None:
     check(run_machine(lan, ordinary_user, kind, SECONDS, haste=True))
+
+
+@pytest.mark.parametrize("kind", ["syn", "udp", "ping"])
+def test_a_namespace_floods_a_daemon_that_has_few_descriptors(lan: Lan, ordinary_user: User, kind: str) -> None:
+    check(run(lan, ordinary_user, kind, SECONDS, haste=True, descriptors=FEW))
+
+
+def test_connections_beyond_the_descriptors_are_refused_and_none_is_harmed(lan: Lan, ordinary_user: User) -> None:
+    with (
+        lan.pasta(ordinary_user, "-q", "--config-net", descriptors=FEW) as guest,
+        lan.host.listen("127.0.0.1") as server,
+    ):
+        port = server.getsockname()[1]
+        pairs = []
+        for _ in range(FEW):
+            try:
+                near = guest.connect(GATEWAY, port)
+            except ConnectionRefusedError:
+                break
+            pairs.append((near, server.accept()[0]))
+        else:
+            pytest.fail("it has more connections than descriptors")
+        assert len(pairs) >= FEW // 4
+        for i, (near, far) in enumerate(pairs):
+            near.sendall(b"%d" % i)
+            assert far.recv(100) == b"%d" % i
+            far.sendall(b"%d" % -i)
+            assert near.recv(100) == b"%d" % -i
+        for end in pairs.pop():
+            end.close()
+        wait_for(lambda: not refused(lambda: guest.connect(GATEWAY, port)), "a connection makes room")
+        for _, far in pairs:
+            far.close()
