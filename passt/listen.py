@@ -247,7 +247,7 @@ class Listeners:
         sock: Any = new_socket(listener.sock.family, _TYPE, 0, fd)
         ctx = self._ctx
         if ctx.fwd.spliced(peer, listener.rule):
-            self._tcp_splice.accepted(listener, sock, peer, now)
+            self._tcp_splice.accepted(listener, sock, peer, port, now)
         elif self._tcp is not None:
             self._tcp.accepted(listener, sock, peer, port, now)
         else:

@@ -42,9 +42,10 @@ from .log import Fatal
 CALLS: Calls = (
     *calls("futex", "munmap", "mremap", "brk", "rt_sigreturn", "clock_gettime", "exit_group"),
     Call("mmap", (Condition(2, 0, mmap.PROT_EXEC),)),
-    # The heap of a second thread
+    # The heap of a second thread; and waiting for each other goes on by restart_syscall(2), at the kernel's own
+    # instance, when it was interrupted by SIGSTOP, strace(1) or the freezing of a cgroup (podman pause, suspend)
     Call("mprotect", (Condition(2, 0, mmap.PROT_EXEC),), PASTA),
-    *calls("madvise", mode=PASTA),
+    *calls("madvise", "restart_syscall", mode=PASTA),
 )
 
 ALTERNATIVES = {

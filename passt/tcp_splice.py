@@ -73,7 +73,7 @@ INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
 _SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 IDLE, BLOCKED, AGAIN = range(3)  # what a half waits for: bytes, room at `dst`, its turn
 
-CALLS = calls("splice", "recvfrom", "sendto", "shutdown", "getpeername", mode=PASTA)
+CALLS = calls("splice", "recvfrom", "sendto", "shutdown", mode=PASTA)
 
 
 class Half:
@@ -104,15 +104,15 @@ class Half:
 class SpliceConn(Flow):
     """A connection. `sock` is the client's; `key` is empty, since nobody looks for it."""
 
-    __slots__ = ("early", "halves", "inbound", "other", "peer", "port", "targets")
+    __slots__ = ("early", "halves", "inbound", "other", "peer", "peer_port", "port", "server", "targets")
     kind = "spliced TCP connection"
     label = "tcp_splice"
 
-    def __init__(self, sock: Any, peer: bytes, listener: Listener, targets: list[bytes]) -> None:
+    def __init__(self, sock: Any, peer: bytes, peer_port: int, listener: Listener, targets: list[bytes]) -> None:
         super().__init__(b"")
         self.sock, self.fd = sock, sock.fileno()
-        self.peer = peer
-        self.port = listener.to
+        self.peer, self.peer_port = peer, peer_port
+        self.server, self.port = targets[0] if targets else b"", listener.to
         self.inbound = not listener.rule.outbound
         self.targets = targets  # addresses that were not tried yet
         self.other: Any = None  # the socket towards the server
@@ -120,11 +120,9 @@ class SpliceConn(Flow):
         self.halves: tuple[Half, ...] = ()  # none before the server is connected
 
     def endpoints(self) -> Endpoints:
-        """The server's address is known once it is connected: before that, the one that is tried first."""
-        client = name_of(self.sock.getpeername)
-        server = name_of(self.other.getpeername) if self.other is not None else ""
-        if not server and self.targets:
-            server = addr.host_port(self.targets[0], self.port)
+        """The server is the one that was tried last; before that, the one that will be tried first."""
+        client = addr.host_port(self.peer, self.peer_port)
+        server = addr.host_port(self.server, self.port) if self.server else ""
         if self.inbound:
             return Endpoints(HOST, server, name_of(self.other.getsockname) if self.other is not None else "", client)
         return Endpoints(GUEST, client, name_of(self.sock.getsockname), server)
@@ -178,11 +176,11 @@ class TcpSplice:
 
     # Opening -----------------------------------------------------------------------------------------------------
 
-    def accepted(self, listener: Listener, sock: Any, peer: bytes, now: float) -> None:
+    def accepted(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> None:
         """Take over `sock`, a connection of `peer` to `listener`."""
         ctx = self._ctx
         targets = ctx.fwd.splice_targets(len(peer) == 16, listener.rule, ctx.guest)
-        conn = SpliceConn(sock, peer, listener, targets)
+        conn = SpliceConn(sock, peer, peer_port, listener, targets)
         try:
             ctx.flows.insert(conn)
         except TableFull:
@@ -223,7 +221,7 @@ class TcpSplice:
             sock: Any = self._ctx.ns.take(family, socket.SOCK_STREAM)
         else:
             sock = open_socket(family, socket.SOCK_STREAM)
-        conn.other = sock
+        conn.other, conn.server = sock, target
         if len(target) == 4 and target[0] == 127 and conn.peer[0] == 127 and conn.peer != addr.LOOPBACK4:
             sock.bind((addr.text(conn.peer), 0))
         sockaddr = self._ctx.fwd.sockaddr(target, conn.port)

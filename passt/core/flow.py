@@ -77,7 +77,7 @@ def reason_of(error: int) -> str:
 
 
 def name_of(ask: Callable[[], Any]) -> str:
-    """What getsockname() or getpeername() of a socket says, as ADDRESS:PORT; empty if it has no such end (any more)."""
+    """What getsockname() of a socket says, as ADDRESS:PORT; empty if it has no such end (any more)."""
     try:
         host, port, *_ = ask()
     except OSError:

@@ -17,7 +17,7 @@ from passt import PASST, PASTA, daemon_calls, seccomp
 from passt.linux.calls import Call, Condition, calls, one_of
 from passt.log import Fatal
 
-from ..system.support import REPOSITORY, environment
+from ..system.support import REPOSITORY, environment, wait_for
 
 LIMITS = {PASTA: 45, PASST: 35}  # calls, on x86-64 with CPython 3.11
 ARCHITECTURES = {  # libseccomp's name -> what uname(2) says
@@ -144,6 +144,26 @@ def test_filter_holds(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGSYS, b"still here")
+
+
+def test_who_waits_may_be_stopped_and_go_on() -> None:
+    """A wait with a time limit, as of a thread for the interpreter's lock, is gone on with by restart_syscall(2)."""
+    code = (
+        "import os, threading; from passt import seccomp, daemon_calls\n"
+        "rules, lock = seccomp.build('pasta', os.uname().machine), threading.Lock()\n"
+        "lock.acquire(); seccomp.load(rules); os.write(1, b'.'); lock.acquire(timeout=60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE) as waiting:
+        assert waiting.stdout is not None and waiting.stdout.read(1) == b"."
+        for number, state in ((0, "S"), (signal.SIGSTOP, "T"), (signal.SIGCONT, "SZ")):
+            waiting.send_signal(number)
+            wait_for(lambda states=state: _state(waiting.pid) in states, f"state {state}")  # type: ignore[misc]
+        waiting.terminate()
+    assert waiting.returncode == -signal.SIGTERM
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_machine_of_the_tests_is_known() -> None:

@@ -132,9 +132,9 @@ def remote(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_loopback_is_spliced(make: Make, port: int, host: str) -> None:
     rig = make(rule(port))
-    rig.connect(port, host)
+    _, client_port = rig.connect(port, host)
     rig.fire()
-    assert (rig.splice.got, rig.tcp.got) == ([(port, addr.packed(host), T0)], [])
+    assert (rig.splice.got, rig.tcp.got) == ([(port, addr.packed(host), client_port, T0)], [])
 
 
 def test_loopback_goes_through_the_tap_if_asked(make: Make, port: int) -> None:
@@ -163,10 +163,12 @@ def test_other_hosts_are_reset_without_a_tap(make: Make, port: int) -> None:
 
 def test_outbound_is_always_spliced(make: Make, port: int) -> None:
     rig = make(rule(port, outbound=True), no_splice=True)
+    expected = []
     for listener, host in zip(rig.opened, ("127.0.0.1", "::1"), strict=True):
-        rig.connect(port, host)
+        _, client_port = rig.connect(port, host)
         rig.fire(listener)
-    assert rig.splice.got == [(port, addr.LOOPBACK4, T0), (port, addr.LOOPBACK6, T0)]
+        expected.append((port, addr.packed(host), client_port, T0))
+    assert rig.splice.got == expected
 
 
 def test_datagrams_are_announced(make: Make, port: int) -> None:

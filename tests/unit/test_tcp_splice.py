@@ -90,7 +90,7 @@ class Lab:
         sock, peer = self.door.accept()
         sock.setblocking(False)
         inner = socket.SocketType(sock.family, sock.type, 0, sock.detach())
-        self.splice.accepted(self.listener, inner, addr.packed(peer[0]), now)
+        self.splice.accepted(self.listener, inner, addr.packed(peer[0]), peer[1], now)
 
     def until(self, condition: Callable[[], Any]) -> Any:
         """Turn until the condition is true; returns its value."""
