@@ -1,0 +1,49 @@
+"""Handlers in the sandbox: `inmates.py MODE LOG` replays the corpora of the stateful fuzzing targets there.
+
+What these reach is what a guest can reach: handlers, error paths, limits, faults, log lines at every level, which go to
+a file that was opened before. An import, a file, or any other call that is not declared ends the process. The sockets
+of the targets are pairs and fakes of their own, and need calls that the daemon does not (`EXTRA`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fuzz.table import BY_NAME
+from passt import daemon, daemon_calls, isolation, log, seccomp
+from passt.conf_options import Options
+from passt.linux.calls import calls
+
+TARGETS = "tap", "stack", "tcp", "udp", "icmp", "stream", "reassembly"
+EXTRA = calls("socketpair", "epoll_create1", "eventfd2", "fstat", "newfstatat", "getpid", "ioctl", "socket", "fcntl")
+
+
+def main() -> None:
+    mode, log_file = sys.argv[1:]
+    assert daemon_calls.LOADED
+    seccomp.binding()
+    log.setup(mode, log.TRACE, syslog=False, log_file=log_file)
+    log.stop_stderr()
+    targets = [(name, BY_NAME[name].load(), BY_NAME[name].corpus()) for name in TARGETS]
+    for _, target, corpus in targets:
+        target.one(corpus[0])  # what a target prepares once
+    build = seccomp.build
+    seccomp.build = lambda mode, machine, extra=(): build(mode, machine, (*extra, *EXTRA))  # type: ignore[misc]
+    isolation.become(isolation.choose_identity(None))
+    daemon.detach(Options(mode=mode, foreground=True), None, daemon.Sandbox(mode, False))
+    executions = 0
+    for name, target, corpus in targets:
+        for data in corpus:
+            try:
+                target.one(data)
+            except Exception as e:
+                os.write(1, f"{name}: {data.hex()}: {e!r}\n".encode())
+                os._exit(1)
+            executions += 1
+    os.write(1, b"%d\n" % executions)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
