@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(asked.text, end="")
             return 0
         if len(operands) != 1:
-            what = "too many operands" if operands else "which control socket?"
+            what = "too many operands:" if operands else "which control socket?"
             raise Fatal(f"{PROGRAM}: {what} Give the path that pasta or passt was started with: {PROGRAM} ... SOCKET")
         with Connection(operands[0], debug=asked.debug) as connection:
             run(asked, connection)
