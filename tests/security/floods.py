@@ -153,7 +153,7 @@ class Result:
     peak: Sample
     after: Sample
     finished: bool
-    carried: int  # bytes that came through beside the flood, as long as it lasted
+    carried: float  # bytes per second that came through beside the flood, as long as it lasted
     said: str  # by the daemon
     notes: list[str] = field(default_factory=list)
 
@@ -163,7 +163,7 @@ class Result:
         memory = " / ".join(f"{s.memory / (1 << 20):.0f}" for s in samples)
         descriptors = " / ".join(str(s.descriptors) for s in samples)
         rate = f"{self.frames / self.seconds:,.0f}", f"{self.taken / self.seconds:,.0f}"
-        intact = f"yes, {self.carried * 8 / self.seconds / 1e6:.0f} Mbit/s" if self.finished else "no"
+        intact = f"yes, {self.carried * 8 / 1e6:.0f} Mbit/s" if self.finished else "no"
         return f"| {KINDS[self.kind]} | {' | '.join((*rate, memory, descriptors, intact))} |"
 
 
@@ -272,14 +272,16 @@ def run(lan: Lan, user: User, kind: str, seconds: float, *, haste: bool, descrip
         guest = scene.guest
         before, count = Sample.of(guest.daemon), taken(guest)
         watch = Watch(guest.daemon)
-        notes = []
+        notes, begun = [], time.monotonic()
+        already = sum(transfer.received for transfer in scene.transfers)
         if kind == "windows":
             frames, waited = 0, windows(scene, seconds)
             notes.append(f"{waited >> 20} MiB waited for {CONNECTIONS} windows to open, and came when they did.")
         else:
             frames = flood(scene, kind, seconds)
         came = taken(guest) - count
-        carried = sum(transfer.received for transfer in scene.transfers)
+        came_through = sum(transfer.received for transfer in scene.transfers) - already
+        carried = came_through / (time.monotonic() - begun)
         outcomes = [transfer.finish() for transfer in scene.transfers]
         peak = watch.stop()
         assert guest.alive(), guest.said()

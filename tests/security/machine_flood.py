@@ -170,7 +170,7 @@ def run_machine(lan: Lan, user: User, kind: str, seconds: float, *, haste: bool)
             source = Source(far)
             player = Player(client, connection, frames)
             player.play(seconds)
-            carried = player.received
+            carried = player.received / seconds
             source.end()
             player.finish()
             source.join(DEADLINE)
