@@ -90,9 +90,12 @@ def remark(options: Options, config: Config, found: ResolvConf, warn: Warn) -> N
             listed = ", ".join(map(addr.text, found.servers))
             why = f": {listed} cannot be reached from the guest (give --dns-forward, or leave out --no-map-gw)"
         warn("Couldn't get any nameserver address" + why)
-    if options.dhcp_dns and config.ip4 and not config.ip4.dns:
+    if not options.dhcp_dns or options.dns_none:
+        return
+    if config.ip4 and not config.no_dhcp and not config.ip4.dns:
         warn("No IPv4 nameserver available for DHCP")
-    if options.dhcp_dns and config.ip6 and not config.ip6.dns:
+    advertised = not (config.no_ndp or config.no_ra)
+    if config.ip6 and (advertised or not config.no_dhcpv6) and not config.ip6.dns:
         warn("No IPv6 nameserver available for NDP/DHCPv6")
 
 

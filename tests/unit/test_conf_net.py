@@ -361,6 +361,12 @@ def test_warnings_about_what_a_virtual_machine_is_told() -> None:
     lines = ["No IPv4 nameserver available for DHCP", "No IPv6 nameserver available for NDP/DHCPv6"]
     assert remarks(guest_of("", resolvers=ResolvConf())) == ["Couldn't get any nameserver address", *lines]
     assert remarks(guest_of("--no-dhcp-dns", resolvers=ResolvConf())) == ["Couldn't get any nameserver address"]
+    for asked in ("-D none", "--no-dhcp --no-dhcpv6 --no-ra -D none"):
+        assert remarks(guest_of(asked, resolvers=ResolvConf())) == []
+    assert remarks(guest_of("--no-dhcp", resolvers=ResolvConf()))[1:] == lines[1:]
+    assert remarks(guest_of("--no-dhcpv6 --no-ra", resolvers=ResolvConf()))[1:] == lines[:1]
+    assert remarks(guest_of("--no-dhcpv6 --no-ndp", resolvers=ResolvConf()))[1:] == lines[:1]
+    assert remarks(guest_of("--no-dhcpv6", resolvers=ResolvConf()))[1:] == lines
 
 
 # The queue ---------------------------------------------------------------------------------------------------------
