@@ -90,7 +90,11 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     isolation.become(identity)
     isolation.gain_rights()  # before anybody is told that it works
     if path is not None:
-        log.info(conf_summary.describe_socket(path))
+        line = conf_summary.describe_socket(path)
+        if options.socket_path is not None:
+            log.info(line)
+        else:
+            log.report([line])  # nobody else knows which one it is
     daemon.report(identity, decision, [], background=not options.foreground)
     if path is not None:
         for line in conf_summary.describe_client(path):

@@ -210,7 +210,10 @@ class Reactor:
         signal.set_wakeup_fd(-1)
         for fd, ref in enumerate(self._refs):
             if ref:
-                os.close(fd)
+                try:
+                    os.close(fd)
+                except OSError:
+                    pass  # it is closed, then
 
     def close(self) -> None:
         """Close the epoll set; for tests and for the end of the program."""

@@ -85,6 +85,12 @@ def test_default_path_is_the_first_free_one(private: Namespace, anyone: User) ->
                 guest.configure()
 
 
+def test_quiet_start_says_which_default_path_it_took(private: Namespace, anyone: User) -> None:
+    with Background(private, anyone, "-q") as server:
+        assert f"UNIX domain socket bound at {DEFAULT.format(1)}\n" in server.done.stderr
+        assert "You can now start" not in server.done.stderr and "DHCP:" not in server.done.stderr
+
+
 @pytest.mark.parametrize("option", ["-s", "--socket"])
 def test_given_path(private: Namespace, anyone: User, directory: str, option: str) -> None:
     path = f"{directory}/socket"
