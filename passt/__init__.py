@@ -30,7 +30,8 @@ Layers: a module imports from lower ones only (tests/test_layers.py holds that)
     6  conf*, daemon*, wiring             argv -> frozen Config; the composition root
        control_api, slirp_api             what is said on control sockets
     5  pasta*, passt, qrap                namespaces and the command in them; the socket of a virtual machine
-       isolation, terminal, trace         who we are; --trace
+       isolation, seccomp                 what we give up before the first byte of the guest is read
+       terminal, trace                    a terminal that is shared; --trace
        resolv_conf, control               the host's resolvers; control sockets
     4  tap, stream, listen*, scan         the ways in: frames; connections and datagrams of others
        forwards, metrics                  rules that change; what is counted, as it is shown
