@@ -137,11 +137,10 @@ class Forwards:
         if outcome.removed or outcome.added:
             plan = self._plan(list(outcome.removed.values()), list(outcome.added.values()))
             early = self._in_the_way(plan, after.values())
-            opened = self._open(plan.open, early)
+            self._open(plan.open, early)
             gone = set(early)
             self._listeners.remove_all(w for w in plan.close if w not in gone)
             self._listeners.hand_over([h for h in plan.hand_over if h[:2] not in gone])
-            self._listeners.watch(opened)
             self._table = table
             self._ctx.reactor.close_retired()
             self._scanner.follow(after.values(), now)
@@ -246,8 +245,8 @@ class Forwards:
             if any(rule.overlaps(other) for other in wanted.get((rule.proto, rule.outbound, port), ()))
         ]
 
-    def _open(self, wanted: Sequence[Wanted], early: Sequence[Wanted]) -> list[Listener]:
-        """Open ports, having closed `early`. Raises Refused, with everything as it was."""
+    def _open(self, wanted: Sequence[Wanted], early: Sequence[Wanted]) -> None:
+        """Listen on ports, having closed `early`. Raises Refused, with everything as it was."""
         self._listeners.remove_all(early)
         self._ctx.reactor.close_retired()
         opened: list[Listener] = []
@@ -258,6 +257,7 @@ class Forwards:
                 opened += listeners
                 failures += failed
             self._check_opened(opened, failures)
+            self._watch(opened)
         except BaseException as e:
             for listener in opened:
                 listener.sock.close()
@@ -265,7 +265,12 @@ class Forwards:
             if isinstance(e, Refused):
                 e.lines += lost
             raise
-        return opened
+
+    def _watch(self, opened: Sequence[Listener]) -> None:
+        try:
+            self._listeners.watch(opened)
+        except OSError as e:
+            raise Refused([f"Couldn't watch new ports: {e.strerror}"]) from None
 
     def _check_opened(self, opened: Sequence[Listener], failures: Sequence[Failure]) -> None:
         """Raises Refused if what failed was asked for by name, if nothing of a rule could be had, or if what is left

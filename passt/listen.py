@@ -111,7 +111,10 @@ class Listeners:
     def add_all(self, wanted: Sequence[Wanted]) -> list[Failure]:
         """Listen on ports of rules of one direction; returns what failed. Not for ports that are listened on."""
         listeners, failed = self.open(wanted)
-        self.watch(listeners)
+        try:
+            self.watch(listeners)
+        except OSError as e:
+            failed += [Failure(listener.rule, listener.port, e.errno or 0) for listener in listeners]
         return failed
 
     def open(self, wanted: Sequence[Wanted]) -> tuple[list[Listener], list[Failure]]:
@@ -132,10 +135,21 @@ class Listeners:
         except OSError as e:
             return listeners, [Failure(rule, port, e.errno or 0) for rule, port in wanted]
 
-    def watch(self, listeners: Iterable[Listener]) -> None:
-        """Begin to serve what `open` gave."""
-        for listener in listeners:
-            self._watch(listener)
+    def watch(self, listeners: Sequence[Listener]) -> None:
+        """Begin to serve what `open` gave: all, or none, and then they are closed. Raises OSError.
+
+        What can fail is epoll_ctl(2), for want of memory or of watches (fs.epoll.max_user_watches).
+        """
+        done: list[Wanted] = []
+        try:
+            for listener in listeners:
+                self._watch(listener)
+                done.append((listener.rule, listener.port))
+        except OSError:
+            self.remove_all(dict.fromkeys(done))
+            for listener in listeners:
+                listener.sock.close()
+            raise
 
     def remove(self, rule: Rule, port: int) -> None:
         """Stop listening on a port of `rule`. Connections go on; UDP flows would keep the port, and end."""
@@ -198,17 +212,17 @@ class Listeners:
             self._spare = -1
 
     def _watch(self, listener: Listener) -> None:
+        """Raises OSError, with nothing changed."""
+        listener.index = self._free[-1] if self._free else len(self._by_index)
+        self._ctx.reactor.watch(listener.fd, TYPE_LISTEN, listener.index, EPOLLIN)
         if self._free:
-            listener.index = self._free.pop()
-            self._by_index[listener.index] = listener
+            self._by_index[self._free.pop()] = listener
         else:
-            listener.index = len(self._by_index)
             self._by_index.append(listener)
         rule, port = listener.rule, listener.port
         ports = self._by_rule.setdefault(rule, {})
         ports[port] = (*ports.get(port, ()), listener)
         self._held[rule.proto, rule.outbound, port] += 1
-        self._ctx.reactor.watch(listener.fd, TYPE_LISTEN, listener.index, EPOLLIN)
         if listener.rule.proto != PROTO_TCP:
             self._udp_in.begin(listener)
 

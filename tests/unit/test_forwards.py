@@ -269,6 +269,33 @@ def test_all_or_nothing(rig: Make, port: int) -> None:
     assert all(is_free(p) for p in (port + 1, port + 2, port + 7))
 
 
+@pytest.mark.parametrize("letter", ["t", "u"])
+def test_nothing_is_given_up_if_what_is_new_cannot_be_watched(
+    rig: Make, port: int, letter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = {"t": socket.SOCK_STREAM, "u": socket.SOCK_DGRAM}[letter]
+    r = rig(f"-{letter} {port},{port + 1}:7")
+    before, watch = r.open(), r.ctx.reactor.watch
+    left = iter((True,))
+
+    def few(*args: int) -> int:
+        if not next(left, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return watch(*args)
+
+    monkeypatch.setattr(r.ctx.reactor, "watch", few)
+    error = refused(
+        r, delete(f"-{letter} {port}"), delete(f"-{letter} {port + 1}:7"), add(f"-{letter} {port + 2}-{port + 4}")
+    )
+    assert error.lines == ["Couldn't watch new ports: No space left on device"]
+    assert r.open() == before and list(r.shown().values()) == [f"-{letter} {port}", f"-{letter} {port + 1}:7"]
+    reactor(r.ctx).end_turn(T0)
+    assert all(is_free(port + i, kind) for i in (2, 3, 4))
+    monkeypatch.undo()
+    r.change(add(f"-{letter} {port + 2}-{port + 4}"))
+    assert len(r.open()) == 5
+
+
 def test_low_ports(rig: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     r = rig()
 
