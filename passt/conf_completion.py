@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from . import conf_parse
 from .log import Fatal
 
 SHELLS = ("bash", "zsh", "fish")
@@ -25,17 +26,8 @@ _NETNS = "$(command ls /run/netns 2>/dev/null)"
 _INTERFACES = "$(command ls /sys/class/net 2>/dev/null)"
 
 
-class Option(Protocol):
+class Option(conf_parse.Option, Protocol):
     """What must be known of an option."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def short(self) -> str: ...
-
-    @property
-    def arg(self) -> str: ...
 
     @property
     def help(self) -> str: ...

@@ -28,7 +28,7 @@ from passt.listen import Listeners
 from passt.listen_sock import Failure, Wanted
 from passt.scan import Scanner
 from passt.slirp_api import SlirpApi
-from tests.unit.support import T0, FakeReactor, make_context, reactor, timers
+from tests.unit.support import T0, FakeReactor, elapse, make_context, reactor
 
 ENTRANCES = 900, 901
 TAKEN = frozenset((7, 77, 1007))  # ports that somebody else has
@@ -199,16 +199,7 @@ class World:
         reactor(self.ctx).fire(ENTRANCES[which], EPOLLIN, self.now)
 
     def later(self, seconds: float) -> None:
-        end = self.now + seconds
-        services = timers(self.ctx).services
-        for _ in range(300):
-            due = min((d for d in services.deadlines if d is not None), default=end + 1)
-            if due > end:
-                break
-            self.now = max(self.now, due)
-            services.fire(services.deadlines.index(due), self.now)
-            reactor(self.ctx).end_turn(self.now)
-        self.now = max(self.now, end)
+        self.now = elapse(self.ctx, self.now, seconds)
 
 
 WORLD = World()

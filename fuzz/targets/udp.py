@@ -20,7 +20,7 @@ from passt.core.reactor import EPOLLERR, EPOLLIN
 from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
 from tests.unit.hostile import harmless
 from tests.unit.offload import received
-from tests.unit.support import GUEST4, GUEST6, T0, link, make_context, reactor, timers
+from tests.unit.support import GUEST4, GUEST6, T0, elapse, link, make_context, reactor
 
 SLOT = 1 << 16
 DNS4, DNS6 = addr.packed("192.0.2.53"), addr.packed("2001:db8::53")
@@ -144,16 +144,7 @@ class World:
         return self.socks[fd].send(b"".join(views))
 
     def later(self, seconds: float) -> None:
-        end = self.now + seconds
-        services = timers(self.ctx).services
-        for _ in range(100):
-            due = min((d for d in services.deadlines if d is not None), default=end + 1)
-            if due > end:
-                break
-            self.now = max(self.now, due)
-            services.fire(services.deadlines.index(due), self.now)
-            reactor(self.ctx).end_turn(self.now)
-        self.now = max(self.now, end)
+        self.now = elapse(self.ctx, self.now, seconds, most=100)
 
 
 WORLD = World()

@@ -240,6 +240,20 @@ def timers(ctx: Context) -> FakeTimers:
     return cast(FakeTimers, ctx.timers)
 
 
+def elapse(ctx: Context, now: float, seconds: float, most: int = 300) -> float:
+    """Let time pass: timers of services fire when they are due, `most` of them at most. Returns the time then."""
+    end = now + seconds
+    services = timers(ctx).services
+    for _ in range(most):
+        due = min((d for d in services.deadlines if d is not None), default=end + 1)
+        if due > end:
+            break
+        now = max(now, due)
+        services.fire(services.deadlines.index(due), now)
+        reactor(ctx).end_turn(now)
+    return max(now, end)
+
+
 def pool_put(ctx: Context, data: bytes, offset: int = 64) -> tuple[int, int]:
     """Copy `data` into the packet pool; returns its (start, end)."""
     ctx.pool.buf[offset : offset + len(data)] = data
