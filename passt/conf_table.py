@@ -11,6 +11,7 @@ original that do not exist here; they say so, in the words of getopt_long(3), by
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from . import conf_actions as actions
@@ -272,6 +273,7 @@ there, by -netdev stream of qemu.
 }
 
 
+@cache
 def table(mode: str) -> tuple[Option, ...]:
     """The options as they are in a mode, PASTA or PASST."""
     return tuple(option if option.mode in (None, mode) else _elsewhere(option) for option in TABLE)

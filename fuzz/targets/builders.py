@@ -21,13 +21,9 @@ def seeds() -> Iterable[bytes]:
 
 
 def total(data: bytes) -> int:
-    """The sum of 16-bit words, word by word."""
-    padded = data + bytes(len(data) & 1)
-    words = memoryview(padded).cast("H")
-    s = sum(words)
-    while s >> 16:
-        s = (s & 0xFFFF) + (s >> 16)
-    return s
+    """The ones' complement sum of 16-bit words: the whole as one number, modulo 0xFFFF (RFC 1071, 2)."""
+    number = int.from_bytes(data, "big") << 8 * (len(data) & 1)
+    return number % 0xFFFF or (0xFFFF if number else 0)
 
 
 def check(frame: bytes, v4: bool, proto: int, payload: int) -> bytes:

@@ -61,8 +61,8 @@ def one(data: bytes) -> None:
     payload = steps.word()
     payload = (payload & 0x1FFF if payload & 0xE000 != 0xE000 else payload % (65535 - front + 14 + 1)) or 1
     size = steps.word() % 9000 or 1
-    if payload // size > 20:  # each is looked at
-        size = payload // 20
+    if payload // size > 10:  # each is looked at
+        size = payload // 10
     seq, ident, flags, where = steps.word() << 16 | steps.word(), steps.word(), steps.byte() & 0x3F, steps.byte()
     content = DATA[where * 8 : where * 8 + payload]
     payload = len(content)

@@ -163,7 +163,7 @@ def seeds() -> Iterable[bytes]:
 
 def guest(world: World, steps: Steps) -> None:
     """Datagrams of one flow in one batch."""
-    which, count = steps.byte(), steps.byte() & 15
+    which, count = steps.byte(), steps.byte() & 7
     peer, port = PEERS[which & 3], PORTS[which >> 2 & 3]
     sport = 40000 + (which >> 4)
     key = (GUEST4 if len(peer) == 4 else GUEST6) + peer + Struct("!HH").pack(sport, port)
