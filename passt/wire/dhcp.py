@@ -127,14 +127,16 @@ class Message:
         options: dict[int, bytes] = {}
         if c.left >= len(COOKIE) and c.take(len(COOKIE)) == COOKIE:
             _parse_options(c.rest(), options)
-        # Fields that hold options hold no names (RFC 2132, 9.3); `file` is read first.
-        overload = int.from_bytes(options.get(OPT_OVERLOAD, b""), "big")
+        # Fields that hold options hold no names (RFC 2132, 9.3); `file` is read first. Then the option that says so has
+        # served, and means nothing where it comes again.
+        overload = int.from_bytes(options.pop(OPT_OVERLOAD, b""), "big")
         if overload & OVERLOAD_FILE:
             _parse_options(file, options)
             file = bytes(128)
         if overload & OVERLOAD_SNAME:
             _parse_options(sname, options)
             sname = bytes(64)
+        options.pop(OPT_OVERLOAD, None)
         return cls(op, xid, flags, ci, yi, si, gi, chaddr, sname, file, htype, hlen, hops, secs, options)
 
     def emit(self) -> bytes:

@@ -99,9 +99,18 @@ def test_overload(overload: int, found: dict[int, bytes], file_left: bool, sname
     file = b"\x32\4file\xff".ljust(128, b"\0")
     message = Message(1, 1, sname=sname, file=file, options={52: bytes((overload,)), 53: b"\3"})
     parsed = Message.parse(message.emit())
-    assert parsed.options == {52: bytes((overload,)), 53: b"\3", **found}
+    assert parsed.options == {53: b"\3", **found}
     assert parsed.file == (file if file_left else bytes(128))
     assert parsed.sname == (sname if sname_left else bytes(64))
+    assert Message.parse(parsed.emit()) == parsed
+
+
+def test_overload_counts_once() -> None:
+    """Said again in a field that holds options, it neither changes what was said nor makes more of it."""
+    message = Message(1, 1, sname=b"\x34\1\1\xff".ljust(64, b"\0"), file=b"name".ljust(128, b"\0"), options={52: b"\2"})
+    parsed = Message.parse(message.emit())
+    assert parsed.options == {}
+    assert parsed.file == message.file
 
 
 @pytest.mark.parametrize(
