@@ -28,11 +28,11 @@ check: setup ## ruff, mypy and the unit tests
 test: ## Everything that CI runs
 	scripts/test
 
-fuzz: ## Hostile input, made up by a machine that watches which code it reaches: a minute (docs/fuzzing.md)
-	scripts/fuzz
+fuzz: ## Hostile input, made up by a machine that watches which code it reaches: each target for a minute (docs/fuzzing.md)
+	scripts/fuzz --seconds 60 --jobs 2
 
 fuzz-long: ## The same up to ten million executions of each target, recorded in docs/fuzzing.md (hours)
-	scripts/fuzz --runs 10000000 --record
+	scripts/fuzz --runs 10000000 --jobs 2 --record
 
 security: ## Floods from the guest at full length, and docs/floods.md from what came of them (about 20 minutes)
 	scripts/security

@@ -1,7 +1,7 @@
-"""Run targets, one after the other, and say what came of it.
+"""Run targets, each in a process of its own, and say what came of it.
 
-    python -m fuzz                      each for a second, from the corpus on
-    python -m fuzz tcp udp --seconds 60
+    python -m fuzz                      each for a second, from the corpus on, one after the other
+    python -m fuzz tcp udp --seconds 60 --jobs 2
     python -m fuzz --runs 10000000 --record
 
 With --record, executions are added to those of earlier runs until each target has `--runs` of them; the corpus and
@@ -20,7 +20,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,11 @@ CRASHES = ROOT / "build" / "fuzz"
 SLICE = 120  # s of a recorded run between two writings of the record
 CORPUS_MAX = 250  # inputs that are kept of a target, the shortest ones
 MEMORY = 1024  # MiB
-PATIENCE = 10  # s for one execution
+PATIENCE = 30  # s for one execution, which may have to wait for a processor
+
+_record_lock = threading.Lock()
+_running: set[subprocess.Popen[bytes]] = set()
+_stopped = threading.Event()
 
 _MARK = "<!-- written by scripts/fuzz: -->\n"
 _HEADER = (
@@ -108,15 +114,7 @@ def run(target: Target, directory: Path, *, seconds: int, runs: int) -> tuple[Fi
     limits = (f"-max_total_time={seconds}", f"-runs={runs}", f"-max_len={target.length}")
     memory = (f"-rss_limit_mb={MEMORY}", f"-timeout={PATIENCE}", "-print_final_stats=1", "-verbosity=1")
     command = ("nice", "-n", "19", sys.executable, "-m", "fuzz.guided", target.name, *limits, *memory)
-    done = subprocess.run(
-        [*command, f"-artifact_prefix={crashes}/", str(directory)],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    said = done.stdout.decode(errors="replace")
+    status, said = _communicate([*command, f"-artifact_prefix={crashes}/", str(directory)])
     reported = _last(r"#(\d+)\s", said, 0)
     executions = _last(r"stat::number_of_executed_units:\s+(\d+)", said, _last(r"Done (\d+) ", said, reported))
     figures = Figures(
@@ -126,10 +124,33 @@ def run(target: Target, directory: Path, *, seconds: int, runs: int) -> tuple[Fi
         len(list(directory.iterdir())),
         _last(r"cov: (\d+)", said, 0),
         _last(r"ft: (\d+)", said, 0),
-        1 if done.returncode else 0,
+        1 if status else 0,
         datetime.date.today().isoformat(),
     )
-    return figures, said if done.returncode else ""
+    return figures, said if status else ""
+
+
+def _communicate(command: Sequence[str]) -> tuple[int, str]:
+    """Exit status and output. Raises SystemExit if all is to end: what the process did does not count then."""
+    if _stopped.is_set():
+        sys.exit(1)
+    pipe, merged = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=pipe, stderr=merged) as process:
+        _running.add(process)
+        if _stopped.is_set():  # and did not see this one
+            process.terminate()
+        said, _ = process.communicate()
+        _running.discard(process)
+    if _stopped.is_set():
+        sys.exit(1)
+    return process.returncode, said.decode(errors="replace")
+
+
+def _stop(*_: object) -> None:
+    """Signals: end what runs."""
+    _stopped.set()
+    for process in tuple(_running):
+        process.terminate()
 
 
 def put_inputs(target: Target, directory: Path) -> None:
@@ -153,8 +174,8 @@ def long(target: Target, runs: int, seconds: int) -> bool:
     with tempfile.TemporaryDirectory() as name:
         put_inputs(target, Path(name))
         while True:
-            record = read_record()
-            before = record.get(target.name) or Figures(target.name)
+            with _record_lock:
+                before = read_record().get(target.name) or Figures(target.name)
             left = runs - before.executions
             if left <= 0 or (seconds and spent >= seconds):
                 return True
@@ -164,7 +185,8 @@ def long(target: Target, runs: int, seconds: int) -> bool:
             figures.seconds += before.seconds
             figures.crashes += before.crashes
             figures.corpus = write_corpus(target, (p.read_bytes() for p in Path(name).iterdir()))
-            write_record({**read_record(), target.name: figures})
+            with _record_lock:
+                write_record({**read_record(), target.name: figures})
             _show(figures, said)
             if said:
                 return False
@@ -183,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"all, if none is named: {', '.join(BY_NAME)}")
     parser.add_argument("--seconds", type=int, default=0, help="for each target, at most (1; with --record: no limit)")
     parser.add_argument("--runs", type=int, default=-1, help="executions of each target, at most")
+    parser.add_argument("--jobs", type=int, default=1, help="targets at the same time (1)")
     parser.add_argument("--record", action="store_true", help="go on to --runs, write docs/fuzzing.md and fuzz/corpus")
     asked = parser.parse_args(argv)
     unknown = [name for name in asked.targets if name not in BY_NAME]
@@ -192,8 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--record goes on to a number of executions: --runs 10000000")
     if importlib.util.find_spec("atheris") is None:
         parser.error("atheris is missing: pip install -e .[fuzz,test] (Linux x86-64, CPython 3.11 to 3.13)")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which also ends the process that is running
+    if asked.jobs < 1:
+        parser.error(f"--jobs {asked.jobs}: at least one")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     targets = [BY_NAME[name] for name in asked.targets] or list(TARGETS)
     go = long if asked.record else short
-    well = [go(t, asked.runs, asked.seconds) for t in targets]
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        well = list(pool.map(lambda t: go(t, asked.runs, asked.seconds), targets))
     return 0 if all(well) else 1

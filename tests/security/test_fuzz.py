@@ -6,14 +6,17 @@ The invariants are those of `fuzz/targets/`. How far it went is recorded in docs
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fuzz.run import read_record
 from fuzz.table import CORPUS, REGRESSIONS, TARGETS, Target
+from tests.system.support import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,14 +57,37 @@ def test_guiding_modules_are_there(target: Target) -> None:
         assert importlib.util.find_spec(name) is not None, name
 
 
-@pytest.mark.timeout(170)
+needs_atheris = pytest.mark.skipif(
+    importlib.util.find_spec("atheris") is None,
+    reason="atheris is missing, which has wheels for Linux x86-64 and CPython up to 3.13: scripts/setup test",
+)
+
+
+@needs_atheris
 def test_a_short_run() -> None:
-    """Each target for a second; `make fuzz-long` is the long form."""
-    if importlib.util.find_spec("atheris") is None:
-        pytest.skip("atheris is missing, which has wheels for Linux x86-64 and CPython up to 3.13: scripts/setup test")
+    """The runner, with one target of each kind; scripts/test runs all of them for a minute each."""
+    some = ["ip", "ports", "tcp"]
     done = subprocess.run(
-        [sys.executable, "-m", "fuzz", "--seconds", "1"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fuzz", *some, "--seconds", "1", "--jobs", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [t.name for t in TARGETS]
+    assert sorted(line.split()[0] for line in done.stdout.splitlines()) == some
+
+
+@needs_atheris
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_end_of_the_runner_is_that_of_what_it_runs(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "fuzz", "ip", "ports", "udp", "--seconds", "60", "--jobs", "2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as runner:
+        process = psutil.Process(runner.pid)
+        wait_for(lambda: len(process.children()) == 2, "two targets")
+        running = process.children()
+        runner.send_signal(number)
+        said, _ = runner.communicate(timeout=20)
+        assert runner.returncode == 1
+        assert not said, "what was broken off is no result"
+        assert not any(p.is_running() for p in running)
