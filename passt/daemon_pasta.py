@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> NoReturn:
     """From options to the end. `env` is that of the command. Raises Fatal, with everything undone, at start."""
-    identity = isolation.choose_identity(options.runas)
+    joins = options.pid is not None or options.netns is not None
+    identity = isolation.choose_identity(options.runas, joins=joins)
     target, watch, files = open_all(options, env, identity, inherited)
     controls = None
     try:
@@ -127,7 +128,7 @@ def build(
     listen_sock.check_limit(config)
     changing = daemon_control.wanted(options)
     host = listen_sock.open_side(config, outbound=False, changing=changing)
-    root = isolation.is_machine_root()
+    root = isolation.opens_as_root(identity)
     if not root:
         isolation.become(identity)
         pasta.join_userns(target)

@@ -3,9 +3,9 @@ has taken us over should find itself in an empty room.
 
 1. descriptors from 3 up that were open when we were started are closed, once what the command line names by
    /proc/self/fd/N was opened
-2. started as root on the machine itself (not in a user namespace): what needs root is done (low ports, opening and
-   configuring other people's namespaces), then we become `nobody`, or what --runas says, for good. In a namespace
-   that is not our own child's three capabilities are kept, and nothing else:
+2. started as root: what needs root is done (low ports, opening and configuring other people's namespaces), then we
+   become `nobody`, or what --runas says, for good. In a namespace that is not our own child's three capabilities are
+   kept, and nothing else:
 
        capability            needed later for
        --------------------  ----------------------------------------------------------------
@@ -13,6 +13,8 @@ has taken us over should find itself in an empty room.
        CAP_NET_ADMIN         creating and configuring a tap that somebody deleted
        CAP_NET_BIND_SERVICE  ports below 1024 that appear while we run (`auto`)
 
+   Root of a user namespace does so, too, but not if nobody is not mapped there, and not for a namespace that it names:
+   to the machine it is an ordinary user, podman's, say, who expects to see and to end the process as its own
 3. started as anyone else: nothing is dropped; rights come from the user namespace that we make or join
 4. everything is open and imported: `leave_processes`, a PID namespace for what is forked next (the daemon in the
    background; in the foreground we stay among the processes of whoever started us), in a user namespace of our own
@@ -94,22 +96,37 @@ class Identity:
     warning: str = ""
 
 
-def is_machine_root() -> bool:
-    """Whether we are root where root may do everything, and not in a user namespace."""
-    return os.geteuid() == 0 and proc.in_init_userns()
+def choose_identity(runas: str | None, *, joins: bool = False) -> Identity:
+    """Whom to run as: --runas, else `nobody` for root, else who we are. Raises Fatal.
 
-
-def choose_identity(runas: str | None) -> Identity:
-    """Whom to run as: --runas, else `nobody` for root, else who we are. Raises Fatal."""
+    `joins`: a namespace was named that we are for.
+    """
     if runas is not None:
         return _parse_runas(runas)
-    if not is_machine_root():
-        return Identity(os.geteuid(), os.getegid())
+    ourselves = Identity(os.geteuid(), os.getegid())
+    if ourselves.uid != 0:
+        return ourselves
+    on_machine = proc.in_init_userns()
     try:
         nobody = pwd.getpwnam("nobody")
     except KeyError:
+        if not on_machine:
+            return ourselves
         raise Fatal("There is no user nobody to change to from root: give --runas UID") from None
+    if not on_machine and (joins or not _exists(nobody)):
+        return ourselves
     return Identity(nobody.pw_uid, nobody.pw_gid, "Started as root, will change to nobody.")
+
+
+def _exists(user: pwd.struct_passwd) -> bool:
+    """Whether one can become `user` in our user namespace."""
+    uid, gid = proc.is_mapped(user.pw_uid, "/proc/self/uid_map"), proc.is_mapped(user.pw_gid, "/proc/self/gid_map")
+    return uid and gid and proc.may_set_groups()
+
+
+def opens_as_root(identity: Identity) -> bool:
+    """Whether root opens everything, before it becomes `identity`. Else rights come from user namespaces."""
+    return os.geteuid() == 0 and (identity.uid != 0 or proc.in_init_userns())
 
 
 def _parse_runas(text: str) -> Identity:

@@ -16,6 +16,19 @@ def in_init_userns(uid_map: str = "/proc/self/uid_map") -> bool:
         return True  # a kernel without user namespaces
 
 
+def is_mapped(number: int, id_map: str) -> bool:
+    """Whether a user (/proc/self/uid_map) or a group (gid_map) exists in our user namespace."""
+    with open(id_map) as f:
+        ranges = [tuple(map(int, line.split())) for line in f]
+    return any(first <= number < first + count for first, _, count in ranges)
+
+
+def may_set_groups() -> bool:
+    """Whether our user namespace lets a process give up its groups (user_namespaces(7))."""
+    with open("/proc/self/setgroups") as f:
+        return f.read().strip() == "allow"
+
+
 def ephemeral_ports(path: str = "/proc/sys/net/ipv4/ip_local_port_range") -> range | None:
     """Ports that the kernel gives to sockets that ask for none; None if it does not tell."""
     try:

@@ -7,11 +7,13 @@ import os
 import pwd
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from passt import isolation, log
 from passt.isolation import Identity, become, choose_identity, close_fds, namespace_hint
+from passt.linux import proc
 from passt.log import Fatal
 
 ROOT = pwd.getpwuid(0).pw_name
@@ -57,21 +59,61 @@ def test_bad_runas(text: str) -> None:
     assert str(e.value).startswith(f"Invalid --runas option: {text} (")
 
 
-def test_identity_without_runas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "is_machine_root", lambda: False)
-    assert choose_identity(None) == Identity(os.geteuid(), os.getegid())
-    monkeypatch.setattr(isolation, "is_machine_root", lambda: True)
-    assert choose_identity(None) == Identity(NOBODY.pw_uid, NOBODY.pw_gid, "Started as root, will change to nobody.")
+BECOMES_NOBODY = Identity(NOBODY.pw_uid, NOBODY.pw_gid, "Started as root, will change to nobody.")
+STAYS = Identity(0, 0)
 
 
-def test_machine_without_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def as_root(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """We are root, of the machine or of a user namespace."""
+
+    def become_root(*, on_machine: bool, mapped: bool = True, groups: bool = True) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        monkeypatch.setattr(os, "getegid", lambda: 0)
+        monkeypatch.setattr(proc, "in_init_userns", lambda: on_machine)
+        monkeypatch.setattr(proc, "is_mapped", lambda number, id_map: mapped or "gid" in id_map)
+        monkeypatch.setattr(proc, "may_set_groups", lambda: groups)
+
+    return become_root
+
+
+def test_an_ordinary_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "getegid", lambda: 100)
+    assert choose_identity(None) == Identity(1000, 100)
+
+
+@pytest.mark.parametrize("on_machine", [True, False])
+def test_root_becomes_nobody(as_root: Callable[..., None], on_machine: bool) -> None:
+    as_root(on_machine=on_machine)
+    assert choose_identity(None) == BECOMES_NOBODY
+    assert isolation.opens_as_root(BECOMES_NOBODY)
+    assert isolation.opens_as_root(STAYS) == on_machine
+
+
+def test_root_of_a_user_namespace_stays_where_nobody_cannot_be(as_root: Callable[..., None]) -> None:
+    for how in ({"mapped": False}, {"groups": False}):
+        as_root(on_machine=False, **how)
+        assert choose_identity(None) == STAYS
+
+
+def test_root_of_a_user_namespace_stays_for_one_that_it_names(as_root: Callable[..., None]) -> None:
+    as_root(on_machine=False)
+    assert choose_identity(None, joins=True) == STAYS
+    as_root(on_machine=True)
+    assert choose_identity(None, joins=True) == BECOMES_NOBODY
+
+
+def test_root_without_nobody(as_root: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> pwd.struct_passwd:
         raise KeyError(name)
 
-    monkeypatch.setattr(isolation, "is_machine_root", lambda: True)
     monkeypatch.setattr(pwd, "getpwnam", missing)
+    as_root(on_machine=True)
     with pytest.raises(Fatal, match="There is no user nobody"):
         choose_identity(None)
+    as_root(on_machine=False)
+    assert choose_identity(None) == STAYS
 
 
 def test_become_who_we_are_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

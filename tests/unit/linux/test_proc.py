@@ -27,6 +27,20 @@ def test_user_namespace_of_the_machine(tmp_path: Path, text: str, expected: bool
     assert proc.in_init_userns(str(path)) == expected
 
 
+@pytest.mark.parametrize(
+    ("number", "expected"), [(0, True), (1, False), (99, False), (100, True), (65635, True), (65636, False)]
+)
+def test_who_is_mapped(tmp_path: Path, number: int, expected: bool) -> None:
+    path = tmp_path / "uid_map"
+    path.write_text("         0       1000          1\n       100     100000      65536\n")
+    assert proc.is_mapped(number, str(path)) == expected
+
+
+def test_who_is_mapped_here() -> None:
+    assert proc.is_mapped(os.geteuid(), "/proc/self/uid_map")
+    assert proc.may_set_groups() == (Path("/proc/self/setgroups").read_text() == "allow\n")
+
+
 def test_kernel_without_user_namespaces(tmp_path: Path) -> None:
     assert proc.in_init_userns(str(tmp_path / "missing"))
 
