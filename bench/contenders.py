@@ -82,7 +82,7 @@ class Seat:
 
 _OURS = [sys.executable, "-m", "passt"]
 _C = "/usr/bin/pasta"
-OUR_PASST = [sys.executable, "-c", "import sys; from passt.cli import main; sys.exit(main(['passt', *sys.argv[1:]]))"]
+OUR_PASST = [sys.executable, "-m", "passt.vm"]
 _C_PASST = ["/usr/bin/passt"]
 
 

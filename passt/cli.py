@@ -9,7 +9,6 @@ Only what parsing needs is imported here, so that --help, --version and errors a
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,8 +26,6 @@ NETNS_ALIAS = "passt4netns"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, return the exit status. `argv` is sys.argv by default."""
     name, *words = sys.argv if argv is None else argv
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback when interrupted at start
     _fill_stdio()
     inherited = inherited_fds()
     try:

@@ -2,6 +2,6 @@
 
 import sys
 
-from .cli import main
+from .__main__ import main
 
 sys.exit(main(["passt", *sys.argv[1:]]))

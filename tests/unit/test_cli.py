@@ -75,6 +75,30 @@ def test_module_for_virtual_machines() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "Extra non-option argument: extra\n")
 
 
+INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "passt.conf":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, {})
+from passt.__main__ import main
+raise SystemExit(main(["pasta", "--version"]))
+"""
+
+
+def test_interrupted_at_start() -> None:
+    """While modules are imported: not a word, and whoever waits sees a signal."""
+    done = python(INTERRUPTED.format("signal.default_int_handler"))
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_interrupts_stay_ignored() -> None:
+    """Those that a shell started in the background are not meant."""
+    assert python(INTERRUPTED.format("signal.SIG_IGN")).returncode == 0
+
+
 def test_descriptor_must_be_open() -> None:
     done = main("passt", "--fd", "77")
     assert (done.returncode, done.stderr) == (1, "Invalid --fd: 77 (it is not open)\n")

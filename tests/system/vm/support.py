@@ -17,7 +17,7 @@ from ..support import DEADLINE, User, alive, wait_for
 from ..traffic.support import PEER, PEER6, Lan, Namespace
 
 PASST = os.environ.get("PASST")  # another passt than ours, to try the tests themselves
-_OURS = "import sys; from passt.cli import main; sys.exit(main(['passt', *sys.argv[1:]]))"
+_OURS = "import sys; from passt.__main__ import main; sys.exit(main(['passt', *sys.argv[1:]]))"
 # What passt says of its clients
 ACCEPTED = r"(?i)accepted connection"
 GONE = r"Client connection closed|The guest.*, (waiting for another|exiting)"
