@@ -172,17 +172,17 @@ class Api:
 
     def _info(self, now: float) -> Json:
         config, guest = self._ctx.config, self._ctx.guest
-        seen = {"address": _text(guest.addr4), "address6": _text(guest.addr6), "mac": guest.mac.hex(":")}
-        return {
-            "info": {
-                "version": __version__,
-                "mode": self._mode,
+        about: Json = {"version": __version__, "mode": self._mode}
+        if not config.splice_only:  # there is no interface then
+            seen = {"address": _text(guest.addr4), "address6": _text(guest.addr6), "mac": guest.mac.hex(":")}
+            families = [ip for ip in (config.ip4, config.ip6) if ip is not None]
+            about |= {
                 "mtu": config.mtu,
-                "assigned": [addr.text(ip.addr) for ip in (config.ip4, config.ip6) if ip is not None and ip.addr],
-                "gateways": [addr.text(ip.gateway) for ip in (config.ip4, config.ip6) if ip is not None and ip.gateway],
+                "assigned": [addr.text(ip.addr) for ip in families if ip.addr],
+                "gateways": [addr.text(ip.gateway) for ip in families if ip.gateway],
                 "guest": seen,
             }
-        }
+        return {"info": about}
 
 
 # JSON --------------------------------------------------------------------------------------------------------------

@@ -159,18 +159,22 @@ class Sandbox:
 
 
 def detach(
-    options: Options, pid_file: FileIO | None, sandbox: Sandbox, settled: Callable[[float], None] = lambda _: None
+    options: Options,
+    pid_file: FileIO | None,
+    sandbox: Sandbox,
+    settled: Callable[[float], None] = lambda _: None,
+    undo: Callable[[], object] = lambda: None,
 ) -> None:
     """To the background if asked for, and locked up; then whoever started us is told that all is ready, or else we end.
 
     settled(now) is called in the process that stays, as long as files can still be opened. The process must be
-    single-threaded. Raises Fatal; in the background, that is raised in the child, and the parent ends with status 1 in
-    silence.
+    single-threaded. Raises Fatal; in the background, that is raised in the child, which may have lost sight of what is
+    to be undone, and the parent calls undo() and ends with status 1 in silence.
     """
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     netns.settle()
     isolation.leave_processes(background=sandbox.background)
-    starter = go_background(pid_file) if sandbox.background else Starter(pid_file)
+    starter = go_background(pid_file, undo) if sandbox.background else Starter(pid_file)
     settled(time.monotonic())
     isolation.leave_files(seccomp.number, sandbox.directories, chroot_fallback=options.chroot_fallback)
     if sandbox.namespace is not None:
@@ -245,8 +249,11 @@ def write_pid(file: FileIO | None, pid: int) -> None:
         raise Fatal(f"PID file write: {e.strerror}") from None
 
 
-def go_background(pid_file: FileIO | None) -> Parent:
-    """Fork, and return in the child. The parent ends with status 0 once the child is ready and the PID file written."""
+def go_background(pid_file: FileIO | None, undo: Callable[[], object]) -> Parent:
+    """Fork, and return in the child. The parent ends with status 0 once the child is ready and the PID file written.
+
+    If that does not come to be, it calls undo(), and ends with status 1.
+    """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
@@ -267,6 +274,8 @@ def go_background(pid_file: FileIO | None) -> Parent:
     except Fatal as e:
         log.err(str(e))
         os.kill(pid, signal.SIGKILL)
+    if status:
+        undo()
     os._exit(status)
 
 

@@ -60,7 +60,7 @@ def run(options: Options, inherited: Sequence[int]) -> NoReturn:
         gc.collect()
         gc.freeze()
         sandbox = Sandbox(options.mode, not options.foreground, directories=files.names.directories)
-        daemon.detach(options, files.pid, sandbox, reports.begin)
+        daemon.detach(options, files.pid, sandbox, reports.begin, undo.close)
         undo.pop_all()
     if guest is not None:
         clients.serve(guest)

@@ -70,7 +70,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> N
             namespace=ctx.ns.namespace if ctx.ns is not None else None,
             directories=(*files.names.directories, *(watch.directories if watch is not None else ())),
         )
-        daemon.detach(options, files.pid, sandbox, reports.begin)
+        daemon.detach(options, files.pid, sandbox, reports.begin, controls.remove)
     except BaseException:
         if controls is not None:
             controls.remove()

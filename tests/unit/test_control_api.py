@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from passt import addr
+from passt import __version__, addr
 from passt.conf_options import Options, Pair
 from passt.control import Garbage
 from passt.control_api import OPTION_MAX, Api, Specs, decode, spans
@@ -201,6 +202,12 @@ def test_info(api: Api2) -> None:
     info = api.ask("info")["info"]
     assert (info["mode"], info["mtu"]) == ("pasta", api.rig.ctx.config.mtu)
     assert info["assigned"] == [addr.text(GUEST4), addr.text(GUEST6)]
+
+
+def test_info_without_an_interface(api: Api2) -> None:
+    ctx = api.rig.ctx
+    ctx.config = replace(ctx.config, splice_only=True)
+    assert api.ask("info")["info"] == {"version": __version__, "mode": "pasta"}
 
 
 def test_flows_come_in_pieces(api: Api2, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,7 +320,7 @@ def test_background(tmp_path: Path) -> None:
     def body() -> None:
         outer = os.getpid()
         pid_file = FileIO(tmp_path / "pid", "w")
-        parent = daemon.go_background(pid_file)
+        parent = daemon.go_background(pid_file, lambda: os.write(1, b"undone"))
         facts = [os.getpid() != outer, os.getsid(0) == os.getpid(), pid_file.closed]
         parent.let_go(os.open(os.devnull, os.O_RDWR))
         facts += [os.readlink(f"/proc/self/fd/{fd}") == "/dev/null" for fd in range(3)]
@@ -346,19 +346,19 @@ def plain_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("plain_errors")
 def test_pid_file_of_the_daemon_that_cannot_be_written() -> None:
     def body() -> None:
-        parent = daemon.go_background(FileIO("/dev/full", "w"))
+        parent = daemon.go_background(FileIO("/dev/full", "w"), lambda: os.write(2, b"; undone"))
         parent.let_go(os.open(os.devnull, os.O_RDWR))
         parent.ready()
         signal.pause()  # until it is killed
 
-    assert in_child(body) == (1, b"PID file write: No space left on device")
+    assert in_child(body) == (1, b"PID file write: No space left on device; undone")
 
 
 def test_who_started_it_is_gone() -> None:
     """Killed while it waited: it would never stop what it does not know of."""
 
     def body() -> None:
-        parent = daemon.go_background(None)
+        parent = daemon.go_background(None, lambda: None)
         os.kill(os.getppid(), signal.SIGKILL)
         pipe = select.poll()
         pipe.register(parent._pipe, 0)  # POLLERR comes unasked: nobody reads
@@ -372,17 +372,17 @@ def test_who_started_it_is_gone() -> None:
 
 def test_daemon_that_fails_says_so_itself() -> None:
     def body() -> None:
-        daemon.go_background(None)
+        daemon.go_background(None, lambda: os.write(2, b"undone"))
         os.write(2, b"why\n")
         os._exit(3)
 
-    assert in_child(body) == (1, b"why\n")
+    assert in_child(body) == (1, b"why\nundone")
 
 
 @pytest.mark.usefixtures("plain_errors")
 def test_daemon_that_has_let_go_has_it_said() -> None:
     def body() -> None:
-        parent = daemon.go_background(None)
+        parent = daemon.go_background(None, lambda: None)
         parent.let_go(os.open(os.devnull, os.O_RDWR))
         parent.failed("why")
         os._exit(3)
