@@ -52,7 +52,7 @@ TARGETS = (
     # formats
     _target("arp", 64, "wire.arp wire.cursor"),
     _target("ip", 200, "wire.ip wire.cursor"),
-    _target("fragment", 400, "wire.fragment wire.ip core.reassembly"),
+    _target("fragment", 200, "wire.fragment wire.ip core.reassembly"),
     _target("tcp_options", 64, "wire.tcp"),
     _target("builders", 200, "wire.ether wire.udp wire.icmp wire.checksum"),
     _target("dhcp_format", 512, "wire.dhcp wire.cursor"),

@@ -174,7 +174,8 @@ class Api:
         config, guest = self._ctx.config, self._ctx.guest
         about: Json = {"version": __version__, "mode": self._mode}
         if not config.splice_only:  # there is no interface then
-            seen = {"address": _text(guest.addr4), "address6": _text(guest.addr6), "mac": guest.mac.hex(":")}
+            mac = addr.mac_text(guest.mac) if guest.mac != addr.BROADCAST_MAC else None  # it has sent nothing yet
+            seen = {"address": _text(guest.addr4), "address6": _text(guest.addr6), "mac": mac}
             families = [ip for ip in (config.ip4, config.ip6) if ip is not None]
             about |= {
                 "mtu": config.mtu,

@@ -18,7 +18,7 @@ from passt.control import Garbage
 from passt.control_api import OPTION_MAX, Api, Specs, decode, spans
 from passt.slirp_api import REQUEST_MAX, SlirpApi
 
-from .support import GUEST4, GUEST6, T0
+from .support import GUEST4, GUEST6, GUEST_MAC, T0
 from .test_forwards import Rig, taken
 from .test_forwards import port as port
 from .test_forwards import rig as rig
@@ -202,6 +202,11 @@ def test_info(api: Api2) -> None:
     info = api.ask("info")["info"]
     assert (info["mode"], info["mtu"]) == ("pasta", api.rig.ctx.config.mtu)
     assert info["assigned"] == [addr.text(GUEST4), addr.text(GUEST6)]
+    guest = api.rig.ctx.guest
+    guest.mac = GUEST_MAC
+    assert api.ask("info")["info"]["guest"]["mac"] == "52:54:00:12:34:56"
+    guest.mac = addr.BROADCAST_MAC
+    assert api.ask("info")["info"]["guest"]["mac"] is None, "it has sent nothing yet"
 
 
 def test_info_without_an_interface(api: Api2) -> None:
