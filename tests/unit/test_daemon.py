@@ -21,7 +21,7 @@ from passt.conf_options import Options
 from passt.core.context import Context
 from passt.core.link import VNET, TapLink
 from passt.core.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS
-from passt.daemon import End
+from passt.daemon import FROM_TERMINAL, End
 from passt.linux.routes import NsPlan
 from passt.log import Fatal
 
@@ -80,10 +80,11 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
 
 @pytest.fixture(autouse=True)
 def default_signals() -> Iterator[None]:
-    """SIGINT as pasta finds it: not ignored."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """What a terminal sends, as pasta finds it: not ignored, though a shell may have started the tests with `&`."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in FROM_TERMINAL}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def spawned(ctx: Context) -> tuple[End, FakeInit]:
