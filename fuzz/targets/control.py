@@ -31,11 +31,11 @@ from passt.slirp_api import SlirpApi
 from tests.unit.support import T0, FakeReactor, elapse, make_context, reactor
 
 ENTRANCES = 900, 901
-TAKEN = frozenset((7, 77, 1007))  # ports that somebody else has
+TAKEN = frozenset((7, 77, 61007))  # ports that somebody else has
 WORDS = (
     *('{"command":"show"}\n', '{"command":"info"}\n', '{"command":"stats"}\n', '{"command":"flows"}\n'),
     *('{"command":"add","rules":["-t ', '{"command":"delete","rules":["-u ', '{"command":"replace","rules":["-t '),
-    *('"]}\n', "80", "80-90:8080", "7", "~22", "auto", "110-119", "none", "127.0.0.1/1000-1007"),
+    *('"]}\n', "80", "80-90:8080", "7", "~22", "auto", "64110-64119", "none", "127.0.0.1/61000-61007"),
     *('","-u ', '","-T ', ","),
     *('{"command":"clear","side":"host"}\n', '{"command":"delete","numbers":[1]}\n', '{"command":"metrics"}\n'),
     *('{"command":"change","changes":[{"add":"-t ', '"},{"delete":"-t ', '"},{"clear":"all"}]}\n', "\n", "x" * 300),
@@ -212,7 +212,7 @@ def word(*words: str) -> bytes:
 def seeds() -> Iterable[bytes]:
     first, second = bytes((0, 0)), bytes((0, 1))
     for start in ('{"command":"add","rules":["-t ', '{"command":"replace","rules":["-t '):
-        for spec in ("80-90:8080", "7", "auto", "127.0.0.1/1000-1007", "~22"):
+        for spec in ("80-90:8080", "7", "auto", "127.0.0.1/61000-61007", "~22"):
             yield first + word(start, spec, '"]}\n') + b"\5" + word('{"command":"show"}\n') + b"\5\5"
     yield (
         first
