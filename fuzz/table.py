@@ -68,12 +68,12 @@ TARGETS = (
     _target("reassembly", 120, "core.reassembly"),
     _target("gso", 24, "core.gso"),
     _target("stream", 40, "stream"),
-    _target("control", 64, "control control_api slirp_api forwards core.rule_table conf_ports"),
-    _target("tap", 80, "tap wire.ip core.reassembly"),
-    _target("stack", 72, "tap udp icmp dns tcp tcp_open arp dhcp dhcpv6 ndp core.idle"),
-    _target("udp", 64, "udp udp_io udp_run udp_flow dns core.idle core.resolvers"),
-    _target("icmp", 48, "icmp core.idle wire.icmp wire.fragment"),
-    _target("tcp", 72, "tcp tcp_open tcp_ack tcp_buf tcp_table"),
+    _target("control", 48, "control control_api slirp_api forwards core.rule_table conf_ports"),
+    _target("tap", 48, "tap wire.ip core.reassembly"),
+    _target("stack", 48, "tap udp icmp dns tcp tcp_open arp dhcp dhcpv6 ndp core.idle"),
+    _target("udp", 48, "udp udp_io udp_run udp_flow dns core.idle core.resolvers"),
+    _target("icmp", 36, "icmp core.idle wire.icmp wire.fragment"),
+    _target("tcp", 56, "tcp tcp_open tcp_ack tcp_buf tcp_table"),
     _target("log_file", 40, "log_file"),
 )
 
