@@ -17,7 +17,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import isolation, log, seccomp
 from .conf import Options
 from .core.pcap import Pcap
-from .core.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS, ref_fd
+from .core.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS
 from .isolation import Identity
 from .linux import netns
 from .log import Fatal
@@ -35,10 +35,12 @@ from .terminal import Terminal
 
 if TYPE_CHECKING:
     from .conf_net import Decision
+    from .core.changes import Changes
     from .core.context import Context
     from .core.link import Capture, TapLink
     from .core.plain_link import PlainLink
     from .core.stream_link import StreamLink
+    from .linux.inotify import Event
     from .linux.netns import Namespace
     from .pasta import Init, Watch
     from .resolv_conf import Follower
@@ -63,9 +65,9 @@ class Files:
     names: Follower  # of resolv.conf
 
 
-def open_files(options: Options) -> Files:
+def open_files(options: Options, changes: Changes) -> Files:
     """Raises Fatal."""
-    return Files(create("PID", options.pid_file), create("capture", options.pcap), _read_names(options))
+    return Files(create("PID", options.pid_file), create("capture", options.pcap), _read_names(options, changes))
 
 
 def create(what: str, path: str | None) -> FileIO | None:
@@ -79,11 +81,11 @@ def create(what: str, path: str | None) -> FileIO | None:
     return FileIO(fd, "w")
 
 
-def _read_names(options: Options) -> Follower:
+def _read_names(options: Options, changes: Changes) -> Follower:
     """What resolv.conf says, and how to notice that it says something else, as far as that matters."""
     from . import conf_dns, resolv_conf
 
-    return resolv_conf.Follower(resolv_conf.RESOLV_CONF, watch=conf_dns.follows(options))
+    return resolv_conf.Follower(resolv_conf.RESOLV_CONF, changes if conf_dns.follows(options) else None)
 
 
 def follow_names(ctx: Context, options: Options, names: Follower) -> None:
@@ -332,8 +334,10 @@ class End:
         if watch is not None:
             self._watch = watch
             reactor.handle(TYPE_NETNS, self._namespace_event)
-            for fd in watch.fds:
-                reactor.watch(fd, TYPE_NETNS, 0, EPOLLIN)
+            if watch.pidfd >= 0:
+                reactor.watch(watch.pidfd, TYPE_NETNS, 0, EPOLLIN)
+            if watch.in_directory:
+                watch.changes.tell(reactor, self._directory_changed)
             self._timer = self._ctx.timers.services.new(self._look)
             self._look(time.monotonic())
 
@@ -381,7 +385,11 @@ class End:
 
     def _namespace_event(self, ref: int, events: int, now: float) -> None:
         assert self._watch is not None
-        if self._watch.gone(ref_fd(ref)):
+        self._namespace_gone(self._watch)
+
+    def _directory_changed(self, found: Sequence[Event], now: float) -> None:
+        assert self._watch is not None
+        if self._watch.deleted(found):
             self._namespace_gone(self._watch)
 
     def _look(self, now: float) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import daemon, daemon_control, isolation, log, seccomp
 from .conf import Options
+from .core.changes import Changes
 from .daemon import End, Sandbox
 from .daemon_report import Reports
 
@@ -38,7 +39,7 @@ def run(options: Options, inherited: Sequence[int]) -> NoReturn:
     from . import passt
 
     identity = isolation.choose_identity(options.runas)
-    files = daemon.open_files(options)
+    files = daemon.open_files(options, Changes())
     isolation.close_fds(inherited)
     guest = listener = path = None
     with ExitStack() as undo:

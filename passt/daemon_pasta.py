@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import addr, daemon, daemon_control, isolation, log, seccomp
 from .conf import Options
+from .core.changes import Changes
 from .daemon import End, Files, Sandbox
 from .daemon_report import Reports
 from .isolation import Identity
@@ -91,6 +92,7 @@ def open_all(
     from . import pasta, pasta_init
 
     target = watch = None
+    changes = Changes()
     if options.pid is not None or options.netns is not None:
         pid, path = options.pid, ""
         if options.netns is not None:
@@ -98,8 +100,8 @@ def open_all(
         target = pasta.open_target(pid, path, options.userns, netns_only=options.netns_only)
         pasta.check_foreign(target)
         if target.path and options.netns_quit:
-            watch = pasta.Watch(target.path)
-    files = daemon.open_files(options)
+            watch = pasta.Watch(target.path, changes)
+    files = daemon.open_files(options, changes)
     isolation.close_fds(inherited)
     if target is None and options.no_namespace:
         target = pasta.Target(-1, None)

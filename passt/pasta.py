@@ -25,14 +25,16 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from . import PASTA, isolation, log, pasta_init
+from .core.changes import Changes
 from .isolation import Identity
 from .linux import inotify, netlink, netns, proc, tun
 from .linux.calls import calls
+from .linux.inotify import Event
 from .linux.routes import NsPlan
 from .linux.syscall import (
     CLONE_NEWNET,
@@ -274,21 +276,22 @@ def inherit_tap(target: Target, fd: int, plan: NsPlan) -> Interface:
 class Watch:
     """Notices that the file of a namespace is gone. Made while we may still look; `gone` says so later.
 
-    `fds` are to be watched for input; `poll` says that somebody must ask `gone` now and then as well, which looks from
-    `directories` (descriptors, none without `poll`), since paths lead nowhere then.
+    What ends with a process is told by `pidfd`, readable then; a file that goes, by `changes`, if `in_directory`;
+    `poll` says that somebody must ask `gone` now and then as well, which looks from `directories` (descriptors, none
+    without `poll`), since paths lead nowhere then.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, changes: Changes) -> None:
         self.path = path
-        self.fds: list[int] = []
+        self.changes = changes
+        self.pidfd = -1
         self.poll = False
-        self._pidfd = self._inotify = self._directory = -1
+        self._watch = self._directory = -1
         pid = proc.pid_of_path(path)
         if pid is not None:
             self._watch_process(pid)
         if pid is None or not self._below_ns(path):
             self._watch_directory()
-        self.fds = [fd for fd in (self._pidfd, self._inotify) if fd >= 0]
         if self.poll:
             self._open_directory()
 
@@ -299,7 +302,7 @@ class Watch:
 
     def _watch_process(self, pid: int) -> None:
         try:
-            self._pidfd = os.pidfd_open(pid)
+            self.pidfd = os.pidfd_open(pid)
         except OSError as e:
             log.debug(f"Watching {self.path} by looking at it: {e}")
             self.poll = True
@@ -309,7 +312,7 @@ class Watch:
             log.debug(f"{self.path} is a descriptor: it cannot be watched")
             return
         try:
-            self._inotify = inotify.watch(os.path.dirname(self.path), inotify.DELETE)
+            self._watch = self.changes.watch(os.path.dirname(self.path), inotify.DELETE)
         except OSError as e:
             log.debug(f"Watching {self.path} by looking at it: {e}")
             self.poll = True
@@ -330,23 +333,25 @@ class Watch:
         """What a message calls it."""
         return self.path if self.path.startswith("/proc/") else os.path.basename(self.path)
 
-    def gone(self, fd: int | None = None) -> bool:
-        """Whether the namespace is gone, `fd` being readable (None: look at the path)."""
-        if fd is None:
-            return not self._exists()
-        if fd == self._pidfd:
-            return True
-        name = os.path.basename(self.path)
-        return any(e.name == name for e in inotify.read(fd))
+    @property
+    def in_directory(self) -> bool:
+        """Whether `changes` tells."""
+        return self._watch >= 0
 
-    def _exists(self) -> bool:
+    def deleted(self, found: Sequence[Event]) -> bool:
+        """Whether the file's end is among what `changes` told."""
+        name = os.path.basename(self.path)
+        return any((e.watch, e.name) == (self._watch, name) and e.mask & inotify.DELETE for e in found)
+
+    def gone(self) -> bool:
+        """Whether the path leads nowhere any more."""
         path, directory = self.path, None
         if self._directory >= 0:
             path, directory = os.path.basename(path), self._directory
         try:
             os.close(os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=directory))
         except (FileNotFoundError, ProcessLookupError):
-            return False
+            return True
         except OSError:
-            return True  # it is there, and none of our business any more
-        return True
+            return False  # it is there, and none of our business any more
+        return False

@@ -30,14 +30,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import addr, log
+from .core.changes import Changes
 from .core.context import Context
-from .core.reactor import EPOLLIN, TYPE_RESOLV_CONF
 from .linux import inotify
 from .linux.calls import calls
+from .linux.inotify import Event
 from .wire.domain import is_name
 
 RESOLV_CONF = "/etc/resolv.conf"
@@ -83,30 +84,24 @@ class Lost(Exception):
 
 
 class Follower:
-    """Reads the file at `path`, now and later. Made while there are paths; raises nothing for what it cannot watch.
-
-    `current` is what was read last. `fds` are the descriptors that it keeps, the first that of inotify (-1: changes
-    are not noticed).
+    """Reads the file at `path`, now and, by `changes`, later. Made while there are paths; raises nothing for what it
+    cannot watch. `current` is what was read last.
     """
 
-    def __init__(self, path: str = RESOLV_CONF, *, watch: bool = True) -> None:
+    def __init__(self, path: str = RESOLV_CONF, changes: Changes | None = None) -> None:
         self._path = path
+        self._changes = changes
         self._way: set[tuple[int, str]] = set()  # entries that matter: (watch, name)
         self._directories: dict[str, int] = {}  # descriptors by path
         self._watches: dict[str, int] = {}  # likewise
         self._mounted = -1
-        self._inotify = -1
         self.current = ResolvConf()
-        if watch:
-            self._watch()
+        if changes is not None:
+            self._watch(changes)
         try:
             self.current = parse(self._read())
         except Lost as e:
             log.debug(f"{path}: {e}")
-
-    @property
-    def fds(self) -> list[int]:
-        return [self._inotify, *self._directories.values(), *([self._mounted] if self._mounted >= 0 else [])]
 
     @property
     def directories(self) -> tuple[int, ...]:
@@ -114,35 +109,31 @@ class Follower:
         return tuple(self._directories.values())
 
     def close(self) -> None:
-        """Close them."""
-        for fd in self.fds:
-            if fd >= 0:
-                os.close(fd)
+        """Close what it reads from."""
+        for fd in (*self._directories.values(), *([self._mounted] if self._mounted >= 0 else [])):
+            os.close(fd)
 
     # At start --------------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
+    def _watch(self, changes: Changes) -> None:
         try:
-            self._inotify = inotify.new()
             if _is_mount_point(os.path.realpath(self._path)):
+                self._way.add((changes.watch(self._path, inotify.CLOSE_WRITE | inotify.MODIFY), ""))
                 self._mounted = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-                self._way.add((inotify.add(self._inotify, self._path, inotify.CLOSE_WRITE | inotify.MODIFY), ""))
             else:
-                self._watch_way()
+                self._watch_way(changes)
         except OSError as e:
-            if self._inotify >= 0:
-                os.close(self._inotify)
-                self._inotify = -1
+            self._changes = None
             hint = " (raise sysctl fs.inotify.max_user_instances)" if e.errno == errno.EMFILE else ""
             log.info(f"Changes of {self._path} will not be noticed: {e.strerror}{hint}")
 
-    def _watch_way(self) -> None:
+    def _watch_way(self, changes: Changes) -> None:
         """All directories from that of the path to that of the file. Raises OSError, if not even the first can be."""
         path = self._path
         for _ in range(LINKS_MAX):
             directory = os.path.dirname(path)
             try:
-                self._watches[directory] = inotify.add(self._inotify, directory, _CHANGES)
+                self._watches[directory] = changes.watch(directory, _CHANGES)
                 if directory not in self._directories:
                     self._directories[directory] = os.open(directory, _DIRECTORY)
                 path = _join(directory, os.readlink(path))
@@ -187,16 +178,14 @@ class Follower:
 
     def attend(self, ctx: Context, changed: Callable[[ResolvConf, float], None]) -> None:
         """From now on call changed(what it says, now) when it says something else."""
-        if self._inotify < 0:
+        if self._changes is None:
             return
         self._timers = ctx.timers.services
         self._timer = self._timers.new(self._look)
         self._changed = changed
-        ctx.reactor.handle(TYPE_RESOLV_CONF, self._event)
-        ctx.reactor.watch(self._inotify, TYPE_RESOLV_CONF, 0, EPOLLIN)
+        self._changes.tell(ctx.reactor, self._told)
 
-    def _event(self, ref: int, events: int, now: float) -> None:
-        found = inotify.read(self._inotify)
+    def _told(self, found: Sequence[Event], now: float) -> None:
         if any(e.mask & inotify.Q_OVERFLOW or (e.watch, e.name) in self._way for e in found):
             self._timers.arm(self._timer, now + SETTLE)
 

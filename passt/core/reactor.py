@@ -48,12 +48,12 @@ EPOLLET = select.EPOLLET
 TYPE_NAMES = (
     "none", "tap", "tcp", "tcp timer", "udp", "ping", "timer", "signal", "netns", "child",
     "listen", "tcp splice", "udp splice", "guest", "guest listen", "control", "control listen",
-    "dns", "resolv.conf",
+    "dns", "inotify",
 )  # fmt: skip
 TYPE_NONE, TYPE_TAP, TYPE_TCP, TYPE_TCP_TIMER, TYPE_UDP, TYPE_PING, TYPE_TIMER = range(7)
 TYPE_SIGNAL, TYPE_NETNS, TYPE_CHILD, TYPE_LISTEN, TYPE_TCP_SPLICE, TYPE_UDP_SPLICE = range(7, 13)
 TYPE_GUEST, TYPE_GUEST_LISTEN, TYPE_CONTROL, TYPE_CONTROL_LISTEN = range(13, 17)
-TYPE_DNS, TYPE_RESOLV_CONF = range(17, len(TYPE_NAMES))
+TYPE_DNS, TYPE_INOTIFY = range(17, len(TYPE_NAMES))
 
 MAX_EVENTS = 256  # per wait; more stay in the kernel until the next turn
 

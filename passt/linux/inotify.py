@@ -3,7 +3,7 @@
     struct inotify_event     watch i32 | mask u32 | cookie u32 | length u32 | name, NUL-padded to `length` bytes
 
 A watch stays with what its path led to, also when the process lets go of the path. Watching the same thing twice gives
-the same watch. An instance is one descriptor; fs.inotify.max_user_instances limits how many a user has.
+the same watch, for both masks. An instance is one descriptor; fs.inotify.max_user_instances limits how many a user has.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ CLOSE_WRITE = 0x8
 MOVED_FROM, MOVED_TO = 0x40, 0x80
 CREATE, DELETE = 0x100, 0x200
 Q_OVERFLOW = 0x4000  # events were lost; its watch is -1
+_MASK_ADD = 1 << 29  # keep what a watch was for before
 
 _SIZE = 65536
 _EVENT = Struct("=iIII")
@@ -39,18 +40,7 @@ def new() -> int:
 
 def add(fd: int, path: str, mask: int) -> int:
     """Watch what `path` leads to; returns the watch. Raises OSError."""
-    return inotify_add_watch(fd, path, mask)
-
-
-def watch(path: str, mask: int) -> int:
-    """A descriptor with one watch. Raises OSError."""
-    fd = new()
-    try:
-        add(fd, path, mask)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+    return inotify_add_watch(fd, path, mask | _MASK_ADD)
 
 
 def read(fd: int) -> list[Event]:

@@ -62,12 +62,24 @@ class FakeTerminal:
 class FakeWatch:
     """A namespace that may be gone."""
 
-    fds: list[int]
-    poll: bool
+    pidfd: int = -1
+    in_directory: bool = False
+    poll: bool = False
     name: str = "blue"
     is_gone: bool = False
+    taker: Callable[[list[str], float], None] | None = None
 
-    def gone(self, fd: int | None = None) -> bool:
+    @property
+    def changes(self) -> FakeWatch:
+        return self
+
+    def tell(self, reactor: object, taker: Callable[[list[str], float], None]) -> None:
+        self.taker = taker
+
+    def deleted(self, found: list[str]) -> bool:
+        return self.name in found
+
+    def gone(self) -> bool:
         return self.is_gone
 
 
@@ -156,19 +168,26 @@ def test_signals_end_us(ctx: Context, number: int) -> None:
 def test_namespace_is_gone(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(log, "info", said.append)
-    watch = FakeWatch([7, 8], poll=False)
+    watch = FakeWatch(in_directory=True)
     end = attached(ctx, watch)
-    assert {ref >> 56 for ref in reactor(ctx).refs.values()} == {TYPE_NETNS}
-    reactor(ctx).fire(7, EPOLLIN, T0)
+    assert watch.taker is not None and not reactor(ctx).refs
+    watch.taker(["green"], T0)
     assert not reactor(ctx).stopped
-    watch.is_gone = True
-    reactor(ctx).fire(8, EPOLLIN, T0)
+    watch.taker(["green", "blue"], T0)
     assert (end.status, reactor(ctx).stopped, said) == (0, True, ["Namespace blue is gone, exiting"])
     assert timers(ctx).services.deadlines == [None]
 
 
+def test_namespace_ends_with_its_process(ctx: Context) -> None:
+    end = attached(ctx, FakeWatch(pidfd=7))
+    assert {ref >> 56 for ref in reactor(ctx).refs.values()} == {TYPE_NETNS}
+    assert not reactor(ctx).stopped
+    reactor(ctx).fire(7, EPOLLIN, T0)
+    assert (end.status, reactor(ctx).stopped) == (0, True)
+
+
 def test_namespace_that_must_be_looked_at(ctx: Context) -> None:
-    watch = FakeWatch([], poll=True)
+    watch = FakeWatch(poll=True)
     attached(ctx, watch)
     services = timers(ctx).services
     for _ in range(3):
@@ -182,7 +201,7 @@ def test_namespace_that_must_be_looked_at(ctx: Context) -> None:
 
 
 def test_namespace_that_was_gone_before_we_looked(ctx: Context) -> None:
-    attached(ctx, FakeWatch([7], poll=False, is_gone=True))
+    attached(ctx, FakeWatch(pidfd=7, is_gone=True))
     assert reactor(ctx).stopped
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from passt import isolation, pasta, pasta_init
+from passt.core.changes import Changes
 from passt.isolation import Identity
 from passt.linux import inotify, netlink, netns, tun
 from passt.linux.routes import NsPlan
@@ -221,48 +222,61 @@ def test_namespace_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch) -> N
 # The end of a namespace --------------------------------------------------------------------------------------------
 
 
-def close(watch: Watch) -> None:
-    for fd in watch.fds:
-        os.close(fd)
+@pytest.fixture
+def changes() -> Iterator[Changes]:
+    made = Changes()
+    yield made
+    made.close()
 
 
-def test_file_is_deleted(tmp_path: Path) -> None:
+def test_file_is_deleted(tmp_path: Path, changes: Changes) -> None:
     path = tmp_path / "blue"
     path.touch()
     (tmp_path / "green").touch()
-    watch = Watch(str(path))
-    (fd,) = watch.fds
-    assert (watch.name, watch.poll, watch.gone()) == ("blue", False, False)
+    watch = Watch(str(path), changes)
+    assert (watch.name, watch.pidfd, watch.in_directory, watch.poll, watch.gone()) == ("blue", -1, True, False, False)
     (tmp_path / "green").unlink()
-    assert select.select([fd], [], [], 10)[0]
-    assert not watch.gone(fd)
+    assert not watch.deleted(inotify.read(changes.fd))
     path.unlink()
-    assert select.select([fd], [], [], 10)[0]
-    assert watch.gone(fd)
+    assert watch.deleted(inotify.read(changes.fd))
     assert watch.gone()
-    close(watch)
 
 
-def test_file_is_replaced(tmp_path: Path) -> None:
+def test_others_watch_the_same_directory(tmp_path: Path, changes: Changes) -> None:
+    path = tmp_path / "blue"
+    path.touch()
+    (tmp_path / "other").mkdir()
+    changes.watch(str(tmp_path), inotify.CREATE | inotify.CLOSE_WRITE)
+    watch = Watch(str(path), changes)
+    changes.watch(str(tmp_path), inotify.MOVED_TO)
+    changes.watch(str(tmp_path / "other"), inotify.DELETE)
+    path.write_text("x")
+    (tmp_path / "other" / "blue").touch()
+    (tmp_path / "other" / "blue").unlink()
+    assert not watch.deleted(inotify.read(changes.fd)), "nothing was deleted here"
+    path.unlink()
+    assert watch.deleted(inotify.read(changes.fd))
+
+
+def test_file_is_replaced(tmp_path: Path, changes: Changes) -> None:
     """What has its name now is not the namespace that we serve, and there is nobody left who could name that."""
     path = tmp_path / "blue"
     path.touch()
-    watch = Watch(str(path))
+    watch = Watch(str(path), changes)
     path.unlink()
     path.touch()
-    assert watch.gone(watch.fds[0])
-    close(watch)
+    assert watch.deleted(inotify.read(changes.fd))
 
 
 def test_directory_that_cannot_be_watched_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(directory: str, mask: int) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied")
+    def refuse() -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(inotify, "watch", refuse)
+    monkeypatch.setattr(inotify, "new", refuse)
     path = tmp_path / "blue"
     path.touch()
-    watch = Watch(str(path))
-    assert (watch.fds, watch.poll, watch.gone()) == ([], True, False)
+    watch = Watch(str(path), Changes())
+    assert (watch.in_directory, watch.poll, watch.gone()) == (False, True, False)
     (directory,) = watch.directories
     path.unlink()
     assert watch.gone()
@@ -270,24 +284,24 @@ def test_directory_that_cannot_be_watched_is_looked_at(tmp_path: Path, monkeypat
 
 
 def test_process_ends(sleeper: subprocess.Popen[bytes]) -> None:
-    watch = Watch(f"/proc/{sleeper.pid}/ns/net")
-    (fd,) = watch.fds
-    assert (watch.name, watch.poll, watch.gone()) == (f"/proc/{sleeper.pid}/ns/net", False, False)
+    watch = Watch(f"/proc/{sleeper.pid}/ns/net", Changes())
+    assert (watch.in_directory, watch.poll, watch.gone()) == (False, False, False)
+    assert watch.name == f"/proc/{sleeper.pid}/ns/net"
     sleeper.kill()
-    assert select.select([fd], [], [], 30)[0]
-    assert watch.gone(fd)
-    close(watch)
+    assert select.select([watch.pidfd], [], [], 30)[0]
+    os.close(watch.pidfd)
 
 
-def test_file_below_the_root_of_a_process(sleeper: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_file_below_the_root_of_a_process(
+    sleeper: subprocess.Popen[bytes], tmp_path: Path, changes: Changes
+) -> None:
     path = tmp_path / "blue"
     path.touch()
-    watch = Watch(f"/proc/{sleeper.pid}/root{path}")
-    assert len(watch.fds) == 2
+    watch = Watch(f"/proc/{sleeper.pid}/root{path}", changes)
+    assert watch.pidfd >= 0 and watch.in_directory
     path.unlink()
-    ready, _, _ = select.select(watch.fds, [], [], 30)
-    assert [watch.gone(fd) for fd in ready] == [True]
-    close(watch)
+    assert watch.deleted(inotify.read(changes.fd))
+    os.close(watch.pidfd)
 
 
 def test_kernel_without_pidfd(sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,8 +309,8 @@ def test_kernel_without_pidfd(sleeper: subprocess.Popen[bytes], monkeypatch: pyt
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(os, "pidfd_open", missing)
-    watch = Watch(f"/proc/{sleeper.pid}/ns/net")
-    assert (watch.fds, watch.poll, watch.gone()) == ([], True, False)
+    watch = Watch(f"/proc/{sleeper.pid}/ns/net", Changes())
+    assert (watch.pidfd, watch.poll, watch.gone()) == (-1, True, False)
     sleeper.kill()
     sleeper.wait()
     assert watch.gone()
@@ -304,8 +318,8 @@ def test_kernel_without_pidfd(sleeper: subprocess.Popen[bytes], monkeypatch: pyt
 
 def test_descriptor_cannot_be_watched() -> None:
     with open("/proc/self/ns/net") as f:
-        watch = Watch(f"/proc/self/fd/{f.fileno()}")
-        assert (watch.fds, watch.poll, watch.gone()) == ([], False, False)
+        watch = Watch(f"/proc/self/fd/{f.fileno()}", Changes())
+        assert (watch.pidfd, watch.in_directory, watch.poll, watch.gone()) == (-1, False, False, False)
 
 
 def test_helper_that_dies_silently(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt import addr, log, resolv_conf
+from passt.core.changes import Changes
 from passt.core.reactor import EPOLLIN
 from passt.linux import inotify
 from passt.resolv_conf import SETTLE, Follower, ResolvConf, parse
@@ -75,7 +76,8 @@ class Watcher:
     """A follower in a loop of fakes. `told` is what it handed on."""
 
     def __init__(self, path: Path) -> None:
-        self.follower = Follower(str(path))
+        self.changes = Changes()
+        self.follower = Follower(str(path), self.changes)
         self.ctx = make_context()
         self.told: list[str] = []
         self.follower.attend(self.ctx, lambda found, now: self.told.append(" ".join(map(addr.text, found.servers))))
@@ -87,8 +89,8 @@ class Watcher:
 
     def events(self) -> None:
         """What inotify has to say."""
-        fd = self.follower.fds[0]
-        if select.select([fd], [], [], 0)[0]:
+        fd = self.changes.fd
+        if fd >= 0 and select.select([fd], [], [], 0)[0]:
             reactor(self.ctx).fire(fd, EPOLLIN, self.now)
 
     def settles(self) -> list[str]:
@@ -114,6 +116,7 @@ def start() -> Iterator[Start]:
     yield make
     for watcher in made:
         watcher.follower.close()
+        watcher.changes.close()
 
 
 @pytest.fixture
@@ -312,19 +315,22 @@ def test_nothing_to_watch(tmp_path: Path, start: Start) -> None:
     watcher = start(tmp_path / "no" / "resolv.conf")
     assert watcher.follower.current == ResolvConf()
     assert os.listdir("/proc/self/fd") == before
-    Follower(str(tmp_path / "resolv.conf"), watch=False)
+    Follower(str(tmp_path / "resolv.conf"))
     assert os.listdir("/proc/self/fd") == before
 
 
 NO_FILE_SYSTEM = """
 import json, os, select, subprocess, sys
 from passt.linux import inotify
+from passt.core.changes import Changes
 from passt.resolv_conf import Follower
 root, path, commands = sys.argv[1], sys.argv[2], sys.argv[3:]
 reader, writer = os.pipe()
-outside = subprocess.Popen(["nsenter", "-t", str(os.getppid()), "-m", "sh", "-c", "read x; " + commands[0]],
-                           stdin=reader)  # enters before there is nothing to enter from
-follower = Follower(path)
+outside = subprocess.Popen(["nsenter", "-t", str(os.getppid()), "-m", "sh", "-c", "echo; read x; " + commands[0]],
+                           stdin=reader, stdout=subprocess.PIPE)
+outside.stdout.readline()  # it has entered, before there is nothing to enter from
+changes = Changes()
+follower = Follower(path, changes)
 before = [s.hex() for s in follower.current.servers]
 subprocess.run(["mount", "-t", "tmpfs", "tmpfs", root], check=True)
 import ctypes
@@ -334,11 +340,11 @@ assert libc.syscall(155 if os.uname().machine == "x86_64" else 41, b".", b".") =
 assert libc.umount2(b".", 2) == 0
 assert os.listdir("/") == []
 os.write(writer, b"\\n")
-select.select([follower.fds[0]], [], [], 30)
+select.select([changes.fd], [], [], 30)
 seen = set()
 while path.rpartition("/")[2] not in seen and "stub-resolv.conf" not in seen:
-    select.select([follower.fds[0]], [], [], 30)
-    seen |= {e.name for e in inotify.read(follower.fds[0])}
+    select.select([changes.fd], [], [], 30)
+    seen |= {e.name for e in inotify.read(changes.fd)}
 outside.wait()
 from passt.resolv_conf import parse
 print(json.dumps([before, [s.hex() for s in parse(follower._read()).servers]]))

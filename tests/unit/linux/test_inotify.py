@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from struct import Struct
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,19 +39,25 @@ def test_what_happens_in_directories(tmp_path: Path) -> None:
 def test_a_file_itself(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
-    fd = inotify.watch(str(path), inotify.MODIFY)
+    fd = inotify.new()
     try:
+        inotify.add(fd, str(path), inotify.MODIFY)
         path.write_text("x")
         assert [(e.mask, e.name) for e in inotify.read(fd)][-1] == (inotify.MODIFY, "")
     finally:
         os.close(fd)
 
 
-def test_failed_watch_leaves_nothing_open() -> None:
-    before = os.listdir("/proc/self/fd")
-    with pytest.raises(FileNotFoundError):
-        inotify.watch("/no/such/directory", inotify.DELETE)
-    assert os.listdir("/proc/self/fd") == before
+def test_masks_add_up(tmp_path: Path) -> None:
+    fd = inotify.new()
+    try:
+        one = inotify.add(fd, str(tmp_path), inotify.CREATE)
+        assert inotify.add(fd, str(tmp_path), inotify.DELETE) == one
+        (tmp_path / "file").touch()
+        (tmp_path / "file").unlink()
+        assert [e.mask for e in inotify.read(fd)] == [inotify.CREATE, inotify.DELETE]
+    finally:
+        os.close(fd)
 
 
 def test_layout() -> None:

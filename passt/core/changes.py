@@ -1,0 +1,56 @@
+"""What changes in directories, told to whoever watches there: one inotify(7) instance for all of a process.
+
+A user has 128 of them (fs.inotify.max_user_instances), other programs need theirs, and there is a process for every
+namespace.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from ..linux import inotify
+from ..linux.inotify import Event
+from .reactor import EPOLLIN, TYPE_INOTIFY, Reactor
+
+Taker = Callable[[list[Event], float], None]
+
+
+class Changes:
+    """The instance, made with the first watch; `fd` is -1 as long as there is none."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self._watches: set[int] = set()
+        self._takers: list[Taker] = []
+
+    def watch(self, path: str, mask: int) -> int:
+        """Be told of `mask` for what `path` leads to; returns the watch, which others may share. Raises OSError."""
+        if self.fd < 0:
+            self.fd = inotify.new()
+        try:
+            watch = inotify.add(self.fd, path, mask)
+        except OSError:
+            if not self._watches:
+                self.close()
+            raise
+        self._watches.add(watch)
+        return watch
+
+    def tell(self, reactor: Reactor, taker: Taker) -> None:
+        """From now on call taker(events, now) with what happens, to watches of others as well."""
+        if not self._takers:
+            reactor.handle(TYPE_INOTIFY, self._event)
+            reactor.watch(self.fd, TYPE_INOTIFY, 0, EPOLLIN)
+        self._takers.append(taker)
+
+    def _event(self, ref: int, events: int, now: float) -> None:
+        found = inotify.read(self.fd)
+        for taker in self._takers:
+            taker(found, now)
+
+    def close(self) -> None:
+        """Let go of all watches."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
