@@ -115,6 +115,12 @@ def stop_stderr() -> None:
     _stderr = None
 
 
+def only_stderr() -> None:
+    """From here on nothing is written but to standard error: file and syslog are not this process's to keep open."""
+    global _file, _syslog
+    _file = _syslog = None
+
+
 def quiet_stderr() -> None:
     """From here on standard error gets warnings and errors only: a command shares it with us."""
     global _stderr_level

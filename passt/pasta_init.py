@@ -16,6 +16,11 @@ the subreaper meanwhile, so init becomes its child when the helper ends.
 When init ends, the kernel kills everything in its namespace. It ends when the command does, and when pasta does:
 PDEATHSIG kills it, and the pipe, which pasta holds open, reads end of file even before that is set.
 
+Root of the new user namespace has every right over what is executed in there, and may take descriptors out of it
+(pidfd_getfd(2)) and read its memory. Init is a copy of pasta, with the keys of its tables and the layout of its memory.
+So it is not dumpable, which leaves rights over it to the user namespace that pasta was executed in, and has let go of
+all that was open when the command starts.
+
 Signals: PID 1 is not touched by signals that it does not handle, and handles SIGCHLD only. What the terminal sends
 (interrupt, quit, stop) reaches the command directly, because all are in one process group.
 """
@@ -44,6 +49,7 @@ from .linux.syscall import (
     MS_NOSUID,
     MS_REC,
     MS_SLAVE,
+    PR_SET_DUMPABLE,
     PR_SET_PDEATHSIG,
     mount,
     prctl,
@@ -52,6 +58,7 @@ from .linux.syscall import (
 
 START = 0  # on the pipe: start the command; other values are signals for it
 HOST_NAME_MAX = 64
+FD_MAX = 1 << 20  # fs.nr_open: no descriptor is beyond
 EXEC_FAILED = 1
 NAMESPACES = CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWUTS | CLONE_NEWNS
 DEFAULT_PATH = "/bin:/usr/bin"
@@ -97,9 +104,11 @@ def _init(command: Command, control: int) -> NoReturn:
     """PID 1, from birth to death."""
     status = 1
     try:
+        prctl(PR_SET_DUMPABLE, 0)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         _prepare()
         if os.read(control, 1) == bytes((START,)):
+            _let_go(control)
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             status = _supervise(command, control)
     except OSError as e:
@@ -127,6 +136,13 @@ def _attempt(what: str, function: Callable[[], None]) -> None:
 def _allow_ping() -> None:
     with open("/proc/sys/net/ipv4/ping_group_range", "w") as f:
         f.write("0 0")
+
+
+def _let_go(control: int) -> None:
+    """Close what pasta had open, but for standard input, output, error, and the pipe."""
+    log.only_stderr()
+    os.closerange(3, control)
+    os.closerange(control + 1, FD_MAX)
 
 
 def _supervise(command: Command, control: int) -> int:

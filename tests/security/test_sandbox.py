@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 
 from passt.linux.syscall import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
 
-from ..system.support import Runner, new_host, wait_for
+from ..system.support import DEBIAN_PYTHON, Runner, new_host, wait_for
 
 NOBODY = 65534
 NAMESPACE_RIGHTS = 1 << CAP_NET_ADMIN | 1 << CAP_NET_BIND_SERVICE
@@ -145,6 +147,36 @@ def test_descriptors_are_those_that_are_used(pasta: Runner, stack: ExitStack, st
         os.path.dirname(os.path.realpath("/etc/resolv.conf")),
     }
     assert len(paths) == len(set(paths))
+
+
+TAKE = """
+import os
+process = os.pidfd_open(1)
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+taken = [fd for fd in range(64) if libc.syscall(438, process, fd, 0) >= 0]  # pidfd_getfd
+print(taken, ctypes.get_errno())
+for what in "mem", "maps", "environ", "fd":
+    try:
+        os.listdir("/proc/1/fd") if what == "fd" else open(f"/proc/1/{what}").read(1)
+        print(what)
+    except OSError as e:
+        print(e.strerror)
+"""
+
+
+def test_the_first_process_of_a_command_has_nothing_of_ours(pasta: Runner, stack: ExitStack) -> None:
+    """It is a copy of us, in the hands of whoever is root in the namespace."""
+    directory = stack.enter_context(TemporaryDirectory())
+    os.chmod(directory, 0o777)
+    files = "-P", f"{directory}/pid", "-l", f"{directory}/log", "-p", f"{directory}/pcap"
+    spawning(pasta, stack, *files, "-c", f"{directory}/control")
+    (init,) = psutil.Process(pasta.processes[-1].pid).children()
+    open_there = Inmate(init.pid).descriptors()
+    assert [what for fd, what in open_there.items() if fd > 2 and not what.startswith("pipe:")] == []
+    assert os.stat(f"/proc/{init.pid}/environ").st_uid == 0  # not dumpable
+    done = pasta.run("-q", "--config-net", *files, "--", DEBIAN_PYTHON, "-c", TAKE)
+    assert done.stdout.splitlines() == ["[] 1", *["Permission denied"] * 4], done.stderr
 
 
 def test_root_that_asks_for_it_stays_root(root_pasta: Runner, stack: ExitStack) -> None:
