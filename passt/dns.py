@@ -62,7 +62,7 @@ from .core.idle import IdleFlows, flow_limit
 from .core.reactor import EPOLLERR, EPOLLIN, TYPE_DNS, Reactor, ref_data, ref_fd
 from .core.resolvers import DNS_PORT, Resolver, Tried
 from .linux.calls import calls
-from .linux.sockopt import read_errors, recverr
+from .linux.sockopt import RECVERR, read_errors, recverr, setting
 from .udp_flow import UdpFlow
 from .udp_io import CONGESTED, reason
 
@@ -74,7 +74,10 @@ DNS_FLOWS_MAX = 4096
 DESCRIPTOR_SHARE = 8  # of the descriptors that the process may have, at most one flow in so many
 ANSWERS_PER_EVENT = 32
 
-CALLS = calls("sendto", "recvfrom", "recvmsg")
+CALLS = (
+    *setting(*RECVERR, (socket.SOL_SOCKET, socket.SO_BINDTODEVICE)),
+    *calls("sendto", "recvfrom", "recvmsg"),
+)
 
 _HEADER_SIZE = 12
 _QR = 0x80

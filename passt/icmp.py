@@ -45,7 +45,18 @@ from .core.idle import IdleFlow, IdleFlows, flow_limit
 from .core.link import F_NEEDS_CSUM, GSO_NONE, VNET
 from .core.reactor import EPOLLERR, EPOLLIN, TYPE_PING, ref_data
 from .linux.calls import calls
-from .linux.sockopt import ORIGIN_ICMP, ORIGIN_ICMP6, ExtendedError, hops_option, read_errors, recverr
+from .linux.sockopt import (
+    HOPS,
+    ORIGIN_ICMP,
+    ORIGIN_ICMP6,
+    RECVERR,
+    ExtendedError,
+    creating,
+    hops_option,
+    read_errors,
+    recverr,
+    setting,
+)
 from .wire import ether, icmp, ip
 from .wire.checksum import pseudo_sum
 from .wire.fragment import fragments
@@ -76,7 +87,12 @@ _UNREACHABLE6 = {
     errno.EPERM: icmp.UNREACHABLE6_ADMIN,
 }
 
-CALLS = calls("sendto", "recvmsg")
+CALLS = (
+    creating(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP),
+    creating(socket.AF_INET6, socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6),
+    *setting(*RECVERR, *HOPS, (socket.SOL_SOCKET, socket.SO_BINDTODEVICE), (socket.SOL_SOCKET, socket.SO_BROADCAST)),
+    *calls("sendto", "recvmsg"),
+)
 
 
 def from_errno(number: int, mtu: int, *, v4: bool) -> tuple[int, int, int]:

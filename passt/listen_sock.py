@@ -39,7 +39,7 @@ from .core.nspool import new_socket
 from .core.rules import Listener, Rule
 from .linux.calls import calls
 from .linux.ports import PortTables, open_tables
-from .linux.sockopt import IP_PKTINFO, freebind
+from .linux.sockopt import FREEBIND, IP_PKTINFO, freebind, setting
 from .linux.tcpinfo import Features, probe
 from .log import Fatal
 from .tcp_sock import prepare_listener
@@ -60,7 +60,17 @@ _PKTINFO = {
 
 Wanted = tuple[Rule, int]  # a port of a rule
 
-CALLS = calls("listen")
+CALLS = (
+    *setting(*FREEBIND, *((level, option) for level, option, _ in _PKTINFO.values())),
+    *setting(
+        (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
+        (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
+        (socket.SOL_SOCKET, socket.SO_REUSEADDR),
+        (socket.SOL_SOCKET, socket.SO_RCVBUF),
+        (socket.SOL_SOCKET, socket.SO_SNDBUF),
+    ),
+    *calls("listen"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from .core.context import Context
 from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
 from .linux import unix
 from .linux.calls import calls
+from .linux.sockopt import setting
 from .linux.syscall import accept
 from .log import Fatal
 from .stream import Stream, failure
@@ -37,7 +38,10 @@ LINES = 256  # of the log about those who come and go, at once; and then LINES_P
 LINES_PER_SECOND = 10
 SEND_BUFFER = 4 << 20  # bytes asked for; net.core.wmem_max decides
 
-CALLS = calls("accept4", "sendto", mode=PASST)
+CALLS = (
+    *setting((socket.SOL_SOCKET, socket.SO_SNDBUF), mode=PASST),
+    *calls("accept4", "sendto", mode=PASST),
+)
 
 
 # The socket in the file system -------------------------------------------------------------------------------------

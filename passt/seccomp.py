@@ -8,8 +8,8 @@ the first byte of the guest is read, and for all threads.
     call                             allowed with                              what that closes
     -------------------------------  ----------------------------------------  -----------------------------------------
     mmap, mprotect                   no PROT_EXEC                              code of one's own
-    socket                           IPv4 or IPv6, stream or datagram          netlink, packet and raw sockets
-    setsockopt                       the levels of these protocols             filters, netlink, packet rings
+    socket                           TCP, UDP and ping, IPv4 or IPv6           netlink, packet and raw sockets
+    setsockopt                       each option by itself                     filters, others' addresses, marks
     ioctl                            the requests that are made                TIOCSTI, and drivers' own
     fcntl                            the commands that are made                locks, leases, signals to others
     openat, readlinkat               to read, in directories with files that   all other files

@@ -31,6 +31,7 @@ from .core.context import Context
 from .core.link import GSO_NONE, GSO_TCPV4, GSO_TCPV6
 from .icmp import Errors
 from .linux.calls import calls
+from .linux.sockopt import setting
 from .linux.tcpinfo import SO_PEEK_OFF, Features
 from .tcp_conn import (
     ESTABLISHED,
@@ -61,7 +62,7 @@ _OFFSET_5 = 5 << 12
 MSG_PEEK = socket.MSG_PEEK
 MSG_TRUNC = socket.MSG_TRUNC
 
-CALLS = calls("recvmsg", "recvfrom")
+CALLS = (*setting((socket.SOL_SOCKET, SO_PEEK_OFF)), *calls("recvmsg", "recvfrom"))
 
 
 class TcpOut:

@@ -25,6 +25,7 @@ from .core.context import Context
 from .core.fwd import Forwarding, SockAddr
 from .core.nspool import new_socket
 from .core.reactor import EPOLLOUT, TYPE_TCP
+from .linux.sockopt import setting
 from .linux.tcpinfo import SO_PEEK_OFF, Features
 from .tcp_ack import INTEREST
 from .tcp_conn import TcpConn
@@ -32,6 +33,17 @@ from .tcp_conn import TcpConn
 RESOLVER_PATIENCE = 1500  # ms that SYN may stay unanswered (RFC 5482; Linux counts it while connecting, too)
 KEEPIDLE_MAX = 32767  # s, MAX_TCP_KEEPIDLE of Linux
 _RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
+
+CALLS = (
+    *setting(*((socket.IPPROTO_TCP, o) for o in (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE))),
+    *setting(
+        (socket.SOL_SOCKET, SO_PEEK_OFF),
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+        (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        (socket.SOL_SOCKET, socket.SO_LINGER),
+    ),
+)
 
 
 def aim(ctx: Context, conn: TcpConn, now: float) -> None:

@@ -63,6 +63,7 @@ from .core.rules import Listener
 from .core.stats import Tally
 from .linux import tcpinfo
 from .linux.calls import calls
+from .linux.sockopt import setting
 
 COPY_MAX = 65536  # bytes received at once by a small half
 BULK_MIN = 16384  # bytes in a wake-up
@@ -73,7 +74,10 @@ INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
 _SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 IDLE, BLOCKED, AGAIN = range(3)  # what a half waits for: bytes, room at `dst`, its turn
 
-CALLS = calls("splice", "recvfrom", "sendto", "shutdown", mode=PASTA)
+CALLS = (
+    *setting((socket.SOL_SOCKET, socket.SO_RCVBUF), (socket.SOL_SOCKET, socket.SO_SNDBUF), mode=PASTA),
+    *calls("splice", "recvfrom", "sendto", "shutdown", mode=PASTA),
+)
 
 
 class Half:

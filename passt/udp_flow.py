@@ -24,7 +24,7 @@ from . import addr
 from .core.flow import GUEST, HOST, Endpoints
 from .core.idle import IdleFlow
 from .core.link import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
-from .linux.sockopt import hops_option
+from .linux.sockopt import HOPS, hops_option, setting
 from .wire import ether, ip, udp
 from .wire.checksum import PROTO_UDP, fold, ones_sum, pseudo_sum
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 FLOW_TIMEOUT = 180.0  # s
 DNS_TIMEOUT = 30.0  # s; a query from a port of its own has one answer, and resolvers give up before
 DNS_PORT = 53
+
+CALLS = setting(*HOPS)
 
 _IP_AT = VNET.size + ether.HEADER.size
 _VNET_GSO = Struct("=BBHH")  # flags, gso_type, hdr_len, gso_size

@@ -24,7 +24,7 @@ from .core.flow import ACTIVE, Flow
 from .core.reactor import EPOLLERR, EPOLLIN
 from .linux.calls import calls
 from .linux.mmsg import SLOT, Receiver
-from .linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
+from .linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT, setting
 from .udp_run import Run, runs
 
 GRO_WORTH = 4  # datagrams in one receive that make a socket worth a system call to have them joined
@@ -37,7 +37,7 @@ _NO_SEGMENTS = frozenset((errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.ENOPROT
 
 Failure = tuple[OSError, int, memoryview]  # why, how many datagrams, the first of them
 
-CALLS = calls("writev", "sendto")
+CALLS = (*setting((SOL_UDP, UDP_GRO), (SOL_UDP, UDP_SEGMENT)), *calls("writev", "sendto"))
 
 
 class End(Protocol):

@@ -35,7 +35,7 @@ from .core.fwd import Forwarding, SockAddr
 from .core.rules import Listener
 from .linux.calls import calls
 from .linux.mmsg import INFO4, INFO6
-from .linux.sockopt import IP_PKTINFO, SOL_UDP, UDP_SEGMENT, freebind, recverr
+from .linux.sockopt import FREEBIND, IP_PKTINFO, RECVERR, SOL_UDP, UDP_SEGMENT, freebind, recverr, setting
 
 BUFFER_SIZE = 4 << 20  # asked for; net.core.[rw]mem_max decide
 BUFFER_FIRST = 64 << 10  # of a client's socket until it is connected; the kernel doubles it
@@ -48,7 +48,22 @@ _SEGMENT = Struct("=H")
 
 Letter = tuple["Client", bytes]  # a datagram that came to another socket
 
-CALLS = calls("recvfrom", "sendmsg")
+CALLS = (
+    *setting(*RECVERR, *FREEBIND, (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)),
+    *setting(
+        *(
+            (socket.SOL_SOCKET, option)
+            for option in (
+                socket.SO_RCVBUF,
+                socket.SO_SNDBUF,
+                socket.SO_REUSEADDR,
+                socket.SO_BROADCAST,
+                socket.SO_BINDTODEVICE,
+            )
+        )
+    ),
+    *calls("recvfrom", "sendmsg"),
+)
 
 
 class Client(NamedTuple):

@@ -18,9 +18,12 @@ from functools import partial
 from typing import Any
 
 from ..linux.netns import Namespace
+from ..linux.sockopt import setting
 
 POOL_SIZE = 128  # sockets of each kind; C10K-like rates use up some fifty batches a second
 Kind = tuple[int, int]  # address family, socket type
+
+CALLS = setting((socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_OOBINLINE))
 
 new_socket = socket.SocketType  # the C type: making its subclass `socket.socket` costs as much again
 

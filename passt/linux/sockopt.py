@@ -22,7 +22,7 @@ from struct import Struct
 
 from .. import addr
 from ..wire.cursor import Cursor
-from .calls import Call, Condition, calls, one_of
+from .calls import Call, Calls, Condition, calls
 
 SOL_UDP = socket.IPPROTO_UDP
 UDP_SEGMENT = 103
@@ -55,14 +55,26 @@ ERRORS_PER_DRAIN = 64  # what one call of read_errors takes at most; epoll repor
 QUOTE_MAX = 1280  # no ICMP error quotes more (RFC 4443, 2.4 (c); RFC 1812, 4.3.2.3 stops at 576)
 _CONTROL_SIZE = 256
 
-# The internet sockets of all protocols. A type has flags beside it (SOCK_NONBLOCK, SOCK_CLOEXEC)
+
+def creating(family: int, kind: int, proto: int = 0) -> Call:
+    """socket(2) of that kind, which has flags beside it (SOCK_NONBLOCK, SOCK_CLOEXEC), and protocol."""
+    return Call("socket", (Condition(0, family), Condition(1, kind, 0xF), Condition(2, proto)))
+
+
+def setting(*options: tuple[int, int], mode: str | None = None) -> Calls:
+    """setsockopt(2) of these (level, option) and no others: some are a guest's way to the host's packet filters, to
+    addresses of others (IP_TRANSPARENT), to programs that the kernel runs (SO_ATTACH_FILTER).
+    """
+    return tuple(Call("setsockopt", (Condition(1, level), Condition(2, option)), mode) for level, option in options)
+
+
+# TCP and UDP. Who sets an option declares it
 CALLS = (
     *(
-        Call("socket", (Condition(0, family), Condition(1, kind, 0xF)))
+        creating(family, kind)
         for family in (socket.AF_INET, socket.AF_INET6)
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
     ),
-    *one_of("setsockopt", 1, socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP, SOL_UDP),
     *calls("getsockopt", "getsockname", "bind", "connect", "recvmsg", "close"),
 )
 
@@ -79,6 +91,11 @@ def freebind(family: int) -> tuple[int, int]:
 
 _LAYOUT = Struct("=IBBBxII")
 _FAMILY = Struct("=H")
+
+
+RECVERR = recverr(socket.AF_INET), recverr(socket.AF_INET6)
+FREEBIND = freebind(socket.AF_INET), freebind(socket.AF_INET6)
+HOPS = tuple(_HOPS.values())
 
 
 def hops_option(dst: bytes) -> tuple[int, int]:
@@ -152,7 +169,7 @@ def read_errors(sock: socket.socket) -> list[tuple[ExtendedError, bytes]]:
     return found
 
 
-_RECVERR = frozenset((recverr(socket.AF_INET), recverr(socket.AF_INET6)))
+_RECVERR = frozenset(RECVERR)
 
 
 def default_hops() -> dict[int, int]:
