@@ -77,6 +77,7 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     """From the host's configuration to wired services. We are `identity` afterwards."""
     from . import conf_net, conf_summary, listen_sock, wiring  # who we become may not be able to read Python's files
     from .linux import netlink
+    from .linux.syscall import CAP_SYS_ADMIN
 
     seccomp.binding()
     if log.trace_on:
@@ -88,7 +89,7 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     host = listen_sock.open_side(decision.config, outbound=False, changing=daemon_control.wanted(options))
     wired = wiring.wire_machine(decision, host)
     daemon.follow_names(wired[0], options, names)
-    isolation.become(identity)
+    isolation.become(identity, CAP_SYS_ADMIN)  # not a user namespace, in which root and others would look the same
     isolation.gain_rights()  # before anybody is told that it works
     if path is not None:
         line = conf_summary.describe_socket(path)

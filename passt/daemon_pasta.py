@@ -67,7 +67,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> N
         sandbox = Sandbox(
             options.mode,
             background=target.init is None and not options.foreground,
-            capabilities=isolation.RUNNING_CAPABILITIES,
+            capabilities=isolation.running_capabilities(own_tap=way is not None and options.fd is None),
             namespace=ctx.ns.namespace if ctx.ns is not None else None,
             directories=(*files.names.directories, *(watch.directories if watch is not None else ())),
         )
@@ -142,7 +142,7 @@ def build(
         ns = pasta.inside(target, partial(listen_sock.open_side, config, outbound=True, changing=changing))
     if root:
         entered_later = target.netns >= 0 and target.init is None
-        isolation.become(identity, keep_capabilities=entered_later and identity.uid != 0)
+        isolation.become(identity, *(isolation.KEPT_CAPABILITIES if entered_later else ()))
         if target.init is not None and identity.uid != 0:
             pasta.join_userns(target)  # which brings back the rights over our own child's namespace
     problems = interface.problems if interface else []

@@ -81,8 +81,8 @@ from .linux.syscall import (
 )
 from .log import Fatal
 
-RUNNING_CAPABILITIES = CAP_NET_ADMIN, CAP_NET_BIND_SERVICE  # in the sandbox, with a namespace
-KEPT_CAPABILITIES = CAP_SYS_ADMIN, *RUNNING_CAPABILITIES
+KEPT_CAPABILITIES = CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_NET_BIND_SERVICE  # until we are in the sandbox
+NAMED = 1  # uid in a user namespace of our own, for who is called as unmapped users are (nobody)
 PLACES = "/tmp", "/run", "/dev", "/proc"  # directories that an empty root may be mounted over, if they exist
 ID_MAX = 2**32 - 2  # 2**32 - 1 means "no change" to setresuid(2)
 
@@ -149,28 +149,34 @@ def _parse_runas(text: str) -> Identity:
     return Identity(uid, gid)
 
 
-def become(identity: Identity, *, keep_capabilities: bool = False) -> None:
+def become(identity: Identity, *kept: int) -> None:
     """Change to `identity` for good, without supplementary groups; nothing happens if we are that already.
 
-    The process must be single-threaded: capabilities, unlike ids, belong to threads. Raises Fatal.
+    Of root's capabilities `kept` are. The process must be single-threaded: capabilities, unlike ids, belong to threads.
+    Raises Fatal.
     """
     if (os.geteuid(), os.getegid()) == (identity.uid, identity.gid):
         return
     try:
         with _dying_with_parent():
-            if keep_capabilities:
+            if kept:
                 _empty_bounding_set()  # while we have the right to
-            prctl(PR_SET_KEEPCAPS, int(keep_capabilities))
+            prctl(PR_SET_KEEPCAPS, int(bool(kept)))
             os.setgroups([])
             os.setresgid(identity.gid, identity.gid, identity.gid)
             os.setresuid(identity.uid, identity.uid, identity.uid)
-            if keep_capabilities:
+            if kept:
                 prctl(PR_SET_KEEPCAPS, 0)
-                set_capabilities(*KEPT_CAPABILITIES)
+                set_capabilities(*kept)
     except OSError as e:
         ids = f"UID {identity.uid}, GID {identity.gid}"
         raise Fatal(f"Couldn't change to {ids}: {e.strerror} (--runas needs root)") from None
     prctl(PR_SET_DUMPABLE, 1)
+
+
+def running_capabilities(*, own_tap: bool) -> tuple[int, ...]:
+    """What pasta keeps in the sandbox; `own_tap`: we made the tap, and will again."""
+    return (CAP_NET_ADMIN, CAP_NET_BIND_SERVICE) if own_tap else (CAP_NET_BIND_SERVICE,)
 
 
 # The empty room ----------------------------------------------------------------------------------------------------
@@ -190,17 +196,19 @@ def leave_processes(*, background: bool) -> None:
 
 
 def gain_rights() -> None:
-    """Have the right to make namespaces, by a user namespace of our own if nothing else gives it. Raises Fatal.
+    """Have the right to make namespaces, and to give up rights for good (bounding set), by a user namespace of our own
+    if nothing else gives it. Raises Fatal.
 
     The process must be single-threaded, and be who it will remain.
     """
-    if has_capability(CAP_SYS_ADMIN):
+    if has_capability(CAP_SYS_ADMIN) and (has_capability(CAP_SETPCAP) or _bounding_set_is_empty()):
         return
     uid, gid = os.geteuid(), os.getegid()
+    inside = uid if uid != proc.overflow_uid() else NAMED  # or everybody else would look like us in here
     try:
         with _dying_with_parent():
             unshare(CLONE_NEWUSER)
-        _write_maps(((uid, uid), (gid, gid)))
+        _write_maps(((inside, uid), (gid, gid)))
     except OSError as e:
         raise Fatal(f"Couldn't create user namespace: {os.strerror(e.errno or 0)} ({namespace_hint(e)})") from None
 
@@ -284,6 +292,16 @@ def _empty_bounding_set() -> None:
         except OSError:
             return  # EINVAL: there is no such capability, and none after it
         prctl(PR_CAPBSET_DROP, cap)
+
+
+def _bounding_set_is_empty() -> bool:
+    for cap in range(64):
+        try:
+            if prctl(PR_CAPBSET_READ, cap):
+                return False
+        except OSError:
+            break  # EINVAL, as above
+    return True
 
 
 def map_ids(identity: Identity) -> None:

@@ -29,6 +29,15 @@ def may_set_groups() -> bool:
         return f.read().strip() == "allow"
 
 
+def overflow_uid(path: str = "/proc/sys/kernel/overflowuid") -> int:
+    """What users are called that do not exist in a user namespace."""
+    try:
+        with open(path) as f:
+            return int(f.read())
+    except (OSError, ValueError):
+        return 65534
+
+
 def ephemeral_ports(path: str = "/proc/sys/net/ipv4/ip_local_port_range") -> range | None:
     """Ports that the kernel gives to sockets that ask for none; None if it does not tell."""
     try:

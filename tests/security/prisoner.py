@@ -112,6 +112,23 @@ for family in ("AF_NETLINK", "AF_PACKET", "AF_UNIX", "AF_VSOCK", "AF_ALG"):
 plain("socket", socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP, suffix=" raw IPv4")
 plain("socket", socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6, suffix=" raw IPv6")
 plain("socketpair", socket.AF_UNIX, socket.SOCK_STREAM, 0, ctypes.addressof(BUFFER))
+for suffix, kind, proto in ((" MPTCP", socket.SOCK_STREAM, 262), (" UDP-Lite", socket.SOCK_DGRAM, 136)):
+    plain("socket", socket.AF_INET, kind, proto, suffix=suffix)
+for suffix, level, option in (
+    (" IP_TRANSPARENT", 0, 19),
+    (" IPV6_TRANSPARENT", 41, 75),
+    (" SO_ATTACH_FILTER", 1, 26),
+    (" SO_ATTACH_BPF", 1, 50),
+    (" SO_MARK", 1, 36),
+    (" TCP_REPAIR", 6, 19),
+    (" TCP_ULP", 6, 31),
+    (" TCP_CONGESTION", 6, 13),
+    (" IP_HDRINCL", 0, 3),
+    (" IP_OPTIONS", 0, 4),
+    (" of netfilter", 0, 64),
+    (" of netfilter, IPv6", 41, 64),
+):
+    plain("setsockopt", 0, level, option, ctypes.addressof(BUFFER), 4, suffix=suffix)
 plain("setsockopt", 0, 270, 1, ctypes.addressof(BUFFER), 4, suffix=" of netlink")
 plain("setsockopt", 0, 263, 1, ctypes.addressof(BUFFER), 4, suffix=" of packet sockets")
 # Memory
@@ -158,7 +175,7 @@ def main() -> None:
     for name in NAMES:
         NUMBERS[name] = seccomp.number(name)
     os.dup2(os.open("/etc", os.O_PATH | os.O_DIRECTORY), ETC)
-    isolation.become(isolation.choose_identity(None))
+    isolation.become(isolation.choose_identity(None), *isolation.KEPT_CAPABILITIES)  # as for a namespace of root's
     for attempt in ATTEMPTS:
         reader, writer = os.pipe()
         pid = os.fork()
@@ -172,7 +189,7 @@ def main() -> None:
 
 
 def _try(mode: str, attempt: Callable[[], int], out: int) -> NoReturn:
-    kept = isolation.RUNNING_CAPABILITIES if mode == PASTA else ()
+    kept = isolation.running_capabilities(own_tap=True) if mode == PASTA else ()
     daemon.detach(Options(mode=mode, foreground=True), None, daemon.Sandbox(mode, False, kept, None, (ETC,)))
     os.write(out, b"ready ")
     result = attempt()

@@ -6,9 +6,9 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +17,7 @@ import pytest
 
 from passt.linux.syscall import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
 
-from ..system.support import DEBIAN_PYTHON, Runner, new_host, wait_for
+from ..system.support import DEBIAN_PYTHON, Runner, User, new_host, wait_for
 
 NOBODY = 65534
 NAMESPACE_RIGHTS = 1 << CAP_NET_ADMIN | 1 << CAP_NET_BIND_SERVICE
@@ -47,25 +47,35 @@ class Inmate:
         return {int(fd): os.readlink(f"{directory}/{fd}") for fd in os.listdir(directory)}
 
 
+class HalfRight(User):
+    """With two of root's capabilities."""
+
+    def command(self, argv: Sequence[str], host: object = None) -> list[str]:
+        assert host is None
+        rights = "-all,+sys_admin,+net_admin"
+        return [*super().command([]), f"--inh-caps={rights}", f"--ambient-caps={rights}", *argv]
+
+
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
 
 
-def attached(pasta: Runner, stack: ExitStack, *options: str) -> Inmate:
+def attached(pasta: Runner, stack: ExitStack, *options: str, configured: bool = True) -> Inmate:
     """pasta in the background, for a namespace of somebody else."""
+    options = ("--config-net", *options) if configured else options
     if pasta.user.is_root:
         target = stack.enter_context(new_host())
-        return Inmate(pasta.daemon("-q", "--config-net", *options, "--netns", target.path))
-    return Inmate(pasta.daemon("-q", "--config-net", *options, str(pasta.namespace())))
+        return Inmate(pasta.daemon("-q", *options, "--netns", target.path))
+    return Inmate(pasta.daemon("-q", *options, str(pasta.namespace())))
 
 
-def spawning(pasta: Runner, stack: ExitStack, *options: str) -> Inmate:
+def spawning(pasta: Runner, stack: ExitStack, *options: str, configured: bool = True) -> Inmate:
     """pasta in the foreground, with a command."""
     process = pasta.start(
         "-q",
-        "--config-net",
+        *(["--config-net"] if configured else []),
         *options,
         "--",
         "sh",
@@ -112,6 +122,18 @@ def test_no_rights_are_left(pasta: Runner, stack: ExitStack, start: Start) -> No
         own = Path(f"/proc/{inmate.pid}/task/{thread}/status").read_text()
         assert re.search(r"^Seccomp:\s2$", own, re.M) and int(re.findall(r"CapEff:\s(\w+)", own)[0], 16) == allowed
     assert os.stat(f"/proc/{inmate.pid}/environ").st_uid == 0  # not dumpable: its memory is nobody else's
+
+
+@pytest.mark.parametrize("start", [attached, spawning])
+def test_without_an_interface_there_are_no_rights_over_any(pasta: Runner, stack: ExitStack, start: Start) -> None:
+    inmate = start(pasta, stack, "--splice-only", configured=False)
+    assert inmate.capabilities("Eff") == inmate.capabilities("Prm") == 1 << CAP_NET_BIND_SERVICE
+
+
+def test_rights_that_only_seem_to_be_enough(root_pasta: Runner, ordinary_user: User, stack: ExitStack) -> None:
+    """CAP_SYS_ADMIN makes namespaces, but empties no bounding set."""
+    inmate = machine(Runner(HalfRight(**vars(ordinary_user)), daemons=root_pasta.daemons), stack)
+    assert [inmate.capabilities(which) for which in ("Eff", "Prm", "Inh", "Bnd", "Amb")] == [0] * 5
 
 
 @pytest.mark.parametrize("start", WAYS)
@@ -177,6 +199,39 @@ def test_the_first_process_of_a_command_has_nothing_of_ours(pasta: Runner, stack
     assert os.stat(f"/proc/{init.pid}/environ").st_uid == 0  # not dumpable
     done = pasta.run("-q", "--config-net", *files, "--", DEBIAN_PYTHON, "-c", TAKE)
     assert done.stdout.splitlines() == ["[] 1", *["Permission denied"] * 4], done.stderr
+
+
+ASK = """
+import socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.connect(sys.argv[1])
+try:
+    s.send(b"{}\\n")
+except BrokenPipeError:
+    pass  # it was answered before it asked
+print(s.recv(1000).decode())
+"""
+
+
+def ask(user: User, path: str) -> str:
+    """What the control socket at `path` answers."""
+    command = user.command([DEBIAN_PYTHON, "-c", ASK, path])
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+
+
+@pytest.mark.parametrize("start", [attached, machine])
+def test_others_do_not_control_what_root_has_started(
+    root_pasta: Runner, ordinary_user: User, stack: ExitStack, start: Start
+) -> None:
+    """Even if somebody opens the socket's mode."""
+    directory = stack.enter_context(TemporaryDirectory())
+    path = f"{directory}/control"
+    start(root_pasta, stack, "-c", path)
+    assert "may not speak" not in ask(root_pasta.user, path)
+    for opened in directory, path:
+        os.chmod(opened, 0o777)
+    for uid in (ordinary_user.uid, 2, NOBODY - 1):
+        assert "may not speak" in ask(replace(ordinary_user, uid=uid), path)
 
 
 def test_root_that_asks_for_it_stays_root(root_pasta: Runner, stack: ExitStack) -> None:

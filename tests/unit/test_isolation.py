@@ -147,8 +147,8 @@ def test_becoming_keeps_nothing_and_keeps_access_to_own_files() -> None:
 
 def test_becoming_can_keep_three_capabilities() -> None:
     code = (
-        "import os; from passt.isolation import become, Identity\n"
-        "become(Identity(65534, 65534), keep_capabilities=True); print(os.getresuid())\n"
+        "import os; from passt.isolation import KEPT_CAPABILITIES, become, Identity\n"
+        "become(Identity(65534, 65534), *KEPT_CAPABILITIES); print(os.getresuid())\n"
         "print([l.split()[1] for l in open('/proc/self/status') if l.startswith(('CapPrm', 'CapEff', 'CapInh'))])"
     )
     if os.geteuid() != 0:
