@@ -37,6 +37,8 @@ profile libvirt-machine flags=(attach_disconnected) {
   include if exists <abstractions/libvirt-qemu.d>
 }
 profile libvirtd {
+  /** rwmkl,
+  /usr/bin/* PUx,
   include <abstractions/passt_python_libvirtd>
 }
 """
@@ -84,18 +86,24 @@ def site(base: Path, text: str) -> None:
     (directory / "site").write_text(text)
 
 
-PLACES = ["", "@{passt_python}+=/usr\n", "@{passt_python}+=@{HOME}/.local /srv/a/venv\n"]
+PLACES = [
+    "",
+    "@{passt_python}+=/usr\n",
+    "@{passt_python}+=@{HOME}/.local /srv/a/venv\n",
+    "@{passt_python}+=/usr @{HOME}/.local\n",
+]
+PLACES_NAMES = ["as it is", "usr", "home and venv", "usr and home"]
 
 
-@pytest.mark.parametrize("places", PLACES, ids=["as it is", "usr", "home and venv"])
+@pytest.mark.parametrize("places", PLACES, ids=PLACES_NAMES)
 def test_profiles_compile(installed: Path, places: str) -> None:
     site(installed, places)
     assert compiled(installed, "passt_python").split() == PROFILES
 
 
-@pytest.mark.parametrize("places", PLACES, ids=["as it is", "usr", "home and venv"])
+@pytest.mark.parametrize("places", PLACES, ids=PLACES_NAMES)
 def test_profiles_of_libvirt_compile_with_ours(installed: Path, places: str) -> None:
-    """Two rules of the same rank for one path would make the profiles of all machines invalid."""
+    """Two rules of the same rank for one path would make the profiles of all machines invalid, or the daemon's."""
     site(installed, places)
     (installed / "machine").write_text(MACHINE)
     assert compiled(installed, "machine").split() == ["libvirt-machine", "libvirt-machine//passt", "libvirtd"]
