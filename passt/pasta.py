@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from . import PASTA, isolation, log, pasta_init
+from . import PASTA, isolation, log, pasta_init, supervisor
 from .core.changes import Changes
 from .isolation import Identity
 from .linux import inotify, netlink, netns, proc, tun
@@ -62,7 +62,7 @@ class Init:
 
     def start(self) -> None:
         """The network is ready: let the command begin."""
-        self._tell(pasta_init.START)
+        self._tell(supervisor.START)
 
     def signal(self, number: int) -> None:
         """Send the command a signal."""
@@ -77,7 +77,7 @@ class Init:
     def wait(self) -> int:
         """Wait for the end of the command; its status as a shell gives it."""
         _, status = os.waitpid(self.pid, 0)
-        return pasta_init.shell_status(status)
+        return supervisor.shell_status(status)
 
     def abandon(self) -> None:
         """The start failed: the namespace and its processes go, and are gone when this returns."""

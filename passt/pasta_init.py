@@ -1,9 +1,10 @@
-"""The first process of a new PID namespace: prepares it, starts the command, reaps, reports, dies with us.
+"""The first process of a new PID namespace: prepares it, and becomes the supervisor of the command (`supervisor.py`).
 
     pasta                       helper                           init (PID 1)                    command
       | fork ------------------> |
       |                          | unshare, map ids, fork ------> |
       | <-- fds, PID of init --- | exit                           | /proc, host name, ping group
+      |                                                           | exec: the supervisor
       | network ready                                             |
       | START on the pipe --------------------------------------> | fork, exec ------------------> |
       | a signal number ----------------------------------------> | kill ------------------------> |
@@ -13,30 +14,25 @@ Two forks, because unshare(CLONE_NEWPID) applies to children only and forbids th
 calls it must not be pasta, which needs a thread to enter the network namespace, and cannot be PID 1 itself. pasta is
 the subreaper meanwhile, so init becomes its child when the helper ends.
 
-When init ends, the kernel kills everything in its namespace. It ends when the command does, and when pasta does:
-PDEATHSIG kills it, and the pipe, which pasta holds open, reads end of file even before that is set.
-
 Root of the new user namespace has every right over what is executed in there, and may take descriptors out of it
-(pidfd_getfd(2)) and read its memory. Init is a copy of pasta, with the keys of its tables and the layout of its memory.
-So it is not dumpable, which leaves rights over it to the user namespace that pasta was executed in, and has let go of
-all that was open when the command starts.
-
-Signals: PID 1 is not touched by signals that it does not handle, and handles SIGCHLD only. What the terminal sends
-(interrupt, quit, stop) reaches the command directly, because all are in one process group.
+(pidfd_getfd(2)) and read its memory. Init is a copy of pasta, with all that it has open, the keys of its tables and the
+layout of its memory: none of that may be there when the command starts. So it lets go of what is open, and becomes
+another program. Where that cannot be it remains what it is, but not dumpable, which leaves rights over it to the user
+namespace that pasta was executed in (nor can its user enter the namespaces by its PID then; by the command's they can).
 """
 
 from __future__ import annotations
 
-import errno
+import json
 import os
-import select
 import signal
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from . import log
+from . import log, supervisor
 from .linux.syscall import (
     CLONE_NEWIPC,
     CLONE_NEWNET,
@@ -56,12 +52,9 @@ from .linux.syscall import (
     unshare,
 )
 
-START = 0  # on the pipe: start the command; other values are signals for it
 HOST_NAME_MAX = 64
 FD_MAX = 1 << 20  # fs.nr_open: no descriptor is beyond
-EXEC_FAILED = 1
 NAMESPACES = CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWUTS | CLONE_NEWNS
-DEFAULT_PATH = "/bin:/usr/bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +100,12 @@ def _init(command: Command, control: int) -> NoReturn:
         prctl(PR_SET_DUMPABLE, 0)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         _prepare()
-        if os.read(control, 1) == bytes((START,)):
-            _let_go(control)
+        _let_go(control)
+        _become_supervisor(command, control)
+        if os.read(control, 1) == bytes((supervisor.START,)):
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            status = _supervise(command, control)
-    except OSError as e:
+            status = supervisor.supervise(command.file, command.argv, command.env, control)
+    except Exception as e:  # not only OSError: who we have become may not be able to read Python's files
         log.err(f"Failed to set up the namespace of the command: {e}")
     finally:
         os._exit(status)
@@ -145,79 +139,20 @@ def _let_go(control: int) -> None:
     os.closerange(control + 1, FD_MAX)
 
 
-def _supervise(command: Command, control: int) -> int:
-    """Start the command, pass signals on, reap whatever is orphaned; returns what pasta's exit status will be."""
-    wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(wakeup)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    child = os.fork()
-    if child == 0:
-        _execute(command)
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
-    poll.register(wake, select.POLLIN)
-    while True:
-        for fd, _ in poll.poll():
-            if fd == wake:
-                os.read(wake, 512)
-                status = _reap(child)
-                if status is not None:
-                    return status
-                continue
-            numbers = os.read(control, 64)
-            if not numbers:
-                return 1  # pasta is gone
-            for number in numbers:
-                os.kill(child, number)
-
-
-def _reap(child: int) -> int | None:
-    """Collect everything that ended; the status of `child` as a shell gives it, once it is among them."""
-    status = None
-    while True:
-        try:
-            pid, wait_status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return status
-        if pid == 0:
-            return status
-        if pid == child:
-            status = shell_status(wait_status)
-
-
-def shell_status(wait_status: int) -> int:
-    """0..255 as exited, or 128 + the number of the signal."""
-    if os.WIFSIGNALED(wait_status):
-        return 128 + os.WTERMSIG(wait_status)
-    return os.WEXITSTATUS(wait_status)
-
-
-def _execute(command: Command) -> NoReturn:
-    """Become the command. Never returns; a failure is one line on standard error and status 1."""
+def _become_supervisor(command: Command, control: int) -> None:
+    """Execute an interpreter that runs supervisor.py, and nothing else. Returns if who we are may not."""
+    if not os.access(supervisor.__file__, os.R_OK):
+        return
+    words = os.memfd_create("command", 0)
+    with open(words, "wb", closefd=False) as f:
+        f.write(json.dumps([command.file, command.argv, dict(command.env)]).encode())
+    os.lseek(words, 0, os.SEEK_SET)
+    os.set_inheritable(control, True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    argv = [sys.executable, "-I", "-S", supervisor.__file__, str(control), str(words)]
     try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # the latter two are ignored by Python itself
-            signal.signal(number, signal.SIG_DFL)
-        error = _exec(command)
-        text = f"Failed to start command or shell: {command.file}: {error}\n"
-        os.write(2, text.encode(errors="backslashreplace"))
-    finally:
-        os._exit(EXEC_FAILED)
-
-
-def _exec(command: Command) -> str:
-    """execvp(3): search PATH, and give a script without an interpreter line to the shell. Returns why it failed."""
-    directories = [""] if "/" in command.file else command.env.get("PATH", DEFAULT_PATH).split(":")
-    error = errno.ENOENT
-    if not command.file:
-        return os.strerror(error)
-    for directory in directories:
-        path = os.path.join(directory, command.file)
-        try:
-            os.execve(path, list(command.argv), dict(command.env))
-        except OSError as e:
-            if e.errno == errno.ENOEXEC:
-                os.execve("/bin/sh", ["sh", path, *command.argv[1:]], dict(command.env))
-            if e.errno not in (errno.ENOENT, errno.ENOTDIR):
-                error = e.errno or error
-    return os.strerror(error)
+        os.execve(sys.executable, argv, dict(command.env))
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+        os.set_inheritable(control, False)
+        os.close(words)

@@ -21,6 +21,7 @@ LAYERS = {
     "__init__": 0,
     "addr": 0,
     "wire": 0,
+    "supervisor": 0,
     "linux": 1,
     "log": 1,
     "core": 2,

@@ -6,13 +6,15 @@ import errno
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from passt import log, pasta_init
-from passt.pasta_init import Command, login_shell, shell_status
+from passt import log, pasta_init, supervisor
+from passt.pasta_init import Command, login_shell
+from passt.supervisor import shell_status
 
 
 def run(body: Callable[[], int]) -> tuple[int, bytes]:
@@ -37,7 +39,7 @@ def command(*argv: str, **env: str) -> Command:
 
 
 def execute(c: Command) -> tuple[int, bytes]:
-    return run(lambda: pasta_init._execute(c))
+    return run(lambda: supervisor.execute(c.file, c.argv, c.env))
 
 
 # Starting ----------------------------------------------------------------------------------------------------------
@@ -104,7 +106,8 @@ def supervise(script: str, *values: int, close: bool = False) -> tuple[int, byte
     if close:
         os.close(writer)
     try:
-        return run(lambda: pasta_init._supervise(command("sh", "-c", script), reader))
+        c = command("sh", "-c", script)
+        return run(lambda: supervisor.supervise(c.file, c.argv, c.env, reader))
     finally:
         os.close(reader)
         if not close:
@@ -134,9 +137,9 @@ def test_death_of_pasta_ends_it() -> None:
 def test_reap_tells_only_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = [(11, 0), (10, 5 << 8), (12, 9), (0, 0)]
     monkeypatch.setattr(os, "waitpid", lambda pid, options: ended.pop(0))
-    assert pasta_init._reap(10) == 5
+    assert supervisor.reap(10) == 5
     ended[:] = [(11, 0), (0, 0)]
-    assert pasta_init._reap(10) is None
+    assert supervisor.reap(10) is None
 
 
 def test_shell_status() -> None:
@@ -178,14 +181,25 @@ def test_what_cannot_be_prepared_is_a_warning(monkeypatch: pytest.MonkeyPatch) -
     assert len(done) == 1
 
 
+@pytest.mark.parametrize("program", [True, False])
 @pytest.mark.parametrize("start", [True, False])
-def test_init_waits_for_the_start(monkeypatch: pytest.MonkeyPatch, start: bool) -> None:
+def test_init_waits_for_the_start(monkeypatch: pytest.MonkeyPatch, start: bool, program: bool) -> None:
+    """As a program of its own, and where that cannot be executed."""
     monkeypatch.setattr(pasta_init, "_prepare", lambda: None)
-    monkeypatch.setattr(pasta_init, "prctl", lambda *_: None)
-    monkeypatch.setattr(pasta_init, "_supervise", lambda c, fd: 42)
+    if not program:
+        monkeypatch.setattr(sys, "executable", "/no/such/interpreter")
     reader, writer = os.pipe()
     if start:
         os.write(writer, b"\0")
-    os.close(writer)
-    assert run(lambda: pasta_init._init(command("true"), reader))[0] == (42 if start else 1)
-    os.close(reader)
+    else:
+        os.close(writer)  # the death of pasta
+    c = command("sh", "-c", "exit $CODE", CODE="42", BYTES="\udcff")
+    assert run(lambda: pasta_init._init(c, reader)) == ((42, b"") if start else (1, b""))
+    for fd in (reader, writer) if start else (reader,):
+        os.close(fd)
+
+
+def test_what_the_supervisor_may_not_read_is_not_executed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "__file__", "/no/such/file")
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("executed"))
+    pasta_init._become_supervisor(command("true"), -1)

@@ -28,7 +28,7 @@ from typing import IO, Any
 
 from bench.lab import GATEWAY, GATEWAY6, HOST, HOST6, PEER, PEER6
 
-from ..support import DEADLINE, User, environment, wait_for
+from ..support import DEADLINE, User, descendants, environment, wait_for
 
 __all__ = [
     "GATEWAY",
@@ -188,12 +188,12 @@ class Guest(Namespace):
         on_host = ["nsenter", "-t", str(host.pid), *_differing(host.pid), "--"]
         argv = [*on_host, *user.command([*pasta, *options, "--"])]
         super().__init__(argv, user, stderr=self._stderr)
-        self._child = int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[-1])
+        self._agent = descendants(self.process.pid)[-1]
 
     @property
     def pid(self) -> int:
-        """PID of the agent: pasta's child."""
-        return self._child
+        """PID of the agent."""
+        return self._agent
 
     @property
     def daemon(self) -> int:
