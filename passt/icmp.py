@@ -42,7 +42,7 @@ from .core.context import Context
 from .core.flow import GUEST, Endpoints, TableFull
 from .core.fwd import Forwarding
 from .core.idle import IdleFlow, IdleFlows, flow_limit
-from .core.link import F_NEEDS_CSUM, GSO_NONE, VNET
+from .core.link import NO_OFFLOAD
 from .core.reactor import EPOLLERR, EPOLLIN, TYPE_PING, ref_data
 from .linux.calls import calls
 from .linux.sockopt import (
@@ -58,7 +58,6 @@ from .linux.sockopt import (
     setting,
 )
 from .wire import ether, icmp, ip
-from .wire.checksum import pseudo_sum
 from .wire.fragment import fragments
 
 PING_TIMEOUT = 60.0  # s
@@ -390,22 +389,20 @@ class Icmp:
         self._send_reply(sender if group else flow.dst, flow.src, self._mv[:n])
 
     def _send_reply(self, src: bytes, dst: bytes, message: memoryview) -> None:
-        """Frame an echo reply; its checksum is left to the guest's kernel, unless it must be cut into fragments."""
+        """Frame an echo reply, in fragments where it must be. Its checksum is ours to write: a kernel would not where a
+        raw socket takes it, as ping(8)'s of root.
+        """
         ctx = self._ctx
         proto, mtu = icmp.protocol(src), ctx.config.mtu
         ip_header = ip.header(src, dst, proto, len(message))
         ether_header = ether.HEADER.pack(
             ctx.guest.mac, ctx.config.our_mac, ether.TYPE_IPV4 if len(src) == 4 else ether.TYPE_IPV6
         )
+        whole = icmp.complete(src, dst, bytes(message))
         if mtu and len(ip_header) + len(message) > mtu:
             self._ident += 1
-            whole = icmp.complete(src, dst, bytes(message))
             for packet in fragments(src, dst, proto, whole, mtu, self._ident):
                 ctx.link.send_frame(ether_header + packet)
             return
-        start = len(ether_header) + len(ip_header)
-        if len(src) == 16:
-            message[2:4] = pseudo_sum(src, dst, proto, len(message)).to_bytes(2, "big")
-        vnet = VNET.pack(F_NEEDS_CSUM, GSO_NONE, start + icmp.ECHO.size, 0, start, 2)
-        ctx.link.send_payload((vnet + ether_header + ip_header, message))
+        ctx.link.send_payload((NO_OFFLOAD + ether_header + ip_header, whole))
 

@@ -25,7 +25,7 @@ def received(link: FakeLink) -> list[bytes]:
 
 def arrive(vnet: bytes, frame: bytes) -> list[bytes]:
     """One frame, as sent with the vnet header `vnet` (none for a finished frame)."""
-    if not vnet:
+    if not any(vnet):
         return [frame]
     flags, gso, hdr_len, size, start, offset = VNET.unpack(vnet)
     assert flags == F_NEEDS_CSUM

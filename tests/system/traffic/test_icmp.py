@@ -7,7 +7,7 @@ import re
 import pytest
 
 from ..support import User
-from .support import GATEWAY, GATEWAY6, PEER, PEER6, Guest, new_lan, root_user
+from .support import AGENT_PYTHON, GATEWAY, GATEWAY6, PEER, PEER6, Guest, new_lan, root_user
 
 
 @pytest.mark.parametrize("address", [GATEWAY, PEER, GATEWAY6, PEER6])
@@ -17,6 +17,21 @@ def test_ping(guest: Guest, address: str, size: int) -> None:
     assert "3 received, 0% packet loss" in done.stdout
     assert re.findall(r"seq=(\d)", done.stdout) == ["1", "2", "3"]
     assert "DUP" not in done.stdout
+
+
+RAW = """
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+s.settimeout(10)
+s.sendto(bytes.fromhex("0800f7fd00010001"), (sys.argv[1], 0))
+reply = s.recv(100)[20:]
+print(reply[0], int.from_bytes(reply, "big") % 0xFFFF)
+"""
+
+
+def test_checksum_of_a_reply(guest: Guest) -> None:
+    """A raw socket gets it as we wrote it, and ping(8) on one complains of a wrong one."""
+    assert guest.run(AGENT_PYTHON, "-c", RAW, PEER).stdout == "0 0\n"
 
 
 def test_pings_at_once_keep_apart(guest: Guest) -> None:
