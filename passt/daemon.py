@@ -295,15 +295,21 @@ def signals_held() -> Iterator[None]:
 
 
 def run(ctx: Context, end: End, last: Callable[[], None] = lambda: None) -> NoReturn:
-    """Turn the loop, call last(), and end: by _exit(2), since the interpreter's own end is not allowed any more."""
+    """Turn the loop, call last(), and end: by _exit(2), since the interpreter's own end is not allowed any more, also
+    when there is no memory for a message.
+    """
+    status = 1
     try:
-        ctx.reactor.run()
-    except Exception as e:  # what is printed of it otherwise comes from files
-        log.err(f"The loop failed, exiting: {e!r}")
-        end.status = 1
-    last()
-    ctx.reactor.abandon()  # ports are free before anybody can see that we are gone
-    os._exit(end.status)
+        try:
+            ctx.reactor.run()
+        except Exception as e:  # what is printed of it otherwise comes from files
+            end.status = 1
+            log.err(f"The loop failed, exiting: {e!r}")
+        last()
+        ctx.reactor.abandon()  # ports are free before anybody can see that we are gone
+        status = end.status
+    finally:
+        os._exit(status)
 
 
 class End:

@@ -262,7 +262,7 @@ def _change_root(pivot_root_number: int, *, chroot_fallback: bool) -> None:
         if not chroot_fallback:
             raise Fatal(
                 "Couldn't make an empty file system the root: pivot_root(2) can't let go of the root file system that "
-                "is there, as in an initramfs or a chroot: give --chroot-fallback"
+                "is there, as in an initramfs: give --chroot-fallback"
             ) from None
         mount(".", "/", "", MS_MOVE)
         os.chroot(".")
@@ -359,8 +359,9 @@ def namespace_hint(e: OSError) -> str:
         return "a seccomp profile hides the system call, as those of containers do: it has to allow unshare(2)"
     if e.errno == errno.EPERM:
         return (
-            "user namespaces are forbidden to ordinary users: see sysctl kernel.unprivileged_userns_clone and "
-            "kernel.apparmor_restrict_unprivileged_userns, or the container's seccomp profile"
+            "user namespaces are forbidden to ordinary users, and in a chroot: see sysctl "
+            "kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns, or the container's "
+            "seccomp profile"
         )
     if e.errno == errno.EACCES:
         return (

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -444,3 +445,22 @@ def test_no_capture_costs_nothing(ctx: Context) -> None:
     daemon.attach_capture(ctx, link, cast(Any, tap), Options(), None)
     assert link.capture is tap.capture is None
     assert reactor(ctx).at_turn_end == []
+
+
+# The very end ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["run", "last", "abandon"])
+def test_nothing_keeps_it_from_its_end(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory even messages fail; the interpreter's own end is not allowed."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    def body() -> None:
+        monkeypatch.setattr(log, "err", fail)
+        steps = {name: fail if name == where else lambda: None for name in ("run", "abandon")}
+        ctx = SimpleNamespace(reactor=SimpleNamespace(**steps))
+        daemon.run(cast(Any, ctx), cast(Any, SimpleNamespace(status=0)), fail if where == "last" else lambda: None)
+
+    assert in_child(body) == (1, b"")
