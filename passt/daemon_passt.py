@@ -86,7 +86,8 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     decision = conf_net.decide(options, netlink.read_host(), names.current, have_v6=have_v6)
     daemon.raise_descriptor_limit()
     listen_sock.check_limit(decision.config)
-    host = listen_sock.open_side(decision.config, outbound=False, changing=daemon_control.wanted(options))
+    heir, changing = identity.uid if isolation.opens_as_root(identity) else None, daemon_control.wanted(options)
+    host = listen_sock.open_side(decision.config, outbound=False, heir=heir, changing=changing)
     wired = wiring.wire_machine(decision, host)
     daemon.follow_names(wired[0], options, names)
     isolation.become(identity, CAP_SYS_ADMIN)  # not a user namespace, in which root and others would look the same

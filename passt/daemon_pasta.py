@@ -129,8 +129,9 @@ def build(
     daemon.raise_descriptor_limit()
     listen_sock.check_limit(config)
     changing = daemon_control.wanted(options)
-    host = listen_sock.open_side(config, outbound=False, changing=changing)
     root = isolation.opens_as_root(identity)
+    heir = identity.uid if root else None
+    host = listen_sock.open_side(config, outbound=False, heir=heir, changing=changing)
     if not root:
         isolation.become(identity)
         pasta.join_userns(target)
@@ -139,7 +140,8 @@ def build(
         decision = replace(decision, plan=interface.plan)
     ns = listen_sock.NOTHING
     if (changing and target.netns >= 0) or any(rule.outbound or rule.auto for rule in config.forwards):
-        ns = pasta.inside(target, partial(listen_sock.open_side, config, outbound=True, changing=changing))
+        open_side = partial(listen_sock.open_side, config, outbound=True, heir=heir, changing=changing)
+        ns = pasta.inside(target, open_side)
     if root:
         entered_later = target.netns >= 0 and target.init is None
         isolation.become(identity, *(isolation.KEPT_CAPABILITIES if entered_later else ()))

@@ -17,7 +17,8 @@ exclusions) take what they get, which must be something.
 TCP sockets pass their options on to what they accept, so those of a connection are set here (`tcp_sock.py`). On Linux
 all options are passed on but SO_PRIORITY.
 
-UDP sockets do without SO_REUSEADDR, or the same port could be had twice. They tell where a datagram was sent to.
+UDP sockets do without SO_REUSEADDR and SO_REUSEPORT, or the same port could be had twice. They tell where a datagram
+was sent to.
 """
 
 from __future__ import annotations
@@ -100,11 +101,11 @@ class Failure:
 # All ports of one side ---------------------------------------------------------------------------------------------
 
 
-def open_side(config: Config, outbound: bool, *, changing: bool = False) -> Side:
+def open_side(config: Config, outbound: bool, *, heir: int | None = None, changing: bool = False) -> Side:
     """All that must be there from the start on the side where outbound, or inbound, rules listen.
 
-    `changing`: rules may come later, and automatic ones where tables of what is bound can be had. In the network
-    namespace of the calling thread. Raises Fatal, with nothing left open.
+    `heir`: the UID that root is going to have. `changing`: rules may come later, and automatic ones where tables of
+    what is bound can be had. In the network namespace of the calling thread. Raises Fatal, with nothing left open.
     """
     rules = [rule for rule in config.forwards if rule.outbound == outbound]
     for rule in rules:
@@ -114,6 +115,8 @@ def open_side(config: Config, outbound: bool, *, changing: bool = False) -> Side
     try:
         _open_firm(config, [rule for rule in fixed if not rule.weak], listeners)
         _open_weak(config, [rule for rule in fixed if rule.weak], listeners)
+        if heir is not None:
+            _give(listeners, heir)
         scanned = any(rule.auto and rule.outbound != outbound for rule in config.forwards)
         tables = _open_tables() if scanned else None
         if changing:
@@ -125,6 +128,15 @@ def open_side(config: Config, outbound: bool, *, changing: bool = False) -> Side
         for listener in listeners:
             listener.sock.close()
         raise
+
+
+def _give(listeners: Iterable[Listener], uid: int) -> None:
+    """UDP: only sockets of one user share a port, and those of clients will be of `uid` (`udp_sock.py`)."""
+    for listener in [listener for listener in listeners if listener.rule.proto != PROTO_TCP]:
+        try:
+            os.fchown(listener.fd, uid, -1)
+        except OSError as e:
+            raise Fatal(f"Couldn't give UDP port {listener.port} to UID {uid}: {e.strerror} (CAP_CHOWN)") from None
 
 
 def _open_tables() -> PortTables:

@@ -7,9 +7,22 @@
     open_client          the address and port of a listener    the client that wrote there
                          that the client's datagram went to
 
-SO_REUSEADDR, because a guest or a client talks to many peers from one port, and many clients write to one listener, and
-each pair is a socket of ours. The listener itself has the option off, so that nobody else on the system can take part
-of its traffic; it is on only while a client's socket is bound beside it.
+A guest or a client talks to many peers from one port, and many clients write to one listener, and each pair is a socket
+of ours. Sockets share a port if all have SO_REUSEADDR, which anybody may set, or all have SO_REUSEPORT and belong to
+the same user. So:
+
+    socket                          SO_REUSEADDR                     SO_REUSEPORT
+    ------------------------------  -------------------------------  -----------------------------------------------
+    towards a host or a server      off                              on
+    listener                        off                              while a client's socket is bound beside it
+    client's, listener anywhere     on: whoever wants the port       while it is bound
+                                    meets the listener, too
+    client's, listener at an        off: the guest's own flows from  on
+    address                         there have other addresses
+
+The user is who we were when the socket was opened, so listeners that root opens are given to whom it becomes
+(`listen_sock.open_side`). Not even that user's other programs have part of the traffic of a port that is forwarded at
+all addresses, but for the moment in which a client's socket is bound.
 
 A socket that is bound and not yet connected gets what anybody sends to its port. Towards a host or a server that is
 nothing that was meant for us, and thrown away. Beside a listener it is the listener's traffic: first datagrams of
@@ -45,6 +58,7 @@ SIZE_MAX = 65535  # of a datagram
 BUSY_PORT = frozenset((errno.EACCES, errno.EADDRINUSE))
 
 _SEGMENT = Struct("=H")
+_SHARED = socket.SOL_SOCKET, socket.SO_REUSEPORT
 
 Letter = tuple["Client", bytes]  # a datagram that came to another socket
 
@@ -57,6 +71,7 @@ CALLS = (
                 socket.SO_RCVBUF,
                 socket.SO_SNDBUF,
                 socket.SO_REUSEADDR,
+                socket.SO_REUSEPORT,
                 socket.SO_BROADCAST,
                 socket.SO_BINDTODEVICE,
             )
@@ -150,19 +165,20 @@ def _prepare(sock: Any, v6: bool, interface: str | None) -> None:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     if interface is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def _bind(sock: Any, wanted: SockAddr, any_port: SockAddr) -> None:
     """Bind the port wanted, or any if the system keeps that one for others: better another port than no traffic."""
-    try:
-        sock.bind(wanted)
-    except OSError as e:
-        if e.errno not in BUSY_PORT:
-            raise
-        # With the option on, the kernel would share its pick with whoever allows that too.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-        sock.bind(any_port)
+    if wanted != any_port:
+        try:
+            sock.setsockopt(*_SHARED, 1)
+            sock.bind(wanted)
+            return
+        except OSError as e:
+            if e.errno not in BUSY_PORT:
+                raise
+            sock.setsockopt(*_SHARED, 0)  # or the kernel's pick might be the port of another socket of ours
+    sock.bind(any_port)
 
 
 def _connect(sock: Any, target: SockAddr) -> None:
@@ -212,10 +228,13 @@ def open_client(make: Callable[[], Any], client: Client, letters: list[Letter]) 
 
 
 def _bind_beside(sock: Any, client: Client) -> None:
-    """Bind to the port that the listener has, which shares it for the moment."""
+    """Bind to the port that the listener has, which shares it with our user's sockets for the moment."""
     listener = client.listener
     here = client.sockaddr(client.local, listener.port)
-    listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    anywhere = listener.rule.addr is None or addr.is_unspecified(listener.rule.addr)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, anywhere)
+    sock.setsockopt(*_SHARED, 1)
+    listener.sock.setsockopt(*_SHARED, 1)
     try:
         try:
             sock.bind(here)
@@ -226,7 +245,9 @@ def _bind_beside(sock: Any, client: Client) -> None:
             sock.setsockopt(*freebind(addr.family(client.local)), 1)
             sock.bind(here)
     finally:
-        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        listener.sock.setsockopt(*_SHARED, 0)
+    if anywhere:
+        sock.setsockopt(*_SHARED, 0)
 
 
 class Shared:

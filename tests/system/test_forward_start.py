@@ -81,7 +81,6 @@ class Place:
         with self.sock(kind=kind) as s:
             if kind == socket.SOCK_STREAM:
                 return s.connect_ex(("127.0.0.1", port)) != errno.ECONNREFUSED  # it may reset us at once
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # flows have it, too, and are no listeners
             try:
                 s.bind(("127.0.0.1", port))
             except OSError:

@@ -119,6 +119,7 @@ def test_what_is_opened(
         assert type(sock) is socket.SocketType
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == (proto == PROTO_TCP)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) == (proto == PROTO_TCP)
+        assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
 
 
 class FamilyOff:
@@ -282,6 +283,28 @@ def test_only_the_rules_of_the_side(sides: Sides) -> None:
     forwards = (rule(first, first + 1), rule(first + 2, outbound=True), rule(first + 3, auto=True, weak=True))
     assert sides(*forwards) == [first, first + 1]
     assert sides(*forwards, outbound=True) == [first + 2, first + 2]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_udp_ports_are_given_to_whom_we_become() -> None:
+    first = free_ports(2)
+    config = replace(CONFIG, forwards=(rule(first), rule(first + 1, proto=PROTO_UDP)))
+    for uid in (65534, None):
+        opened = open_side(config, False, heir=uid).listeners
+        assert [os.fstat(listener.fd).st_uid for listener in opened] == [0, uid or 0]
+        for listener in opened:
+            listener.sock.close()
+
+
+def test_a_udp_port_that_cannot_be_given_to_anybody(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    config, before = replace(CONFIG, forwards=(rule(port, proto=PROTO_UDP),)), os.listdir("/proc/self/fd")
+    with pytest.raises(Fatal, match=rf"^Couldn't give UDP port {port} to UID 99: .* \(CAP_CHOWN\)$"):
+        open_side(config, False, heir=99)
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("outbound", [False, True])

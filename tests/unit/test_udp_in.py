@@ -18,7 +18,7 @@ from passt import addr, udp_in, udp_sock
 from passt.core import nspool
 from passt.core.context import Guest
 from passt.core.fwd import Forwarding
-from passt.core.rules import Listener, Rule
+from passt.core.rules import Rule
 from passt.linux.mmsg import COUNT
 from passt.udp_in import refuse
 from passt.udp_sock import Client
@@ -26,7 +26,7 @@ from passt.udp_sock import Client
 from .offload import received
 from .oracle import recomputed
 from .support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, T0, reactor, timers
-from .udp_support import Between, Lab, host_of, labs, port_of, unprivileged
+from .udp_support import REUSE, Between, Lab, host_of, labs, port_of, second_bind, unprivileged
 
 Start = Callable[..., Lab]
 TO = 7777  # the guest's port
@@ -422,7 +422,7 @@ def test_the_guest_is_seen_with_the_port_that_leads_to_it(local: Start, bound: s
         lab.turn()
         assert payloads(lab) == [b"hello yourself"]
     assert lab.ctx.flows.count == 2
-    assert not listener.sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    assert not listener.sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
     newcomer = lab.client(listener, host)
     newcomer.send(b"?")
     lab.turn()
@@ -706,21 +706,14 @@ def test_no_gateway_to_stand_for_the_host(local: Start) -> None:
 # Life ----------------------------------------------------------------------------------------------------------------
 
 
-def second_bind(listener: Listener, host: str = "") -> None:
-    """Somebody else who would like to share the listener's port."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind((host, listener.port))
-
-
 def test_the_port_belongs_to_the_listener(start: Start) -> None:
     lab = start()
     listener = lab.listen("0.0.0.0")
     for _ in range(3):
         for host in ("", "127.0.0.1", "127.0.0.8"):
-            with pytest.raises(OSError, match="in use"):
-                second_bind(listener, host)
-        assert not listener.sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+            for options in REUSE:
+                with pytest.raises(OSError, match="in use"):
+                    second_bind((host, listener.port), options)
         lab.client(listener).send(b"?")
         lab.turn()
 

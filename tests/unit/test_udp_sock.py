@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -21,9 +23,10 @@ from passt.udp_sock import BUFFER_FIRST, STRANGERS_MAX, Client, Shared, open_cli
 from passt.wire.checksum import PROTO_UDP
 
 from .support import CONFIG, GUEST4, IP4, make_context
-from .udp_support import Between, PlainSockets
+from .udp_support import REUSE, Between, PlainSockets, second_bind
 
 PEER4 = addr.packed("198.51.100.9")
+ANOTHER = 54321  # a user's number
 
 
 @pytest.fixture
@@ -78,6 +81,33 @@ def test_one_guest_port_to_several_peers(server: socket.socket) -> None:
             other.sendto(b"to b", ("127.0.0.1", port))
             server.sendto(b"to a", ("127.0.0.1", port))
             assert (a.recv(10), b.recv(10)) == (b"to a", b"to b")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+def test_no_other_user_gets_at_a_flows_port(server: socket.socket) -> None:
+    with open_socket(FWD, addr.LOOPBACK4, free_port(), port_of(server)) as s:
+        for options in REUSE:
+            for host in ("", "127.0.0.1"):
+                with pytest.raises(OSError, match="in use"):
+                    second_bind((host, port_of(s)), options, uid=ANOTHER)
+
+
+def test_a_port_of_the_kernels_choice_is_shared_with_nobody(server: socket.socket) -> None:
+    with open_socket(FWD, addr.LOOPBACK4, 0, port_of(server)) as s:
+        for options in REUSE:
+            with pytest.raises(OSError, match="in use"):
+                second_bind(("", port_of(s)), options)
+
+
+@pytest.mark.parametrize("option", [socket.SO_REUSEADDR, socket.SO_REUSEPORT])
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+def test_a_port_that_another_user_would_share_is_replaced(server: socket.socket, option: int) -> None:
+    with plain() as holder:
+        os.fchown(holder.fileno(), ANOTHER, -1)
+        holder.setsockopt(socket.SOL_SOCKET, option, 1)
+        holder.bind(("", 0))
+        with open_socket(FWD, addr.LOOPBACK4, port_of(holder), port_of(server)) as s:
+            assert port_of(s) not in (0, port_of(holder))
 
 
 def test_a_port_that_others_have_is_replaced(server: socket.socket) -> None:
@@ -218,8 +248,12 @@ def plain() -> socket.socket:
     return socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
 
-def reusable(s: socket.socket) -> bool:
-    return bool(s.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR))
+def shares(s: socket.socket) -> tuple[bool, bool]:
+    """SO_REUSEADDR, SO_REUSEPORT."""
+    return tuple(bool(s.getsockopt(socket.SOL_SOCKET, option)) for option in REUSE[-1])  # type: ignore[return-value]
+
+
+ALONE = False, False
 
 
 def test_a_clients_socket(listener: Listener, peer: socket.socket) -> None:
@@ -227,7 +261,7 @@ def test_a_clients_socket(listener: Listener, peer: socket.socket) -> None:
     with open_client(plain, client_of(listener, peer), letters) as s:
         assert s.getsockname() == ("127.0.0.5", listener.port)
         assert s.getpeername() == peer.getsockname()
-        assert reusable(s) and not reusable(listener.sock)
+        assert shares(s) == (True, False) and shares(listener.sock) == ALONE
         assert s.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > 2 * BUFFER_FIRST
         assert s.getsockopt(socket.IPPROTO_IP, 11) == 1
         peer.sendto(b"?", s.getsockname())
@@ -244,15 +278,85 @@ def test_clients_share_the_port_with_each_other_and_nobody_else(listener: Listen
             open_client(plain, client_of(listener, peer), []) as a,
             open_client(plain, client_of(listener, other), []) as b,
             open_client(plain, client_of(listener, peer, "127.0.0.6"), []) as c,
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as thief,
         ):
             for sender, where, receiver in ((peer, "127.0.0.5", a), (other, "127.0.0.5", b), (peer, "127.0.0.6", c)):
                 sender.sendto(b"x", (where, listener.port))
                 assert receiver.recv(9) == b"x"
-            thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             for host in ("", "127.0.0.5", "127.0.0.7"):
-                with pytest.raises(OSError, match="in use"):
-                    thief.bind((host, listener.port))
+                for options in REUSE:
+                    with pytest.raises(OSError, match="in use"):
+                        second_bind((host, listener.port), options)
+
+
+@pytest.fixture
+def listener_at() -> Iterator[Listener]:
+    """On 127.0.0.5 only."""
+    with plain() as s:
+        s.bind(("127.0.0.5", 0))
+        rule = Rule("-u", PROTO_UDP, False, port_of(s), port_of(s), 53, addr=addr.packed("127.0.0.5"))
+        yield Listener(rule, port_of(s), s)
+
+
+@pytest.mark.parametrize("which", ["listener", "listener_at"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+def test_no_other_user_gets_in_while_a_client_is_bound(
+    which: str, peer: socket.socket, request: pytest.FixtureRequest
+) -> None:
+    """Neither before nor after bind(), when the listener shares its port."""
+    listener: Listener = request.getfixturevalue(which)
+    attempts = []
+
+    class Watched(socket.socket):
+        def bind(self, address: Any) -> None:
+            self.others_try()
+            super().bind(address)
+            self.others_try()
+
+        def others_try(self) -> None:
+            for options in REUSE:
+                for host in ("", "127.0.0.5"):
+                    attempts.append(host)
+                    with pytest.raises(OSError, match="in use"):
+                        second_bind((host, listener.port), options, uid=ANOTHER)
+
+    make = partial(Watched, socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    with open_client(make, client_of(listener, peer), []) as s:
+        s.others_try()
+    assert len(attempts) == 24
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+def test_the_guests_own_flows_from_the_port_of_a_listener_at_an_address(
+    listener_at: Listener, server: socket.socket, peer: socket.socket
+) -> None:
+    """They are where the listener is not, and do not see to it that others have to stay away."""
+    theirs = Client(listener_at, addr.LOOPBACK4, port_of(server), addr.ANY4)
+    with (
+        open_client(plain, client_of(listener_at, peer), []) as a,
+        open_client(plain, theirs, []) as b,
+        open_client(plain, theirs._replace(peer=addr.packed("127.0.0.77")), []) as c,
+    ):
+        assert shares(a) == shares(b) == (False, True)
+        assert b.getsockname() == c.getsockname() == ("127.0.0.1", listener_at.port)
+        for options in REUSE:
+            with pytest.raises(OSError, match="in use"):
+                second_bind(("127.0.0.1", listener_at.port), options, uid=ANOTHER)
+
+
+@pytest.mark.parametrize("which", ["listener", "listener_at"])
+def test_each_client_has_its_socket_and_who_is_new_has_the_listener(which: str, request: pytest.FixtureRequest) -> None:
+    """Whatever the kernel would balance among sockets that share a port."""
+    listener: Listener = request.getfixturevalue(which)
+    where = "127.0.0.5", listener.port
+    with ExitStack() as stack:
+        peers = [stack.enter_context(plain()) for _ in range(40)]
+        for sock in peers:
+            sock.bind(("127.0.0.9", 0))
+        socks = [stack.enter_context(open_client(plain, client_of(listener, p), [])) for p in peers[:20]]
+        for i, sock in enumerate(peers):
+            sock.sendto(b"%d" % i, where)
+        assert [s.recv(9) for s in socks] == [b"%d" % i for i in range(20)]
+        assert [listener.sock.recv(9) for _ in range(20)] == [b"%d" % i for i in range(20, 40)]
 
 
 def test_a_client_of_ipv4_beside_a_dual_stack_listener(peer: socket.socket) -> None:
@@ -263,7 +367,7 @@ def test_a_client_of_ipv4_beside_a_dual_stack_listener(peer: socket.socket) -> N
         with open_client(plain, client_of(listener, peer), []) as a:
             peer.sendto(b"?", ("127.0.0.5", listener.port))
             assert a.recv(9) == b"?"
-        assert not reusable(s)
+        assert shares(s) == ALONE
 
 
 def test_somebody_else_has_the_address(listener: Listener, peer: socket.socket) -> None:
@@ -280,7 +384,7 @@ def test_somebody_else_has_the_address(listener: Listener, peer: socket.socket) 
         listener.sock = mine
         with pytest.raises(OSError, match="in use"):
             open_client(make, client_of(listener, peer), [])
-        assert not reusable(mine)
+        assert shares(mine) == ALONE
     assert [s.fileno() for s in made] == [-1]
 
 
@@ -363,7 +467,7 @@ def test_an_address_that_is_on_no_interface(
     make = partial(Journal, addr.family(a), socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     open_client(make, Client(listener, a, 9, a), []).close()
     assert [b[0] for b in journal.bound] == [local, local]
-    assert not reusable(listener.sock)
+    assert shares(listener.sock) == ALONE
 
 
 def test_the_rules_interface(journal: type[Journal], listener: Listener, peer: socket.socket) -> None:
@@ -404,7 +508,7 @@ def test_a_port_that_must_not_be_bound_is_shared(listener: Listener, peer: socke
 
     shared = open_client(make, client_of(listener, peer), [])
     assert isinstance(shared, Shared)
-    assert (made[0].fileno(), shared.fileno(), reusable(listener.sock)) == (-1, -1, False)
+    assert (made[0].fileno(), shared.fileno(), shares(listener.sock)) == (-1, -1, ALONE)
     assert read_errors(cast(Any, shared)) == []
     shared.send(b"!")
     assert peer.recvfrom(9) == (b"!", ("127.0.0.5", listener.port))

@@ -272,7 +272,7 @@ def test_a_socket_never_talks_to_itself(start: Start) -> None:
     lab = start()
     client = lab.socket("127.0.0.1", "127.0.0.9")
     listener = lab.listen(to=port_of(client), target=host_of(client))
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     client.connect(("127.0.0.1", listener.port))
     client.send(b"?")
     lab.turn()

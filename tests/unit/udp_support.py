@@ -26,6 +26,22 @@ from passt.wire.checksum import PROTO_UDP
 from .support import T0, link, make_context, reactor, timers
 
 PATIENCE = 5.0  # s
+# Options by which a port might be shared
+REUSE: tuple[tuple[int, ...], ...] = (
+    (),
+    (socket.SO_REUSEADDR,),
+    (socket.SO_REUSEPORT,),
+    (socket.SO_REUSEADDR, socket.SO_REUSEPORT),
+)
+
+
+def second_bind(where: tuple[str, int], options: tuple[int, ...], uid: int = -1) -> None:
+    """Somebody else, who may be another user, would like to have a port that we have. Raises OSError."""
+    with socket.socket(socket.AF_INET6 if ":" in where[0] else socket.AF_INET, socket.SOCK_DGRAM) as s:
+        os.fchown(s.fileno(), uid, -1)
+        for option in options:
+            s.setsockopt(socket.SOL_SOCKET, option, 1)
+        s.bind(where)
 
 
 class PlainSockets:
@@ -83,7 +99,7 @@ class Lab:
     def client(self, listener: Listener, to: str = "127.0.0.1", source: str = "", port: int = 0) -> socket.socket:
         """A socket connected to a listener's port at address `to`. Its own port can be had on the other side, too."""
         sock = self.socket(to, source, port)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.connect((to, listener.port))
         return sock
 
