@@ -13,6 +13,7 @@ What a client can do to others is bounded:
     limit                              consequence
     ---------------------------------  -------------------------------------------------------------------------------
     CLIENTS_MAX clients                the next one is told so, and cut off
+    no descriptor left                 likewise (`core/spare.py`)
     Dialect.request_max bytes          a longer request is told so, and the client cut off
     REQUESTS of a client in a turn     the rest has its turn when others had theirs: traffic, too
     OUTPUT_MAX bytes not taken         nothing more is made or read before they are taken
@@ -29,12 +30,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from . import log
 from .core.context import Context
 from .core.nspool import new_socket
 from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_CONTROL, TYPE_CONTROL_LISTEN, ref_data
+from .core.spare import Spare
 from .linux import unix
 from .linux.calls import calls
 from .linux.syscall import accept
@@ -46,7 +49,6 @@ OUTPUT_MAX = 65536  # bytes
 OUTPUT_TURN = 1 << 18  # bytes sent to one client in one turn
 REQUEST_TIME = 10.0  # s
 IDLE_TIME = 60.0  # s
-REST = 0.1  # s that a listener is left alone after accept(2) has failed
 
 CALLS = calls("accept4", "recvfrom", "sendto", "close")
 
@@ -139,7 +141,7 @@ class Control:
         self._users = users
         self._clients: list[Client | None] = [None] * CLIENTS_MAX
         self._ready: dict[int, Client] = {}  # those who have an event in this turn
-        self._resting = False
+        self._spare = Spare(ctx)
         self._timer = ctx.timers.services.new(self._expire)
         self._next = 0.0  # when the timer fires; 0 while it is not armed
         ctx.reactor.handle(TYPE_CONTROL_LISTEN, self._accept)
@@ -154,6 +156,7 @@ class Control:
                 self._drop(i, client)
         for listening, _ in self._sockets:
             self._ctx.reactor.retire(listening.sock.fileno(), listening.sock)
+        self._spare.close()
 
     # Coming ----------------------------------------------------------------------------------------------------------
 
@@ -163,9 +166,9 @@ class Control:
             fd, _, _ = accept(listening.sock.fileno())
         except BlockingIOError:
             return  # it has gone again
-        except OSError as e:  # no descriptor, no memory: it would be reported for ever
+        except OSError as e:
             log.warn_ratelimited("control", f"Couldn't accept a client of the control socket: {e.strerror}", now)
-            self._rest(now)
+            self._spare.accept_failed(listening.sock.fileno(), e, now, partial(self._no_descriptor, dialect))
             return
         sock: Any = new_socket(socket.AF_UNIX, _TYPE, 0, fd)
         why = self._reject(sock, now)
@@ -174,12 +177,16 @@ class Control:
             self._ctx.drops["control: too many clients"] += 1
             why = f"there are {CLIENTS_MAX} clients already"
         if why:
-            _tell(sock, dialect.refusal(why))
-            sock.close()
+            _turn_away(sock, dialect, why)
             return
         client = self._clients[free] = Client(sock, dialect, now)
         self._ctx.reactor.watch(fd, TYPE_CONTROL, free, EPOLLIN)
         self._arm(client.deadline)
+
+    def _no_descriptor(self, dialect: Dialect, fd: int) -> None:
+        """There is none for a client, but for as long as it takes to say so."""
+        self._ctx.drops["control: no descriptor"] += 1
+        _turn_away(new_socket(socket.AF_UNIX, _TYPE, 0, fd), dialect, "there is no descriptor left")
 
     def _reject(self, sock: Any, now: float) -> str:
         """Why the client of a new connection may not speak; empty if it may."""
@@ -196,12 +203,6 @@ class Control:
         text = f"Client of the control socket, UID {uid}, PID {pid}: not allowed"
         log.info_ratelimited("control peer", text, now)
         return f"user {uid} may not speak here: {why}"
-
-    def _rest(self, now: float) -> None:
-        self._resting = True
-        for listening, _ in self._sockets:
-            self._ctx.reactor.change(listening.sock.fileno(), 0)
-        self._arm(now + REST)
 
     # Speaking --------------------------------------------------------------------------------------------------------
 
@@ -308,18 +309,19 @@ class Control:
             self._ctx.timers.services.arm(self._timer, deadline)
 
     def _expire(self, now: float) -> None:
-        """Cut off who takes too long; listen again after a rest."""
+        """Cut off who takes too long."""
         self._next = 0.0
-        if self._resting:
-            self._resting = False
-            for listening, _ in self._sockets:
-                self._ctx.reactor.change(listening.sock.fileno(), EPOLLIN)
         for i, client in enumerate(self._clients):
             if client is not None and client.deadline <= now:
                 self._ctx.drops["control: too slow"] += 1
                 self._drop(i, client)
             elif client is not None:
                 self._arm(client.deadline)
+
+
+def _turn_away(sock: Any, dialect: Dialect, why: str) -> None:
+    _tell(sock, dialect.refusal(why))
+    sock.close()
 
 
 def _tell(sock: Any, line: bytes) -> None:

@@ -14,19 +14,12 @@ accepted as a socket of the C type, non-blocking, and belongs to whom it is give
 An accept(2) in vain costs nearly as much as one that succeeds, so the number of them per event follows how many
 connections waited last time; what is left over is reported by epoll again, after others had their turn.
 
-Out of descriptors (EMFILE, ENFILE). The connection would stay in the queue and be reported for ever, so a spare
-descriptor is given up for as long as it takes to accept it and reset it. Where even that fails, and after a fault in
-a handler, the listener rests for a moment: no event can make us spin.
-
-    time     condition                                        consequence
-    -------  -----------------------------------------------  ------------------------------
-    100 ms   no spare descriptor, no memory, or a fault       the listener is watched again
+Out of descriptors, a connection is accepted with a spare one and reset; where even that fails, and after a fault in a
+handler, the listener rests for a moment (`core/spare.py`).
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
 import time
 from collections import Counter
@@ -39,9 +32,10 @@ from .core.idle import NO_DESCRIPTORS
 from .core.nspool import new_socket
 from .core.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from .core.rules import Listener, Rule
+from .core.spare import Spare
 from .linux.calls import calls
 from .linux.netns import Namespace
-from .linux.syscall import accept, timerfd_create
+from .linux.syscall import accept
 from .listen_sock import Failure, Wanted, open_ports
 from .tcp_sock import reset
 from .wire.checksum import PROTO_TCP
@@ -53,12 +47,8 @@ if TYPE_CHECKING:
 
 BUDGET_MAX = 16  # connections accepted for one event, so that established ones get their turn
 PATIENCE = 8  # events that use up the budget before it doubles
-REST = 0.1  # s
 
 _TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # accept4(2) has made it so; this tells the object
-# The queue is as it was, and the next attempt will fail, too; all other errors are about one connection, now gone
-_STUCK = frozenset((errno.ENOMEM, errno.ENOBUFS))
-_DEFECTS = frozenset((errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK))
 
 CALLS = calls("accept4")
 
@@ -85,9 +75,7 @@ class Listeners:
         self._held: Counter[tuple[int, bool, int]] = Counter()  # sockets by protocol, direction and port
         self._budget = 1
         self._streak = 0
-        self._resting: list[Listener] = []
-        self._timer = ctx.timers.services.new(self._resume)
-        self._spare = _spare_descriptor()
+        self._spare = Spare(ctx)
         ctx.reactor.handle(TYPE_LISTEN, self.sock_handler)
         ctx.stats.gauges["listeners"] = lambda: len(self._by_index) - len(self._free)
         for listener in opened:
@@ -164,6 +152,7 @@ class Listeners:
             for listener in listeners:
                 self._by_index[listener.index] = None
                 self._free.append(listener.index)
+                self._spare.forget(listener.fd)
                 self._ctx.reactor.retire(listener.fd, listener.sock)
             self._held[held] -= len(listeners)
             if not self._held[held]:
@@ -205,11 +194,9 @@ class Listeners:
         """Stop listening everywhere."""
         for listener in filter(None, self._by_index):
             self._ctx.reactor.retire(listener.fd, listener.sock)
-        for held in (self._by_index, self._by_rule, self._held, self._free, self._resting):
+        for held in (self._by_index, self._by_rule, self._held, self._free):
             held.clear()
-        if self._spare >= 0:
-            os.close(self._spare)
-            self._spare = -1
+        self._spare.close()
 
     def _watch(self, listener: Listener) -> None:
         """Raises OSError, with nothing changed."""
@@ -269,62 +256,25 @@ class Listeners:
             reset(sock)
 
     def _accept_failed(self, listener: Listener, e: OSError, now: float) -> None:
-        if e.errno in _DEFECTS:
-            raise e
+        """Raises BlockingIOError if the listener rests."""
         if e.errno in NO_DESCRIPTORS:
-            self._refuse(listener, e, now)
-        elif e.errno in _STUCK:
-            self._rest(listener, now)
-            raise BlockingIOError
+            log.warn_ratelimited("listen", f"Refusing connections to port {listener.port}: {e.strerror}", now)
         elif log.debug_on:
             log.debug(f"Port {listener.port}: accept: {e.strerror}")
+        if not self._spare.accept_failed(listener.fd, e, now, self._refuse):
+            raise BlockingIOError
 
-    def _refuse(self, listener: Listener, e: OSError, now: float) -> None:
-        """Accept a connection with the spare descriptor, and reset it."""
-        log.warn_ratelimited("listen", f"Refusing connections to port {listener.port}: {e.strerror}", now)
-        if self._spare >= 0:
-            os.close(self._spare)
-        try:
-            fd, _, _ = accept(listener.fd)
-        except OSError:  # the descriptor went to somebody else, or the client has gone
-            self._rest(listener, now)
-            raise BlockingIOError from None
-        else:
-            reset(new_socket(socket.AF_INET, _TYPE, 0, fd))
-            self._ctx.drops["listen: no descriptor"] += 1
-        finally:
-            self._spare = _spare_descriptor()
-
-    # Rest ------------------------------------------------------------------------------------------------------------
+    def _refuse(self, fd: int) -> None:
+        reset(new_socket(socket.AF_INET, _TYPE, 0, fd))
+        self._ctx.drops["listen: no descriptor"] += 1
 
     def fault(self, ref: int) -> None:
         """Handling an event failed. What it was about is not known; the listener stays."""
         listener = self._by_index[ref_data(ref)]
         if listener is not None:
-            self._rest(listener, time.monotonic())
-
-    def _rest(self, listener: Listener, now: float) -> None:
-        """Do not look at a listener for a moment."""
-        self._ctx.reactor.change(listener.fd, 0)
-        if not self._resting:
-            self._ctx.timers.services.arm(self._timer, now + REST)
-        self._resting.append(listener)
-
-    def _resume(self, now: float) -> None:
-        for listener in self._resting:
-            if self._by_index[listener.index] is listener:
-                self._ctx.reactor.change(listener.fd, EPOLLIN)
-        self._resting.clear()
+            self._spare.rest(listener.fd, time.monotonic())
 
 
 def _moves(listener: Listener, heir: Rule) -> bool:
     """Whether its port leads elsewhere once it is one of `heir`."""
     return (listener.rule.target, listener.to) != (heir.target, heir.target_port(listener.port))
-
-
-def _spare_descriptor() -> int:
-    """The cheapest descriptor that there is; -1 if none can be had."""
-    try:
-        return timerfd_create()
-    except OSError:
-        return -1

@@ -206,16 +206,19 @@ def check_limit(config: Config) -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return
-    families = (config.ip4 is not None) + (config.ip6 is not None)
-    sizes = [
-        (len(rule.ports) * (families if rule.outbound else 1), rule.option) for rule in config.forwards if not rule.auto
-    ]
+    sizes = [(len(rule.ports) * sockets(config, rule), rule.option) for rule in config.forwards if not rule.auto]
     needed = sum(n for n, _ in sizes) + len(os.listdir("/proc/self/fd")) + RESERVE
     if sizes and needed > limit:
         raise Fatal(
             f"Can't open enough sockets for port specifier: {max(sizes)[1]} "
             f"(needs {needed} descriptors, the limit is {limit}: raise ulimit -Hn)"
         )
+
+
+def sockets(config: Config, rule: Rule) -> int:
+    """How many a port of `rule` takes, at most."""
+    both = config.ip4 is not None and config.ip6 is not None
+    return 2 if both and rule.outbound and rule.addr is None else 1
 
 
 def describe(failed: Sequence[Failure]) -> list[str]:

@@ -5,6 +5,7 @@
     waiting     a client connects                       it is the guest
     serving     another client connects                 accepted and closed at once, unless the guest is gone already:
                                                         then what is left of it is read first, and this one is the next
+    any         a client connects, no descriptor left   accepted with a spare one, and closed at once (`core/spare.py`)
     serving     the guest's socket closes, fails,       its flows end, what was observed of it is forgotten; waiting
                 or its framing makes no sense           again, or the end with --one-off and --fd
 
@@ -13,6 +14,7 @@ The socket is made in the file system by `linux/unix.py`: with mode 0700, over w
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING
 from . import PASST, log
 from .core.context import Context
 from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
+from .core.spare import Spare
 from .linux import unix
 from .linux.calls import calls
 from .linux.sockopt import setting
@@ -40,7 +43,7 @@ SEND_BUFFER = 4 << 20  # bytes asked for; net.core.wmem_max decides
 
 CALLS = (
     *setting((socket.SOL_SOCKET, socket.SO_SNDBUF), mode=PASST),
-    *calls("accept4", "sendto", mode=PASST),
+    *calls("accept4", "sendto", "close", mode=PASST),
 )
 
 
@@ -102,19 +105,25 @@ class Clients:
         link.on_error = lambda e: self.gone(failure(e))
         ctx.reactor.handle(TYPE_GUEST, self._handle)
         if listener is not None:
+            self._spare = Spare(ctx)
             ctx.reactor.handle(TYPE_GUEST_LISTEN, self._accept)
             ctx.reactor.watch(listener.fileno(), TYPE_GUEST_LISTEN, 0, EPOLLIN)
 
     def _accept(self, ref: int, events: int, now: float) -> None:
         assert self._listener is not None
-        try:
-            fd, _, _ = accept(self._listener.fileno())
-        except OSError as e:
-            log.warn_ratelimited("guest accept", f"Couldn't accept a guest: {e.strerror}", now)
-            return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+        guest = self._sock
         while self._sock is not None and _hung_up(self._sock):
             self._stream.read(now)  # what the guest has left behind: it went before this one came
+        try:
+            fd, _, _ = accept(self._listener.fileno())
+        except BlockingIOError:
+            return  # it has gone again
+        except OSError as e:
+            if self._sock is guest:  # else there are descriptors when this turn ends
+                log.warn_ratelimited("guest accept", f"Couldn't accept a guest: {e.strerror}", now)
+                self._spare.accept_failed(self._listener.fileno(), e, now, self._turn_away)
+            return
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         if self._sock is not None:
             log.info_ratelimited("guest", "Another client connected: closed, there is a guest already", now)
             sock.close()
@@ -122,6 +131,11 @@ class Clients:
         pid = unix.credentials(sock)[0]
         self._say(f"Accepted connection{f' from PID {pid}' if pid else ''}", now)  # 0: it is in no PID namespace we see
         self.serve(sock)
+
+    def _turn_away(self, fd: int) -> None:
+        """There is no descriptor for a client, but for a moment."""
+        self._ctx.drops["guest: no descriptor"] += 1
+        os.close(fd)
 
     def serve(self, sock: socket.socket) -> None:
         """Make `sock` the guest."""

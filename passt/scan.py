@@ -21,6 +21,11 @@ are on the host, by what /etc/resolv.conf says. Such a port counts for nothing e
 so that ports appear and vanish within a second. At start inbound comes first, so that a server in the namespace gets
 its port on the host; later outbound does. Without automatic rules there is no timer, and nothing is read.
 
+How many there may be. What others bind costs us descriptors, and ports of the host that others may want, those of its
+own connections among them. So the sockets of automatic rules have a limit in each direction, which is a share of the
+descriptors, and leave what `listen_sock.RESERVE` says. Ports beyond are left out, said and counted once, and have their
+turn when others vanish.
+
 Rules may change while we run (`forwards.py`). A port that another rule asks for is left to it.
 
 Cost of a look at both sides, both protocols, nothing new: 0.15 ms, and 0.6 us for each listening TCP socket and each
@@ -31,20 +36,24 @@ take a twentieth of a processor at most; time in which others have it does not c
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from . import log
 from .core.context import Context
+from .core.idle import flow_limit
 from .core.rules import Rule
 from .linux.ports import Pinned, PortTables
 from .listen import Listeners
-from .listen_sock import Wanted
+from .listen_sock import RESERVE, Wanted, sockets
 from .wire.checksum import PROTO_TCP, PROTO_UDP
 
 INTERVAL = 0.8  # s
 SHARE = 20  # at most one part in so many of the time
+SOCKETS_MAX = 8192  # of automatic rules, in each direction
+DESCRIPTOR_SHARE = 4  # of the descriptors that the process may have, at most one in so many
 
 
 class Scanner:
@@ -55,13 +64,16 @@ class Scanner:
         self._listeners = listeners
         self._host, self._ns = host, ns
         self._failed: dict[bool, set[Wanted]] = {False: set(), True: set()}  # by direction, at the last look
+        self._left_out: dict[bool, set[Wanted]] = {False: set(), True: set()}  # likewise
+        self._most = flow_limit(SOCKETS_MAX, DESCRIPTOR_SHARE)
+        self._all = flow_limit(sys.maxsize, 1) - RESERVE  # also for rules that are not automatic
         self._timer = -1
         self._armed = False
         self._own: set[Rule] = set()  # made from outbound rules, each for one address that somebody is bound to
         self._set_rules(ctx.config.forwards)
 
     def _set_rules(self, rules: Iterable[Rule]) -> None:
-        rules = list(rules)
+        self._rules = rules = list(rules)
         self._inbound = [rule for rule in rules if rule.auto and not rule.outbound]
         self._outbound = [rule for rule in rules if rule.auto and rule.outbound]
         fixed = [rule for rule in rules if not rule.auto]
@@ -85,7 +97,7 @@ class Scanner:
             return
         if self._timer < 0:
             self._timer = self._ctx.timers.services.new(self._look)
-        self._follow_all((self._inbound, self._ns), (self._outbound, self._host))
+        self._follow_all(now, (self._inbound, self._ns), (self._outbound, self._host))
         if not self._armed:
             self._ctx.timers.services.arm(self._timer, now + INTERVAL)
             self._armed = True
@@ -96,19 +108,19 @@ class Scanner:
             return
         begin = time.process_time()
         try:
-            self._follow_all((self._outbound, self._host), (self._inbound, self._ns))
+            self._follow_all(now, (self._outbound, self._host), (self._inbound, self._ns))
         finally:  # a fault costs one look
             cost = time.process_time() - begin
             self._ctx.timers.services.arm(self._timer, now + max(INTERVAL, SHARE * cost))
 
-    def _follow_all(self, *directions: tuple[list[Rule], PortTables | None]) -> None:
+    def _follow_all(self, now: float, *directions: tuple[list[Rule], PortTables | None]) -> None:
         """Read all tables, then act: what we cease to listen on stays bound for this turn, and is not ours any more."""
         found = [(rules, self._bound(rules, tables), tables) for rules, tables in directions if rules]
         for rules, bound, tables in found:
             new = self._follow(rules, bound)
             if rules[0].outbound and tables is not None:
                 new += self._follow_pinned(rules, tables)
-            self._add(rules[0].outbound, new)
+            self._add(rules[0].outbound, self._within_limit(rules[0].outbound, new, now))
 
     def _follow(self, rules: list[Rule], bound: dict[int, set[int]]) -> list[Wanted]:
         """Listen where `rules`, of one direction, lead to a port that is bound; returns what is new."""
@@ -159,6 +171,34 @@ class Scanner:
             tcp = {port for port in tables.bound(PROTO_TCP) if not ours(PROTO_TCP, echo, port)}
         udp = tables.bound(PROTO_UDP) if PROTO_UDP in protos else set()
         return {PROTO_TCP: tcp, PROTO_UDP: {port for port in udp | tcp if not ours(PROTO_UDP, echo, port)}}
+
+    def _within_limit(self, outbound: bool, new: list[Wanted], now: float) -> list[Wanted]:
+        """Those of new ports for which there may be sockets; the others are said and counted if they are new, too.
+
+        What could not be had at the last look comes last, or it would be in the way of what can be.
+        """
+        failed = self._failed[outbound]
+        new = sorted(new, key=failed.__contains__)
+        rules = [*self._rules, *self._own]
+        following = [rule for rule in rules if rule.auto and rule.outbound == outbound]
+        room = min(self._most - self._sockets(following), self._all - self._sockets(rules))
+        fitting = 0
+        for rule, _ in new:
+            room -= sockets(self._ctx.config, rule)
+            if room < 0:
+                break
+            fitting += 1
+        left_out = set(new[fitting:])
+        if count := len(left_out - self._left_out[outbound] - failed):
+            self._ctx.drops["auto: too many ports"] += count
+            where = "on the host" if outbound else "in the namespace"
+            text = f"{len(left_out)} more are bound {where} than may be followed, by {self._most} sockets at most"
+            log.warn_ratelimited(f"auto {outbound}", f"Automatic ports: {text}", now)
+        self._left_out[outbound] = left_out
+        return new[:fitting]
+
+    def _sockets(self, rules: Iterable[Rule]) -> int:
+        return sum(len(self._listeners.ports(rule)) * sockets(self._ctx.config, rule) for rule in rules)
 
     def _add(self, outbound: bool, new: list[Wanted]) -> None:
         failures = self._listeners.add_all(new) if new else []

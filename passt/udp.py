@@ -161,7 +161,7 @@ class Udp:
         """Give `flow` its socket and its place; else why not, with `count` drops counted."""
         ctx = self._ctx
         try:
-            sock = self._flows.open(make)
+            sock = self._flows.open(make, foreign=flow.foreign)
         except OSError as e:
             self._drops[f"udp: no socket: {reason(e)}"] += count
             return e

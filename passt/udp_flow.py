@@ -86,6 +86,10 @@ class UdpFlow(IdleFlow):
         self.segments = 1
         self.hops = hops  # TTL or hop limit that its socket sends with, 0: not known
 
+    @property
+    def foreign(self) -> bool:
+        return self.origin is not None
+
     def endpoints(self) -> Endpoints:
         guest, peer = addr.host_port(self.src, self.sport), addr.host_port(self.dst, self.dport)
         return Endpoints(GUEST if self.origin is None else HOST, guest, peer, addr.host_port(self.host, self.dport))

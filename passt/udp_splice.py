@@ -102,6 +102,10 @@ class SpliceFlow(IdleFlow):
         self.ends = End(CLIENT, segments), End(SERVER, segments)
         self.ends[CLIENT].other, self.ends[SERVER].other = self.ends[SERVER], self.ends[CLIENT]
 
+    @property
+    def foreign(self) -> bool:
+        return not self.client.listener.rule.outbound
+
     def endpoints(self) -> Endpoints:
         client, listener = self.client, self.client.listener
         who = addr.host_port(client.peer, client.port)
@@ -165,8 +169,8 @@ class UdpSplice:
             return None
         flow = SpliceFlow(key, client, targets, self._segments, now)
         try:
-            flow.ends[CLIENT].attach(self._flows.open(make))
-            flow.ends[SERVER].attach(self._flows.open(lambda: self._connect(flow)))
+            flow.ends[CLIENT].attach(self._flows.open(make, foreign=flow.foreign))
+            flow.ends[SERVER].attach(self._flows.open(lambda: self._connect(flow), foreign=flow.foreign))
             self._flows.add(flow, flow.ends[CLIENT].sock, now)
         except (TableFull, OSError) as e:
             for _, sock in flow.sockets():

@@ -6,6 +6,9 @@
     more than `limit` flows, or table full   the longest idle sixteenth is closed                 evicted
     no descriptor left (EMFILE, ENFILE)      likewise, and the socket is tried again              evicted
 
+Where peers can begin flows, too (`foreign`), these make room for each other, as long as there are any, and not at the
+cost of the guest's own. A flow of the guest makes room at the cost of any.
+
 A protocol writes `flow.last = now` and adds to a count of bytes for each batch, and that is all it pays. One timer
 serves all flows of a protocol; it is armed only while there are flows, never before one could be due, and re-armed by
 the sweep that it causes. A flow has one socket, unless its class says otherwise (`watch`, `sockets`) or the socket is
@@ -55,6 +58,11 @@ class IdleFlow(Flow):
         times = now - self.opened, idle
         return FlowInfo(self.index, self.protocol, self.path, self.endpoints(), state, *self.traffic(), *times)
 
+    @property
+    def foreign(self) -> bool:
+        """Whether somebody else than the guest began it."""
+        return False
+
     def watch(self, reactor: Reactor, kind: int) -> None:
         """Have the events of its sockets handled. Raises OSError, with none of them watched."""
         if self.fd >= 0:
@@ -82,20 +90,21 @@ class IdleFlows(Generic[F]):
         self._kind = kind
         self.limit = limit
         self.by_key: dict[bytes, F] = {}
+        self._foreign: dict[bytes, F] = {}
         self._timer = ctx.timers.services.new(self.sweep)
         self._due = NEVER
 
-    def open(self, make: Callable[[], socket.socket]) -> socket.socket:
+    def open(self, make: Callable[[], socket.socket], *, foreign: bool = False) -> socket.socket:
         """The socket that `make` opens; if descriptors ran out, at the cost of the longest idle flows.
 
-        Raises what `make` raises.
+        `foreign` is that of the flow it is for. Raises what `make` raises.
         """
         try:
             return make()
         except OSError as e:
             if e.errno not in NO_DESCRIPTORS or not self.by_key:
                 raise
-        self._close_oldest(self.close_at_once)
+        self._close_oldest(self.close_at_once, foreign)
         return make()
 
     def add(self, flow: F, sock: socket.socket, now: float) -> None:
@@ -105,11 +114,11 @@ class IdleFlows(Generic[F]):
         """
         ctx = self._ctx
         if len(self.by_key) >= self.limit:
-            self.evict()
+            self.evict(flow.foreign)
         try:
             ctx.flows.insert(flow)
         except TableFull:
-            self.evict()
+            self.evict(flow.foreign)
             ctx.flows.insert(flow)
         flow.sock, flow.fd = sock, sock.fileno()
         try:
@@ -118,12 +127,14 @@ class IdleFlows(Generic[F]):
             ctx.flows.free(flow, reason_of(e.errno or errno.EIO))
             raise
         self.by_key[flow.key] = flow
+        if flow.foreign:
+            self._foreign[flow.key] = flow
         ctx.flows.activate(flow)
         self._arm(now + flow.timeout)
 
     def close(self, flow: F, why: str) -> None:
         """Forget `flow`; its sockets close when the turn ends."""
-        del self.by_key[flow.key]
+        self._remove(flow)
         for fd, owner in flow.sockets():
             self._ctx.reactor.retire(fd, owner)
         self._ctx.flows.free(flow, why)
@@ -141,19 +152,23 @@ class IdleFlows(Generic[F]):
 
     def close_at_once(self, flow: F, why: str) -> None:
         """Forget `flow` and give its descriptors back now: their numbers go to the sockets that are opened next."""
-        del self.by_key[flow.key]
+        self._remove(flow)
         for fd, owner in flow.sockets():
             self._ctx.reactor.forget(fd)
             owner.close()
         self._ctx.flows.free(flow, why)
 
-    def evict(self) -> None:
-        """Make room in the table."""
-        self._close_oldest(self.close)
+    def _remove(self, flow: F) -> None:
+        del self.by_key[flow.key]
+        self._foreign.pop(flow.key, None)
 
-    def _close_oldest(self, close: Callable[[F, str], None]) -> None:
+    def evict(self, foreign: bool) -> None:
+        """Make room in the table, for a flow that is `foreign` or not."""
+        self._close_oldest(self.close, foreign)
+
+    def _close_oldest(self, close: Callable[[F, str], None], foreign: bool) -> None:
         """Close the longest idle sixteenth, so that the sorting is paid for by many new flows."""
-        by_age = sorted(self.by_key.values(), key=_last)
+        by_age = sorted(((foreign and self._foreign) or self.by_key).values(), key=_last)
         for flow in by_age[: len(by_age) // EVICT_SHARE + 1]:
             self._ctx.drops[f"{flow.kind}: closed to make room"] += 1
             close(flow, "evicted")

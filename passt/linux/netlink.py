@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from struct import Struct
 from typing import Any
 
@@ -300,11 +300,11 @@ def configure(nl: Rtnetlink, plan: NsPlan) -> tuple[bytes, list[str]]:
     """Carry out `plan` in the namespace of `nl`, where the tap exists already.
 
     Returns the tap's MAC address and a line for each thing that could not be done; raises OSError, naming the step,
-    for what nothing works without.
+    for what nothing works without. Whoever owns the namespace may have renamed what is in it, now or long ago.
     """
-    links = {link.name: link for link in nl.links()}
-    _loopback_up(nl, links["lo"])
-    tap = links[plan.ifname]
+    links = nl.links()
+    _loopback_up(nl, links)
+    tap = _find(links, lambda link: link.name == plan.ifname, f"interface {plan.ifname}")
     if plan.mac is not None:
         _step("set MAC address in namespace", nl.set_link, tap.index, address=addr.mac_text(plan.mac))
     _step("set queue length in namespace", nl.set_link, tap.index, txqlen=plan.txqlen)
@@ -315,11 +315,19 @@ def configure(nl: Rtnetlink, plan: NsPlan) -> tuple[bytes, list[str]]:
 def loopback_up() -> None:
     """Bring up the loopback interface of the calling thread's namespace. Raises OSError, naming the step."""
     with Rtnetlink() as nl:
-        _loopback_up(nl, next(link for link in nl.links() if link.name == "lo"))
+        _loopback_up(nl, nl.links())
 
 
-def _loopback_up(nl: Rtnetlink, lo: Link) -> None:
+def _loopback_up(nl: Rtnetlink, links: Sequence[Link]) -> None:
+    lo = _find(links, lambda link: link.loopback, "loopback interface")
     _step("bring up loopback interface in namespace", nl.set_link, lo.index, up=True)
+
+
+def _find(links: Iterable[Link], wanted: Callable[[Link], bool], what: str) -> Link:
+    found = next(filter(wanted, links), None)
+    if found is None:
+        raise OSError(errno.ENODEV, f"Couldn't find {what} in namespace: {os.strerror(errno.ENODEV)}")
+    return found
 
 
 def _step(what: str, function: Any, *args: Any, **kwargs: Any) -> None:

@@ -234,6 +234,18 @@ def test_deleted_interface_comes_back_though_root_became_nobody(root_pasta: Runn
         assert os.stat(f"/proc/{daemon}").st_uid == 65534
 
 
+def test_loopback_interface_with_another_name(root_pasta: Runner) -> None:
+    """It was renamed before we came; the tap comes back nevertheless."""
+    with new_host("link set lo down", "link set lo name foo") as target:
+        root_pasta.daemon("--config-net", "--netns", target.name, "-I", "tap9")
+        assert "UP" in by_name(target.show("link"), "foo")["flags"]
+        target.ip("link", "set", "foo", "down")
+        target.ip("link", "del", "tap9")
+        wait_for(lambda: len(target.show("link")) == 2, "the interface comes back")
+        wait_for(lambda: "UP" in by_name(target.show("link"), "tap9")["flags"], "the interface is up")
+        assert "UP" in by_name(target.show("link"), "foo")["flags"]
+
+
 def test_deleted_interface_that_cannot_come_back(root_pasta: Runner) -> None:
     with new_host() as target:
         options = "-f", "-q", "--runas", "0", "--netns", target.name, "-I", "tap9"

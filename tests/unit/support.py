@@ -6,7 +6,10 @@ handler with T0 or later as `now`, and finds in `link(ctx).take()` what went to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -222,6 +225,19 @@ def make_context(
         resolvers=Resolvers(config.dns_match, config.dns_hosts),
         guest=guest or Guest(mac=GUEST_MAC, addr4=GUEST4, addr6=GUEST6, addr6_ll=GUEST_LL),
     )
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """None is left for this process, for real, but for numbers that are given back meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def link(ctx: Context) -> FakeLink:

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from passt import addr, listen, log
+from passt.core import spare
 from passt.core.context import Context
 from passt.core.reactor import EPOLLIN, TYPE_LISTEN, make_ref
 from passt.core.rules import Listener, Rule
+from passt.core.spare import REST
 from passt.linux import netns
 from passt.linux.netns import Namespace
-from passt.listen import BUDGET_MAX, PATIENCE, REST, Listeners
+from passt.listen import BUDGET_MAX, PATIENCE, Listeners
 from passt.listen_sock import open_ports
 from passt.tcp_sock import reset
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
@@ -234,25 +236,26 @@ def test_client_that_has_gone_is_skipped(make: Make, port: int, monkeypatch: pyt
 
 
 class Descriptors:
-    """A number of descriptors that is left: accept(2) and eventfd(2) take one."""
+    """A number of descriptors that is left: accept(2) and timerfd_create(2) take one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         self.left = 100
         self.error = number
-        accept, eventfd, close = listen.accept, os.eventfd, os.close
+        accept, timerfd_create, close = listen.accept, spare.timerfd_create, os.close
 
-        def take(function: Callable[[int], Any], argument: int) -> Any:
+        def take(function: Callable[..., Any], *arguments: int) -> Any:
             if not self.left:
                 raise OSError(self.error, os.strerror(self.error))
             self.left -= 1
-            return function(argument)
+            return function(*arguments)
 
         def give(fd: int) -> None:
             self.left += 1
             close(fd)
 
-        monkeypatch.setattr(listen, "accept", lambda fd: take(accept, fd))
-        monkeypatch.setattr(os, "eventfd", lambda value: take(eventfd, value))
+        for module in listen, spare:
+            monkeypatch.setattr(module, "accept", lambda fd: take(accept, fd))
+        monkeypatch.setattr(spare, "timerfd_create", lambda: take(timerfd_create))
         monkeypatch.setattr(os, "close", give)
 
 
@@ -297,11 +300,11 @@ def test_listener_rests_when_even_that_fails(make: Make, port: int, monkeypatch:
     close = os.close
     limit.left = 0
     rig.connect(port)
-    spare = rig.listeners._spare
+    reserve = rig.listeners._spare._fd
     monkeypatch.setattr(os, "close", stolen)
     rig.fire()
     monkeypatch.setattr(os, "close", close)
-    os.close(spare)
+    os.close(reserve)
     services = timers(rig.ctx).services
     fd = rig.opened[0].fd
     assert (reactor(rig.ctx).events[fd], services.deadlines) == (0, [T0 + REST])
@@ -323,6 +326,16 @@ def test_listener_rests_without_memory(make: Make, port: int, monkeypatch: pytes
     rig.fire()
     assert reactor(rig.ctx).events[rig.opened[0].fd] == 0
     assert timers(rig.ctx).services.deadlines == [T0 + REST]
+
+
+def test_a_listener_that_closes_while_it_rests(make: Make, port: int) -> None:
+    """Its number may be somebody else's by then."""
+    rig = make(rule(port))
+    listener = rig.opened[0]
+    rig.listeners.fault(make_ref(TYPE_LISTEN, listener.fd, listener.index))
+    rig.listeners.remove(listener.rule, port)
+    timers(rig.ctx).services.fire(0)
+    assert listener.fd not in reactor(rig.ctx).events
 
 
 def test_defects_are_not_passed_over(make: Make, port: int) -> None:

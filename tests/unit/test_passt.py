@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +18,11 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 
 from passt import addr, log, passt, wiring
+from passt.core import spare
 from passt.listen_sock import NOTHING
 from passt.log import Fatal
 from passt.passt import Clients
-from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, OUR_MAC
+from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, OUR_MAC, no_descriptors
 
 # The socket in the file system -------------------------------------------------------------------------------------
 
@@ -356,6 +358,41 @@ def test_accept_that_fails_is_no_end(machine: Machine, monkeypatch: pytest.Monke
     def refuse(fd: int) -> tuple[int, bytes, int]:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(passt, "accept", refuse)
+    reactor = machine.ctx.reactor
+    with monkeypatch.context() as m:
+        m.setattr(passt, "accept", refuse)
+        m.setattr(spare, "accept", refuse)
+        client = machine.connect()
+        assert warnings == ["Couldn't accept a guest: Too many open files"]
+        before = reactor.events
+        reactor.turn(0)
+        assert reactor.events == before, "the listener rests"
+        deadline = time.monotonic() + 5
+        while len(warnings) < 2 and time.monotonic() < deadline:
+            machine.turn()
+    assert len(warnings) == 2, "it does not rest for ever"
+    send(client, ARP_REQUEST)
+    machine.turn(3)
+    assert receive(client, ARP)
+
+
+def test_a_client_for_whom_there_is_no_descriptor_is_closed_at_once(machine: Machine, said: list[str]) -> None:
+    """Unless the guest has gone: what it had is the next one's."""
+    guest = machine.connect()
+    with socket.socket(socket.AF_UNIX) as client, socket.socket(socket.AF_UNIX) as other, no_descriptors():
+        client.settimeout(5)
+        client.connect(machine.path)
+        machine.turn()
+        assert client.recv(1) == b""
+        guest.shutdown(socket.SHUT_RDWR)  # and its descriptor at our end stays
+        other.connect(machine.path)
+        machine.turn(2)
+        send(other, ARP_REQUEST)
+        machine.turn()
+        assert receive(other, ARP)
+    assert machine.ctx.drops == {"guest: no descriptor": 1}
+
+
+def test_a_client_that_has_gone_again_is_no_failure(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "warn_ratelimited", lambda key, text, now: pytest.fail(text))
     machine.clients._accept(0, 1, 0.0)
-    assert warnings == ["Couldn't accept a guest: Too many open files"]

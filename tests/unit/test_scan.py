@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from passt import addr, log, scan
 from passt.core.rules import Rule
 from passt.listen_sock import Failure, Wanted
-from passt.scan import INTERVAL, SHARE, Scanner
+from passt.scan import INTERVAL, SHARE, SOCKETS_MAX, Scanner
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
 from .support import T0, make_context, timers
@@ -232,6 +233,88 @@ def test_ports_that_cannot_be_had_are_tried_again_and_said_once(monkeypatch: pyt
     w.binds("ns", PROTO_TCP, 80)
     w.look()
     assert said.count("-t auto: port 80 cannot be had now: Address already in use") == 2
+
+
+# How many ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(log, "warn_ratelimited", lambda key, text, now: said.append(text))
+    return said
+
+
+def test_no_more_sockets_than_there_may_be(warnings: list[str]) -> None:
+    """Who is beyond that is said and counted once, and has its turn when others vanish."""
+    w = World(T, U)
+    w.scanner._most = 4
+    w.binds("ns", PROTO_TCP, 80, 81)
+    w.scanner.start(T0)
+    assert (w.ours, warnings) == ({T: {80, 81}, U: {80, 81}}, [])
+    w.binds("ns", PROTO_TCP, 79, 82)
+    for _ in range(3):
+        w.look()
+    assert w.ours == {T: {80, 81}, U: {80, 81}}, "those that are there stay"
+    assert warnings == [
+        "Automatic ports: 4 more are bound in the namespace than may be followed, by 4 sockets at most"
+    ]
+    assert w.ctx.drops == {"auto: too many ports": 4}
+    w.theirs["ns", PROTO_TCP] -= {80}
+    w.look()
+    assert w.ours == {T: {79, 81, 82}, U: {81}} and len(warnings) == 1
+    w.theirs["ns", PROTO_TCP] -= {79}
+    w.look()
+    assert w.ours == {T: {81, 82}, U: {81, 82}} and w.ctx.drops.total() == 4
+    w.binds("ns", PROTO_TCP, 83)
+    w.look()
+    assert len(warnings) == 2 and w.ctx.drops.total() == 6
+
+
+def test_ports_that_cannot_be_had_are_in_nobodys_way(warnings: list[str]) -> None:
+    w = World(T)
+    w.scanner._most = 4
+    w.refused = set(range(1, 7))
+    w.binds("ns", PROTO_TCP, *range(1, 9))
+    w.scanner.start(T0)
+    assert not w.ours
+    for _ in range(4):
+        w.look()
+    assert w.ours[T] == {7, 8} and len(warnings) == 1
+
+
+@pytest.mark.usefixtures("warnings")
+def test_each_direction_has_its_own_share() -> None:
+    """Outbound ports take a socket for each family, those of one address one."""
+    w = World(T, TO)
+    w.scanner._most = 5
+    w.binds("ns", PROTO_TCP, *range(1, 10))
+    w.binds("host", PROTO_TCP, *range(11, 20))
+    w.pinned["host", PROTO_TCP] = {(STUB, 53)}
+    w.scanner.start(T0)
+    assert w.ours == {T: {1, 2, 3, 4, 5}, TO: {11, 12}}
+    w.theirs["host", PROTO_TCP] -= set(range(11, 19))
+    w.look()
+    w.look()
+    assert w.ours == {T: {1, 2, 3, 4, 5}, TO: {19}, at(TO): {53}}
+
+
+@pytest.mark.usefixtures("warnings")
+def test_descriptors_are_left_beside_all_rules() -> None:
+    fixed = Rule("-u 1000-1002", PROTO_UDP, False, 1000, 1002, 1000)
+    w = World(T, fixed)
+    w.ours[fixed] = {1000, 1001, 1002}
+    w.scanner._all = 5
+    w.binds("ns", PROTO_TCP, 80, 81, 82)
+    w.scanner.start(T0)
+    assert w.ours[T] == {80, 81}
+
+
+def test_the_share_is_one_of_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, most in ((1024, 256), (1 << 20, SOCKETS_MAX), (resource.RLIM_INFINITY, SOCKETS_MAX)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        scanner = World(T).scanner
+        assert scanner._most == most and scanner._all > scanner._most
 
 
 # Time ----------------------------------------------------------------------------------------------------------------

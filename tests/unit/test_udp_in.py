@@ -628,6 +628,30 @@ def test_without_descriptors_the_longest_idle_flow_makes_room(start: Start, monk
     assert {f.sock.getpeername() for f in lab.flows} == {c.getsockname() for c in clients[1:]}
 
 
+@pytest.mark.parametrize("scarce", ["flows", "descriptors"])
+def test_peers_make_no_room_at_the_guests_cost(start: Start, monkeypatch: pytest.MonkeyPatch, scarce: str) -> None:
+    """As long as there is a flow of theirs, though it be younger."""
+    lab = start()
+    assert lab.udp is not None
+    listener, server = lab.listen(), lab.socket()
+    real, limit = udp_in.open_client, 2 if scarce == "flows" else 100
+
+    def open_client(*args: Any) -> Any:
+        if scarce == "descriptors" and len(lab.flows) >= 2:
+            raise OSError(errno.EMFILE, "")
+        return real(*args)
+
+    monkeypatch.setattr(udp_in, "open_client", open_client)
+    lab.udp._flows.limit = limit
+    guest_sends(lab, guest_key(server, 40000), b"?")
+    for lab.now in (T0 + 1, T0 + 2, T0 + 3):
+        client = lab.client(listener)
+        client.send(b"!")
+        lab.turn()
+        assert {f.sock.getpeername() for f in lab.flows} == {server.getsockname(), client.getsockname()}
+    assert lab.ctx.drops == {"UDP flow: closed to make room": 2}
+
+
 def test_a_full_table_is_counted_and_leaves_no_socket(start: Start) -> None:
     lab = start()
     lab.ctx.flows.limit = 0

@@ -600,6 +600,19 @@ def test_many_flows_make_room_for_more(start: Start) -> None:
     assert lab.ctx.drops == {"spliced UDP flow: closed to make room": 2}
 
 
+def test_clients_of_the_host_make_no_room_at_the_namespaces_cost(start: Start) -> None:
+    lab = start()
+    lab.udp_in.splice._flows.limit = 3
+    server = lab.socket()
+    inward, outward = lab.listen(to=port_of(server)), lab.listen(to=port_of(server), outbound=True)
+    clients = [lab.client(listener) for listener in (outward, inward, inward, inward)]
+    for i, client in enumerate(clients):
+        lab.now = T0 + i
+        client.send(b"?")
+        lab.turn()
+    assert {f.client.port for f in lab.flows} == {port_of(clients[n]) for n in (0, 2, 3)}
+
+
 def test_without_descriptors_the_longest_idle_flow_makes_room(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     lab = start()
     server = lab.socket()
@@ -629,7 +642,7 @@ def test_a_full_table_leaves_no_socket(start: Start, limit: int) -> None:
     lab = start()
     lab.ctx.flows.limit = limit
     if limit:
-        lab.udp_in.splice._flows.evict = lambda: None  # type: ignore[method-assign]
+        lab.udp_in.splice._flows.evict = lambda foreign: None  # type: ignore[method-assign]
     server = lab.socket()
     listener = lab.listen(to=port_of(server))
     for _ in range(limit + 1):

@@ -33,8 +33,14 @@ def flows(ctx: Context) -> IdleFlows[IdleFlow]:
     return IdleFlows(ctx, TYPE_UDP, LIMIT)
 
 
-def add(flows: IdleFlows[IdleFlow], number: int, now: float = T0, timeout: float = TIMEOUT) -> IdleFlow:
-    flow = IdleFlow(b"key %d" % number, timeout, now)
+def add(
+    flows: IdleFlows[IdleFlow],
+    number: int,
+    now: float = T0,
+    timeout: float = TIMEOUT,
+    kind: type[IdleFlow] = IdleFlow,
+) -> IdleFlow:
+    flow = kind(b"key %d" % number, timeout, now)
     flows.add(flow, socket.socket(socket.AF_INET, socket.SOCK_DGRAM), now)
     return flow
 
@@ -102,6 +108,29 @@ def test_at_the_limit_the_longest_idle_sixteenth_goes(ctx: Context, flows: IdleF
     assert [f.state for f in made[:5]] == [ACTIVE, FREE, FREE, FREE, ACTIVE]
     assert len(flows.by_key) == LIMIT - 3 + 1
     assert ctx.drops == {"flow: closed to make room": 3}
+
+
+class PeersFlow(IdleFlow):
+    foreign = True  # type: ignore[assignment]
+
+
+def test_peers_make_room_for_each_other_as_long_as_there_are_any(ctx: Context, flows: IdleFlows[IdleFlow]) -> None:
+    own = [add(flows, i, T0 + i) for i in range(LIMIT - 1)]
+    peers = add(flows, 100, T0 + 100, kind=PeersFlow)
+    another = add(flows, 101, T0 + 101, kind=PeersFlow)
+    assert peers.state == FREE and all(flow.state == ACTIVE for flow in (*own, another))
+    with flows.open(failing(1, errno.EMFILE), foreign=True):
+        assert another.state == FREE and own[0].state == ACTIVE
+    add(flows, LIMIT, T0 + LIMIT)
+    add(flows, 102, T0 + 102, kind=PeersFlow)
+    assert [flow.state for flow in own[:4]] == [FREE, FREE, FREE, ACTIVE], "there was none of theirs"
+
+
+def test_the_guest_makes_room_at_the_cost_of_any(ctx: Context, flows: IdleFlows[IdleFlow]) -> None:
+    oldest = add(flows, 0, T0)
+    peers = [add(flows, i, T0 + i, kind=PeersFlow) for i in range(1, LIMIT)]
+    add(flows, LIMIT, T0 + LIMIT)
+    assert [flow.state for flow in (oldest, *peers[:3])] == [FREE, FREE, FREE, ACTIVE]
 
 
 def test_a_full_table_is_relieved_if_it_is_full_of_ours(ctx: Context, flows: IdleFlows[IdleFlow]) -> None:

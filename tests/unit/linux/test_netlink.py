@@ -282,6 +282,10 @@ class FakeRtnetlink:
     """Records what is asked of it; a step named in `failures` fails."""
 
     failures: dict[str, int] = {}  # noqa: RUF012 (set by each test)
+    existing: tuple[Link, ...] = (
+        Link(1, "lo", bytes(6), 65536, loopback=True),
+        Link(2, "eth0", bytes.fromhex("020000000002"), 1500),
+    )
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -296,10 +300,7 @@ class FakeRtnetlink:
         pass
 
     def links(self) -> tuple[Link, ...]:
-        return (
-            Link(1, "lo", bytes(6), 65536, loopback=True),
-            Link(2, "eth0", bytes.fromhex("020000000002"), 1500),
-        )
+        return self.existing
 
     def _do(self, text: str) -> None:
         self.calls.append(text)
@@ -369,6 +370,25 @@ def test_loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRtnetlink, "failures", {"link 1 up": errno.EPERM})
     with pytest.raises(OSError, match="Couldn't bring up loopback interface in namespace: Operation not permitted"):
         netlink.loopback_up()
+
+
+def test_the_loopback_interface_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So may another one have that name."""
+    lo, eth0 = FakeRtnetlink.existing
+    links = Link(3, "lo", bytes(6), 1500), replace(lo, name="foo"), eth0
+    monkeypatch.setattr(netlink, "Rtnetlink", FakeRtnetlink)
+    monkeypatch.setattr(FakeRtnetlink, "existing", links)
+    assert configured(monkeypatch, PLAN)[2][:2] == ["link 1 up", "link 2 txqlen=9000"]
+    netlink.loopback_up()
+    assert FakeRtnetlink.last.calls == ["link 1 up"]
+
+
+@pytest.mark.parametrize(("missing", "what"), [(0, "loopback interface"), (1, "interface eth0")])
+def test_an_interface_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch, missing: int, what: str) -> None:
+    monkeypatch.setattr(FakeRtnetlink, "existing", FakeRtnetlink.existing[1 - missing :][:1])
+    with pytest.raises(OSError, match="Couldn't find") as e:
+        configured(monkeypatch, PLAN)
+    assert (e.value.errno, e.value.strerror) == (errno.ENODEV, f"Couldn't find {what} in namespace: No such device")
 
 
 def test_what_cannot_be_configured_is_told_and_the_rest_done(monkeypatch: pytest.MonkeyPatch) -> None:
