@@ -57,6 +57,7 @@ from .core.reactor import (
     ref_data,
 )
 from .core.rules import Listener
+from .core.timers import NO_OWNER
 from .linux import tcpinfo
 from .linux.calls import calls
 from .tcp_ack import ACK_DELAY, PINGPONG_MAX, TcpAck
@@ -459,8 +460,9 @@ class Tcp:
             self._table.reset_by_host(conn, reason_of(error))
 
     def fault(self, ref: int) -> None:
-        """A handler failed on flow ref_data(ref): end that flow, and only that."""
-        conn = self._by_index[ref_data(ref)]
+        """A handler failed on flow ref_data(ref): end that flow, and only that. A timer of the pool may have none."""
+        index = ref_data(ref)
+        conn = self._by_index[index] if index != NO_OWNER else None
         if isinstance(conn, TcpConn):
             self._table.abort(conn, "fault")
 

@@ -1,8 +1,8 @@
-"""Handlers in the sandbox: `inmates.py MODE LOG` replays the corpora of the stateful fuzzing targets there.
+"""Services in the sandbox: `inmates.py MODE LOG` replays the corpora of the stateful fuzzing targets there.
 
-What these reach is what a guest can reach: handlers, error paths, limits, faults, log lines at every level, which go to
-a file that was opened before. An import, a file, or any other call that is not declared ends the process. The sockets
-of the targets are pairs and fakes of their own, and need calls that the daemon does not (`EXTRA`).
+What these reach is what a guest, a client of the control sockets or a writer of resolv.conf can: error paths, limits,
+faults, log lines at every level, which go to a file that was opened before. The filter is the daemon's own: sockets of
+the targets are fakes, and what they prepare once is prepared before.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import sys
 from fuzz.table import BY_NAME
 from passt import daemon, daemon_calls, isolation, log, seccomp
 from passt.conf_options import Options
-from passt.linux.calls import calls
 
-TARGETS = "tap", "stack", "tcp", "udp", "icmp", "stream", "reassembly"
-EXTRA = calls("socketpair", "epoll_create1", "eventfd2", "fstat", "newfstatat", "getpid", "ioctl", "socket", "fcntl")
+TARGETS = "tap", "stack", "tcp", "udp", "icmp", "stream", "reassembly", "control", "resolv_conf", "log_file"
 
 
 def main() -> None:
@@ -28,8 +26,6 @@ def main() -> None:
     targets = [(name, BY_NAME[name].load(), BY_NAME[name].corpus()) for name in TARGETS]
     for _, target, corpus in targets:
         target.one(corpus[0])  # what a target prepares once
-    build = seccomp.build
-    seccomp.build = lambda mode, machine, extra=(): build(mode, machine, (*extra, *EXTRA))  # type: ignore[misc]
     isolation.become(isolation.choose_identity(None))
     daemon.detach(Options(mode=mode, foreground=True), None, daemon.Sandbox(mode, False))
     executions = 0

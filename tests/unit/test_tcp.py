@@ -16,6 +16,7 @@ from scapy.all import IP, TCP, Ether, IPv6
 from passt import addr
 from passt.core.flow import FlowTable
 from passt.core.reactor import EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, make_ref
+from passt.core.timers import NO_OWNER
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 from tests.unit.support import GATEWAY4, link, reactor
 from tests.unit.tcp_support import ALL, GUEST_ISN, FakeSocket, Talk, fake_sockets, open_connection
@@ -700,6 +701,8 @@ def test_a_fault_ends_one_flow() -> None:
     assert talk.gone
     talk.tcp.fault_key(talk.key)  # gone already
     other = near()
+    other.tcp.fault(make_ref(3, 1, NO_OWNER))  # a timer that waits for a connection
+    assert not other.gone
     other.tcp.fault(make_ref(2, other.sock.fd, 0))
     assert other.gone
 
