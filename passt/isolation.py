@@ -262,7 +262,7 @@ def _change_root(pivot_root_number: int, *, chroot_fallback: bool) -> None:
         if not chroot_fallback:
             raise Fatal(
                 "Couldn't make an empty file system the root: pivot_root(2) can't let go of the root file system that "
-                "is there, as in an initramfs: give --chroot-fallback"
+                "is there, as in an initramfs or a chroot: give --chroot-fallback"
             ) from None
         mount(".", "/", "", MS_MOVE)
         os.chroot(".")
