@@ -37,7 +37,6 @@ class Sockets:
             return
         from . import control, control_api, slirp_api  # noqa: F401  # who we become may not be able to read files
 
-        "".encode("unicode_escape")  # for messages: a codec is such a file, too
         self._origins.append(unix.Origin())
         try:
             if options.conf_path is not None:

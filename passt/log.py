@@ -72,6 +72,8 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in spaced)
 
 
+"".encode("unicode_escape")  # a codec is a file, and later there may be none to read
+
 def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None, log_size: int = FILE_SIZE) -> None:
     """Set the name, the level (ERR..TRACE), and where messages go beside standard error. Called once, after parsing.
 
