@@ -140,19 +140,24 @@ def _let_go(control: int) -> None:
 
 
 def _become_supervisor(command: Command, control: int) -> None:
-    """Execute an interpreter that runs supervisor.py, and nothing else. Returns if who we are may not."""
+    """Execute an interpreter that runs supervisor.py, and nothing else. Returns if that cannot be: who we are may not
+    read or execute them, or a policy forbids it.
+    """
     if not os.access(supervisor.__file__, os.R_OK):
         return
-    words = os.memfd_create("command", 0)
-    with open(words, "wb", closefd=False) as f:
-        f.write(json.dumps([command.file, command.argv, dict(command.env)]).encode())
-    os.lseek(words, 0, os.SEEK_SET)
-    os.set_inheritable(control, True)
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-    argv = [sys.executable, "-I", "-S", supervisor.__file__, str(control), str(words)]
+    words = -1
     try:
+        words = os.memfd_create("command", 0)
+        with open(words, "wb", closefd=False) as f:
+            f.write(json.dumps([command.file, command.argv, dict(command.env)]).encode())
+        os.lseek(words, 0, os.SEEK_SET)
+        os.set_inheritable(control, True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        argv = [sys.executable, "-I", "-S", supervisor.__file__, str(control), str(words)]
         os.execve(sys.executable, argv, dict(command.env))
-    except OSError:
+    except OSError as e:
+        log.debug(f"The first process of the command stays a copy: {e}")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
         os.set_inheritable(control, False)
-        os.close(words)
+        if words >= 0:
+            os.close(words)

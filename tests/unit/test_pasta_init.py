@@ -181,13 +181,23 @@ def test_what_cannot_be_prepared_is_a_warning(monkeypatch: pytest.MonkeyPatch) -
     assert len(done) == 1
 
 
-@pytest.mark.parametrize("program", [True, False])
+def _refuse(*_: object) -> int:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [None, (sys, "executable", "/no/such"), (os, "memfd_create", _refuse)],
+    ids=["nothing", "interpreter", "file"],
+)
 @pytest.mark.parametrize("start", [True, False])
-def test_init_waits_for_the_start(monkeypatch: pytest.MonkeyPatch, start: bool, program: bool) -> None:
-    """As a program of its own, and where that cannot be executed."""
+def test_init_waits_for_the_start(
+    monkeypatch: pytest.MonkeyPatch, start: bool, obstacle: tuple[object, str, object] | None
+) -> None:
+    """As a program of its own, and where that cannot be executed, or a policy forbids the file with its words."""
     monkeypatch.setattr(pasta_init, "_prepare", lambda: None)
-    if not program:
-        monkeypatch.setattr(sys, "executable", "/no/such/interpreter")
+    if obstacle is not None:
+        monkeypatch.setattr(*obstacle)
     reader, writer = os.pipe()
     if start:
         os.write(writer, b"\0")
