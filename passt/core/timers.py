@@ -5,6 +5,9 @@ A pooled timer is never armed more often than needed. It keeps the time at which
 it. A timer returned to the pool stays armed: a spurious wake-up finds no owner, and the next connection that wants a
 later deadline than the pending expiry needs no system call at all. IDLE_MAX of them wait for connections; those
 beyond, after a flood, are closed.
+
+A service lives from one expiry of its timer to the next, so that a fault of its callback would end it for good: the
+timer then fires again after RETRY. A connection's fault is the connection's end, and needs no timer any more.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from .reactor import EPOLLIN, TYPE_TCP_TIMER, TYPE_TIMER, Reactor, ref_data, ref
 NEVER = float("inf")
 NO_OWNER = 0xFFFFFFFF
 IDLE_MAX = 128
+RETRY = 1.0  # s, from a fault of a service to its next attempt
 
 CALLS = calls("timerfd_create", "timerfd_settime", "read", "close")
 
@@ -70,8 +74,14 @@ class Timers:
         timerfd_settime(timer, 0)
 
     def _fired(self, ref: int, events: int, now: float) -> None:
-        if _drain(ref_fd(ref)):
+        timer = ref_fd(ref)
+        if not _drain(timer):
+            return
+        try:
             self._callbacks[ref_data(ref)](now)
+        except Exception:
+            timerfd_settime(timer, now + RETRY)
+            raise
 
 
 class TimerPool:

@@ -84,6 +84,28 @@ def test_disarm(clock: Clock) -> None:
     os.close(timer)
 
 
+def test_a_service_goes_on_after_a_fault(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY", SOON)
+    services = clock.pool.services
+    fired: list[float] = []
+
+    def fire(now: float) -> None:
+        fired.append(now)
+        if len(fired) == 1:
+            raise ValueError("a fault")
+
+    timer = services.new(fire)
+    services.arm(timer, time.monotonic())
+    with pytest.raises(ValueError, match="a fault"):
+        clock.turn()
+    clock.turn()
+    assert len(fired) == 2
+    assert fired[1] >= fired[0] + SOON - 1e-6
+    clock.turn(0)
+    assert len(fired) == 2, "and no more often than it asks for"
+    os.close(timer)
+
+
 @pytest.mark.parametrize("change", ["arm", "disarm"])
 def test_no_longer_due_when_its_turn_comes(clock: Clock, change: str) -> None:
     """Two timers are due in one turn; the first to be handled puts the other off."""
