@@ -14,9 +14,11 @@ A handler is what the program registers, found where it does so, and any method 
 or is in CALLED. VICTIM is the one that makes a call that nobody declares, getppid(2): if it is
 empty, nothing is imported before the program does that. WAY changes the circumstances:
 
-    "faulty"    each handler of events fails the first time, in the sandbox
+    "faulty"    each handler of events and each timer's callback fails the first time, in the sandbox
     "starved"   there are no descriptors left but a few, from when the filter is in force
     "polling"   the kernel has no pidfd_open(2), so the end of a namespace is looked for
+    "given"     there is a tap device made by somebody else, without a vnet header, in the namespace of process OPTION,
+                the last one, as descriptor GIVEN_TAP
 
 Time runs SPEED times as fast, so that minutes of idleness are over in the middle of a test.
 """
@@ -24,8 +26,10 @@ Time runs SPEED times as fast, so that minutes of idleness are over in the middl
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
+import socket
 import sys
 import threading  # noqa: F401  # keeps the clock that it was imported with
 import time
@@ -35,15 +39,18 @@ from typing import Any, NoReturn
 
 from passt import __main__, resolv_conf, seccomp
 from passt.core import changes, reactor, timers
-from passt.linux import netns, syscall
+from passt.linux import netns, syscall, tun
 
 SPEED = 50
 DESCRIPTORS = 3  # that are left to who is starved
 OUTPUT = 1
+GIVEN_TAP = 100
 CALLED = frozenset(
     (
         "passt.conf_dns.follow",  # by resolv_conf.Follower
+        "passt.core.plain_link.PlainLink.send_payload",  # in the place of the link that all other ways have
         "passt.daemon_pasta.reopen",  # by the tap and its link
+        "passt.daemon_pasta.tap_gone",  # likewise
         "passt.passt.Clients.gone",  # by the stream and its link
         "passt.scan.Scanner.start",  # by forwards
     )
@@ -157,7 +164,7 @@ class Informer:
         new = timers.Timers.new
 
         def new_timer(services: Any, callback: Function) -> int:
-            timer = new(services, self.wrap(callback))
+            timer = new(services, self.wrap(callback, fails=True))
             if ARMED_BY_CHANCE in (name_of(callback), getattr(callback, "informs", "")):
                 self._armed.append((services, timer))
             return timer
@@ -166,7 +173,7 @@ class Informer:
 
         def set_callback(pool: Any, callback: Function) -> None:
             stand_in = not hasattr(pool, "informing")  # the first one does nothing
-            pool.informing = callback if stand_in else self.wrap(callback)
+            pool.informing = callback if stand_in else self.wrap(callback, fails=True)
 
         timers.TimerPool.callback = property(lambda pool: pool.informing, set_callback)  # type: ignore[assignment]
 
@@ -211,10 +218,30 @@ def no_pidfd(pid: int, flags: int = 0) -> int:
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
+def give_tap(pid: str) -> None:
+    """Make a tap device in the namespaces of process `pid`, by a child that goes there."""
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        for kind in ("user", "net"):
+            syscall.setns(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY))
+        fd = os.open(tun.TUN_DEVICE, os.O_RDWR)
+        fcntl.ioctl(fd, tun.TUNSETIFF, tun._IFREQ.pack(b"tap0", tun.IFF_TAP | tun.IFF_NO_PI))
+        socket.send_fds(theirs, [b"."], [fd])
+        os._exit(0)
+    theirs.close()
+    fd = socket.recv_fds(ours, 1, 1)[1][0]
+    os.wait()
+    os.dup2(fd, GIVEN_TAP)
+    ours.close()
+    os.close(fd)
+
+
 def run(way: str, victim: str, names: str, argv: list[str]) -> NoReturn:
     """Does not come back."""
     if way == "polling":
         os.pidfd_open = no_pidfd
+    if way == "given":
+        give_tap(argv[-1])
     resolv_conf.RESOLV_CONF = names
     hurry()
     Informer(way, victim).listen()

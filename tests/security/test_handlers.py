@@ -25,7 +25,7 @@ from ..system.traffic.support import Lan, new_lan, root_user
 from .visitors import AT_END, LOG_SIZE, Inmate, Prison, stay
 
 WAYS = {
-    PASTA: ("plain", "faulty", "starved", "leaving", "polling", "named", "spawning"),
+    PASTA: ("plain", "faulty", "starved", "leaving", "polling", "named", "given", "spawning"),
     PASST: ("plain", "faulty", "starved"),
 }
 # What is registered in vain: a machine has no tap device, and no loopback to splice to
@@ -71,7 +71,7 @@ class Record:
         names = inmate.known - inmate.ran.keys() - NEVER[self.prison.mode]
         missing = {name for name in names if not name.startswith(ENDING)}
         afterwards = {name for name in missing if name.endswith(AFTER_FAULT)}
-        return {"plain": missing - afterwards, "faulty": afterwards}.get(way, set())
+        return {"plain": missing - afterwards, "faulty": afterwards, "given": names}.get(way, set())
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from passt.core.packet import VNET_LEN
 from ..system.support import User
 from ..system.traffic.support import GATEWAY, HOST, PEER, Lan, Namespace
 from ..system.vm.client import Answer, Client, framed
+from .informer import GIVEN_TAP
 
 DEADLINE = 15.0  # s for a daemon to tell what it should
 PATIENCE = 0.05  # s for an answer
@@ -60,11 +61,11 @@ SLIRP = (
     '{"execute":"list_info"}',
     "[" * 3000,
 )
-WITH_GUEST = "plain", "faulty", "starved"
+WITH_GUEST = "plain", "faulty", "starved", "given"
 SIGNALS = {  # that are sent at the end of a way; who is faulty may be deaf for the first ones
     "faulty": (signal.SIGTERM,) * 5,
     "spawning": (signal.SIGTERM, signal.SIGINT),
-    **dict.fromkeys(("leaving", "polling", "named"), ()),
+    **dict.fromkeys(("leaving", "polling", "named", "given"), ()),
 }
 AT_END = "the end"  # what is told then was told for that
 NAMED = "/run/guest"  # of the host's own
@@ -459,7 +460,8 @@ def _options(prison: Prison, way: str, *, quiet: bool) -> list[str]:
     words += ["-q"] if quiet else ["-l", f"{here}/{way}", "--log-size", f"{LOG_SIZE}", "--trace"]
     if prison.mode == PASST:
         return [*words, "-s", f"{here}/guest"]
-    words += ["-I", "tap0", "--config-net", "-T", "auto", "-U", "auto"]
+    words += ["--config-net", "-T", "auto", "-U", "auto"]
+    words += ["--fd", f"{GIVEN_TAP}"] if way == "given" else ["-I", "tap0"]
     if way == "spawning":
         with contextlib.suppress(FileExistsError):
             os.mkfifo(here / "end")
