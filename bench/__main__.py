@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import fnmatch
 import json
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import passt
 
 from . import lab as laboratory
 from . import vm
@@ -133,6 +136,7 @@ def main(argv: list[str]) -> int:
         if args.show:
             report = read(args.show)
         else:
+            compileall.compile_dir(Path(passt.__file__).parent, quiet=1)  # as pip does, whatever Python writes here
             vm.prepare({row.vm for row in rows})
             laboratory.enter("bench", argv)
             report = run(args, console)
