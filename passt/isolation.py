@@ -119,9 +119,13 @@ def choose_identity(runas: str | None, *, joins: bool = False) -> Identity:
 
 
 def _exists(user: pwd.struct_passwd) -> bool:
-    """Whether one can become `user` in our user namespace."""
-    uid, gid = proc.is_mapped(user.pw_uid, "/proc/self/uid_map"), proc.is_mapped(user.pw_gid, "/proc/self/gid_map")
-    return uid and gid and proc.may_set_groups()
+    """Whether one can become `user` in our user namespace. Raises Fatal."""
+    try:
+        uid, gid = proc.is_mapped(user.pw_uid, "/proc/self/uid_map"), proc.is_mapped(user.pw_gid, "/proc/self/gid_map")
+        return uid and gid and proc.may_set_groups()
+    except OSError as e:
+        reason = f"{e.strerror} (or give --runas)"
+        raise Fatal(f"Couldn't read {e.filename}, which tells who root may become: {reason}") from None
 
 
 def opens_as_root(identity: Identity) -> bool:

@@ -22,6 +22,7 @@ there at start cannot be followed, and is said to be so.
     there is no file, or no resolver in it            what was read before stays; a warning
     any other entry of these directories changes      nothing
     inotify lost events (its queue is full)           as if the file had changed
+    at start: a directory cannot be watched           the file is read once, and that is said
 
 Nothing wakes the process up as long as nothing changes there.
 """
@@ -49,6 +50,7 @@ SIZE_MAX = 65536  # bytes of the file that are read
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_LIMITS = {errno.EMFILE: "fs.inotify.max_user_instances", errno.ENOSPC: "fs.inotify.max_user_watches"}
 _CHANGES = inotify.CLOSE_WRITE | inotify.MOVED_TO | inotify.CREATE | inotify.MOVED_FROM | inotify.DELETE
 
 
@@ -124,11 +126,13 @@ class Follower:
                 self._watch_way(changes)
         except OSError as e:
             self._changes = None
-            hint = " (raise sysctl fs.inotify.max_user_instances)" if e.errno == errno.EMFILE else ""
+            self.close()  # the file is read by its path
+            self._directories.clear()
+            hint = f" (raise sysctl {_LIMITS[e.errno]})" if e.errno in _LIMITS else ""
             log.info(f"Changes of {self._path} will not be noticed: {e.strerror}{hint}")
 
     def _watch_way(self, changes: Changes) -> None:
-        """All directories from that of the path to that of the file. Raises OSError, if not even the first can be."""
+        """All directories from that of the path to that of the file. Raises OSError, with some of them watched."""
         path = self._path
         for _ in range(LINKS_MAX):
             directory = os.path.dirname(path)
@@ -138,11 +142,9 @@ class Follower:
                     self._directories[directory] = os.open(directory, _DIRECTORY)
                 path = _join(directory, os.readlink(path))
             except OSError as e:
-                if not self._directories:
-                    raise
-                if e.errno not in (errno.EINVAL, errno.ENOENT):  # no link: that was the file; or nothing there, yet
-                    log.debug(f"{path}: {e.strerror}")
-                return
+                if self._directories and e.errno in (errno.EINVAL, errno.ENOENT):
+                    return  # no link: that was the file; or nothing is there, yet
+                raise
 
     # Reading ---------------------------------------------------------------------------------------------------------
 

@@ -97,6 +97,22 @@ def test_root_of_a_user_namespace_stays_where_nobody_cannot_be(as_root: Callable
         assert choose_identity(None) == STAYS
 
 
+def test_root_of_a_user_namespace_that_may_not_know(
+    as_root: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_root(on_machine=False)
+
+    def refuse(number: int, id_map: str) -> bool:
+        raise PermissionError(13, "Permission denied", id_map)
+
+    monkeypatch.setattr(proc, "is_mapped", refuse)
+    with pytest.raises(Fatal) as e:
+        choose_identity(None)
+    text = "Couldn't read /proc/self/uid_map, which tells who root may become: Permission denied (or give --runas)"
+    assert str(e.value) == text
+    assert choose_identity("65534") == Identity(65534, 65534)
+
+
 def test_root_of_a_user_namespace_stays_for_one_that_it_names(as_root: Callable[..., None]) -> None:
     as_root(on_machine=False)
     assert choose_identity(None, joins=True) == STAYS

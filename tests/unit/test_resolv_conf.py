@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -308,6 +309,30 @@ def test_no_inotify_for_us(path: Path, start: Start, monkeypatch: pytest.MonkeyP
     hint = "Too many open files (raise sysctl fs.inotify.max_user_instances)"
     assert said == [f"Changes of {path} will not be noticed: {hint}"]
     assert not reactor(watcher.ctx).refs
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"), [(errno.EACCES, ""), (errno.ENOSPC, " (raise sysctl fs.inotify.max_user_watches)")]
+)
+def test_a_directory_on_the_way_that_cannot_be_watched(
+    linked: tuple[Path, Path], start: Start, monkeypatch: pytest.MonkeyPatch, number: int, hint: str
+) -> None:
+    """The second one: what could be read without it is read."""
+    path, stub = linked
+    said: list[str] = []
+    monkeypatch.setattr(log, "info", said.append)
+    add = inotify.add
+
+    def refuse(fd: int, name: str, mask: int) -> int:
+        if name == str(stub.parent):
+            raise OSError(number, os.strerror(number))
+        return add(fd, name, mask)
+
+    monkeypatch.setattr(inotify, "add", refuse)
+    watcher = start(path)
+    assert watcher.follower.current.servers == (ip("127.0.0.53"),)
+    assert watcher.follower.directories == ()
+    assert said == [f"Changes of {path} will not be noticed: {os.strerror(number)}{hint}"]
 
 
 def test_nothing_to_watch(tmp_path: Path, start: Start) -> None:
