@@ -19,6 +19,7 @@ from fuzz.table import CORPUS, REGRESSIONS, TARGETS, Target
 from tests.system.support import wait_for
 
 ROOT = Path(__file__).parents[2]
+GOAL = 10_000_000  # executions
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
@@ -49,6 +50,12 @@ def test_there_is_a_target_for_whatever_is_kept() -> None:
     assert {p.stem for p in CORPUS.glob("*.hex")} <= names
     assert {p.name for p in REGRESSIONS.iterdir()} <= names
     assert read_record().keys() <= names
+
+
+def test_how_far_it_went() -> None:
+    """Who adds a target, or begins a row anew, lets `make fuzz-long` run."""
+    record = read_record()
+    assert {t.name: record[t.name].executions for t in TARGETS if record[t.name].executions < GOAL} == {}
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
