@@ -162,9 +162,14 @@ class Reactor:
         signal.signal(number, lambda *_: None)  # the wake-up descriptor does the work
 
     def _signal_handler(self, ref: int, events: int, now: float) -> None:
-        for number in set(os.read(ref_fd(ref), 512)):
-            if number in self._signals:  # any signal with a handler in Python wakes up, other people's too
+        # Any signal with a handler in Python wakes up, other people's too
+        for number in self._signals.keys() & os.read(ref_fd(ref), 512):
+            try:
                 self._signals[number](now)
+            except Exception as e:  # or one that ends us would be lost with it
+                if self.on_fault is None:
+                    raise
+                self.on_fault(ref, e, now)
 
     def stop(self) -> None:
         """Leave `run` after the current turn."""

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -345,6 +346,25 @@ def test_signals_are_handled_in_the_loop(reactor: Reactor) -> None:
     assert sorted(what for what, _ in seen[1:]) == ["one", "two"], "several of one signal are one"
     reactor.turn(0)
     assert len(seen) == 3
+
+
+@pytest.mark.usefixtures("restore")
+def test_a_fault_for_one_signal_leaves_the_others(reactor: Reactor) -> None:
+    """What asks for a report may not swallow what asks us to end."""
+    seen: list[int] = []
+    faults: list[str] = []
+
+    def fail(number: int, now: float) -> None:
+        seen.append(number)
+        raise ValueError(number)
+
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        reactor.on_signal(number, partial(fail, number))
+        os.kill(os.getpid(), number)
+    reactor.on_fault = lambda ref, e, now: faults.append(f"{TYPE_NAMES[ref >> 56]} {e}")
+    reactor.turn(5)
+    assert sorted(seen) == [signal.SIGUSR1, signal.SIGUSR2]
+    assert sorted(faults) == [f"signal {number:d}" for number in sorted(seen)]
 
 
 @pytest.mark.usefixtures("restore")
