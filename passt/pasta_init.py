@@ -141,7 +141,8 @@ def _let_go(control: int) -> None:
 
 def _become_supervisor(command: Command, control: int) -> None:
     """Execute an interpreter that runs supervisor.py, and nothing else. Returns if that cannot be: who we are may not
-    read or execute them, or a policy forbids it.
+    read or execute them, or a policy forbids it. Its words become bytes again as ours became text: in isolated mode
+    it would not know of PYTHONUTF8.
     """
     if not os.access(supervisor.__file__, os.R_OK):
         return
@@ -153,7 +154,8 @@ def _become_supervisor(command: Command, control: int) -> None:
         os.lseek(words, 0, os.SEEK_SET)
         os.set_inheritable(control, True)
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-        argv = [sys.executable, "-I", "-S", supervisor.__file__, str(control), str(words)]
+        options = "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}"
+        argv = [sys.executable, *options, supervisor.__file__, str(control), str(words)]
         os.execve(sys.executable, argv, dict(command.env))
     except OSError as e:
         log.debug(f"The first process of the command stays a copy: {e}")

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -213,3 +214,20 @@ def test_what_the_supervisor_may_not_read_is_not_executed(monkeypatch: pytest.Mo
     monkeypatch.setattr(supervisor, "__file__", "/no/such/file")
     monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("executed"))
     pasta_init._become_supervisor(command("true"), -1)
+
+
+SAYS_HOW = """
+import os, sys
+from passt import pasta_init
+read, write = os.pipe()
+os.execve = lambda path, argv, env: print(argv[1:argv.index(pasta_init.supervisor.__file__)])
+pasta_init._become_supervisor(pasta_init.Command("true", ("true",), {}), read)
+"""
+
+
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_the_supervisor_takes_text_for_bytes_as_we_do(mode: str) -> None:
+    """With PYTHONUTF8=1 and a Latin-1 locale the command's words came to it in Latin-1, or not at all."""
+    env = {**os.environ, "PYTHONUTF8": mode}
+    done = subprocess.run([sys.executable, "-c", SAYS_HOW], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{['-I', '-S', '-X', f'utf8={mode}']}\n"
