@@ -36,10 +36,7 @@ def standing(lan: Lan, someone: User) -> Iterator[Guest]:
 
 @pytest.fixture
 def guest(standing: Guest, lan: Lan) -> Iterator[Guest]:
-    yield standing
-    for namespace in (standing, lan.host, lan.peer):
-        namespace.close_sockets()
-    assert standing.alive(), standing.said()
+    yield from lan.lend(standing)
 
 
 def shared(host: Namespace, port: int, address: str = HOST, *, tries: int = 1) -> list[str]:

@@ -45,7 +45,4 @@ def standing_guest(lan: Lan, someone: User) -> Iterator[Guest]:
 @pytest.fixture
 def guest(standing_guest: Guest, lan: Lan) -> Iterator[Guest]:
     """The module's guest, which must have outlived the test; sockets of the test end with it."""
-    yield standing_guest
-    for namespace in (standing_guest, lan.host, lan.peer):
-        namespace.close_sockets()
-    assert standing_guest.alive(), standing_guest.said()
+    yield from lan.lend(standing_guest)

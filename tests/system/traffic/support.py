@@ -246,6 +246,15 @@ class Lan:
             raise
         guest.close()
 
+    def lend(self, guest: Guest) -> Iterator[Guest]:
+        """For the fixture of a test: a guest that others use after it. Sockets of the test end with it, and the guest
+        must not have.
+        """
+        yield guest
+        for namespace in (guest, self.host, self.peer):
+            namespace.close_sockets()
+        assert guest.alive(), guest.said()
+
 
 @contextlib.contextmanager
 def new_lan(root: User, v4: bool = True, v6: bool = True, pings: bool = True) -> Iterator[Lan]:

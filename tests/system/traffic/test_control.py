@@ -110,10 +110,8 @@ def standing(lan: Lan, someone: User) -> Iterator[Controlled]:
 @pytest.fixture
 def controlled(standing: Controlled, lan: Lan) -> Iterator[Controlled]:
     """The module's guest, without any rule."""
-    yield standing
-    for namespace in (standing.guest, lan.host, lan.peer):
-        namespace.close_sockets()
-    assert standing.guest.alive(), standing.guest.said()
+    for _ in lan.lend(standing.guest):
+        yield standing
     standing.ask({"command": "clear"})
 
 

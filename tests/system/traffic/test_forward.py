@@ -55,10 +55,7 @@ def forwarding_guest(lan: Lan, someone: User) -> Iterator[Guest]:
 @pytest.fixture
 def served(forwarding_guest: Guest, lan: Lan) -> Iterator[Guest]:
     """That guest; sockets of the test end with it."""
-    yield forwarding_guest
-    for namespace in (forwarding_guest, lan.host, lan.peer):
-        namespace.close_sockets()
-    assert forwarding_guest.alive(), forwarding_guest.said()
+    yield from lan.lend(forwarding_guest)
 
 
 def server_in(guest: Namespace, family: int, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
