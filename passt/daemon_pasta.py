@@ -122,8 +122,7 @@ def build(
     seccomp.binding()
     if log.trace_on:
         from . import trace  # noqa: F401
-    have_v6 = os.path.exists(daemon.IF_INET6)
-    decision = conf_net.decide(options, netlink.read_host(), names.current, have_v6=have_v6)
+    decision = conf_net.decide(options, netlink.read_host(), names.current, have_v6=os.path.exists(daemon.IF_INET6))
     config, plan = decision.config, decision.plan
     assert plan is not None  # there is one for every namespace
     daemon.raise_descriptor_limit()
