@@ -116,7 +116,8 @@ def build(
     options: Options, target: Target, identity: Identity, names: Follower
 ) -> tuple[Context, tuple[TapLink | PlainLink, Tap] | None, Interface | None]:
     """From the host's configuration to wired services; no link and tap with --splice-only. We are `identity` then."""
-    from . import conf_net, listen_sock, pasta, wiring  # who we become may not be able to read Python's files
+    # All that `report` and `wire` need, too: the user that we become may not be able to read Python's files
+    from . import conf_net, conf_summary, listen_sock, pasta, wiring  # noqa: F401
     from .linux import netlink
 
     seccomp.binding()
