@@ -48,7 +48,6 @@ from .core.context import Context
 from .core.flow import reason_of
 from .core.reactor import (
     EPOLLERR,
-    EPOLLHUP,
     EPOLLIN,
     EPOLLOUT,
     EPOLLPRI,
@@ -324,6 +323,11 @@ class Tcp:
             self._opening.connected(conn, conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), now)
             if conn.sock is None or conn.events == TAP_SYN_RCVD:
                 return  # the events were those of a socket that is given up for another one
+        if events & EPOLLERR:  # EPOLLRDHUP beside it is that of any socket whose connection is over
+            error = conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                self._broken(conn, error, now)
+                return
         if events & EPOLLRDHUP and not conn.events & SOCK_FIN_RCVD:
             set_event(conn, SOCK_FIN_RCVD)
         if events & EPOLLPRI:
@@ -332,11 +336,6 @@ class Tcp:
             conn.drained = False
             if conn.events & ESTABLISHED:
                 self._to_tap(conn, now)
-        if events & (EPOLLERR | EPOLLHUP) and conn.sock is not None:
-            error = conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                self._broken(conn, error, now)
-                return
         if events & EPOLLOUT and conn.low and conn.sock is not None:
             self._acks.writable(conn, now)
 
@@ -361,6 +360,8 @@ class Tcp:
         """The guest acknowledged everything before `una` and takes `window` bytes after it."""
         progress = una != conn.snd_una
         conn.snd_wnd = window
+        if window > conn.snd_wnd_max:
+            conn.snd_wnd_max = window
         if progress:
             conn.snd_una = una
             conn.retries = 0
@@ -453,11 +454,22 @@ class Tcp:
     # Ending --------------------------------------------------------------------------------------------------------
 
     def _broken(self, conn: TcpConn, error: int, now: float) -> None:
-        """The host socket failed. What it still holds goes to the guest first, then RST."""
+        """The host socket failed with `error`: what it still holds goes to the guest, as far as the window lets it, and
+        then RST.
+
+        EPIPE is the error of a peer that had sent FIN before its RST (tcp_reset() in CLOSE-WAIT): the guest gets both.
+        """
         if conn.events == TAP_SYN_RCVD:
             self._opening.connect_failed(conn, error, now)
-        else:
-            self._table.reset_by_host(conn, reason_of(error))
+            return
+        if error == errno.EPIPE and not conn.events & SOCK_FIN_RCVD:
+            set_event(conn, SOCK_FIN_RCVD)
+        if conn.events & ESTABLISHED:
+            try:
+                self._out.data(conn, reset=True)
+            except OSError:
+                pass  # nothing is left in the socket: RST tells the guest all there is
+        self._table.reset_by_host(conn, reason_of(error))
 
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref): end that flow, and only that. A timer of the pool may have none."""

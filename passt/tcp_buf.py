@@ -15,6 +15,11 @@ them, are dropped at once; small ones may add up for as long as an acknowledgeme
 SO_PEEK_OFF (TCP: kernel 6.9) lets the kernel keep the offset of the next peek. Without it every peek starts at `base`,
 and what was sent already lands in a buffer nobody reads.
 
+A segment below the MSS goes out beside others in flight when it is all that is queued, or when it fills half of the
+largest window that the guest has opened (RFC 9293, 3.8.6.2.1). Otherwise it waits for the window to open further: a
+guest with two segments in flight acknowledges at once, so the socket is not even asked then. At an MTU of 65520 the
+window of a guest is often not much more than one segment, and an answer in two writes depends on this rule.
+
 A short peek means that the queue is empty (`drained`), so the question "is there more?" is not asked again until the
 socket reports an event; urgent data also cuts a peek short, so a connection that has seen any always asks twice, and
 without SO_PEEK_OFF waits for the guest to acknowledge what is before the mark.
@@ -167,16 +172,22 @@ class TcpOut:
         syn = icmp.quote(guest, peer, PROTO_TCP, ports + conn.isn_tap.to_bytes(4, "big") + bytes(12))
         self._errors.refused(error, guest, peer, syn, now)
 
-    def data(self, conn: TcpConn) -> None:
-        """Send what the socket has and the guest's window takes, and FIN after the last byte. Raises OSError."""
+    def data(self, conn: TcpConn, *, reset: bool = False) -> None:
+        """Send what the socket has and the guest's window takes, and FIN after the last byte. Raises OSError.
+
+        `reset`: the host peer has reset the connection, so that an empty queue is not the end of its stream.
+        """
         while not conn.events & TAP_FIN_SENT:
             if self._link.full:
                 self.stalled[conn.index] = conn
                 return
             in_flight = conn.snd_nxt - conn.snd_una
             want = conn.snd_wnd - in_flight
-            if want <= 0 or (want < conn.mss and in_flight):
-                return  # zero or silly window (RFC 9293, 3.8.6.2.1): the acknowledgement on its way opens it
+            if want <= 0:
+                return
+            silly = in_flight and want < conn.mss and want < conn.snd_wnd_max >> 1
+            if silly and in_flight >= 2 * conn.mss:
+                return  # the acknowledgement on its way opens the window
             if want > PEEK_MAX:
                 want = PEEK_MAX
             if not self._peek_off:
@@ -186,8 +197,14 @@ class TcpOut:
                 if want <= 0:
                     return
             n = self._peek(conn, want)
+            if not n and not reset:
+                set_event(conn, SOCK_FIN_RCVD)
+            n = max(n, 0)
             # Short at an urgent mark, perhaps. A peek that begins before the mark does not get beyond it.
             cut = n < want and conn.urgent and (n or (not self._peek_off and conn.snd_nxt != conn.base))
+            if silly and n == want and not cut:
+                self._seek(conn, conn.snd_nxt)
+                return
             ended = n < want and conn.events & SOCK_FIN_RCVD and not cut
             if n:
                 self._segments(conn, n, tcp.FIN if ended else 0)
@@ -204,7 +221,7 @@ class TcpOut:
                 return  # what comes after the mark can be seen when the guest has what is before it
 
     def _peek(self, conn: TcpConn, want: int) -> int:
-        """Read up to `want` bytes at snd_nxt without taking them; 0: none now, or the end (then the event is set)."""
+        """Read up to `want` bytes at snd_nxt without taking them; 0: the stream ends there, -1: no bytes for now."""
         try:
             if self._peek_off:
                 n: int = conn.sock.recv_into(self._buf, want, MSG_PEEK)
@@ -213,11 +230,9 @@ class TcpOut:
                 n = conn.sock.recvmsg_into((self._discard[:sent], self._buf[:want]), 0, MSG_PEEK)[0]
                 if sent:
                     # With unacknowledged bytes in the queue an end cannot be told from a pause: EPOLLRDHUP tells it.
-                    return max(n - sent, 0)
+                    return n - sent if n > sent else -1
         except BlockingIOError:
-            return 0
-        if n == 0:
-            set_event(conn, SOCK_FIN_RCVD)
+            return -1
         return n
 
     def _segments(self, conn: TcpConn, n: int, last_flags: int) -> None:
@@ -250,7 +265,7 @@ class TcpOut:
         nxt, conn.snd_nxt = conn.snd_nxt, conn.snd_una
         self._seek(conn, conn.snd_una)
         n = self._peek(conn, min(in_flight - fin, conn.chunk))
-        if n:
+        if n > 0:
             self._segments(conn, n, 0)
         conn.snd_nxt = nxt
         self._seek(conn, nxt - fin)

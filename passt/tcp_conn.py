@@ -27,6 +27,7 @@ They are Python integers that start in 32 bits and never wrap; they are masked w
     snd_una    oldest byte sent to the guest that it has not acknowledged
     snd_nxt    next byte to send to the guest
     snd_wnd    bytes after snd_una that the guest is ready to take
+    snd_wnd_max  the largest that snd_wnd has been (MAX.SND.WND)
     base       sequence number of the first byte that still lies in the socket: base <= snd_una
     rewound    snd_nxt before it was set back to snd_una: the guest may have got that far, and may say so at any time
     recover    snd_nxt when a retransmission began (RFC 6582); acknowledgements below it are partial
@@ -125,6 +126,7 @@ class TcpConn(Flow):
         "snd_nxt",
         "snd_una",
         "snd_wnd",
+        "snd_wnd_max",
         "t_rx",  # when data of the guest last came
         "tcp_sum",  # folded sum of the pseudo-header without length
         "timer",  # descriptor from the timer pool, or -1
@@ -149,7 +151,7 @@ class TcpConn(Flow):
         self.mss = tcp.MSS_DEFAULT
         self.chunk = self.ws_from = self.ws_to = 0
         self.isn = self.isn_tap = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_low = self.rcv_max = 0
-        self.snd_una = self.snd_nxt = self.snd_wnd = self.base = self.recover = self.rewound = 0
+        self.snd_una = self.snd_nxt = self.snd_wnd = self.snd_wnd_max = self.base = self.recover = self.rewound = 0
         self.gso = self.near = self.low = self.lost = self.ack_due = False
         self.queued = self.urgent = self.eager = self.keepalive = self.fin_rewound = False
         self.drained = True

@@ -196,7 +196,7 @@ class TcpOpen:
         """The guest acknowledged our SYN. A window in a SYN is not scaled (RFC 7323, 2.2)."""
         _, _, bits, win = numbers
         conn.snd_una = conn.snd_nxt
-        conn.snd_wnd = win if bits & SYN else win << conn.ws_from
+        conn.snd_wnd = conn.snd_wnd_max = win if bits & SYN else win << conn.ws_from
         conn.retries = 0
         set_event(conn, ESTABLISHED)
 

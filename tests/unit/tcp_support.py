@@ -74,6 +74,7 @@ class FakeSocket:
         self.sndbuf, self.wmem = 4 << 20, 0
         self.info = {BYTES_ACKED: 1, MIN_RTT: 10_000, SND_WND: 1 << 20}
         self.error = 0
+        self.failed = False  # it had an error: what is left can be read, and then the end, as from the kernel's
         self.shut = self.closed = False
         self._connects = list(FakeSocket.connect_results)
 
@@ -136,9 +137,10 @@ class FakeSocket:
     def _peek(self, offset: int, n: int) -> bytes:
         self.peeks += 1
         data = bytes(self.incoming[offset : offset + n])
-        if not data and not self.ended:
-            if self.error:
-                raise OSError(self.error, "socket error")
+        if not data and self.error:
+            error, self.error = self.error, 0
+            raise OSError(error, "socket error")
+        if not data and not self.ended and not self.failed:
             raise BlockingIOError(errno.EAGAIN, "nothing there")
         return data
 
@@ -330,7 +332,9 @@ class Talk:
         sock.incoming += data
         sock.ended |= end
         sock.error = error
-        events = (EPOLLIN if data or end else 0) | (EPOLLRDHUP if end else 0) | (EPOLLERR | EPOLLHUP if error else 0)
+        sock.failed |= error != 0
+        over = EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP if error else 0
+        events = (EPOLLIN if data or end else 0) | (EPOLLRDHUP if end else 0) | over
         reactor(self.ctx).fire(sock.fd, events, self.now)
 
     def writable(self) -> None:

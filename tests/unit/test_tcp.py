@@ -340,9 +340,43 @@ def test_full_send_buffer_is_waited_for_and_the_rest_asked_for() -> None:
 
 def test_peer_reset_while_sending_reaches_the_guest() -> None:
     talk = near()
-    talk.sock.error = errno.EPIPE
+    talk.sock.error = errno.ECONNRESET
     talk.guest(ACK, b"x")
     talk.expect(RST | ACK)
+    assert talk.gone
+
+
+def test_what_a_peer_sent_before_its_reset_goes_before_it() -> None:
+    """Found by sending: the data is still in the socket, whose event comes later."""
+    talk = near()
+    talk.sock.incoming += b"last words"
+    talk.sock.error, talk.sock.failed = errno.ECONNRESET, True
+    talk.guest(ACK, b"x")
+    assert [(s.flags, s.payload) for s in talk.taken()] == [(ACK | PSH, b"last words"), (RST | ACK, b"")]
+    assert talk.gone
+
+
+@pytest.mark.parametrize("features", [ALL, NO_PEEK_OFF])
+@pytest.mark.parametrize("data", [b"", b"an answer"])
+def test_a_reset_that_comes_with_the_data_is_no_end(features: Any, data: bytes) -> None:
+    """A daemon that was busy sees both at once, and EPOLLRDHUP, which says no more than EPOLLERR then."""
+    talk = near(features=features)
+    talk.host(data, error=errno.ECONNRESET)
+    segments = talk.taken()
+    assert b"".join(s.payload for s in segments) == data
+    assert not any(s.flags & FIN for s in segments) and segments[-1].flags == RST | ACK
+    assert talk.gone
+
+
+@pytest.mark.parametrize("features", [ALL, NO_PEEK_OFF])
+@pytest.mark.parametrize("data", [b"", b"an answer"])
+def test_an_end_before_the_reset_is_both(features: Any, data: bytes) -> None:
+    """EPIPE: the peer had sent FIN when it reset the connection."""
+    talk = near(features=features)
+    talk.host(data, error=errno.EPIPE)
+    segments = talk.taken()
+    assert b"".join(s.payload for s in segments) == data
+    assert [s.flags & (FIN | RST) for s in segments] == [FIN, RST]
     assert talk.gone
 
 
@@ -420,6 +454,55 @@ def test_no_more_than_the_guests_window() -> None:
     talk.guest(ACK, window=16)
     s = talk.expect(ACK | PSH, seq=2049)
     assert len(s.payload) == 2048
+
+
+def test_an_answer_in_two_writes_does_not_wait() -> None:
+    """The window is but a little more than one segment, as at MTU 65520: all that is queued fits, so it goes out."""
+    talk = near()
+    talk.guest(ACK, window=12)  # 1536 bytes
+    talk.host(b"HTTP/1.0 200 OK")
+    talk.expect(ACK | PSH, b"HTTP/1.0 200 OK")
+    for part in (b"head" * 64, b"body" * 32):
+        talk.host(part)
+        talk.expect(ACK | PSH, part)
+
+
+@pytest.mark.parametrize("features", [ALL, NO_PEEK_OFF])
+def test_a_rest_that_does_not_fit_waits_for_the_window(features: Any) -> None:
+    """Less than half the largest window, and more is queued: the bytes that were looked at are sent later, once."""
+    talk = near(features=features)
+    talk.guest(ACK, window=12)  # 1536 bytes
+    talk.host(b"a" * 1000)
+    talk.expect(ACK | PSH, b"a" * 1000)
+    talk.host(b"b" * 600)
+    talk.expect_nothing()
+    talk.guest(ACK, ack=1001, window=12)
+    talk.expect(ACK | PSH, b"b" * 600)
+
+
+def test_half_of_the_largest_window_is_enough() -> None:
+    talk = Talk(peer=GATEWAY4)
+    talk.window = 12  # 1536 bytes
+    talk.syn()
+    talk.expect(SYN | ACK)
+    talk.guest(ACK)
+    talk.host(b"a" * 700)
+    talk.expect(ACK | PSH, b"a" * 700)
+    talk.host(b"b" * 2000)
+    talk.expect(ACK | PSH, b"b" * 836)
+
+
+def test_the_socket_is_not_asked_while_an_acknowledgement_must_come() -> None:
+    """With two segments in flight the guest acknowledges at once (RFC 9293, 3.8.6.3)."""
+    talk = near()
+    talk.guest(ACK, window=32)  # 4096 bytes
+    talk.host(b"a" * 2920)
+    talk.taken()
+    peeks = talk.sock.peeks
+    talk.guest(ACK, ack=1001, window=24)
+    talk.host(b"b" * 100)
+    assert talk.sock.peeks == peeks + 1  # 1080 of 4096 bytes are open
+    talk.taken()
 
 
 def test_a_silly_window_is_not_used_while_data_is_in_flight() -> None:
