@@ -26,7 +26,8 @@ stops at its mark for ever, so a half that has seen any is never bulk again.
     -------------------------------------------  -----------------------------------------------------------------
     end of a direction (FIN)                     what is held is delivered, then shutdown(SHUT_WR) at the other side
     end of both                                  both sockets are closed
-    reset or another error at one side           both are reset; what is held is thrown away, as by any router
+    reset or another error at one side           what that side sent before goes on as far as the other takes it; then
+                                                 both are reset
     nobody listens at the target                 the next address of Forwarding.splice_targets (the other family);
                                                  after the last one the client is reset
     table full, no descriptor                    the client is reset, counted
@@ -275,7 +276,9 @@ class TcpSplice:
             return
         if events & EPOLLERR:
             half = halves[side]
-            self._broken(conn, half.src.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), side)
+            error = half.src.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self._move_last(half)
+            self._broken(conn, error, side)
             return
         half = halves[1 - side]
         if events & EPOLLOUT and (half.held or half.pending):
@@ -312,6 +315,14 @@ class TcpSplice:
         elif state == AGAIN:
             conn.halves[half is conn.halves[0]].polled = True
             self._ctx.reactor.change(half.src_fd, INTEREST | EPOLLOUT)
+
+    def _move_last(self, half: Half) -> None:
+        """Move what a peer sent before it reset the connection. Where its bytes end, its stream does not."""
+        try:
+            if half.bulk or half.held or self._small(half) == AGAIN:
+                self._bulk(half)
+        except OSError:
+            pass  # the other side has failed as well, and its reset is to come
 
     def _small(self, half: Half) -> int:
         """Receive and send: once, or until there is no more where no event would tell of the rest."""

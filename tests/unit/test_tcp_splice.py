@@ -548,6 +548,22 @@ def test_reset_at_every_point(lab: Lab, point: Step, by_client: bool) -> None:
     assert all(not select.select([reader], [], [], 0)[0] for reader, _ in pipes), "bytes were left in a pipe"
 
 
+@pytest.mark.parametrize("size", [5, 100_000])
+@pytest.mark.parametrize("by_client", [True, False])
+def test_what_was_sent_before_a_reset_goes_on(lab: Lab, by_client: bool, size: int) -> None:
+    """Both come in one turn, as after a moment in which the daemon was busy."""
+    me, other = lab.pair()[:: 1 if by_client else -1]
+    data = os.urandom(size)
+    lab.write(me, data[:2])
+    assert lab.read(other, 2) == data[:2]
+    me.setblocking(True)
+    me.sendall(data[2:])
+    reset(me)
+    assert lab.read(other, size - 2) == data[2:]
+    assert lab.outcome(other) == "reset"
+    lab.gone()
+
+
 def test_a_server_that_closes_with_unread_data_resets_the_client(lab: Lab) -> None:
     client, server = lab.pair()
     lab.write(client, b"never read")
