@@ -7,8 +7,8 @@ Directions
 ==========
 
 Guest to host (`tap_handler`). Segments of one read of the tap come grouped by connection. Payload in order goes to
-the socket in one `sendmsg` over views of the packet pool. What the socket took is acknowledged; what it did not take
-is dropped and asked for again, which the window that we promise makes rare: see `tcp_ack.py`. What comes behind a hole
+the socket in one `sendmsg` over views of the packet pool. What the socket took is acknowledged, the last of it when the
+host peer has it; what the socket did not take is dropped and asked for again, which the window that we promise makes rare: see `tcp_ack.py`. What comes behind a hole
 waits for what is missing: see `tcp_early.py`.
 
 Host to guest (`sock_handler`, and `tap_handler` when an acknowledgement opens the window). Data is peeked, sent, and
@@ -105,8 +105,8 @@ class Tcp:
         self._features = features or tcpinfo.probe()
         self._out = TcpOut(ctx, self._features, tso=ctx.link.tso)
         self._by_index = ctx.flows.by_index
-        self._acks = TcpAck(ctx, self._out, self._features)
         self._table = TcpTable(ctx, self._out)
+        self._acks = TcpAck(ctx, self._out, self._table, self._features)
         self._opening = TcpOpen(ctx, self._features, self._out, self._acks, self._table)
         self._conns = self._table.by_key
         self._schedule = self._table.schedule
@@ -291,26 +291,30 @@ class Tcp:
             self._ctx.drops["tcp send buffer full"] += 1
             must_ack = True
         elif fin:
-            conn.rcv_nxt += 1
-            conn.rcv_acked = conn.rcv_nxt
             self._guest_done(conn, now)
             return
         self._acks.owe(conn, taken, must_ack, now)
 
     def _guest_done(self, conn: TcpConn, now: float) -> None:
-        """The guest's FIN was taken: acknowledge it, and tell the host peer unless closing does so anyway."""
+        """Take the guest's FIN, and tell the host peer unless closing does so anyway."""
+        conn.rcv_nxt += 1
         set_event(conn, TAP_FIN_RCVD)
         conn.rcv_edge = max(conn.rcv_edge, conn.rcv_nxt)
-        self._out.ack(conn)
-        if conn.events & CLOSED == CLOSED:
-            self._table.close(conn)
-            return
+        if conn.near:
+            self._acks.owe_fin(conn, now)
+            if conn.events & CLOSED == CLOSED:
+                self._table.close(conn)
+                return
         try:
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError as e:
             self._broken(conn, e.errno or errno.EIO, now)
             return
         set_event(conn, SOCK_FIN_SENT)
+        if not conn.near:
+            self._acks.owe_fin(conn, now)
+            if conn.events & CLOSED == CLOSED and conn.rcv_acked == conn.rcv_nxt:
+                self._table.close(conn)
 
     # Host to guest -----------------------------------------------------------------------------------------------
 
@@ -332,10 +336,17 @@ class Tcp:
             set_event(conn, SOCK_FIN_RCVD)
         if events & EPOLLPRI:
             conn.urgent = True
+        heard = conn.rcv_acked != conn.rcv_nxt and conn.events & ESTABLISHED and self._acks.follow(conn)
+        if heard:
+            conn.ack_due = True
         if events & (EPOLLIN | EPOLLRDHUP):
             conn.drained = False
             if conn.events & ESTABLISHED:
                 self._to_tap(conn, now)
+        if conn.sock is None:
+            return
+        if heard and conn.ack_due:  # nothing went to the guest on which the acknowledgement could ride
+            self._acks.tell(conn)
         if events & EPOLLOUT and conn.low and conn.sock is not None:
             self._acks.writable(conn, now)
 
@@ -369,7 +380,7 @@ class Tcp:
                 self._out.catch_up(conn)
             if conn.events & TAP_FIN_SENT and una == conn.snd_nxt:
                 set_event(conn, TAP_FIN_ACKED)
-                if conn.events & CLOSED == CLOSED:
+                if conn.events & CLOSED == CLOSED and conn.rcv_acked == conn.rcv_nxt:
                     self._table.close(conn)
                     return
             n = una - conn.base

@@ -17,7 +17,8 @@ Events (a bit set, not a state: both directions of both sides progress on their 
       SOCK_FIN_SENT       ... shutdown(SHUT_WR) told the host peer: this direction is done
 
 A connection begins with the first two or the next two. The indented ones come after ESTABLISHED, but for SOCK_FIN_RCVD:
-a host client need not wait for the guest. A connection ends when TAP_FIN_ACKED and TAP_FIN_RCVD meet.
+a host client need not wait for the guest. A connection ends when TAP_FIN_ACKED and TAP_FIN_RCVD meet, and
+the guest's FIN is acknowledged (`tcp_ack.py`).
 
 Sequence variables, named as in RFC 9293, 3.3.1, from our side of the link to the guest
 =======================================================================================
@@ -112,6 +113,7 @@ class TcpConn(Flow):
         "mss",  # the guest's
         "near",  # the host peer is so close that an acknowledgement need not wait for it
         "other",  # key to go on with when the guest refuses a host client's connection, or b""
+        "poll",  # s until TCP_INFO is looked at for acknowledgements of the host peer; 0: it never was
         "pingpong",  # how often an answer followed within the delay of an acknowledgement (0..PINGPONG_MAX)
         "queued",  # the timer of delayed acknowledgements will look at this connection
         "rcv_acked",
@@ -131,7 +133,6 @@ class TcpConn(Flow):
         "tcp_sum",  # folded sum of the pseudo-header without length
         "timer",  # descriptor from the timer pool, or -1
         "tried",  # while it is opened towards a resolver: those that were, in this order
-        "unpolled",  # bytes given to the socket since TCP_INFO was last asked
         "urgent",  # urgent data was seen: a short peek may be cut at its mark
         "ws_from",  # guest's window scale
         "ws_to",  # ours
@@ -155,9 +156,9 @@ class TcpConn(Flow):
         self.gso = self.near = self.low = self.lost = self.ack_due = False
         self.queued = self.urgent = self.eager = self.keepalive = self.fin_rewound = False
         self.drained = True
-        self.pingpong = self.retries = self.unpolled = self.lazy = self.resent = 0
+        self.pingpong = self.retries = self.lazy = self.resent = 0
         self.timer = -1
-        self.deadline = self.t_rx = 0.0
+        self.deadline = self.t_rx = self.poll = 0.0
 
     def endpoints(self) -> Endpoints:
         n = (len(self.key) - 4) // 2

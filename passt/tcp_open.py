@@ -64,7 +64,7 @@ from .core.reactor import TYPE_TCP
 from .core.rules import Listener
 from .core.siphash import siphash24
 from .linux import tcpinfo
-from .tcp_ack import INTEREST, TcpAck
+from .tcp_ack import TcpAck
 from .tcp_buf import TcpOut
 from .tcp_conn import (
     ESTABLISHED,
@@ -78,6 +78,7 @@ from .tcp_conn import (
     TcpConn,
     set_event,
 )
+from .tcp_sock import INTEREST
 from .tcp_table import TcpTable
 from .wire import tcp
 from .wire.cursor import Malformed

@@ -24,12 +24,12 @@ from . import addr, log
 from .core.context import Context
 from .core.fwd import Forwarding, SockAddr
 from .core.nspool import new_socket
-from .core.reactor import EPOLLOUT, TYPE_TCP
+from .core.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, TYPE_TCP
 from .linux.sockopt import setting
 from .linux.tcpinfo import SO_PEEK_OFF, Features
-from .tcp_ack import INTEREST
 from .tcp_conn import TcpConn
 
+INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET  # of a connected socket, as long as its send buffer is not low
 RESOLVER_PATIENCE = 1500  # ms that SYN may stay unanswered (RFC 5482; Linux counts it while connecting, too)
 KEEPIDLE_MAX = 32767  # s, MAX_TCP_KEEPIDLE of Linux
 _RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds

@@ -53,7 +53,10 @@ PEER_PORT = 50000  # of a host client
 
 
 class FakeSocket:
-    """A host TCP socket. `incoming` is what the peer sent, `sent` what we gave it."""
+    """A host TCP socket. `incoming` is what the peer sent, `sent` what we gave it.
+
+    The peer acknowledges everything at once, FIN as well, unless `info[BYTES_ACKED]` says how much.
+    """
 
     made: ClassVar[list[FakeSocket]] = []
     connect_results: ClassVar[list[int]] = [0]  # of successive connect_ex() calls; the last one repeats
@@ -68,11 +71,12 @@ class FakeSocket:
         self.incoming = bytearray()
         self.ended = False
         self.peek_off: int | None = None
-        self.peeks = 0
+        self.peeks = self.looks = 0  # at the data, at TCP_INFO
         self.sent = bytearray()
         self.room = 1 << 30  # bytes that send() takes
         self.sndbuf, self.wmem = 4 << 20, 0
-        self.info = {BYTES_ACKED: 1, MIN_RTT: 10_000, SND_WND: 1 << 20}
+        self.info = {MIN_RTT: 10_000, SND_WND: 1 << 20}
+        self.syn = 1  # a connecting socket counts it as acknowledged, an accepted one does not
         self.error = 0
         self.failed = False  # it had an error: what is left can be read, and then the end, as from the kernel's
         self.shut = self.closed = False
@@ -103,8 +107,9 @@ class FakeSocket:
         if (level, option) == (socket.SOL_SOCKET, socket.SO_SNDBUF):
             return self.sndbuf
         assert (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO)
+        self.looks += 1
         info = bytearray(TCP_INFO_LEN)
-        for offset, value in self.info.items():
+        for offset, value in ({BYTES_ACKED: self.syn + len(self.sent) + self.shut} | self.info).items():
             Struct("=Q" if offset in (BYTES_ACKED, BYTES_RECEIVED) else "=I").pack_into(info, offset, value)
         return bytes(info)
 
@@ -182,7 +187,7 @@ def accepted_socket(peer: bytes, features: Features = ALL, *, dual: bool = False
     """What a listener that was prepared gives for a client; `dual`: it is one of both families."""
     sock = FakeSocket(socket.AF_INET6 if dual else addr.family(peer), socket.SOCK_STREAM)
     tcp_sock.prepare_listener(sock, features)
-    sock.info[BYTES_ACKED] = 0  # SYN does not count here
+    sock.syn = 0
     return sock
 
 

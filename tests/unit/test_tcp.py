@@ -43,7 +43,7 @@ def test_handshake_offers_what_the_link_can_carry() -> None:
 
 
 def test_no_window_scale_without_the_guests() -> None:
-    talk = Talk()
+    talk = Talk(peer=GATEWAY4)
     talk.syn(ws=None)
     assert talk.expect(SYN | ACK).options.ws is None
     talk.guest(ACK)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from passt.core.reactor import EPOLLOUT
-from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, SND_WND
-from passt.wire.tcp import ACK, FIN, PSH, SYN
+from passt.core.reactor import EPOLLHUP, EPOLLOUT
+from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, RTT, SND_WND
+from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 from tests.unit.support import GATEWAY4, reactor
-from tests.unit.tcp_support import ALL, FakeSocket, Talk, fake_sockets, open_connection
+from tests.unit.tcp_support import ALL, FakeSocket, Talk, accepted_connection, fake_sockets, open_connection
 
 __all__ = ["fake_sockets"]
 
@@ -102,41 +103,115 @@ def test_reset_connection_leaves_the_waiting_list() -> None:
     talk.expect_nothing()
 
 
-# Following a peer elsewhere ------------------------------------------------------------------------------------------
+# A peer elsewhere: the tail waits for it -----------------------------------------------------------------------------
 
 
-def test_few_bytes_are_acknowledged_at_once() -> None:
-    talk = open_connection()
+def far(**how: Any) -> Talk:
+    """A connection whose host peer has acknowledged SYN, and nothing since."""
+    talk = open_connection(**how)
+    talk.sock.info |= {BYTES_ACKED: 1, RTT: 20_000}
+    return talk
+
+
+def test_few_bytes_are_acknowledged_when_the_peer_has_them() -> None:
+    talk = far()
     talk.guest(ACK | PSH, b"hello")
+    talk.wait(0.1)
+    talk.expect_nothing()
+    talk.sock.info[BYTES_ACKED] = 1 + 5
+    talk.wait(0.02)
     talk.expect(ACK, ack=6)
+    talk.wait(10)
+    talk.expect_nothing()
+    assert not any(talk.timers.services.deadlines)
 
 
-def test_many_bytes_are_acknowledged_as_the_peer_does() -> None:
+def test_a_path_that_is_cut_leaves_the_guest_waiting() -> None:
+    """So that its own time-out fires. Looking costs little meanwhile: at most once a second, after 8 s."""
+    talk = far()
+    talk.guest(ACK | PSH, b"lost")
+    talk.wait(600)
+    talk.expect_nothing()
+    looked = talk.sock.looks
+    talk.wait(60)
+    talk.expect_nothing()
+    assert 58 <= talk.sock.looks - looked <= 62
+
+
+def test_an_answer_carries_the_acknowledgement_of_what_it_answers() -> None:
+    talk = far()
+    talk.guest(ACK | PSH, b"question")
+    talk.expect_nothing()
+    talk.sock.info[BYTES_ACKED] = 1 + 8
+    talk.now += 0.0005
+    talk.host(b"answer")
+    talk.expect(ACK | PSH, b"answer", ack=9)
+    talk.wait(10)
+    assert all(s.payload == b"answer" for s in talk.taken())
+
+
+def test_an_event_without_data_tells_as_well() -> None:
+    talk = far()
+    talk.window = 0
+    talk.guest(ACK | PSH, b"question")
+    talk.sock.info[BYTES_ACKED] = 1 + 8
+    talk.host(b"answer")  # for which there is no window
+    talk.expect(ACK, ack=9)
+
+
+def test_all_but_the_tail_is_acknowledged_at_once() -> None:
+    talk = far()
+    talk.guest(ACK, bytes(60_000))
+    talk.expect_nothing()
+    talk.guest(ACK, bytes(60_000))
+    talk.expect(ACK, ack=1 + 120_000 - 32_768)
+    talk.guest(ACK, bytes(30_000))
+    talk.expect_nothing()
+    talk.guest(ACK, bytes(30_000))
+    talk.expect(ACK, ack=1 + 180_000 - 32_768)
+    talk.wait(1)
+    talk.expect_nothing()
+    talk.sock.info[BYTES_ACKED] = 1 + 170_000
+    talk.wait(1)
+    talk.expect(ACK, ack=170_001)
+    talk.sock.info[BYTES_ACKED] = 1 + 180_000
+    talk.wait(1)
+    talk.expect(ACK, ack=180_001)
+    talk.wait(10)
+    talk.expect_nothing()
+
+
+def test_looks_come_with_the_round_trip() -> None:
+    """A guest that waits for its acknowledgement (RFC 896) must not wait for our next look as well."""
     talk = open_connection()
-    talk.guest(ACK, bytes(60000))
-    talk.expect(ACK, ack=60001)
-    talk.sock.info[BYTES_ACKED] = 1 + 60000 + 20000
-    talk.guest(ACK, bytes(60000))
-    talk.expect(ACK, ack=80001)
-    talk.wait(0.0101)  # nothing new: nothing to say
+    talk.sock.info |= {BYTES_ACKED: 1, RTT: 1500}
+    talk.host(b"x")
+    talk.taken()
+    talk.guest(ACK | PSH, b"a")
+    talk.wait(0.011)
     talk.expect_nothing()
-    talk.sock.info[BYTES_ACKED] = 1 + 100000
-    talk.wait(0.0101)
-    talk.expect(ACK, ack=100001)
-    talk.sock.info[BYTES_ACKED] = 1 + 120000
-    talk.wait(0.0101)
-    talk.expect(ACK, ack=120001)
-    talk.wait(1.0)
-    talk.expect_nothing()
+    talk.guest(ACK | PSH, b"b")
+    talk.sock.info[BYTES_ACKED] = 1 + 2
+    talk.wait(0.0021)
+    talk.expect(ACK, ack=3)
+
+
+def test_a_look_that_another_connections_is_near_to_is_not_repeated_for_ever() -> None:
+    """Waits that end together are handled together, once."""
+    talk = open_connection()
+    talk.sock.info |= {BYTES_ACKED: 1, RTT: 10}
+    looked = talk.sock.looks
+    talk.guest(ACK | PSH, b"a")
+    talk.wait(0.0205)
+    assert talk.sock.looks - looked < 25
 
 
 @pytest.mark.parametrize("how", ["room", "answer", "repeated"])
 def test_what_is_said_meanwhile_does_not_end_the_following(how: str) -> None:
     """Other segments carry what was acknowledged so far; the rest is not forgotten for that."""
-    talk = open_connection()
-    talk.guest(ACK, bytes(60000))
-    talk.sock.info[BYTES_ACKED] = 1 + 80000
-    talk.guest(ACK, bytes(60000))
+    talk = far()
+    talk.guest(ACK, bytes(60_000))
+    talk.guest(ACK, bytes(60_000))
     talk.taken()
     talk.now += 0.001
     if how == "room":
@@ -146,7 +221,7 @@ def test_what_is_said_meanwhile_does_not_end_the_following(how: str) -> None:
         talk.host(b"so far so good")
     else:
         talk.guest(ACK, bytes(1000), seq=1)
-    assert [s.ack for s in talk.taken()] in ([80001], [])
+    assert [s.ack for s in talk.taken()] == [1 + 120_000 - 32_768]
     talk.wait(0.05)
     talk.expect_nothing()
     talk.sock.info[BYTES_ACKED] = 1 + 120000
@@ -154,39 +229,105 @@ def test_what_is_said_meanwhile_does_not_end_the_following(how: str) -> None:
     talk.expect(ACK, ack=120001)
 
 
-def test_peer_found_to_be_near_is_not_followed() -> None:
-    talk = open_connection()
-    talk.sock.info[MIN_RTT] = 50
-    talk.guest(ACK, bytes(60000))
-    talk.guest(ACK, bytes(60000))
-    assert talk.taken()[-1].ack == 120001
+@pytest.mark.parametrize("accepted", [False, True])
+@pytest.mark.parametrize("data", [b"", b"farewell"])
+def test_fin_is_acknowledged_when_the_peer_has_it(data: bytes, accepted: bool) -> None:
+    """So that close() with SO_LINGER waits inside, and a path that is cut is noticed."""
+    talk = accepted_connection() if accepted else open_connection()
+    syn = 0 if accepted else 1
+    talk.sock.info |= {BYTES_ACKED: syn, RTT: 20_000}
+    talk.guest(FIN | ACK, data)
+    assert talk.sock.shut and talk.sock.sent == data
+    assert all(s.ack == 1 for s in talk.taken())
+    talk.sock.info[BYTES_ACKED] = syn + len(data)
+    talk.wait(1)
+    if data:
+        talk.expect(ACK, ack=1 + len(data))
+    talk.expect_nothing()
+    talk.sock.info[BYTES_ACKED] = syn + len(data) + 1
+    talk.wait(1)
+    talk.expect(ACK, ack=2 + len(data))
+    talk.host(end=True)
+    talk.expect(FIN | ACK)
+    talk.guest(ACK)
+    assert talk.gone
+
+
+def test_a_connection_lasts_until_the_guests_fin_is_acknowledged() -> None:
+    """Both directions have ended, the guest waits in LAST-ACK."""
+    talk = far()
+    talk.host(end=True)
+    talk.expect(FIN | ACK)
+    talk.guest(ACK)
+    talk.guest(FIN | ACK)
+    assert all(s.ack == 1 for s in talk.taken()) and not talk.sock.closed
+    talk.wait(0.5)
+    talk.expect_nothing()
+    talk.sock.info[BYTES_ACKED] = 2
+    talk.wait(0.1)
+    talk.expect(ACK, ack=2)
+    assert talk.gone
+
+
+def test_a_fin_that_meets_the_hosts_is_told_by_its_event() -> None:
+    """The host socket reports that its FIN was acknowledged, as EPOLLHUP."""
+    talk = far()
+    talk.guest(FIN | ACK)
+    talk.taken()
+    talk.host(end=True)
+    talk.expect(FIN | ACK, ack=1)
+    talk.guest(ACK)
+    talk.sock.info[BYTES_ACKED] = 2
+    reactor(talk.ctx).fire(talk.sock.fd, EPOLLHUP, talk.now)
+    talk.expect(ACK, ack=2)
+    assert talk.gone
+
+
+def test_a_host_peer_that_vanishes_ends_a_waiting_fin() -> None:
+    talk = far()
+    talk.guest(FIN | ACK)
+    talk.taken()
+    talk.host(error=errno.ETIMEDOUT)
+    talk.expect(RST | ACK)
+    assert talk.gone
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_peer_found_to_be_near_is_not_followed(accepted: bool) -> None:
+    """By the round trip of the handshake; that of a client is looked at with the first data."""
+    talk = Talk()
+    if accepted:
+        talk.accept("198.51.100.7").info |= {MIN_RTT: 50, BYTES_ACKED: 0}
+        talk.expect(SYN)
+        talk.answer()
+    else:
+        FakeSocket.connect_results = [errno.EINPROGRESS]
+        talk.syn()
+        talk.sock.info |= {MIN_RTT: 50, BYTES_ACKED: 1}
+        talk.writable()
+        talk.expect(SYN | ACK)
+        talk.guest(ACK)
+    talk.taken()
+    talk.guest(ACK | PSH, b"a")
+    talk.expect(ACK, ack=2)
+    talk.guest(FIN | ACK)
+    talk.expect(ACK, ack=3)
 
 
 def test_without_bytes_acked_everything_taken_is_acknowledged() -> None:
-    talk = open_connection(features=replace(ALL, bytes_acked=False))
+    talk = far(features=replace(ALL, bytes_acked=False))
     talk.guest(ACK, bytes(60000))
     talk.guest(ACK, bytes(60000))
     assert talk.taken()[-1].ack == 120001
 
 
 def test_without_min_rtt_the_peer_is_followed() -> None:
-    talk = open_connection(features=replace(ALL, min_rtt=False))
+    talk = far(features=replace(ALL, min_rtt=False))
     talk.sock.info[MIN_RTT] = 1
     talk.guest(ACK, bytes(60000))
-    talk.guest(ACK, bytes(60000))
-    assert talk.taken()[-1].ack == 60001
-
-
-def test_answer_carries_what_the_peer_acknowledged_and_the_rest_follows() -> None:
-    talk = open_connection()
-    talk.guest(ACK, bytes(60000))
-    talk.guest(ACK, bytes(60000))
-    talk.taken()
-    talk.host(b"early answer")
-    talk.expect(ACK | PSH, b"early answer", ack=60001)
-    talk.sock.info[BYTES_ACKED] = 1 + 120000
-    talk.wait(0.0101)
-    talk.expect(ACK, ack=120001)
+    talk.expect_nothing()
+    talk.wait(1)
+    talk.expect_nothing()
 
 
 # The window --------------------------------------------------------------------------------------------------------
@@ -289,9 +430,9 @@ def test_the_guest_sees_a_window_that_begins_where_the_peer_is() -> None:
     talk.sock.info[BYTES_ACKED] = 1 + 60_000
     talk.guest(ACK, bytes(40_000))
     s = talk.taken()[-1]
-    assert s.ack == 60_001 and s.window << 8 == 105_472
+    assert s.ack == 100_001 - 32_768 and s.window << 8 == 98_304
     talk.guest(ACK, bytes(20_000))  # 45,536 are left
-    assert edge(talk) == 60_001 + 125_440
+    assert edge(talk) == 100_001 - 32_768 + 118_272
 
 
 def small_window() -> Talk:
