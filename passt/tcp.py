@@ -8,8 +8,8 @@ Directions
 
 Guest to host (`tap_handler`). Segments of one read of the tap come grouped by connection. Payload in order goes to
 the socket in one `sendmsg` over views of the packet pool. What the socket took is acknowledged, the last of it when the
-host peer has it; what the socket did not take is dropped and asked for again, which the window that we promise makes rare: see `tcp_ack.py`. What comes behind a hole
-waits for what is missing: see `tcp_early.py`.
+host peer has it; what the socket did not take is dropped and asked for again, which the window that we promise makes
+rare: see `tcp_ack.py`. What comes behind a hole waits for what is missing: see `tcp_early.py`.
 
 Host to guest (`sock_handler`, and `tap_handler` when an acknowledgement opens the window). Data is peeked, sent, and
 stays in the socket until the guest has it: see `tcp_buf.py`. Events are edge-triggered.
@@ -70,6 +70,7 @@ from .tcp_conn import (
     SOCK_ACCEPTED,
     SOCK_FIN_RCVD,
     SOCK_FIN_SENT,
+    SUCCESSOR_RETRIES,
     SYN_RETRIES,
     TAP_FIN_ACKED,
     TAP_FIN_RCVD,
@@ -446,7 +447,7 @@ class Tcp:
                 return
             self._opening.again(conn)
         elif conn.snd_nxt != conn.snd_una:
-            if conn.retries > RETRIES_MAX:
+            if conn.retries > (SUCCESSOR_RETRIES if conn.key in self._table.successors else RETRIES_MAX):
                 self._table.abort(conn, "no acknowledgement")
                 return
             conn.recover = 0

@@ -70,6 +70,7 @@ SYN_RETRIES = 3  # of them, after 1, 2 and 4 s
 RTO_INIT = 1.0  # s, RFC 6298, 2.1; the link's round trip is microseconds, so this only ever meets a loss
 RTO_MAX = 60.0  # s, RFC 6298, 2.5
 RETRIES_MAX = 7  # doubling from 1 s: about two minutes without any acknowledgement
+SUCCESSOR_RETRIES = 1  # where a client waits to use the endpoints again: 3 s
 PROBE_INIT = 0.2  # s, zero-window probes (RFC 9293, 3.8.6.1), doubling up to RTO_MAX, without end
 KEEPALIVE_IDLE = 7200.0  # s, RFC 9293, 3.8.4: no less than two hours
 KEEPALIVE_INTERVAL = 75.0  # s, between probes once the guest was idle for so long
@@ -113,8 +114,8 @@ class TcpConn(Flow):
         "mss",  # the guest's
         "near",  # the host peer is so close that an acknowledgement need not wait for it
         "other",  # key to go on with when the guest refuses a host client's connection, or b""
-        "poll",  # s until TCP_INFO is looked at for acknowledgements of the host peer; 0: it never was
         "pingpong",  # how often an answer followed within the delay of an acknowledgement (0..PINGPONG_MAX)
+        "poll",  # s until TCP_INFO is looked at for acknowledgements of the host peer; 0: it never was
         "queued",  # the timer of delayed acknowledgements will look at this connection
         "rcv_acked",
         "rcv_edge",

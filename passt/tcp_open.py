@@ -25,13 +25,19 @@ minutes to connect); the table of flows is full ("flow table full"); no descript
     HALF_OPEN_MAX wait for the guest, or one in HALF_OPEN_SHARE of descriptors   tcp inbound: too many half open
     nobody is connected to us, or has not shown its MAC address yet              tcp inbound: no guest
     no address of the guest, or none that it could answer to                     tcp inbound: no address
-    the guest has a connection between the same endpoints                        tcp inbound: endpoints in use
+    the guest has a connection between the same endpoints, that is not over      tcp inbound: endpoints in use
+    for the host (see below)
     the table of flows is full                                                   flow table full
     no descriptor for its timer                                                  tcp inbound: no descriptor
 
 Whoever is on the host's loopback is seen by the guest under another address anyway, so its address family does not
 matter: when the guest refuses one, the other is tried before the client is reset. A server that listens on IPv4 only
 is found by a client that resolved `localhost` to ::1, and the other way round.
+
+A client may come back from the same port at once, as soon as its kernel and ours agree that the former connection is
+over (RFC 9293, 3.6.1; RFC 6191). The guest may not know yet: the last bytes and FIN are on their way to it. The new
+connection waits until the guest has acknowledged those, and SYN follows. A guest that leaves them unacknowledged for
+SUCCESSOR_RETRIES retransmissions is sent RST instead. A former connection that was reset makes room at once.
 
 Answers to our SYN (RFC 9293, 3.10.7.3)
 
@@ -54,6 +60,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from . import addr, log, tcp_sock
@@ -327,13 +335,15 @@ class TcpOpen:
             return "tcp disabled"
         if self._ctx.guest.mac == addr.BROADCAST_MAC:
             return "tcp inbound: no guest"  # or it is still booting: rather a refusal than 10 s of silence
-        if table.half_open >= self.half_open_max:
+        if table.half_open + len(table.successors) >= self.half_open_max:
             log.warn_ratelimited("half open", f"The guest leaves {table.half_open} connections unanswered", now)
             return "tcp inbound: too many half open"
         keys = self._keys(listener, peer, peer_port)
         if not keys:
             return "tcp inbound: no address"
         free = [key for key in keys if self._is_free(key)]
+        if keys[0] not in free and self._wait(keys[0], partial(self.accepted, listener, sock, peer, peer_port)):
+            return ""
         if not free:
             return "tcp inbound: endpoints in use"
         conn = TcpConn(free[0])
@@ -358,10 +368,8 @@ class TcpOpen:
         return ""
 
     def _is_free(self, key: bytes) -> bool:
-        """Whether there is no connection between these endpoints.
-
-        A client that was reset uses its port again at once, and may be accepted before we hear of its former end. One
-        that was closed in both directions may, too, but what it sent last may still be on its way to the guest.
+        """Whether there is no connection between these endpoints; one that was reset gives way, although we have not
+        heard of its end yet.
         """
         conn = self._table.by_key.get(key)
         if conn is not None and not conn.events & SOCK_FIN_SENT and tcpinfo.is_closed(conn.sock):
@@ -369,6 +377,14 @@ class TcpOpen:
             self._replaced += 1
             return True
         return conn is None
+
+    def _wait(self, key: bytes, accept: Callable[[float], None]) -> bool:
+        """Call accept(now) when the connection `key` ends; False if that is not over for the host, or awaited."""
+        conn = self._table.by_key[key]
+        if key in self._table.successors or not tcpinfo.is_closed(conn.sock):
+            return False
+        self._table.successors[key] = accept
+        return True
 
     def _keys(self, listener: Listener, peer: bytes, peer_port: int) -> list[bytes]:
         """Between which endpoints the guest may see the connection: first choice first, none if it cannot."""

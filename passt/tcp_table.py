@@ -26,6 +26,8 @@ statistics:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from . import tcp_sock
 from .core.context import Context
 from .core.timers import NEVER
@@ -42,6 +44,7 @@ class TcpTable:
         self._out = out
         self.early = TcpEarly(ctx.drops)
         self.by_key: dict[bytes, TcpConn] = {}
+        self.successors: dict[bytes, Callable[[float], None]] = {}  # called when the connection of the key has ended
         self.half_open = 0  # connections of host clients that the guest has not answered yet
         self.opening = 0  # connections that the guest began and that are not established yet
 
@@ -113,3 +116,5 @@ class TcpTable:
             self.early.take(conn)
         conn.ack_due = False
         self._ctx.flows.free(conn, why)
+        if self.successors and conn.key in self.successors:
+            self._ctx.reactor.between_turns(self.successors.pop(conn.key))

@@ -541,15 +541,66 @@ def test_a_client_that_comes_back_before_we_heard_of_its_end() -> None:
 
 
 def test_a_client_that_comes_back_while_the_guest_still_reads() -> None:
-    """Both directions have ended, and the guest has not got everything."""
-    talk = accepted_connection()
+    """Both directions have ended for the host, and the guest has not acknowledged everything: the client waits."""
+    talk = over_for_the_host()
     first = talk.sock
+    talk.accept(PEER4)
+    talk.expect_nothing()
+    assert not first.closed and not talk.ctx.drops
+    talk.guest(ACK)
+    talk.end_turn()
+    assert first.closed
+    talk.expect(SYN)
+    talk.answer()
+    talk.expect(ACK, seq=1, ack=1)
+    assert not talk.ctx.drops and not talk.tcp._table.successors
+
+
+def over_for_the_host() -> Talk:
+    """The server closed first, then the client, whose last words and FIN the guest has not acknowledged."""
+    talk = accepted_connection()
     talk.guest(ACK | FIN)
     talk.taken()
-    first.info[0] = TCP_CLOSE
+    talk.host(b"last words", end=True)
+    talk.expect(ACK | PSH | FIN, b"last words")
+    talk.sock.info[0] = TCP_CLOSE
+    return talk
+
+
+def test_a_client_does_not_wait_long_for_a_guest_that_does_not_acknowledge() -> None:
+    talk = over_for_the_host()
+    talk.accept(PEER4)
+    talk.wait(2.9)
+    assert all(s.payload == b"last words" for s in talk.taken())
+    talk.wait(0.2)
+    talk.expect(RST | ACK)
+    talk.end_turn()
+    talk.expect(SYN)
+
+
+def test_a_second_client_that_comes_back_is_refused() -> None:
+    talk = over_for_the_host()
+    talk.accept(PEER4)
     talk.accept(PEER4)
     assert turned_away(talk, "tcp inbound: endpoints in use")
-    assert not first.closed
+    assert not talk.tcp._conns[talk.key].sock.closed
+
+
+def test_waiting_clients_are_half_open() -> None:
+    talk = over_for_the_host()
+    talk.tcp._opening.half_open_max = 1
+    talk.accept(PEER4)
+    talk.accept("198.51.100.8")
+    assert turned_away(talk, "tcp inbound: too many half open")
+
+
+def test_a_client_that_waits_when_the_guest_goes_is_reset() -> None:
+    talk = over_for_the_host()
+    talk.accept(PEER4)
+    talk.ctx.guest.mac = addr.BROADCAST_MAC
+    talk.tcp.forget()
+    talk.end_turn()
+    assert turned_away(talk, "tcp inbound: no guest")
 
 
 def test_a_client_that_comes_back_in_the_turn_in_which_it_was_accepted() -> None:
