@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 
 from . import log
-from .conf_options import DEFAULTS, DEPRECATED, PORT_SPECS, Done, Fields, Options
+from .conf_actions import PORT_SPECS, Done, Fields
+from .conf_options import Options
 from .conf_parse import Getopt
-from .conf_table import table
+from .conf_table import named, table, without_effect
 from .conf_values import EPHEMERAL
-from .core.config import PASTA
+from .core.config import PASST, PASTA
 from .log import Fatal
 
 __all__ = ["Done", "Options", "parse"]
@@ -24,10 +24,15 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = E
 
     `program` is the mode, PASTA or PASST, `ephemeral` the ports that the kernel gives to clients, None if unknown.
     """
-    fields: Fields = {"mode": program, **DEFAULTS[program]}
+    fields: Fields = {"mode": program, **(Options.PASST_DEFAULTS if program == PASST else {})}
     words = Getopt(program, table(program), argv)
+    warnings = []
     for option, argument in words:
-        option.action(fields, argument)
+        option.action(fields, argument, option)
+        if not option.is_in(program) and option.only.inert:
+            warnings.append(without_effect(option))
+        elif option.deprecated:
+            warnings.append(f"--{option.name} will be dropped soon")
     if program == PASTA:
         _target(fields, words.operands)
         _check(fields)
@@ -35,7 +40,7 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = E
         raise Fatal(f"Extra non-option argument: {words.operands[0]}")
     from . import conf_ports  # --help and --version do without
 
-    specs, deprecated = fields.pop(PORT_SPECS, []), fields.pop(DEPRECATED, [])
+    specs = fields.pop(PORT_SPECS, [])
     options = Options(**fields)
     _check_files(options)
     if options.mode == PASTA and options.fd is not None:
@@ -44,21 +49,21 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = E
     if ephemeral is None and any(rule.weak and not rule.auto for rule in rules):
         taken = f"{EPHEMERAL[0]}-{EPHEMERAL[-1]}"
         log.warn(f"Couldn't read the range of ephemeral ports, which are not forwarded: taking {taken}")
-    for name in deprecated:
-        log.warn(f"--{name} will be dropped soon")
-    return replace(options, forwards=rules)
+    for warning in warnings:
+        log.warn(warning)
+    return Options(**fields, forwards=rules)
 
 
 def _check(fields: Fields) -> None:
     """Options that make no sense together."""
     if "nsrun_dir" in fields and "netns" not in fields:
-        raise Fatal("--nsrun-dir needs --netns NAME")
-    for field, name in (("copy_routes", "no-copy-routes"), ("copy_addrs", "no-copy-addrs")):
+        raise Fatal(f"{named('nsrun_dir')} needs --netns NAME")
+    for field in ("copy_routes", "copy_addrs"):
         if not fields.get(field, True) and not fields.get("config_net"):
-            raise Fatal(f"--{name} needs --config-net")
-    for field, name in (("splice_only", "splice-only"), ("host_lo_to_ns_lo", "host-lo-to-ns-lo")):
+            raise Fatal(f"{named(field)} needs {named('config_net')}")
+    for field in ("splice_only", "host_lo_to_ns_lo"):
         if fields.get(field) and fields.get("no_splice"):
-            raise Fatal(f"Both --{name} and --no-splice given: leave one of them out")
+            raise Fatal(f"Both {named(field)} and {named('no_splice')} given: leave one of them out")
 
 
 def _target(fields: Fields, operands: list[str]) -> None:
@@ -81,26 +86,23 @@ def _check_tap(options: Options) -> None:
     """What goes with a tap device that exists already (--fd): where it is, and what it is called, is settled."""
     if options.command:
         raise Fatal("Both --fd and a command given: the command would not be in the namespace of that tap device")
-    for given, name in ((options.ns_ifname, "ns-ifname"), (options.splice_only, "splice-only")):
-        if given:
-            raise Fatal(f"Both --fd and --{name} given: leave one of them out")
+    for field in ("ns_ifname", "splice_only"):
+        if getattr(options, field):
+            raise Fatal(f"Both --fd and {named(field)} given: leave one of them out")
     if options.no_namespace:
-        wanted = (("config_net", "config-net"), ("ns_mac", "ns-mac-addr"), ("userns", "userns"),
-                  ("netns_only", "netns-only"), ("host_lo_to_ns_lo", "host-lo-to-ns-lo"))  # fmt: skip
-        for field, name in wanted:
+        for field in ("config_net", "ns_mac", "userns", "netns_only", "host_lo_to_ns_lo"):
             if getattr(options, field):
-                raise Fatal(f"--{name} needs the namespace of the tap device: give its PID or --netns beside --fd")
+                needed = "the namespace of the tap device: give its PID or --netns beside --fd"
+                raise Fatal(f"{named(field)} needs {needed}")
 
 
 def _check_files(options: Options) -> None:
     """A socket takes its path for itself."""
-    sockets = (
-        ("socket", options.socket_path),
-        ("conf-path", options.conf_path),
-        ("api-socket", options.api_socket),
-    )
-    files = (("pid", options.pid_file), ("log-file", options.log_file), ("pcap", options.pcap))
-    for i, (name, path) in enumerate(sockets):
-        for other, its in (*sockets[i + 1 :], *files):
+    sockets = ("socket_path", "conf_path", "api_socket")
+    files = ("pid_file", "log_file", "pcap")
+    for i, field in enumerate(sockets):
+        path = getattr(options, field)
+        for other in (*sockets[i + 1 :], *files):
+            its = getattr(options, other)
             if path is not None and its is not None and os.path.abspath(path) == os.path.abspath(its):
-                raise Fatal(f"Both --{name} and --{other} are {path}: give each a path of its own")
+                raise Fatal(f"Both {named(field)} and {named(other)} are {path}: give each a path of its own")

@@ -15,22 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from . import conf_parse
+from .conf_parse import Option
 from .log import Fatal
 
 SHELLS = ("bash", "zsh", "fish")
 _NOTE = "made from the table of options by --completion"
 _NETNS = "$(command ls /run/netns 2>/dev/null)"
 _INTERFACES = "$(command ls /sys/class/net 2>/dev/null)"
-
-
-class Option(conf_parse.Option, Protocol):
-    """What must be known of an option."""
-
-    @property
-    def help(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +51,8 @@ class Program:
 def script(shell: str, program: Program) -> str:
     """The completions of `program` for a shell. Raises Fatal."""
     if shell not in SHELLS:
-        raise Fatal(f"Invalid --completion: {shell} (give {', '.join(SHELLS[:-1])} or {SHELLS[-1]})")
+        near = conf_parse.suggestion(shell, SHELLS)
+        raise Fatal(f"Invalid --completion: {shell} (give {', '.join(SHELLS[:-1])} or {SHELLS[-1]}){near}")
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](program)
 
 

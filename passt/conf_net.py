@@ -107,29 +107,21 @@ def queue_length(mtu: int) -> int:
 
 
 def _config(options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, scope: Link | None) -> Config:
-    return Config(
-        mode=options.mode,
+    """A field of Config that is called as one of Options is what was asked for, unless it is said here."""
+    same = {name: getattr(options, name) for name in Config.__dataclass_fields__ if name in Options.FIELDS}
+    return replace(
+        Config(**same),
         ip4=ip4,
         ip6=ip6,
-        our_mac=options.our_mac,
         mtu=mtu,
         scope_id=scope.index if scope else 0,
-        hostname=options.hostname,
-        fqdn=options.fqdn,
         advertise_dns=options.dhcp_dns,
         advertise_search=options.dhcp_search,
-        no_tcp=options.no_tcp,
-        no_udp=options.no_udp,
-        no_icmp=options.no_icmp,
         no_dhcp=options.no_dhcp or ip4 is None or ip4.gateway is None,
         no_dhcpv6=options.no_dhcpv6 or ip6 is None or ip6.addr is None,
         no_ndp=options.no_ndp or ip6 is None,
         no_ra=options.no_ra or ip6 is None,
-        forwards=options.forwards,
         no_splice=options.no_splice or options.no_namespace,
-        splice_only=options.splice_only,
-        host_lo_to_ns_lo=options.host_lo_to_ns_lo,
-        freebind=options.freebind,
     )
 
 

@@ -4,20 +4,25 @@ Options are parsed in order, so the last of several wins, and end at `--` or at 
 to the command that is started. A long option takes its argument as `--name=value` or `--name value` and may be
 abbreviated as long as no other begins so; a short one as `-nvalue` or `-n value`, and short ones without argument may
 be put together (`-fq4`).
+
+A message begins with the words of getopt_long, and ends with what to do: the nearest option that exists, --help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from .log import Fatal
 
+NEAR = 0.7  # of difflib's ratio: one letter of three may be another one
+WORD_MAX = 40  # characters: longer ones are no misspelt option, and comparing takes time
+
 
 class Option(Protocol):
-    """What the grammar must know of an option. `short` and `arg` are empty when there is none.
+    """An option, as far as the grammar knows it. `name`, `short` and `arg` are empty when there is none.
 
-    Options of the same action are two names of one.
+    Options of the same meaning are two names of one. Those without help are never suggested.
     """
 
     @property
@@ -30,10 +35,27 @@ class Option(Protocol):
     def arg(self) -> str: ...
 
     @property
-    def action(self) -> object: ...
+    def meaning(self) -> object: ...
+
+    @property
+    def help(self) -> str: ...
 
 
 OptionT = TypeVar("OptionT", bound=Option)
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The one of `words` that `word` is most likely to mean, None if none is near."""
+    from difflib import get_close_matches  # it takes longer to import than a command line to parse
+
+    near = get_close_matches(word, words, 1, NEAR) if len(word) <= WORD_MAX else []
+    return near[0] if near else None
+
+
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """The end of a message about `word`, where one of `words` is wanted: the nearest of them, if any."""
+    near = nearest(word, words)
+    return f": did you mean '{near}'?" if near else ""
 
 
 class Getopt(Generic[OptionT]):
@@ -41,7 +63,7 @@ class Getopt(Generic[OptionT]):
 
     def __init__(self, program: str, table: Sequence[OptionT], argv: Sequence[str]) -> None:
         self._program = program
-        self._long = {option.name: option for option in table}
+        self._long = {option.name: option for option in table if option.name}
         self._short = {option.short: option for option in table if option.short}
         self._left = list(argv)
         self.operands: list[str] = []
@@ -78,11 +100,13 @@ class Getopt(Generic[OptionT]):
         if name in self._long:
             return self._long[name]
         matches = [long for long in self._long if long.startswith(name)]
-        if len({(self._long[m].action, self._long[m].arg) for m in matches}) > 1:
+        if len({self._long[m].meaning for m in matches}) > 1:
             which = " ".join(f"'--{m}'" for m in matches)
             raise Fatal(f"{self._program}: option '--{name}' is ambiguous; possibilities: {which}")
         if not matches:
-            raise Fatal(f"{self._program}: unrecognized option '--{name}'")
+            near = nearest(name, [long for long, option in self._long.items() if option.help])
+            advice = f"did you mean --{near}? See" if near else "see"
+            raise Fatal(f"{self._program}: unrecognized option '--{name}': {advice} {self._program} --help")
         return self._long[matches[0]]
 
     def _parse_short(self, letters: str) -> Iterator[tuple[OptionT, str]]:
@@ -90,7 +114,7 @@ class Getopt(Generic[OptionT]):
             letter, letters = letters[0], letters[1:]
             option = self._short.get(letter)
             if option is None:
-                raise Fatal(f"{self._program}: invalid option -- '{letter}'")
+                raise Fatal(f"{self._program}: invalid option -- '{letter}': see {self._program} --help")
             if not option.arg:
                 yield option, ""
                 continue

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import addr
 from . import conf_values as values
+from .conf_parse import suggestion
 from .conf_values import NONE
 from .core.config import PASST, PASTA
 from .core.rules import PORT_MAX, Rule, conflict
@@ -40,12 +41,11 @@ from .wire.checksum import PROTO_TCP, PROTO_UDP
 if TYPE_CHECKING:
     from .conf_options import Options
 
-ALL = "all"
-AUTO = "auto"
+ALL, AUTO = "all", "auto"
 EPHEMERAL = values.EPHEMERAL
-INBOUND = "tu"
-OUTBOUND = "TU"
+INBOUND, OUTBOUND = "tu", "TU"
 
+_NO_PORT = f"not a port (a decimal number, 1 to {PORT_MAX})"
 _SHOWN_MAX = 200  # characters of a specification in a message
 # What stands before the first "/" is no bind address if it is a list, a range, or has a target address.
 _ITEMS = re.compile(r"[^%\[]*,|~|[0-9]+-|[^:\[]*:(\[|[0-9.]+\Z)")
@@ -213,6 +213,9 @@ class _Items:
             self._excluded.append(_Range(*_range(_Piece(word[1:], item.at + 1)), 0, None, item))
         elif not item.text:
             raise _Wrong(item, "a port is missing (give ports, ranges, or exclusions like ~22, with commas between)")
+        elif word.isalpha():
+            words = (NONE, ALL) if mode == PASST else (NONE, ALL, AUTO)
+            raise _Wrong(head, f"{_NO_PORT}{suggestion(word, words)}")
         else:
             first, last = _range(head)
             to, address = _target(target, first, last) if target is not None else (first, None)
@@ -301,7 +304,7 @@ def _port(piece: _Piece) -> int:
     if not text:
         raise _Wrong(piece, "a port is missing")
     if not (text.isascii() and text.isdecimal()):
-        raise _Wrong(piece, f"not a port (a decimal number, 1 to {PORT_MAX})")
+        raise _Wrong(piece, _NO_PORT)
     digits = text.lstrip("0")
     if not digits:
         raise _Wrong(piece, f"port 0 can't be forwarded (give 1 to {PORT_MAX})")

@@ -9,6 +9,7 @@ import os
 import re
 
 from . import addr
+from .conf_parse import suggestion
 from .core.config import MTU_MAX, MTU_MIN
 from .log import Fatal
 from .wire.domain import is_name
@@ -129,12 +130,13 @@ def _packed4(text: str) -> bytes:
     return value
 
 
-def _checked(text: str, refuse: str, message: str) -> bytes:
-    """An address that is none of the kinds named in `refuse`."""
+def _checked(text: str, refuse: str, message: str, *words: str) -> bytes:
+    """An address that is none of the kinds named in `refuse`. `words` are what the option takes instead of one."""
     try:
         value = addr.packed(text)
     except ValueError:
-        raise Fatal(f"{message} {text} (not an IPv4 or IPv6 address)") from None
+        near = suggestion(text, words) if words else ""
+        raise Fatal(f"{message} {text} (not an IPv4 or IPv6 address){near}") from None
     kinds = {
         "unspecified": addr.is_unspecified(value),
         "loopback": addr.is_loopback(value),
@@ -170,7 +172,7 @@ def outbound(text: str) -> bytes:
 
 
 def dns(text: str) -> bytes:
-    return _checked(text, "unspecified multicast broadcast", "Cannot use DNS address")
+    return _checked(text, "unspecified multicast broadcast", "Cannot use DNS address", NONE)
 
 
 def dns_forward(text: str) -> bytes:
@@ -182,7 +184,7 @@ def dns_host(text: str) -> bytes:
 
 
 def mapped(text: str) -> bytes:
-    return _checked(text, "unspecified loopback multicast broadcast", "Invalid address to remap to host:")
+    return _checked(text, "unspecified loopback multicast broadcast", "Invalid address to remap to host:", NONE)
 
 
 def domain(text: str) -> str:
@@ -228,8 +230,8 @@ def fd(text: str) -> int:
     return value
 
 
-def path(text: str) -> str:
+def path(text: str, option: str) -> str:
+    """The name of a file, for `option`."""
     if not text or "\0" in text:
-        names = "-P, -p, -l, --netns, --nsrun-dir and --userns"
-        raise Fatal(f"An empty file name was given (options {names} need one)")
+        raise Fatal(f"Invalid {option}: {'a zero byte in the' if text else 'an empty'} file name")
     return text

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .conf_parse import Getopt
+from .conf_parse import Getopt, suggestion
 from .log import Fatal
 
 if TYPE_CHECKING:
@@ -54,13 +54,19 @@ Action = Callable[[Asked, str], None]
 
 
 class Option(NamedTuple):
-    """An entry of the table, for `Getopt` and --help; lines of `help` are separated by newlines."""
+    """A row of the table, for `Getopt`, --help and completions; lines of `help` are separated by newlines."""
 
     name: str
     short: str
     arg: str
+    group: str
     action: Action
     help: str
+
+    @property
+    def meaning(self) -> Action:
+        """Equal for two names of one option."""
+        return self.action
 
 
 def _mode(mode: str) -> Action:
@@ -76,7 +82,8 @@ def _ports(letter: str) -> Action:
 
 def _clear(asked: Asked, side: str) -> None:
     if side.upper() not in SIDES:
-        raise Fatal(f"{PROGRAM}: there are no rules of {side}: give {', '.join(SIDES)}, or nothing")
+        near = suggestion(side.upper(), SIDES)
+        raise Fatal(f"{PROGRAM}: there are no rules of {side} (give {', '.join(SIDES)}, or nothing){near}")
     asked.changes.append({"clear": side.lower()})
 
 
@@ -98,31 +105,42 @@ def _version(asked: Asked, _: str) -> None:
     asked.text = asked.text or f"{PROGRAM} {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n"
 
 
+CHANGES, ASKING, GENERAL = "Changes", "Queries", "General"
+GROUPS = (CHANGES, ASKING, GENERAL)
 TABLE = (
-    Option("add", "A", "", _mode(ADD), "Add the ports that follow"),
-    Option("delete", "D", "", _mode(DELETE), "Delete the ports that follow"),
-    Option("clear", "C", "[SIDE]", _clear,
-           "Delete all rules of HOST (-t, -u) or SPLICE (-T, -U)\n"
-           "default: of both"),
-    Option("tcp-ports", "t", "SPEC", _ports("t"),
-           "TCP ports of the host, as for passt(1); without --add\n"
-           "or --delete: these instead of those there are"),
-    Option("udp-ports", "u", "SPEC", _ports("u"), "The same for UDP"),
-    Option("tcp-ns", "T", "SPEC", _ports("T"), "TCP ports of the namespace's loopback, likewise"),
-    Option("udp-ns", "U", "SPEC", _ports("U"), "The same for UDP"),
-    Option("show", "s", "", _query("show"),
-           "Show the rules; with changes, before and after them\n"
+    Option("add", "A", "", CHANGES, _mode(ADD), "Add the ports that follow"),
+    Option("delete", "D", "", CHANGES, _mode(DELETE), "Delete the ports that follow"),
+    Option("tcp-ports", "t", "SPEC", CHANGES, _ports("t"),
+           "TCP ports of the host\n"
+           "SPEC as for passt(1), such as 8080:80\n"
+           "without --add or --delete: replace those there are"),
+    Option("udp-ports", "u", "SPEC", CHANGES, _ports("u"), "UDP ports of the host"),
+    Option("tcp-ns", "T", "SPEC", CHANGES, _ports("T"), "TCP ports of localhost in the namespace"),
+    Option("udp-ns", "U", "SPEC", CHANGES, _ports("U"), "UDP ports of localhost in the namespace"),
+    Option("clear", "C", "[SIDE]", CHANGES, _clear,
+           "Delete all ports of SIDE\n"
+           "HOST (-t, -u), SPLICE (-T, -U), or ALL, the default"),
+    Option("show", "s", "", ASKING, _query("show"),
+           "Show the ports; with changes, before and after them\n"
            "default, if nothing else is asked for"),
-    Option("flows", "", "", _query("flows"), "List connections and other flows"),
-    Option("stats", "", "", _query("stats"), "Show counters"),
-    Option("metrics", "", "", _query("metrics"), "Show counters in the text format of Prometheus"),
-    Option("info", "", "", _query("info"), "Show what is at the other end"),
-    Option("top", "", "", _flag("top"), "Watch the flows, every second; q quits"),
-    Option("json", "", "", _flag("json"), "Print answers as they come, a JSON object a line"),
-    Option("debug", "d", "", _flag("debug"), "Print requests and answers on standard error"),
-    Option("help", "h", "", _help, "Display this help and exit"),
-    Option("version", "", "", _version, "Show version and exit"),
+    Option("flows", "", "", ASKING, _query("flows"), "List connections and other flows"),
+    Option("top", "", "", ASKING, _flag("top"), "Watch the flows, every second; q quits"),
+    Option("stats", "", "", ASKING, _query("stats"), "Show counters"),
+    Option("metrics", "", "", ASKING, _query("metrics"), "Show counters in the text format of Prometheus"),
+    Option("info", "", "", ASKING, _query("info"), "Show version, mode, MTU and addresses"),
+    Option("json", "", "", ASKING, _flag("json"), "Print answers as JSON objects, one a line"),
+    Option("help", "h", "", GENERAL, _help, "Show this help and exit"),
+    Option("version", "", "", GENERAL, _version, "Show the version and exit"),
+    Option("debug", "d", "", GENERAL, _flag("debug"), "Print requests and answers on standard error"),
 )  # fmt: skip
+_HEAD = """\
+Usage: pesto [OPTION]... SOCKET
+
+Show and change which ports a running pasta or passt forwards. SOCKET is the
+path it was started with, as in pasta -c SOCKET. Either all changes of a call
+are made, or none.
+
+Example: pesto --add -t 8080:80 /run/user/1000/pasta.sock"""
 
 
 def completed() -> Program:
@@ -134,20 +152,9 @@ def completed() -> Program:
 
 def usage() -> str:
     """The text of --help."""
-    lines = [
-        f"Usage: {PROGRAM} [OPTION]... SOCKET",
-        "",
-        "Ask pasta or passt, which was started with -c SOCKET, what it does, and change",
-        "which ports it forwards: all that is asked for in a call, or nothing of it.",
-        "",
-        "Options:",
-    ]
-    for option in TABLE:
-        short = f"-{option.short}, " if option.short else "    "
-        first, *rest = option.help.split("\n")
-        lines.append(f"  {f'{short}--{option.name} {option.arg}':<24}{first}")
-        lines += [f"{'':26}{line}" for line in rest]
-    return "\n".join(lines) + "\n"
+    from . import conf_help
+
+    return conf_help.text(_HEAD, TABLE, GROUPS)
 
 
 # The command line --------------------------------------------------------------------------------------------------

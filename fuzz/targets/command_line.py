@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from passt import conf
-from passt.conf_options import Done
+from passt.conf_actions import Done
 from passt.conf_table import TABLE
 from passt.core.config import PASST, PASTA
 from passt.log import Fatal

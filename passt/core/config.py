@@ -52,7 +52,10 @@ class Ip6:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All that the data plane and the services need to know."""
+    """All that the data plane and the services need to know.
+
+    A field that is called as one of `Options` takes over what the command line asks for.
+    """
 
     mode: str = PASTA
     ip4: Ip4 | None = None

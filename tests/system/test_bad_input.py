@@ -142,9 +142,12 @@ def test_help_and_version(pasta: Runner) -> None:
 # Both commands, as they are typed ------------------------------------------------------------------------------------
 
 TYPED = [
-    ("pasta --map-guest-address 1.2.3.4", "pasta: unrecognized option '--map-guest-address'"),
-    ("pasta --host-lo-to-ns-lo --no-such --version", "pasta: unrecognized option '--no-such'"),
-    ("pasta --one-off", "--one-off is for passt mode only"),
+    ("pasta --map-guest-address 1.2.3.4",
+     "pasta: unrecognized option '--map-guest-address': did you mean --map-guest-addr? See pasta --help"),
+    ("pasta --host-lo-to-ns-lo --no-such --version", "pasta: unrecognized option '--no-such': see pasta --help"),
+    ("pasta --one-off", "--one-off is for passt mode only: pasta always ends with its command or namespace"),
+    ("passt -T 5 -s {dir}/s", "passt: invalid option -- 'T': -T (--tcp-ns) is for pasta mode only: a virtual machine "
+     "reaches the host's loopback at the address of --map-host-loopback"),
     ("pasta -P {dir}/pid --netns {dir}/none",
      "Couldn't open network namespace {dir}/none: No such file or directory"),
     ("pasta --nsrun-dir {dir} --netns none",

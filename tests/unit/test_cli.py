@@ -65,7 +65,7 @@ def test_mode_is_that_of_the_name(name: str, mode: str) -> None:
 def test_mode_is_said(name: str) -> None:
     assert main(name, "--version").stdout.startswith(f"{name} {__version__}\n")
     assert main(name, "--help").stdout.startswith(f"Usage: {name} ")
-    assert main(name, "--nonsense").stderr == f"{name}: unrecognized option '--nonsense'\n"
+    assert main(name, "--nonsense").stderr == f"{name}: unrecognized option '--nonsense': see {name} --help\n"
 
 
 def test_module_for_virtual_machines() -> None:

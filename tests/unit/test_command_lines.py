@@ -24,6 +24,9 @@ MTU = "(give 68 to 65535, or 0 to assign none)"
 MAC = "(give six pairs of hexadecimal digits with colons between)"
 TWICE = "give each a path of its own"
 TAP = "needs the namespace of the tap device: give its PID or --netns beside --fd"
+SOCKET = "pasta takes a PID, --netns or a command"
+ONE_OFF = "pasta always ends with its command or namespace"
+LOOPBACK = "a virtual machine reaches the host's loopback at the address of --map-host-loopback"
 MIGRATE = "connections do not migrate with the guest here"
 
 INFORMATION = [
@@ -78,7 +81,7 @@ GOOD = [
     "pasta -F 5 --config-net --netns /run/n",
     "pasta -fqt22 -u%eth0/53-60,~54 -Tauto,~22 true",
     "pasta -t */80 -t [::1]/81 -t 127.0.0.1/auto,~80-81 -u auto,8000-9000 true",
-    "pasta --no-splice --socket /tmp/s true",
+    "pasta --no-splice true",
     "pasta -t6443:192.168.124.20/6443 true",
     "passt",
     "passt -f",
@@ -96,37 +99,39 @@ GOOD = [
     "passt --socket /s --repair-path none --foreground --no-map-gw --map-host-loopback none --map-guest-addr none "
     "-t none -u none --address 10.200.0.2/24 --gateway 10.200.0.1",
     "passt -s /s -D none -S none",
-    "passt --ns-ifname eth0 --tcp-ns 22 --udp-ns none --no-splice",
     "passt --log-size 0x100000 -l /l",
     "passt --stats 5,json",
 ]
 
 BAD = [
     # the grammar: words of getopt_long, which podman looks for
-    ("pasta --map-guest-address 1.2.3.4", "pasta: unrecognized option '--map-guest-address'"),
-    ("passt --no-such-option", "passt: unrecognized option '--no-such-option'"),
-    ("pasta --no-such=option", "pasta: unrecognized option '--no-such'"),
-    ("pasta --no-such --version", "pasta: unrecognized option '--no-such'"),
-    ("pasta -x", "pasta: invalid option -- 'x'"),
-    ("passt -qx", "passt: invalid option -- 'x'"),
-    ("pasta -q=5", "pasta: invalid option -- '='"),
-    ("pasta --no", "pasta: option '--no' is ambiguous; possibilities: '--no-dhcp-dns' '--no-dhcp-search' '--no-tcp' "
-     "'--no-udp' '--no-icmp' '--no-dhcp' '--no-ndp' '--no-dhcpv6' '--no-ra' '--no-map-gw' '--no-splice' "
-     "'--no-netns-quit' '--no-copy-routes' '--no-copy-addrs'"),
+    ("pasta --map-guest-address 1.2.3.4",
+     "pasta: unrecognized option '--map-guest-address': did you mean --map-guest-addr? See pasta --help"),
+    ("pasta --config-ent", "pasta: unrecognized option '--config-ent': did you mean --config-net? See pasta --help"),
+    ("passt --no-such-option", "passt: unrecognized option '--no-such-option': see passt --help"),
+    ("pasta --no-such=option", "pasta: unrecognized option '--no-such': see pasta --help"),
+    ("pasta --no-such --version", "pasta: unrecognized option '--no-such': see pasta --help"),
+    ("pasta -x", "pasta: invalid option -- 'x': see pasta --help"),
+    ("passt -qx", "passt: invalid option -- 'x': see passt --help"),
+    ("pasta -q=5", "pasta: invalid option -- '=': see pasta --help"),
+    ("pasta --no", "pasta: option '--no' is ambiguous; possibilities: '--no-splice' '--no-map-gw' '--no-dhcp-dns' "
+     "'--no-dhcp-search' '--no-netns-quit' '--no-tcp' '--no-udp' '--no-icmp' '--no-dhcp' '--no-dhcpv6' '--no-ndp' "
+     "'--no-ra' '--no-copy-routes' '--no-copy-addrs'"),
     ("pasta --mtu", "pasta: option '--mtu' requires an argument"),
     ("pasta -t", "pasta: option requires an argument -- 't'"),
     ("pasta --config-net=yes", "pasta: option '--config-net' doesn't allow an argument"),
     # the other mode's
-    ("pasta -s /tmp/s", "pasta: invalid option -- 's'"),
-    ("pasta -1", "pasta: invalid option -- '1'"),
-    ("pasta --one-off", "--one-off is for passt mode only"),
-    ("pasta --no-dhcp-dns", "--no-dhcp-dns is for passt mode only"),
+    ("pasta -s /tmp/s", f"pasta: invalid option -- 's': -s (--socket) is for passt mode only: {SOCKET}"),
+    ("pasta -1", f"pasta: invalid option -- '1': -1 (--one-off) is for passt mode only: {ONE_OFF}"),
+    ("pasta --one-off", f"--one-off is for passt mode only: {ONE_OFF}"),
+    ("pasta --no-dhcp-dns", "--no-dhcp-dns is for passt mode only: pasta tells none unless --dhcp-dns is given"),
     ("pasta --vhost-user", "--vhost-user is for passt mode only"),
-    ("passt -T 22", "passt: invalid option -- 'T'"),
-    ("passt --config-net", "--config-net is for pasta mode only"),
+    ("passt -T 22", f"passt: invalid option -- 'T': -T (--tcp-ns) is for pasta mode only: {LOOPBACK}"),
+    ("passt --config-net", "--config-net is for pasta mode only: a virtual machine sets up its interface itself, by "
+     "DHCP and router advertisements"),
     ("passt --netns /n", "--netns is for pasta mode only"),
     ("passt --splice-only", "--splice-only is for pasta mode only"),
-    ("passt --dhcp-dns", "--dhcp-dns is for pasta mode only"),
+    ("passt --dhcp-dns", "--dhcp-dns is for pasta mode only: passt tells them unless --no-dhcp-dns is given"),
     # what does not exist here
     ("passt --vhost-user --socket /s",
      "passt: unrecognized option '--vhost-user': the guest is served on a stream socket here (qemu -netdev stream)"),
@@ -168,7 +173,7 @@ BAD = [
     ("passt --log-size 4096", "Invalid --log-size: 4096 (give 40960 to 2147483647 bytes)"),
     ("passt --stats 0", "Invalid --stats: 0 (give 0.1 to 86400 seconds, and ',json' if wanted)"),
     ("passt --runas a:b:c", "Invalid --runas option: a:b:c (give UID, UID:GID, LOGIN or LOGIN:GROUP)"),
-    ("passt -P ''", "An empty file name was given (options -P, -p, -l, --netns, --nsrun-dir and --userns need one)"),
+    ("passt -P ''", "Invalid --pid: an empty file name"),
     (f"passt -s {'s' * 108}", f"Invalid socket path: {'s' * 108} (1 to 107 bytes)"),
     ("passt --completion tcsh", "Invalid --completion: tcsh (give bash, zsh or fish)"),
     ("passt -F 2", "Invalid --fd: 2 (give the number of an open descriptor, 3 or more)"),
@@ -262,6 +267,27 @@ def test_bad(line: str, message: str, started: list[Options], capfd: pytest.Capt
     assert run(line) == 1
     assert capfd.readouterr() == ("", f"{message}\n")
     assert not started
+
+
+WITHOUT_EFFECT = "mode only, it has no effect"
+
+
+@pytest.mark.parametrize(
+    ("line", "warnings"),
+    [
+        ("pasta --no-splice --socket /tmp/s true", [f"--socket is for passt {WITHOUT_EFFECT}: {SOCKET}"]),
+        ("passt --ns-ifname eth0 --tcp-ns 22 -q",
+         [f"--ns-ifname is for pasta {WITHOUT_EFFECT}: a virtual machine names its interface itself",
+          f"--tcp-ns is for pasta {WITHOUT_EFFECT}: {LOOPBACK}"]),
+    ],
+)  # fmt: skip
+def test_without_effect(
+    line: str, warnings: list[str], started: list[Options], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the original accepts in both modes is no error, but said."""
+    assert run(line) == 0
+    assert capfd.readouterr() == ("", "".join(f"{warning}\n" for warning in warnings))
+    assert len(started) == 1
 
 
 def test_deprecated(started: list[Options], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

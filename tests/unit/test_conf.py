@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt import addr, conf, log
-from passt.conf_options import Done, Options, Pair
+from passt.conf_actions import Done, Pair
+from passt.conf_options import Options
+from passt.conf_row import GROUPS, MACHINE, NAMESPACE
 from passt.conf_table import TABLE, listed, usage
 from passt.core.config import PASST, PASTA
 from passt.core.rules import Rule
@@ -150,10 +153,16 @@ def test_options(line: str, fields: dict[str, Any]) -> None:
 
 NAME_RULE = "(labels of 1 to 63 letters, digits and inner hyphens, 253 characters in all)"
 BAD = [
-    ("--nonsense", "pasta: unrecognized option '--nonsense'"),
-    ("--map-guest-address 1.2.3.4", "pasta: unrecognized option '--map-guest-address'"),
-    ("-x", "pasta: invalid option -- 'x'"),
-    ("-fx", "pasta: invalid option -- 'x'"),
+    ("--nonsense", "pasta: unrecognized option '--nonsense': see pasta --help"),
+    ("--map-guest-address 1.2.3.4", "pasta: unrecognized option '--map-guest-address': did you mean --map-guest-addr? "
+     "See pasta --help"),
+    ("--config-ent", "pasta: unrecognized option '--config-ent': did you mean --config-net? See pasta --help"),
+    ("--nests=/a", "pasta: unrecognized option '--nests': did you mean --netns? See pasta --help"),
+    ("--onenoff", "pasta: unrecognized option '--onenoff': see pasta --help"),  # passt's is not suggested
+    ("--migrate", "pasta: option '--migrate' is ambiguous; possibilities: '--migrate-exit' '--migrate-no-linger'"),
+    ("--" + "config-ent" * 10, f"pasta: unrecognized option '--{'config-ent' * 10}': see pasta --help"),
+    ("-x", "pasta: invalid option -- 'x': see pasta --help"),
+    ("-fx", "pasta: invalid option -- 'x': see pasta --help"),
     ("--mtu", "pasta: option '--mtu' requires an argument"),
     ("-m", "pasta: option requires an argument -- 'm'"),
     ("-fm", "pasta: option requires an argument -- 'm'"),
@@ -197,7 +206,8 @@ BAD = [
     ("-H $(reboot)", f"Invalid hostname: $(reboot) {NAME_RULE}"),
     ("--fqdn a..b", f"Invalid FQDN: a..b {NAME_RULE}"),
     ("--fqdn .", f"Invalid FQDN: . {NAME_RULE}"),
-    ("-s /tmp/s", "pasta: invalid option -- 's'"),
+    ("-s /tmp/s", "pasta: invalid option -- 's': -s (--socket) is for passt mode only: pasta takes a PID, --netns or a "
+     "command"),
     ("-F 2", "Invalid --fd: 2 (give the number of an open descriptor, 3 or more)"),
     ("-F 5 true", "Both --fd and a command given: the command would not be in the namespace of that tap device"),
     ("-F 5 -I tap7", "Both --fd and --ns-ifname given: leave one of them out"),
@@ -214,10 +224,11 @@ BAD = [
     ("-c /a --api-socket /b/../a", "Both --conf-path and --api-socket are /a: give each a path of its own"),
     ("-c /a -P /./a", "Both --conf-path and --pid are /a: give each a path of its own"),
     ("--repair-path none", "--repair-path is for passt mode only"),
-    ("--one-off", "--one-off is for passt mode only"),
-    ("-1", "pasta: invalid option -- '1'"),
-    ("--no-dhcp-dns", "--no-dhcp-dns is for passt mode only"),
-    ("--no-dhcp-search", "--no-dhcp-search is for passt mode only"),
+    ("--one-off", "--one-off is for passt mode only: pasta always ends with its command or namespace"),
+    ("-1", "pasta: invalid option -- '1': -1 (--one-off) is for passt mode only: pasta always ends with its command or "
+     "namespace"),
+    ("--no-dhcp-dns", "--no-dhcp-dns is for passt mode only: pasta tells none unless --dhcp-dns is given"),
+    ("--no-dhcp-search", "--no-dhcp-search is for passt mode only: pasta tells none unless --dhcp-search is given"),
     ("--vhost-user", "--vhost-user is for passt mode only"),
     ("--dns-forward 127.0.0.53", "Invalid DNS forwarding address: 127.0.0.53 (is loopback)"),
     ("--dns-host 0.0.0.0", "Invalid host nameserver address: 0.0.0.0 (is unspecified)"),
@@ -249,8 +260,13 @@ def test_errors(line: str, message: str) -> None:
 
 
 def test_empty_arguments() -> None:
-    for words in (["-P", ""], ["--netns", ""], ["-l", "a\0b"]):
-        with pytest.raises(Fatal, match="empty file name"):
+    for words, message in (
+        (["-P", ""], "Invalid --pid: an empty file name"),
+        (["--netns", ""], "Invalid --netns: an empty file name"),
+        (["--userns="], "Invalid --userns: an empty file name"),
+        (["-l", "a\0b"], "Invalid --log-file: a zero byte in the file name"),
+    ):
+        with pytest.raises(Fatal, match=f"^{message}$"):
             conf.parse(words)
     with pytest.raises(Fatal, match="Invalid interface name"):
         conf.parse(["-i", ""])
@@ -322,18 +338,27 @@ def test_passt_forwards_libvirt_specification() -> None:
     assert not any(r.outbound or r.auto for r in rules)
 
 
+LOOPBACK = "a virtual machine reaches the host's loopback at the address of --map-host-loopback"
 BAD_PASST = [
     ("true", "Extra non-option argument: true"),
     ("-f 1234", "Extra non-option argument: 1234"),
     ("-- -f", "Extra non-option argument: -f"),
     ("-", "Extra non-option argument: -"),
-    ("--nonsense", "passt: unrecognized option '--nonsense'"),
-    ("-T 22", "passt: invalid option -- 'T'"),
-    ("-I eth0", "passt: invalid option -- 'I'"),
+    ("--nonsense", "passt: unrecognized option '--nonsense': see passt --help"),
+    ("-T 22", f"passt: invalid option -- 'T': -T (--tcp-ns) is for pasta mode only: {LOOPBACK}"),
+    ("-T", f"passt: invalid option -- 'T': -T (--tcp-ns) is for pasta mode only: {LOOPBACK}"),
+    ("-fU22", f"passt: invalid option -- 'U': -U (--udp-ns) is for pasta mode only: {LOOPBACK}"),
+    ("-I eth0", "passt: invalid option -- 'I': -I (--ns-ifname) is for pasta mode only: a virtual machine names its "
+     "interface itself"),
+    ("--config-net", "--config-net is for pasta mode only: a virtual machine sets up its interface itself, by DHCP and "
+     "router advertisements"),
+    ("--dhcp-dns", "--dhcp-dns is for pasta mode only: passt tells them unless --no-dhcp-dns is given"),
+    ("--dhcp-search", "--dhcp-search is for pasta mode only: passt tells them unless --no-dhcp-search is given"),
+    ("--ns-mac-addr x", "--ns-mac-addr is for pasta mode only: give QEMU the address, as in -device "
+     "virtio-net-pci,mac=ADDR"),
     *((f"--{name}", f"--{name} is for pasta mode only") for name in (
-        "config-net", "no-copy-routes", "no-copy-addrs", "netns-only", "no-netns-quit", "host-lo-to-ns-lo",
-        "splice-only", "dhcp-dns", "dhcp-search")),
-    *((f"--{name} x", f"--{name} is for pasta mode only") for name in ("netns", "userns", "ns-mac-addr")),
+        "no-copy-routes", "no-copy-addrs", "netns-only", "no-netns-quit", "host-lo-to-ns-lo", "splice-only")),
+    *((f"--{name} x", f"--{name} is for pasta mode only") for name in ("netns", "userns")),
     ("--netns", "passt: option '--netns' requires an argument"),
     ("-s " + "s" * 108, f"Invalid socket path: {'s' * 108} (1 to 107 bytes)"),
     ("-F 2", "Invalid --fd: 2 (give the number of an open descriptor, 3 or more)"),
@@ -390,10 +415,85 @@ def test_help_names_every_option_once_between_blanks(mode: str) -> None:
         assert words.count(f"--{option.name}") >= 1
         if option.short:
             assert f"-{option.short}" in words
-    assert all(len(line) < 100 for line in usage(mode).splitlines())
-    for option in set(TABLE) - set(listed(mode)):
-        assert f"--{option.name}" not in words
+    for name in {option.name for option in TABLE} - {option.name for option in listed(mode)}:
+        assert f"--{name}" not in words
     assert "{" not in usage(mode)
+
+
+@pytest.mark.parametrize("mode", [PASTA, PASST])
+def test_help_fits_a_terminal(mode: str) -> None:
+    assert max(map(len, usage(mode).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("mode", "first"),
+    [(PASTA, "--config-net --help --version --tcp-ports --udp-ports"), (PASST, "--help --version --tcp-ports")],
+)
+def test_help_is_in_the_order_of_use(mode: str, first: str) -> None:
+    text = usage(mode)
+    headings = re.findall(r"^(\w.*):$", text, re.M)
+    other = MACHINE if mode == PASTA else NAMESPACE
+    assert headings == [group for group in GROUPS if group != other]
+    options = re.findall(r"^  (?:-\w, |    )(--\S+)", text, re.M)
+    assert options == [f"--{option.name}" for option in listed(mode)]
+    assert options[: len(first.split())] == first.split()
+
+
+@pytest.mark.parametrize("mode", [PASTA, PASST])
+def test_first_line_of_help_is_short(mode: str) -> None:
+    """Completions show it alone, and one line of a terminal has to do."""
+    for option in listed(mode):
+        first = option.help.split("\n")[0]
+        assert first[0].isupper() and not first.endswith(".") and len(first) <= 100, option.name
+
+
+@pytest.mark.parametrize("mode", [PASTA, PASST])
+def test_every_option_of_the_other_mode_says_so(mode: str) -> None:
+    other = PASST if mode == PASTA else PASTA
+    rows = [row for row in TABLE if row.help and not row.is_in(mode)]
+    assert len(rows) > 3
+    for row in rows:
+        if row.short:
+            with pytest.raises(Fatal, match=rf"^{mode}: invalid option -- '{row.short}': .*is for {other} mode only"):
+                conf.parse([f"-{row.short}", "1"], mode)
+        if not row.only.inert:
+            with pytest.raises(Fatal, match=rf"^--{row.name} is for {other} mode only"):
+                conf.parse([f"--{row.name}", *(["1"] if row.arg else [])], mode)
+
+
+def test_options_of_the_other_mode_without_effect_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "warn", said.append)
+    assert conf.parse(["--socket", "/tmp/s", "--sock", "/tmp/t"]) == conf.parse([])
+    assert conf.parse(["--tcp-ns", "22"], PASST) == conf.parse([], PASST)
+    socket = "is for passt mode only, it has no effect: pasta takes a PID, --netns or a command"
+    assert said == [f"--socket {socket}"] * 2 + [f"--tcp-ns is for pasta mode only, it has no effect: {LOOPBACK}"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [(mode, row.name) for mode in (PASTA, PASST) for row in listed(mode) if len(row.name) >= 5]
+)
+def test_a_letter_too_many_names_the_option(mode: str, name: str) -> None:
+    with pytest.raises(Fatal, match=rf"did you mean --{name}\? See {mode} --help$"):
+        conf.parse([f"--{name[:3]}x{name[3:]}"], mode)
+
+
+@pytest.mark.parametrize(
+    ("line", "end"),
+    [
+        ("--completion bsh", "(give bash, zsh or fish): did you mean 'bash'?"),
+        ("-t atuo", ": did you mean 'auto'?"),
+        ("-U non", ": did you mean 'none'?"),
+        ("-D nnone", "(not an IPv4 or IPv6 address): did you mean 'none'?"),
+        ("--map-host-loopback non", "(not an IPv4 or IPv6 address): did you mean 'none'?"),
+        ("-a non", "(not an IPv4 or IPv6 address)"),
+        ("-t http", "not a port (a decimal number, 1 to 65535)"),
+    ],
+)
+def test_misspelt_words_name_the_nearest(line: str, end: str) -> None:
+    with pytest.raises(Fatal) as e:
+        conf.parse(line.split())
+    assert str(e.value).endswith(end)
 
 
 def test_names_are_unique() -> None:
@@ -432,3 +532,24 @@ WORDS = st.one_of(
 def test_any_command_line_gives_options_or_one_line(words: list[str], mode: str) -> None:
     with contextlib.suppress(Fatal, Done):
         assert conf.parse(words, mode).mode == mode
+
+
+@given(st.sampled_from([PASTA, PASST]), st.data())
+def test_unknown_options_are_told_in_one_way(mode: str, data: st.DataObject) -> None:
+    """Any word that begins no option: getopt_long's words first, then the nearest option of this mode, or none."""
+    names = [row.name for row in TABLE]
+    name = data.draw(st.one_of(st.from_regex(r"[a-z-]{1,50}", fullmatch=True), st.sampled_from(names).map(_disturbed)))
+    if any(other.startswith(name) for other in names):
+        return
+    with pytest.raises(Fatal) as e:
+        conf.parse([f"--{name}"], mode)
+    start = f"{mode}: unrecognized option '--{name}': "
+    message = str(e.value)
+    assert message.startswith(start)
+    near = re.fullmatch(rf"did you mean --(\S+)\? See {mode} --help", message.removeprefix(start))
+    assert near[1] in {row.name for row in listed(mode)} if near else message == f"{start}see {mode} --help"
+
+
+def _disturbed(name: str) -> str:
+    """Two letters swapped."""
+    return name[:1] + name[2:3] + name[1:2] + name[3:]

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from passt import __version__, addr
-from passt.conf_options import Options, Pair
+from passt.conf_actions import Pair
+from passt.conf_options import Options
 from passt.control import Garbage
 from passt.control_api import OPTION_MAX, Api, Specs, decode, spans
 from passt.slirp_api import REQUEST_MAX, SlirpApi

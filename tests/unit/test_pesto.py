@@ -112,12 +112,17 @@ def test_operands_may_come_first() -> None:
 @pytest.mark.parametrize(
     ("argv", "error"),
     [
-        (["--nonsense", "S"], "pesto: unrecognized option '--nonsense'"),
-        (["-x", "S"], "pesto: invalid option -- 'x'"),
+        (["--nonsense", "S"], "pesto: unrecognized option '--nonsense': see pesto --help"),
+        (["--flow-s", "S"], "pesto: unrecognized option '--flow-s': did you mean --flows? See pesto --help"),
+        (["-x", "S"], "pesto: invalid option -- 'x': see pesto --help"),
         (["-t"], "pesto: option requires an argument -- 't'"),
         (["--tcp", "80", "S"], "pesto: option '--tcp' is ambiguous; possibilities: '--tcp-ports' '--tcp-ns'"),
         (["--show=1", "S"], "pesto: option '--show' doesn't allow an argument"),
-        (["--clear=TAP", "S"], "pesto: there are no rules of TAP: give HOST, SPLICE, ALL, or nothing"),
+        (["--clear=TAP", "S"], "pesto: there are no rules of TAP (give HOST, SPLICE, ALL, or nothing)"),
+        (
+            ["--clear=splise", "S"],
+            "pesto: there are no rules of splise (give HOST, SPLICE, ALL, or nothing): did you mean 'SPLICE'?",
+        ),
         ([], "pesto: which control socket? Give the path that pasta or passt was started with: pesto ... SOCKET"),
         (["-A", "-t", "80"], "pesto: which control socket? Give"),
         (["S", "T"], "pesto: too many operands"),
