@@ -27,7 +27,17 @@ from .addr import ANY4
 from .wire import arp, ndp
 from .wire.ether import HEADER, TYPE_ARP, icmp6_frame, multicast_mac
 
-USAGE = "Usage: qrap [FD QEMU] [QEMU_ARG]..."
+USAGE = """\
+Usage: qrap FD QEMU [QEMU_ARG]...
+       qrap QEMU_ARG...
+
+Connect to the first passt at /tmp/passt_1.socket to /tmp/passt_99.socket that
+has no guest, then become QEMU, for a QEMU before 7.2.
+
+With FD and QEMU, the connection is descriptor FD, which the arguments name.
+Without, QEMU is found, and its network arguments are replaced.
+
+Example: qrap 5 kvm disk.img -m 1G -net socket,fd=5 -net nic,model=virtio"""
 PATHS = tuple(f"/tmp/passt_{n}.socket" for n in range(1, 100))
 DEFAULT_FD = 5
 TIMEOUT = 0.5  # seconds for passt to answer

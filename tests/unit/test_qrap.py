@@ -194,6 +194,10 @@ def test_no_passt(paths: list[str]) -> None:
     assert done.stderr == "qrap: No passt found at /tmp/passt_N.socket: start passt first\n"
 
 
+def test_help_fits_a_terminal() -> None:
+    assert max(map(len, qrap.USAGE.splitlines())) <= 80
+
+
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert qrap.main(["qrap", "--help"]) == 0
     assert capsys.readouterr() == (f"{qrap.USAGE}\n", "")
