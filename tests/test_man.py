@@ -12,7 +12,8 @@ from passt import pesto
 from passt.addr import mac_text
 from passt.conf_actions import DNS_MAX, SEARCH_MAX
 from passt.conf_options import LOG_SIZE, NETNS_RUN_DIR
-from passt.conf_table import TABLE, Option
+from passt.conf_row import GROUPS, Option
+from passt.conf_table import TABLE
 from passt.conf_values import LOG_SIZE_MIN, SOCKET_PATH_MAX
 from passt.core.config import FRAME_MTU_MAX, MTU_DEFAULT, MTU_MAX, MTU_MIN, OUR_MAC
 from passt.passt import DEFAULT_MAX, DEFAULT_PATH
@@ -34,6 +35,24 @@ def entries(name: str) -> dict[str, str]:
 def test_every_option_has_its_entry_and_no_other() -> None:
     assert entries("passt.1") == {option.name: option.short for option in TABLE if option.help}
     assert entries("pesto.1") == {option.name: option.short for option in pesto.TABLE}
+
+
+def sections(name: str) -> dict[str, list[str]]:
+    """The options of each section that has any, in their order."""
+    found: dict[str, list[str]] = {}
+    for title, text in re.findall(r"^\.Ss (.*)\n((?:(?!\.S[sh] ).*\n)*)", (REPOSITORY / name).read_text(), re.M):
+        heads = re.findall(r"^\.It Fl (?:\w , )?(-.*)$", text, re.M)
+        if heads:
+            found[title] = [option for head in heads for option in re.findall(r"-([a-z][a-z0-9-]+)", head)]
+    return found
+
+
+def test_sections_are_the_groups_of_help() -> None:
+    """With the same options, in the order of use."""
+    wanted = {g: [option.name for option in TABLE if option.help and option.group == g] for g in GROUPS}
+    assert list(sections("passt.1").items()) == list(wanted.items())
+    wanted = {g: [option.name for option in pesto.TABLE if option.group == g] for g in pesto.GROUPS}
+    assert list(sections("pesto.1").items()) == list(wanted.items())
 
 
 def argument(line: str) -> str:
