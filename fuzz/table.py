@@ -60,7 +60,7 @@ TARGETS = (
     _target("ndp_format", 300, "wire.ndp wire.domain wire.cursor"),
     _target("domain", 160, "wire.domain"),
     # what others write
-    _target("command_line", 120, "conf conf_parse conf_actions conf_values conf_ports"),
+    _target("command_line", 120, "conf conf_parse conf_table conf_actions conf_values conf_ports"),
     _target("ports", 60, "conf_ports core.rules"),
     _target("resolv_conf", 100, "resolv_conf wire.domain addr"),
     _target("kernel_tables", 250, "linux.ports linux.inotify"),

@@ -37,7 +37,7 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = E
         _target(fields, words.operands)
         _check(fields)
     elif words.operands:
-        raise Fatal(f"Extra non-option argument: {words.operands[0]}")
+        raise Fatal(f"Extra non-option argument: {words.operands[0]} (passt takes options only)")
     from . import conf_ports  # --help and --version do without
 
     specs = fields.pop(PORT_SPECS, [])

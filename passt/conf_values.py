@@ -233,5 +233,5 @@ def fd(text: str) -> int:
 def path(text: str, option: str) -> str:
     """The name of a file, for `option`."""
     if not text or "\0" in text:
-        raise Fatal(f"Invalid {option}: {'a zero byte in the' if text else 'an empty'} file name")
+        raise Fatal(f"Invalid {option}: {'a zero byte in the' if text else 'an empty'} file name (give a path)")
     return text

@@ -1,19 +1,21 @@
 """Command lines: words with a zero byte between them; of pasta and of passt.
 
-Invariants: any words give options, or `Fatal` with one line, or `Done` with a text; two readings are equal; nothing on
-the host is touched.
+Invariants: any words give options, or `Fatal` with one line, or `Done` with a text; two readings are equal; an option
+that a message suggests is one of the mode; nothing on the host is touched.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from passt import conf
 from passt.conf_actions import Done
-from passt.conf_table import TABLE
+from passt.conf_table import TABLE, listed
 from passt.core.config import PASST, PASTA
 from passt.log import Fatal
 
+NAMES = {mode: {option.name for option in listed(mode)} for mode in (PASTA, PASST)}
 VALUES = ("1", "192.0.2.1", "fe80::1", "eth0", "1500", "/tmp/x", "52:54:00:12:34:56", "none", "all", "1048576", "a.b")
 
 
@@ -21,6 +23,9 @@ def seeds() -> Iterable[bytes]:
     for i, option in enumerate(TABLE):
         for value in (VALUES[i % len(VALUES)], VALUES[(i + 5) % len(VALUES)]) if option.arg else ("",):
             yield b"\0" + f"--{option.name}\0{value}".encode()
+    yield b"\0--config-ent\0-T"
+    yield b"\1-T\0005"
+    yield b"\1--tcp-ns\0005\0--sokcet\0/tmp/a"
     yield b"\0-fq4\0-t80\0--\0sh\0-c\0true"
     yield b"\1-d\0-s\0/tmp/a\0-P/tmp/b\0-t\0auto"
     yield b"\0" + b"--config-net\0--no-copy-routes\0" + b"1234"
@@ -30,8 +35,11 @@ def read(argv: list[str], mode: str) -> object:
     try:
         return conf.parse(argv, mode)
     except Fatal as e:
-        assert "\n" not in str(e), "one line"
-        return str(e)
+        message = str(e)
+        assert "\n" not in message, "one line"
+        suggested = re.search(r": did you mean --(\S+)\? See \w+ --help\Z", message)
+        assert not suggested or suggested[1] in NAMES[mode], "an option of the other mode is suggested"
+        return message
     except Done as e:
         return str(e)
 

@@ -155,7 +155,7 @@ TYPED = [
     ("pasta -c {dir}/s --api-socket {dir}/s true", "Both --conf-path and --api-socket are {dir}/s: give each a path of "
      "its own"),
     ("pasta --no-copy-routes true", "--no-copy-routes needs --config-net"),
-    ("passt extra -s {dir}/s", "Extra non-option argument: extra"),
+    ("passt extra -s {dir}/s", "Extra non-option argument: extra (passt takes options only)"),
     ("passt -s {dir}/s -c {dir}/s", "Both --socket and --conf-path are {dir}/s: give each a path of its own"),
     ("passt --vhost-user -s {dir}/s",
      "passt: unrecognized option '--vhost-user': the guest is served on a stream socket here (qemu -netdev stream)"),

@@ -261,12 +261,12 @@ def test_errors(line: str, message: str) -> None:
 
 def test_empty_arguments() -> None:
     for words, message in (
-        (["-P", ""], "Invalid --pid: an empty file name"),
-        (["--netns", ""], "Invalid --netns: an empty file name"),
-        (["--userns="], "Invalid --userns: an empty file name"),
-        (["-l", "a\0b"], "Invalid --log-file: a zero byte in the file name"),
+        (["-P", ""], "Invalid --pid: an empty file name (give a path)"),
+        (["--netns", ""], "Invalid --netns: an empty file name (give a path)"),
+        (["--userns="], "Invalid --userns: an empty file name (give a path)"),
+        (["-l", "a\0b"], "Invalid --log-file: a zero byte in the file name (give a path)"),
     ):
-        with pytest.raises(Fatal, match=f"^{message}$"):
+        with pytest.raises(Fatal, match=f"^{re.escape(message)}$"):
             conf.parse(words)
     with pytest.raises(Fatal, match="Invalid interface name"):
         conf.parse(["-i", ""])
@@ -340,10 +340,10 @@ def test_passt_forwards_libvirt_specification() -> None:
 
 LOOPBACK = "a virtual machine reaches the host's loopback at the address of --map-host-loopback"
 BAD_PASST = [
-    ("true", "Extra non-option argument: true"),
-    ("-f 1234", "Extra non-option argument: 1234"),
-    ("-- -f", "Extra non-option argument: -f"),
-    ("-", "Extra non-option argument: -"),
+    ("true", "Extra non-option argument: true (passt takes options only)"),
+    ("-f 1234", "Extra non-option argument: 1234 (passt takes options only)"),
+    ("-- -f", "Extra non-option argument: -f (passt takes options only)"),
+    ("-", "Extra non-option argument: - (passt takes options only)"),
     ("--nonsense", "passt: unrecognized option '--nonsense': see passt --help"),
     ("-T 22", f"passt: invalid option -- 'T': -T (--tcp-ns) is for pasta mode only: {LOOPBACK}"),
     ("-T", f"passt: invalid option -- 'T': -T (--tcp-ns) is for pasta mode only: {LOOPBACK}"),
