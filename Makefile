@@ -28,39 +28,39 @@ check: setup ## ruff, mypy and the unit tests
 test: ## Everything that CI runs
 	scripts/test
 
-fuzz: ## Hostile input, made up by a machine that watches which code it reaches: each target for a minute (docs/fuzzing.md)
+fuzz: ## Fuzzing: each target for a minute (docs/fuzzing.md)
 	scripts/fuzz --seconds 60 --jobs 2
 
-fuzz-long: ## The same up to ten million executions of each target, recorded in docs/fuzzing.md (hours)
+fuzz-long: ## Fuzzing up to ten million executions of each target, recorded in docs/fuzzing.md (hours)
 	scripts/fuzz --runs 10000000 --jobs 2 --record
 
-security: ## Floods from the guest at full length, and docs/floods.md from what came of them (about 20 minutes)
+security: ## Floods from the guest at full length, written to docs/floods.md (about 20 minutes)
 	scripts/security
 
 bench: ## The benchmark, beside the C original, slirp4netns and loopback (about 30 minutes)
 	scripts/setup bench
 	$(PYTHON) -m bench --json $(RESULTS)
 
-bench-quick: ## The same with one short sample of each
+bench-quick: ## The benchmark with one short sample of each row
 	scripts/setup bench
 	$(PYTHON) -m bench --quick
 
-bench-plot: ## docs/bench.png and the table of README.md from the last benchmark
+bench-plot: ## Draw the pictures and write the table of docs/performance.md, from the last benchmark
 	scripts/setup bench
-	$(PYTHON) -m bench.plot $(RESULTS) docs/bench.png README.md
+	$(PYTHON) -m bench.plot $(RESULTS) docs/bench.png docs/bench-summary.png docs/performance.md
 
-demo: ## The whole thing on one screen
+demo: ## A namespace at work, on one screen
 	scripts/setup demo
 	$(PYTHON) -m bench.demo
 
-demo-vm: ## The same of a virtual machine: the tests' guest under QEMU, whose network passt is
+demo-vm: ## A virtual machine at work: the guest of the tests under QEMU, whose network is passt
 	scripts/setup demo-vm
 	$(PYTHON) -m bench.demo_vm
 
-completions: ## The files for bash, zsh and fish anew, from the table of options
+completions: ## Write the completion files for bash, zsh and fish, from the table of options
 	scripts/completions
 
-docs-seccomp: setup ## docs/seccomp.md from the code
+docs-seccomp: setup ## Write docs/seccomp.md, from the code
 	$(PYTHON) -m passt.daemon_calls >docs/seccomp.md
 
 clean: ## Remove what was installed or built here

@@ -5,7 +5,7 @@
     load        generators of round trips, connections and datagrams, run by path in a namespace
     rows        what is measured, and how a sample comes about
     report      medians, ratios, tables, JSON
-    plot        the figure of the README, from the JSON
+    plot        the pictures of README.md and docs/performance.md, and the table of the latter, from the JSON
     demo        the whole thing on one screen
 
 Samples are short, and contenders take turns within each round, so that a machine that is slow for a while is slow for

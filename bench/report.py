@@ -1,4 +1,4 @@
-"""Results: medians, ratios, the table on the terminal, the table for the README, the JSON file.
+"""Results: medians, ratios, the table on the terminal, the table as Markdown, the JSON file.
 
 The JSON is `{"made": {...}, "rows": [{"name", "title", "unit", "work", "target", "fewer_is_better", "results":
 {contender: {"values": [...], "cpu": [...], "error": text or null}}}]}`: all samples are kept, medians made on reading.
