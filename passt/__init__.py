@@ -19,7 +19,8 @@ Where a packet goes
     loopbacks       listening socket -> listen -> tcp_splice / udp_in, udp_splice -> socket of the other side
     bound ports     kernel's tables of both sides -> scan -> listen: `auto` opens and closes listening sockets
     other rules     control sockets -> control -> control_api, slirp_api -> forwards -> listen, scan
-    resolv.conf     directory watches -> resolv_conf -> conf_dns -> another Config for dhcp, dhcpv6, ndp, core.resolvers
+    resolv.conf     directory watches -> resolv_conf -> conf_dns -> another Config
+    another Config  core.settings -> all that keep a part of it, then ndp, scan
     time            timerfds -> tcp / udp / icmp / ndp, each handed `now`
 
 Layers: a module imports from lower ones only (tests/test_layers.py holds that)
@@ -41,8 +42,9 @@ Layers: a module imports from lower ones only (tests/test_layers.py holds that)
     1  linux, log                         the kernel, wrapped once
     0  wire, addr                         formats; addresses as packed bytes
 
-One writer per thing: `tap` writes what was observed of the guest, `core.flow` the state of a flow, `tcp_conn` the
-events of a connection, `core.link` or `core.plain_link` the tap device, `core.stream_link` the UNIX socket.
+One writer per thing: `tap` writes what was observed of the guest, `core.settings` the configuration in force,
+`core.flow` the state of a flow, `tcp_conn` the events of a connection, `core.link` or `core.plain_link` the tap device,
+`core.stream_link` the UNIX socket.
 
 Vocabulary
 ==========

@@ -117,9 +117,6 @@ def follow(ctx: Context, options: Options, found: ResolvConf, now: float) -> Non
     config = replace(config, dns_match=tuple(dict.fromkeys((*config.dns_match, *former.dns_match))))
     if config == former:
         return
-    ctx.config = config
-    ctx.resolvers.update(config.dns_match, config.dns_hosts)
     hosts = ", ".join(map(addr.text, config.dns_hosts))
     log.info(f"{RESOLV_CONF} has changed: resolvers {hosts}; search domains {', '.join(config.dns_search) or 'none'}")
-    for changed in ctx.on_names:
-        changed(former, now)
+    ctx.settings.replace(config, now)

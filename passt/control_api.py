@@ -58,12 +58,14 @@ class Specs:
 
     def __init__(self, options: Options, ctx: Context, ephemeral: range | None) -> None:
         self._options = options
-        self._families = ctx.config.ip4 is not None, ctx.config.ip6 is not None
+        self._ctx = ctx
         self._ephemeral = conf_ports.EPHEMERAL if ephemeral is None else ephemeral
 
     def rules(self, option: str) -> tuple[Rule, ...]:
         """Raises Fatal."""
-        rules = conf_ports.later(option, self._options, self._ephemeral, *self._families)
+        config = self._ctx.config
+        families = config.ip4 is not None, config.ip6 is not None
+        rules = conf_ports.later(option, self._options, self._ephemeral, *families)
         return rules if len(option) <= OPTION_MAX else tuple(replace(rule, option=rule.spec) for rule in rules)
 
 

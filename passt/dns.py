@@ -55,6 +55,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import addr, log
+from .core.config import Config
 from .core.context import Context
 from .core.flow import ACTIVE, GUEST, Endpoints, TableFull
 from .core.fwd import Forwarding
@@ -197,6 +198,10 @@ class Dns:
         self._answer = memoryview(bytearray(_SIZE_MAX))
         self.opener: Callable[[bytes], Any] = lambda host: open_socket(ctx.fwd, host)
         ctx.reactor.handle(TYPE_DNS, self.sock_handler)
+        ctx.settings.subscribe(self._adopt)
+
+    def _adopt(self, config: Config) -> None:
+        self._our_mac, self._mtu = config.our_mac, config.mtu
 
     # Guest -> resolvers ----------------------------------------------------------------------------------------------
 
@@ -217,14 +222,13 @@ class Dns:
                     return
 
     def _new_flow(self, key: bytes, count: int, now: float) -> DnsFlow | None:
-        ctx = self._ctx
         flow = DnsFlow(key, now)
         try:
             self._flows.add(flow, _NoSocket(), now)  # type: ignore[arg-type]
         except TableFull:
             self._drops["dns: no flow: table full"] += count
             return None
-        flow.cook(ctx.guest.mac, ctx.config.our_mac, ctx.config.mtu)
+        flow.cook(self._ctx.guest.mac, self._our_mac, self._mtu)
         return flow
 
     def _question(self, flow: DnsFlow, payload: bytes, now: float) -> None:

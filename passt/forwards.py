@@ -2,7 +2,8 @@
 
 What was asked for at start is the beginning of a table (`core/rule_table.py`) that clients of the control sockets
 change. A request is a list of changes; each is applied to a copy of the table, in order. Then ports are compared, not
-changes: what is wanted before and after stays as it is.
+changes: what is wanted before and after stays as it is. The table numbers the rules that are the `forwards` of the
+configuration, and this module is the only one that replaces these (`core/settings.py`).
 
     port, before and after                                 what happens to its socket
     -----------------------------------------------------  ----------------------------------------------------------
@@ -27,7 +28,7 @@ from __future__ import annotations
 import resource
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import log
 from .core.context import Context
@@ -143,7 +144,8 @@ class Forwards:
             self._listeners.hand_over([h for h in plan.hand_over if h[:2] not in gone])
             self._table = table
             self._ctx.reactor.close_retired()
-            self._scanner.follow(after.values(), now)
+            config = self._ctx.config
+            self._ctx.settings.replace(replace(config, forwards=tuple(after.values())), now)
             self._ctx.reactor.close_retired()
         return outcome
 

@@ -37,7 +37,7 @@ import socket
 from typing import Any
 
 from . import addr, log
-from .core.config import PASTA
+from .core.config import PASTA, Config
 from .core.context import Context
 from .core.flow import GUEST, Endpoints, TableFull
 from .core.fwd import Forwarding
@@ -260,11 +260,16 @@ class Icmp:
         self._buf = bytearray(_SIZE_MAX)
         self._mv = memoryview(self._buf)
         ctx.reactor.handle(TYPE_PING, self.sock_handler)
+        ctx.settings.subscribe(self._adopt)
+
+    def _adopt(self, config: Config) -> None:
+        self._our_mac, self._mtu, self._disabled = config.our_mac, config.mtu, config.no_icmp
+        self._deduplicate = config.mode == PASTA
 
     def tap_handler(self, src: bytes, dst: bytes, echo: memoryview, now: float, hops: int = 0) -> None:
         """An echo request of the guest, from its type byte on. `hops` is its TTL or hop limit, 0: not known."""
         ctx = self._ctx
-        reason = "icmp: disabled" if ctx.config.no_icmp else refuse(src, dst, echo)
+        reason = "icmp: disabled" if self._disabled else refuse(src, dst, echo)
         if reason is not None:
             ctx.drops[reason] += 1
             return
@@ -379,7 +384,7 @@ class Icmp:
             ctx.drops["icmp: reply from elsewhere"] += 1
             return
         sequence = int.from_bytes(buf[6:8], "big")
-        if ctx.config.mode == PASTA and sequence == flow.last_seq and not group:
+        if self._deduplicate and sequence == flow.last_seq and not group:
             ctx.drops["icmp: duplicate reply"] += 1
             return
         flow.last_seq, flow.last = sequence, now
@@ -393,11 +398,10 @@ class Icmp:
         raw socket takes it, as ping(8)'s of root.
         """
         ctx = self._ctx
-        proto, mtu = icmp.protocol(src), ctx.config.mtu
+        proto, mtu = icmp.protocol(src), self._mtu
         ip_header = ip.header(src, dst, proto, len(message))
-        ether_header = ether.HEADER.pack(
-            ctx.guest.mac, ctx.config.our_mac, ether.TYPE_IPV4 if len(src) == 4 else ether.TYPE_IPV6
-        )
+        ethertype = ether.TYPE_IPV4 if len(src) == 4 else ether.TYPE_IPV6
+        ether_header = ether.HEADER.pack(ctx.guest.mac, self._our_mac, ethertype)
         whole = icmp.complete(src, dst, bytes(message))
         if mtu and len(ip_header) + len(message) > mtu:
             self._ident += 1

@@ -13,10 +13,11 @@
     unsolicited advertisement       200..599 s,     router advertisement to all nodes (RFC 4861,
                                     drawn each time   6.2.4), and armed again
 
-    event                                             consequence
+    change of the configuration                       consequence
     ------------------------------------------------  ---------------------------------------------------
-    the host has other resolvers, or search domains   router advertisement to all nodes, which takes back
-                                                        what was said before (lifetime 0: RFC 8106, 5.1)
+    an advertisement says something else: resolvers,  one to all nodes at once; resolvers and domains that
+      search domains, MTU, prefix                       are no more have lifetime 0 in it (RFC 8106, 5.1)
+    IPv6 is off, or on again                          advertisements end, or begin again
 
 A router advertisement carries the /64 of the guest's address for autoconfiguration, our MAC, the MTU, resolvers and
 search list, as many domains of it as the link takes in one packet; all lifetimes are as long as the format allows. Its
@@ -108,11 +109,16 @@ class Ndp:
         self._timer = -1
 
     def start(self, now: float) -> None:
-        """Arm the timer of unsolicited router advertisements, if there are to be any. Raises OSError."""
+        """Begin to send unsolicited router advertisements, whenever there are to be any. Raises OSError."""
+        self._begin(now)
+        self._ctx.settings.react(self._changed)
+
+    def _begin(self, now: float) -> None:
+        """Arm the timer, if it is needed. Raises OSError."""
         if advertises(self._ctx.config):
-            self._timer = self._ctx.timers.services.new(self._unsolicited)
+            if self._timer < 0:
+                self._timer = self._ctx.timers.services.new(self._unsolicited)
             self._arm(now)
-            self._ctx.on_names.append(self._names_changed)
 
     def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, icmp: bytes, now: float) -> None:
         """An ICMPv6 message of types 133 to 137 from the guest, which came with hop limit 255. Raises Malformed."""
@@ -139,15 +145,24 @@ class Ndp:
         self._send_ra(src_mac, addr.ALL_NODES6 if addr.is_unspecified(src) else src)
 
     def _unsolicited(self, now: float) -> None:
+        if not advertises(self._ctx.config):
+            return
         delay = self._arm(now)
         log.debug(f"NDP: sending unsolicited RA, next in {delay}s")
         self._send_ra(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6)
 
-    def _names_changed(self, former: Config, now: float) -> None:
+    def _changed(self, former: Config, now: float) -> None:
+        """The configuration is another one. The timer goes on if it was armed already."""
         config = self._ctx.config
-        if config.advertise_dns or config.advertise_search:
-            log.debug("NDP: sending RA, names have changed")
-            self._send_ra(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6, former)
+        if config.ip6 is None or not advertises(config):
+            return
+        told = former if advertises(former) else None
+        if told is None:
+            self._begin(now)
+        elif told.ip6 is not None and router_advertisement(told.ip6, told) == router_advertisement(config.ip6, config):
+            return
+        log.debug("NDP: sending RA, the configuration has changed")
+        self._send_ra(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6, told)
 
     def _arm(self, now: float) -> int:
         """Draw the time until the next unsolicited advertisement; returns it, in seconds."""

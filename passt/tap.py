@@ -46,6 +46,7 @@ from struct import Struct
 
 from . import PASTA, addr, log
 from .arp import Arp
+from .core.config import Config
 from .core.context import Context
 from .core.link import NO_OFFLOAD, VNET
 from .core.packet import FRAME_ROOM, VNET_LEN
@@ -91,11 +92,10 @@ class Tap:
         self._ctx = ctx
         self._vnet = vnet  # whether the bytes before a frame are a vnet header, and not of another frame
         self._pool, self._guest = ctx.pool, ctx.guest
-        self._have4, self._have6 = ctx.config.ip4 is not None, ctx.config.ip6 is not None
         self._arp, self._ndp, self._dhcp, self._dhcpv6 = arp, ndp, dhcp, dhcpv6
         self._icmp, self._udp, self._tcp = icmp, udp, tcp
-        # Hosts behind the guest that rules lead to: what they answer does not tell where the guest is.
-        self._behind = {rule.target for rule in ctx.config.forwards if not rule.outbound}
+        self._behind: frozenset[bytes] = frozenset()
+        ctx.settings.subscribe(self._adopt)
         self._reassembly = Reassembly(ctx.drops)
         self._stats = ctx.stats
         self._front = 0 if vnet else VNET_LEN  # bytes before a frame that a device without the header does not fill
@@ -108,6 +108,18 @@ class Tap:
         self.capture: Callable[[bool, bytes], None] | None = None  # capture(to_guest, vnet header + frame)
         self.on_gone: Callable[[OSError], None] | None = None  # the device does not answer any more
         ctx.reactor.handle(TYPE_TAP, self.handler)
+
+    def _adopt(self, config: Config) -> None:
+        """Hosts behind the guest are those that rules lead to: what they answer does not tell where the guest is.
+
+        They stay that while they have flows: connections outlive the rule that they came by.
+        """
+        self._have4, self._have6 = config.ip4 is not None, config.ip6 is not None
+        behind = frozenset(rule.target for rule in config.forwards if rule.target is not None and not rule.outbound)
+        if gone := self._behind - behind:
+            keys = [flow.key for flow in self._ctx.flows.by_index if flow is not None]
+            behind |= {a for a in gone if any(len(key) == 2 * len(a) + 4 and key.startswith(a) for key in keys)}
+        self._behind = behind
 
     def watch(self, fd: int) -> None:
         """Begin to read frames from the tap device `fd`."""
@@ -411,6 +423,7 @@ class Tap:
         self._udp.forget()
         self._icmp.forget()
         self._reassembly = Reassembly(self._ctx.drops)
+        self._adopt(self._ctx.config)  # hosts behind that guest had flows, perhaps
         ip4, ip6 = self._ctx.config.ip4, self._ctx.config.ip6
         guest = self._guest
         guest.mac, guest.addr6_ll = addr.BROADCAST_MAC, addr.ANY6

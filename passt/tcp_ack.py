@@ -43,6 +43,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from itertools import count
 
+from .core.config import Config
 from .core.context import Context
 from .core.reactor import EPOLLOUT
 from .linux import tcpinfo
@@ -72,10 +73,13 @@ class TcpAck:
         self._out = out
         self._table = table
         self._features = features
-        self._segment = (ctx.config.mtu or 1500) - 40  # the longest that the guest sends
         self._waiting: list[tuple[float, int, TcpConn]] = []  # a heap, by the time at which to look
         self._order = count()
         self._timer = ctx.timers.services.new(self.timer_handler)
+        ctx.settings.subscribe(self._adopt)
+
+    def _adopt(self, config: Config) -> None:
+        self._segment = (config.mtu or 1500) - 40  # the longest that the guest sends
 
     def owe(self, conn: TcpConn, n: int, must_ack: bool, now: float) -> None:
         """Decide what of the `n` bytes just taken to acknowledge, and whether to do so now."""

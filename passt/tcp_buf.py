@@ -32,6 +32,7 @@ import mmap
 import socket
 from struct import Struct
 
+from .core.config import Config
 from .core.context import Context
 from .core.link import GSO_NONE, GSO_TCPV4, GSO_TCPV6
 from .icmp import Errors
@@ -77,21 +78,24 @@ class TcpOut:
         self._link = ctx.link
         self._guest = ctx.guest
         self._errors = Errors(ctx)
-        self._config = ctx.config
         self._tso = tso
         self._peek_off = features.peek_off
         self.stalled: dict[int, TcpConn] = {}  # connections whose data waits until the link takes frames, by index
         self._buf = memoryview(bytearray(PEEK_MAX))
         # With MSG_TRUNC the kernel writes nothing, with SO_PEEK_OFF nobody peeks into it: memory that is never touched.
         self._discard = memoryview(mmap.mmap(-1, DISCARD_MAX))
+        ctx.settings.subscribe(self._adopt)
+
+    def _adopt(self, config: Config) -> None:
+        self._our_mac, self._mtu = config.our_mac, config.mtu
 
     def cook(self, conn: TcpConn) -> None:
         """Prepare the header of a new connection."""
-        cook(conn, self._guest.mac, self._config.our_mac, self._config.mtu, tso=self._tso)
+        cook(conn, self._guest.mac, self._our_mac, self._mtu, tso=self._tso)
 
     def fit(self, conn: TcpConn) -> None:
         """The guest told its MSS: limit it, and the length of frames by it."""
-        fit(conn, self._config.mtu, tso=self._tso)
+        fit(conn, self._mtu, tso=self._tso)
 
     def header(self, conn: TcpConn, seq: int, flags: int, length: int, options: int = 0) -> None:
         """Write what changes into the pre-cooked header: `length` bytes of payload, `options` bytes of options."""
@@ -148,7 +152,7 @@ class TcpOut:
     def _syn(self, conn: TcpConn, flags: int, ws: int | None) -> None:
         """The window in it is never scaled (RFC 7323, 2.2)."""
         overhead = conn.l4 - L3 + tcp.HEADER_LEN
-        mss = (self._config.mtu or 1500) - overhead
+        mss = (self._mtu or 1500) - overhead
         options = tcp.SynOptions(mss, ws).emit()
         scale, conn.ws_to = conn.ws_to, 0
         self.header(conn, conn.snd_una, flags, 0, len(options))

@@ -65,6 +65,7 @@ from functools import partial
 from typing import Any
 
 from . import addr, log, tcp_sock
+from .core.config import Config
 from .core.context import Context
 from .core.flow import TableFull, reason_of
 from .core.idle import flow_limit
@@ -115,13 +116,17 @@ class TcpOpen:
         self._replaced = 0  # connections whose client came back
         self.half_open_max = flow_limit(HALF_OPEN_MAX, HALF_OPEN_SHARE)
         self.opening_max = flow_limit(OPENING_MAX, OPENING_SHARE)
+        ctx.settings.subscribe(self._adopt)
+
+    def _adopt(self, config: Config) -> None:
+        self._disabled = config.no_tcp
 
     def segments(self, conn: TcpConn | None, key: bytes, segments: list[int], now: float) -> TcpConn | None:
         """Handle segments before ESTABLISHED.
 
         Returns the connection when it has become that, with what is left to handle in `segments`.
         """
-        if self._ctx.config.no_tcp:
+        if self._disabled:
             self._ctx.drops["tcp disabled"] += len(segments) // 2
             return None
         for i in range(0, len(segments), 2):
@@ -331,7 +336,7 @@ class TcpOpen:
     def _accept(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> str:
         """Send SYN to the guest; returns why not, if so, with nothing kept."""
         table = self._table
-        if self._ctx.config.no_tcp:
+        if self._disabled:
             return "tcp disabled"
         if self._ctx.guest.mac == addr.BROADCAST_MAC:
             return "tcp inbound: no guest"  # or it is still booting: rather a refusal than 10 s of silence

@@ -41,6 +41,7 @@ from functools import partial
 from typing import Any
 
 from . import addr, log
+from .core.config import Config
 from .core.context import Context
 from .core.flow import TableFull
 from .core.idle import IdleFlows, flow_limit
@@ -99,6 +100,10 @@ class Udp:
         self.dns = Dns(ctx, self._to_guest, self._tell)
         self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now))
         ctx.reactor.handle(TYPE_UDP, self.sock_handler)
+        ctx.settings.subscribe(self._adopt)
+
+    def _adopt(self, config: Config) -> None:
+        self._our_mac, self._mtu, self._disabled = config.our_mac, config.mtu, config.no_udp
 
     # Guest -> host ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +142,7 @@ class Udp:
         ctx = self._ctx
         half = (len(key) - 4) // 2
         src, dst = key[:half], key[half : 2 * half]
-        why = "udp: disabled" if ctx.config.no_udp else refuse(src, dst, key)
+        why = "udp: disabled" if self._disabled else refuse(src, dst, key)
         if why is None and ctx.fwd.family(dst) is None:
             why = "udp: address family is off"
         if why is not None:
@@ -175,7 +180,7 @@ class Udp:
             self._drops[f"udp: no flow: {reason(e) if isinstance(e, OSError) else 'table full'}"] += count
             return e
         flow.segments = self._segments
-        flow.cook(ctx.guest.mac, ctx.config.our_mac, ctx.config.mtu)
+        flow.cook(ctx.guest.mac, self._our_mac, self._mtu)
         return None
 
     def _refused(self, e: OSError, key: bytes, src: bytes, dst: bytes, payload: memoryview, now: float) -> None:
@@ -257,11 +262,13 @@ class Udp:
                 self._ctx.link.send_payload((flow.header(len(payload), len(payload)), payload))
 
     def _send_fragments(self, flow: UdpFlow, payload: memoryview) -> None:
-        """A datagram that is longer than the guest's MTU."""
+        """A datagram that is longer than the MTU that the guest had when the flow began."""
         message = udp.datagram(flow.dst, flow.src, flow.dport, flow.sport, bytes(payload))
-        ether_header = bytes(flow.hdr[VNET.size : VNET.size + ether.HEADER.size])
+        ip_at = VNET.size + ether.HEADER.size
+        ether_header = bytes(flow.hdr[VNET.size : ip_at])
+        mtu = flow.payload_max + len(flow.hdr) - ip_at
         self._ident += 1
-        for packet in fragments(flow.dst, flow.src, PROTO_UDP, message, self._ctx.config.mtu, self._ident):
+        for packet in fragments(flow.dst, flow.src, PROTO_UDP, message, mtu, self._ident):
             self._ctx.link.send_frame(ether_header + packet)
 
     def inbound(

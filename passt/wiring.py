@@ -32,6 +32,8 @@ from .core.reactor import (
     TYPE_UDP_SPLICE,
     Reactor,
 )
+from .core.resolvers import Resolvers
+from .core.settings import Settings
 from .core.timers import TimerPool
 from .dhcp import Dhcp
 from .dhcpv6 import Dhcpv6
@@ -112,9 +114,9 @@ def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) ->
     reactor = Reactor()
     faults: Faults = {}
     reactor.on_fault = partial(_fault, faults)
-    timers, pool = TimerPool(reactor), PacketPool()
-    ctx = Context(config, reactor, timers, pool, link, FlowTable(), Forwarding(config), guest, drops)
-    ctx.resolvers.update(config.dns_match, config.dns_hosts)
+    timers, pool, settings = TimerPool(reactor), PacketPool(), Settings(config, drops)
+    fwd, resolvers = Forwarding(settings), Resolvers(settings)
+    ctx = Context(settings, reactor, timers, pool, link, FlowTable(), fwd, resolvers, guest, drops)
     return ctx, faults
 
 

@@ -1,8 +1,7 @@
-"""What was decided at start: the frozen result of the command line and of the host's configuration.
+"""What was decided: the frozen result of the command line and of the host's configuration.
 
-Built by `conf.py`, read by everybody. Addresses are packed bytes. Names are all that may be another thing later: when
-the host's resolvers change, the context gets another `Config` that differs in `dns`, `dns_search`, `dns_match` and
-`dns_hosts` (`conf_dns.py`). Who tells the guest of these reads the context's configuration each time.
+Built by `conf.py` at start. Addresses are packed bytes. What changes later is another `Config`, and the only place that
+has the one in force is `settings.py`, which also says how a module reads it.
 """
 
 from __future__ import annotations

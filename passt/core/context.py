@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .. import addr
 from .config import Config
 from .resolvers import Resolvers
+from .settings import Settings
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -37,17 +37,21 @@ class Guest:
 class Context:
     """One per process."""
 
-    config: Config  # replaced by `conf_dns.follow` when the host's resolvers change
+    settings: Settings  # the configuration in force; see there who writes it
     reactor: Reactor
     timers: TimerPool
     pool: PacketPool
     link: Link
     flows: FlowTable
     fwd: Forwarding
+    resolvers: Resolvers
     guest: Guest = field(default_factory=Guest)
     drops: Counter[str] = field(default_factory=Counter)  # by reason; whoever drops a packet counts it
     stats: Stats = field(default_factory=Stats)  # see there who writes what
-    resolvers: Resolvers = field(default_factory=Resolvers)
-    on_names: list[Callable[[Config, float], None]] = field(default_factory=list)  # called with the former `config`
     ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none
-    forwards: Forwards | None = None  # the rules in force
+    forwards: Forwards | None = None  # changes the rules in force
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force, for the control plane: to be read each time, not to be kept."""
+        return self.settings.current

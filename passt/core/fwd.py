@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from .. import addr
 from .config import PASTA, Config, Ip4, Ip6
+from .settings import Settings
 
 if TYPE_CHECKING:
     from .context import Guest
@@ -40,11 +41,14 @@ SockAddr = tuple[str, int] | tuple[str, int, int, int]
 
 
 class Forwarding:
-    """The translation rules of one configuration."""
+    """The translation rules of the configuration in force."""
 
     __slots__ = ("_config",)
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, settings: Settings) -> None:
+        settings.subscribe(self._adopt)
+
+    def _adopt(self, config: Config) -> None:
         self._config = config
 
     def family(self, a: bytes) -> Ip4 | Ip6 | None:

@@ -22,9 +22,9 @@ Nothing here has a socket or a clock: who asks says what came of it (`dns.py` by
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from .. import addr, log
+from .config import Config
+from .settings import Settings
 
 DNS_PORT = 53
 DNS_PORTS = frozenset((DNS_PORT, 853))  # RFC 1035; over TLS, DTLS and QUIC: RFC 7858, 8094, 9250
@@ -53,15 +53,15 @@ class Resolver:
 class Resolvers:
     """All of them, in the order in which they are listed, and the guest's addresses for them."""
 
-    def __init__(self, match: Iterable[bytes] = (), hosts: Iterable[bytes] = ()) -> None:
-        self.match = frozenset(match)
-        self.hosts = tuple(map(Resolver, dict.fromkeys(hosts)))
+    def __init__(self, settings: Settings) -> None:
+        self.hosts: tuple[Resolver, ...] = ()
+        settings.subscribe(self._adopt)
 
-    def update(self, match: Iterable[bytes], hosts: Iterable[bytes]) -> None:
-        """There are others from now on. Those that stay keep their health."""
+    def _adopt(self, config: Config) -> None:
+        """Resolvers that stay keep their health."""
         known = {r.addr: r for r in self.hosts}
-        self.match = frozenset(match)
-        self.hosts = tuple(known.get(a) or Resolver(a) for a in dict.fromkeys(hosts))
+        self.match = frozenset(config.dns_match)
+        self.hosts = tuple(known.get(a) or Resolver(a) for a in dict.fromkeys(config.dns_hosts))
 
     def serve(self, dst: bytes, port: int) -> bool:
         """Whether what the guest sends there is for a resolver."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from passt.core.link import VNET, Buffer
 from passt.core.packet import PacketPool
 from passt.core.reactor import TYPE_NAMES, Closable, Handler, make_ref
 from passt.core.resolvers import Resolvers
+from passt.core.settings import Settings
 from passt.core.timers import NEVER, NO_OWNER
 
 T0 = 1000.0  # the time at which conversations begin
@@ -213,18 +215,25 @@ def make_context(
     config: Config = CONFIG, *, guest: Guest | None = None, pool_size: int = 1 << 17, **overrides: Any
 ) -> Context:
     """A context of fakes around `config`, with fields of it replaced by `overrides`."""
-    config = replace(config, **overrides)
+    drops: Counter[str] = Counter()
+    settings = Settings(replace(config, **overrides), drops)
     return Context(
-        config=config,
+        settings=settings,
         reactor=cast(Any, FakeReactor()),
         timers=cast(Any, FakeTimers()),
         pool=PacketPool(pool_size),
         link=new_link(),
         flows=FlowTable(),
-        fwd=Forwarding(config),
-        resolvers=Resolvers(config.dns_match, config.dns_hosts),
+        fwd=Forwarding(settings),
+        resolvers=Resolvers(settings),
         guest=guest or Guest(mac=GUEST_MAC, addr4=GUEST4, addr6=GUEST6, addr6_ll=GUEST_LL),
+        drops=drops,
     )
+
+
+def reconfigure(ctx: Context, now: float = T0, **fields: Any) -> None:
+    """Another configuration is in force, which differs in these fields."""
+    ctx.settings.replace(replace(ctx.config, **fields), now)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 from passt import addr, conf, conf_dns, log
 from passt.core.config import Config, Ip4, Ip6
 from passt.core.resolvers import Resolvers
+from passt.core.settings import Settings
 from passt.resolv_conf import ResolvConf
 
 from .support import T0, make_context
@@ -135,7 +136,7 @@ def test_the_host_gets_another_resolver(monkeypatch: pytest.MonkeyPatch) -> None
     ctx = make_context(start)
     before = ctx.config
     seen: list[tuple[Config, float]] = []
-    ctx.on_names.append(lambda former, now: seen.append((former, now)))
+    ctx.settings.react(lambda former, now: seen.append((former, now)))
     old = ctx.resolvers.hosts
 
     conf_dns.follow(ctx, options, resolv_conf("9.9.9.9 1.1.1.1", "example.org"), T0)
@@ -172,4 +173,4 @@ def test_nothing_but_names_depends_on_names() -> None:
     assert replace(twice, ip4=None, ip6=None, dns_match=(), dns_hosts=(), dns_search=()) == replace(
         config, ip4=None, ip6=None
     )
-    assert Resolvers(twice.dns_match, twice.dns_hosts).serve(addr.packed("10.0.0.3"), 53)
+    assert Resolvers(Settings(twice)).serve(addr.packed("10.0.0.3"), 53)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from passt.control import Garbage
 from passt.control_api import OPTION_MAX, Api, Specs, decode, spans
 from passt.slirp_api import REQUEST_MAX, SlirpApi
 
-from .support import GUEST4, GUEST6, GUEST_MAC, T0
+from .support import GUEST4, GUEST6, GUEST_MAC, T0, reconfigure
 from .test_forwards import Rig, taken
 from .test_forwards import port as port
 from .test_forwards import rig as rig
@@ -176,8 +175,9 @@ def test_what_was_started_with_counts(rig: Make) -> None:
     api = Api2(rig(), no_udp=True)
     assert api.refused("add", rules=["-u 53"]).startswith("UDP port forwarding requested but UDP is disabled")
     r = rig()
-    r.ctx.config = type(r.ctx.config)(ip4=r.ctx.config.ip4)
-    assert Api2(r, use=Pair(True, False)).refused("add", rules=["-t ::1/80"]).endswith("::1, but IPv6 is off")
+    api = Api2(r, use=Pair(True, False))
+    reconfigure(r.ctx, ip6=None)
+    assert api.refused("add", rules=["-t ::1/80"]).endswith("::1, but IPv6 is off")
     assert Api2(rig(), mode="passt").refused("add", rules=["-t auto"]).startswith("'auto' port forwarding is only")
 
 
@@ -212,7 +212,7 @@ def test_info(api: Api2) -> None:
 
 def test_info_without_an_interface(api: Api2) -> None:
     ctx = api.rig.ctx
-    ctx.config = replace(ctx.config, splice_only=True)
+    reconfigure(ctx, splice_only=True)
     assert api.ask("info")["info"] == {"version": __version__, "mode": "pasta"}
 
 

@@ -23,7 +23,7 @@ from passt.dns import GIVE_UP, PATIENCE, DnsFlow, answer_id, question_id
 from passt.linux.sockopt import ORIGIN_ICMP, ExtendedError
 from passt.udp import Udp
 
-from .support import GUEST4, GUEST6, T0, link, make_context, reactor, timers
+from .support import GUEST4, GUEST6, T0, link, make_context, reactor, reconfigure, timers
 
 FORWARDED4, FORWARDED6 = addr.packed("169.254.1.1"), addr.packed("2001:db8::53")
 A, B, C = "192.0.2.10", "192.0.2.11", "2001:db8::10"
@@ -533,7 +533,7 @@ def test_new_resolvers_are_used_at_once() -> None:
     talk = Talk(A)
     talk.asks(query(7))
     talk.asked()
-    talk.ctx.resolvers.update((FORWARDED4,), [addr.packed(B)])
+    reconfigure(talk.ctx, dns_match=(FORWARDED4,), dns_hosts=(addr.packed(B),))
     talk.waits(PATIENCE)
     assert talk.asked() == [(B, 7)]
     talk.asks(query(8))

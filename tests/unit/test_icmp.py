@@ -20,6 +20,7 @@ from passt.core.config import PASST, Ip4
 from passt.core.flow import FREE
 from passt.core.fwd import Forwarding
 from passt.core.reactor import EPOLLERR, EPOLLIN
+from passt.core.settings import Settings
 from passt.icmp import ERRORS_PER_SECOND, Errors, Icmp, PingNotAllowed, from_errno, from_extended, refuse
 from passt.linux.sockopt import ORIGIN_ICMP, ORIGIN_ICMP6, ORIGIN_LOCAL, ExtendedError
 from passt.wire.icmp import quote_udp
@@ -585,7 +586,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, **refuse: int) -> Kernel:
     return k
 
 
-FWD = Forwarding(CONFIG)
+FWD = Forwarding(Settings(CONFIG))
 DGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 
 

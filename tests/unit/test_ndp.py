@@ -28,7 +28,20 @@ from passt.wire.ndp import (
 )
 
 from .oracle import dissect, recomputed
-from .support import CONFIG, GATEWAY6, GUEST6, GUEST_LL, GUEST_MAC, IP6, OUR_MAC, T0, link, make_context, timers
+from .support import (
+    CONFIG,
+    GATEWAY6,
+    GUEST6,
+    GUEST_LL,
+    GUEST_MAC,
+    IP6,
+    OUR_MAC,
+    T0,
+    link,
+    make_context,
+    reconfigure,
+    timers,
+)
 
 ALL_ROUTERS = packed("ff02::2")
 SOURCE = LinkAddress(LinkAddress.SOURCE, GUEST_MAC)
@@ -250,10 +263,7 @@ def test_other_names_are_told_at_once_and_the_former_ones_taken_back() -> None:
     ip6 = replace(IP6, dns=(old, kept))
     ctx = make_context(ip6=ip6, advertise_dns=True, advertise_search=True, dns_search=("a.test", "b.test"))
     Ndp(ctx).start(T0)
-    former = ctx.config
-    ctx.config = replace(former, ip6=replace(ip6, dns=(new, kept)), dns_search=("b.test", "c.test"))
-    for changed in ctx.on_names:
-        changed(former, T0 + 1)
+    reconfigure(ctx, T0 + 1, ip6=replace(ip6, dns=(new, kept)), dns_search=("b.test", "c.test"))
     dst_mac, source, destination, message = parts(link(ctx).take_one())
     assert (dst_mac, source, destination) == (bytes.fromhex("333300000001"), GATEWAY6, addr.ALL_NODES6)
     options = RouterAdvertisement.parse(message).options
@@ -268,10 +278,7 @@ def test_other_names_are_told_at_once_and_the_former_ones_taken_back() -> None:
 def test_other_names_that_are_not_told_anyway(config: dict[str, Any]) -> None:
     ctx = make_context(dns_search=("a.test",), **config)
     Ndp(ctx).start(T0)
-    former = ctx.config
-    ctx.config = replace(former, dns_search=("b.test",))
-    for changed in ctx.on_names:
-        changed(former, T0 + 1)
+    reconfigure(ctx, T0 + 1, dns_search=("b.test",))
     assert link(ctx).take() == []
 
 

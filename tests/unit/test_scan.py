@@ -16,7 +16,7 @@ from passt.listen_sock import Failure, Wanted
 from passt.scan import INTERVAL, SHARE, SOCKETS_MAX, Scanner
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
-from .support import T0, make_context, timers
+from .support import T0, make_context, reconfigure, timers
 
 T = Rule("-t auto", PROTO_TCP, False, 1, 65535, 1, auto=True, weak=True)
 U = replace(T, option="-u auto", proto=PROTO_UDP)
@@ -413,13 +413,13 @@ def test_ranges_and_rules_that_end() -> None:
     w.pinned["host", PROTO_UDP] = {(STUB, 53), (STUB, 153)}
     w.scanner.start(T0)
     assert w.ours == {at(low): {53}}
-    w.scanner.follow([], T0)
+    reconfigure(w.ctx, forwards=())
     assert not any(w.ours.values())
 
 
 def test_without_ipv4_there_are_none() -> None:
     w = World(UO)
-    w.ctx.config = replace(w.ctx.config, ip4=None)
+    reconfigure(w.ctx, ip4=None)
     w.pinned["host", PROTO_UDP] = {(STUB, 53)}
     w.scanner.start(T0)
     assert not w.ours
@@ -434,20 +434,20 @@ def test_other_rules() -> None:
     w.scanner.start(T0)
     assert w.deadlines == []
     w.binds("ns", PROTO_TCP, 80)
-    w.scanner.follow([T], T0)
+    reconfigure(w.ctx, forwards=(T,))
     assert w.log == ["+-t auto 80"] and w.deadlines == [T0 + INTERVAL]
     w.remove_all([(T, 80)])
-    w.scanner.follow([], T0 + 0.1)
+    reconfigure(w.ctx, T0 + 0.1, forwards=())
     w.look(T0 + INTERVAL)
     assert w.deadlines == [None] and w.log == ["+-t auto 80", "--t auto 80"]
-    w.scanner.follow([T], T0 + 5)
+    reconfigure(w.ctx, T0 + 5, forwards=(T,))
     assert w.deadlines == [T0 + 5 + INTERVAL]
 
 
 def test_one_timer_is_enough() -> None:
     w = World(T)
     w.scanner.start(T0)
-    w.scanner.follow([T, TO], T0 + 0.5)
+    reconfigure(w.ctx, T0 + 0.5, forwards=(T, TO))
     assert w.deadlines == [T0 + INTERVAL]
 
 
@@ -457,9 +457,9 @@ def test_ports_that_others_ask_for() -> None:
     w.binds("ns", PROTO_TCP, 80, 81)
     w.scanner.start(T0)
     named = replace(T, option="-t 127.0.0.1/80", first=80, last=80, addr=addr.LOOPBACK4, auto=False, weak=False)
-    w.scanner.follow([T, named, replace(named, first=81, last=81, outbound=True)], T0)
+    reconfigure(w.ctx, forwards=(T, named, replace(named, first=81, last=81, outbound=True)))
     assert w.ours[T] == {81}
-    w.scanner.follow([T], T0)
+    reconfigure(w.ctx, forwards=(T,))
     assert w.ours[T] == {80, 81}
 
 

@@ -26,7 +26,9 @@ from passt.core.fwd import Forwarding
 from passt.core.nspool import open_socket
 from passt.core.packet import PacketPool
 from passt.core.reactor import EPOLLIN, TYPE_LISTEN, TYPE_TCP_SPLICE, Reactor, make_ref
+from passt.core.resolvers import Resolvers
 from passt.core.rules import Listener, Rule
+from passt.core.settings import Settings
 from passt.tcp_splice import BUFFER, COPY_MAX, FEW, TcpSplice
 from passt.wire.checksum import PROTO_TCP
 
@@ -68,11 +70,12 @@ class Lab:
     def __init__(self, v6_server: bool = False, outbound: bool = False, flows: int = 1000) -> None:
         self.reactor = Reactor()
         self.sockets = Sockets()
-        fwd = Forwarding(CONFIG)
+        settings = Settings(CONFIG)
+        fwd, resolvers = Forwarding(settings), Resolvers(settings)
         guest = Guest(addr4=addr.LOOPBACK4, addr6=addr.LOOPBACK6)
         self.ctx = Context(
-            CONFIG, self.reactor, cast(Any, FakeTimers()), PacketPool(4096), FakeLink(), FlowTable(flows), fwd, guest,
-            ns=cast(Any, self.sockets),
+            settings, self.reactor, cast(Any, FakeTimers()), PacketPool(4096), FakeLink(), FlowTable(flows), fwd,
+            resolvers, guest, ns=cast(Any, self.sockets),
         )  # fmt: skip
         self.splice = TcpSplice(self.ctx)
         self.server = listening(socket.AF_INET6, "::1") if v6_server else listening()

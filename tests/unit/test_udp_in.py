@@ -53,7 +53,7 @@ def start() -> Iterator[Start]:
 
         def begin(**config: Any) -> Lab:
             lab = make(**config)
-            lab.ctx.fwd = Remote(lab.ctx.config)
+            lab.ctx.fwd = Remote(lab.ctx.settings)
             return lab
 
         yield begin

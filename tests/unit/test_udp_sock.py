@@ -18,6 +18,7 @@ from passt.core.config import Ip4
 from passt.core.context import Context
 from passt.core.fwd import Forwarding
 from passt.core.rules import Listener, Rule
+from passt.core.settings import Settings
 from passt.linux.sockopt import SOL_UDP, UDP_SEGMENT, read_errors
 from passt.udp_sock import BUFFER_FIRST, STRANGERS_MAX, Client, Shared, open_client, open_socket, opener
 from passt.wire.checksum import PROTO_UDP
@@ -48,7 +49,7 @@ def free_port() -> int:
         return port_of(s)
 
 
-FWD = Forwarding(CONFIG)
+FWD = Forwarding(Settings(CONFIG))
 
 
 def test_the_socket_has_the_guests_port_and_its_peer(server: socket.socket) -> None:

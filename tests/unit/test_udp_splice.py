@@ -19,7 +19,7 @@ from passt.core.reactor import EPOLLERR, EPOLLIN, TYPE_UDP_SPLICE, make_ref
 from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
 from passt.udp_splice import CLIENT, KEPT_MAX, SERVER, SpliceFlow
 
-from .support import T0, reactor, timers
+from .support import T0, reactor, reconfigure, timers
 from .udp_support import Between, Lab, host_of, labs, port_of, unprivileged
 
 Start = Callable[..., Lab]
@@ -630,7 +630,7 @@ def test_without_descriptors_the_longest_idle_flow_makes_room(start: Start, monk
             raise OSError(failures.pop(), "")
         return real(*args)
 
-    lab.ctx.fwd = type(lab.ctx.fwd)(replace(lab.ctx.config, ip6=None))  # one target
+    reconfigure(lab.ctx, ip6=None)  # one target
     monkeypatch.setattr(udp_splice, "open_target", scarce)
     clients[2].send(b"!")
     lab.turn()

@@ -235,6 +235,44 @@ def test_leading_elsewhere(controlled: Controlled, lan: Lan) -> None:
     assert controlled.rules() == ["-t 7001:8002"]
 
 
+BEHIND = "192.0.2.20"  # an address that the guest has besides its own, as of a container behind it
+
+
+def test_a_target_behind_the_guest_leaves_other_ports_alone(lan: Lan, someone: User) -> None:
+    """What a rule that came later leads to answers from an address that is not where the guest is."""
+    with started(lan, someone, "-t", "7001", "-u", "none", "-T", "none", "-U", "none") as controlled:
+        guest = controlled.guest
+        guest.run("ip", "address", "add", f"{BEHIND}/32", "dev", "lo")
+        servers = {}
+        for address, port in ((HOST, 7001), (BEHIND, 7000)):
+            servers[port] = guest.make_socket()
+            servers[port].bind((address, port))
+            servers[port].listen()
+
+        def talk(where: Namespace, address: str, port: int) -> None:
+            client = where.connect(address, port)
+            accepted, _ = servers[port].accept()
+            with accepted:
+                accepted.settimeout(DEADLINE)
+                converse(client, accepted)
+
+        talk(lan.peer, HOST, 7001)
+        controlled.change("-A", "-t", f"7000:{BEHIND}/7000")
+        for where, address in ((lan.peer, HOST), (lan.host, "127.0.0.1")):
+            for port in (7000, 7001):
+                talk(where, address, port)
+        assert controlled.ask({"command": "info"})["info"]["guest"]["address"] == HOST
+
+        # A connection outlives the rule that it came by, and its segments tell no more of the guest than before.
+        client = lan.peer.connect(HOST, 7000)
+        accepted, _ = servers[7000].accept()
+        with accepted:
+            accepted.settimeout(DEADLINE)
+            controlled.change("-D", "-t", f"7000:{BEHIND}/7000")
+            converse(client, accepted)
+            talk(lan.peer, HOST, 7001)
+
+
 def test_automatic_ones(controlled: Controlled, lan: Lan) -> None:
     """They find what is bound already at once, what comes later soon, and leave alone what is asked for by name."""
     server = server_in(controlled.guest, socket.AF_INET, 7100)

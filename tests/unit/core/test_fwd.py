@@ -9,6 +9,7 @@ import pytest
 from passt.addr import packed
 from passt.core.config import Config, Ip4, Ip6
 from passt.core.fwd import Forwarding
+from passt.core.settings import Settings
 
 IP4 = Ip4(
     addr=packed("192.0.2.2"),
@@ -45,23 +46,23 @@ CONFIG = Config(ip4=IP4, ip6=IP6, scope_id=3)
     ],
 )
 def test_outbound(dst: str, target: str) -> None:
-    assert Forwarding(CONFIG).outbound(packed(dst)) == packed(target)
+    assert Forwarding(Settings(CONFIG)).outbound(packed(dst)) == packed(target)
 
 
 def test_nothing_mapped() -> None:
     plain = replace(IP4, map_host_loopback=None, map_guest_addr=None)
-    fwd = Forwarding(replace(CONFIG, ip4=plain))
+    fwd = Forwarding(Settings(replace(CONFIG, ip4=plain)))
     for dst in ("192.0.2.1", "192.0.2.9", "192.0.2.53"):
         assert fwd.outbound(packed(dst)) == packed(dst)
 
 
 def test_no_address_to_map_to() -> None:
-    fwd = Forwarding(replace(CONFIG, ip6=replace(IP6, addr=None)))
+    fwd = Forwarding(Settings(replace(CONFIG, ip6=replace(IP6, addr=None))))
     assert fwd.outbound(packed("2001:db8::9")) == packed("2001:db8::9")
 
 
 def test_family_off() -> None:
-    fwd = Forwarding(replace(CONFIG, ip4=None))
+    fwd = Forwarding(Settings(replace(CONFIG, ip4=None)))
     assert fwd.family(packed("192.0.2.1")) is None
     assert fwd.family(packed("::1")) is CONFIG.ip6
     assert fwd.outbound(packed("192.0.2.1")) == packed("192.0.2.1")
@@ -78,7 +79,7 @@ def test_family_off() -> None:
     ],
 )
 def test_source(target: str, address: str | None, interface: str | None) -> None:
-    assert Forwarding(CONFIG).source(packed(target)) == (packed(address) if address else None, interface)
+    assert Forwarding(Settings(CONFIG)).source(packed(target)) == (packed(address) if address else None, interface)
 
 
 @pytest.mark.parametrize(
@@ -93,4 +94,4 @@ def test_source(target: str, address: str | None, interface: str | None) -> None
     ],
 )
 def test_sockaddr(address: str, sockaddr: tuple[object, ...]) -> None:
-    assert Forwarding(CONFIG).sockaddr(packed(address), 80) == sockaddr
+    assert Forwarding(Settings(CONFIG)).sockaddr(packed(address), 80) == sockaddr

@@ -7,14 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt import addr, log
+from passt.core.config import Config
 from passt.core.resolvers import HOLD, Resolver, Resolvers
+from passt.core.settings import Settings
 
 FORWARDED = addr.packed("169.254.1.1")
 T0 = 1000.0
 
 
 def make(*hosts: str) -> Resolvers:
-    return Resolvers([FORWARDED], map(addr.packed, hosts))
+    return Resolvers(settings(*hosts))
+
+
+def settings(*hosts: str) -> Settings:
+    return Settings(Config(dns_match=(FORWARDED,), dns_hosts=tuple(map(addr.packed, hosts))))
 
 
 def order(resolvers: Resolvers, now: float, v6: bool = False) -> list[str]:
@@ -81,9 +87,10 @@ def test_silence_counts_unless_something_else_was_answered() -> None:
 
 
 def test_those_that_stay_keep_their_health() -> None:
-    resolvers = make("192.0.2.1", "192.0.2.2")
+    holder = settings("192.0.2.1", "192.0.2.2")
+    resolvers = Resolvers(holder)
     resolvers.failed(resolvers.hosts[0], "no answer", T0)
-    resolvers.update([], map(addr.packed, ("192.0.2.1", "192.0.2.3")))
+    holder.replace(Config(dns_hosts=tuple(map(addr.packed, ("192.0.2.1", "192.0.2.3")))), T0)
     assert order(resolvers, T0 + 1) == ["192.0.2.3", "192.0.2.1"]
     assert not resolvers.serve(FORWARDED, 53)
 
