@@ -37,6 +37,7 @@ from .support import (
     IP6,
     OUR_MAC,
     T0,
+    elapse,
     link,
     make_context,
     reconfigure,
@@ -280,6 +281,40 @@ def test_other_names_that_are_not_told_anyway(config: dict[str, Any]) -> None:
     Ndp(ctx).start(T0)
     reconfigure(ctx, T0 + 1, dns_search=("b.test",))
     assert link(ctx).take() == []
+
+
+def test_another_mtu_and_another_prefix_are_told_at_once(ctx: Context) -> None:
+    Ndp(ctx).start(T0)
+    for how in ({"mtu": 1400}, {"ip6": replace(IP6, addr=addr.packed("2001:db8:1::2"))}):
+        reconfigure(ctx, T0 + 1, **how)
+        assert ctx.config.ip6 is not None
+        told = RouterAdvertisement.parse(parts(link(ctx).take_one())[3])
+        assert told == router_advertisement(ctx.config.ip6, ctx.config)
+    reconfigure(ctx, T0 + 2, hostname="which no router tells")
+    assert link(ctx).take() == []
+
+
+@pytest.mark.parametrize("pause", [1.0, 1000.0])
+def test_advertisements_end_with_ipv6_and_begin_again(ctx: Context, pause: float) -> None:
+    """Before the timer has found out, and after."""
+    Ndp(ctx).start(T0)
+    reconfigure(ctx, T0, ip6=None)
+    now = elapse(ctx, T0, pause)
+    assert link(ctx).take() == []
+    reconfigure(ctx, now, ip6=IP6)
+    expected = router_advertisement(IP6, ctx.config)
+    assert RouterAdvertisement.parse(parts(link(ctx).take_one())[3]) == expected
+    elapse(ctx, now, RA_INTERVAL[1])
+    assert link(ctx).take(), "and from time to time"
+
+
+def test_advertisements_begin_with_ipv6() -> None:
+    ctx = make_context(ip6=None)
+    Ndp(ctx).start(T0)
+    reconfigure(ctx, T0, ip6=IP6)
+    assert len(link(ctx).take()) == 1
+    elapse(ctx, T0, RA_INTERVAL[1])
+    assert link(ctx).take()
 
 
 @given(st.sampled_from([133, 134, 135, 136, 137, 255]), st.binary(max_size=64), st.sampled_from([GUEST_LL, ANY6]))

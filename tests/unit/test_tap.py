@@ -13,6 +13,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -32,6 +33,7 @@ from scapy.packet import Packet, Raw
 
 from passt import addr
 from passt.core.context import Guest
+from passt.core.flow import Flow
 from passt.core.link import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET
 from passt.core.packet import FRAME_ROOM, VNET_LEN
 from passt.core.reactor import EPOLLIN, TYPE_TAP, make_ref
@@ -39,7 +41,20 @@ from passt.core.rules import Rule
 from passt.tap import BUDGET_MAX, PATIENCE, Tap
 from passt.wire.checksum import PROTO_TCP
 from passt.wire.cursor import Malformed
-from tests.unit.support import GUEST4, GUEST6, GUEST_LL, GUEST_MAC, IP4, IP6, OUR_MAC, T0, make_context, reactor
+from tests.unit.support import (
+    GATEWAY4,
+    GUEST4,
+    GUEST6,
+    GUEST_LL,
+    GUEST_MAC,
+    IP4,
+    IP6,
+    OUR_MAC,
+    T0,
+    make_context,
+    reactor,
+    reconfigure,
+)
 
 PEER4, PEER6 = addr.packed("198.51.100.7"), addr.packed("2001:db8:ffff::7")
 OTHER_MAC = bytes.fromhex("525400999999")
@@ -62,6 +77,9 @@ class Service:
 
     def fault_key(self, key: bytes) -> None:
         self._tap.calls.append((f"{self._name} fault", (key,)))
+
+    def forget(self) -> None:
+        self._tap.calls.append((f"{self._name} forget", ()))
 
     def set_guest_mac(self, mac: bytes) -> None:
         self._tap.calls.append((f"{self._name} mac", (mac,)))
@@ -521,6 +539,69 @@ def test_a_host_behind_the_guest_is_not_the_guest(start: Start) -> None:
     tap = start(forwards=(rule,))
     tap.batch(ip4(tcp(), src=behind))
     assert tap.ctx.guest.addr4 == GUEST4
+
+
+@pytest.mark.parametrize("v4", [True, False])
+def test_rules_that_come_and_go_say_which_hosts_are_behind_the_guest(tap: FakeTap, v4: bool) -> None:
+    behind = addr.packed("192.0.2.20" if v4 else "2001:db8::20")
+    rule = Rule("-t 80", PROTO_TCP, outbound=False, first=80, last=80, to=80, target=behind)
+    frame = ip4(tcp(), src=behind) if v4 else ip6(tcp(), src=behind)
+
+    def address() -> bytes:
+        tap.batch(frame)
+        return tap.ctx.guest.addr4 if v4 else tap.ctx.guest.addr6
+
+    own = GUEST4 if v4 else GUEST6
+    reconfigure(tap.ctx, forwards=(replace(rule, target=None), rule))
+    assert address() == own
+    reconfigure(tap.ctx, forwards=())
+    assert address() == behind
+    tap.batch(ip4(tcp()) if v4 else ip6(tcp()))
+    reconfigure(tap.ctx, forwards=(replace(rule, outbound=True),))  # which leads to a host beyond us
+    assert address() == behind
+
+
+def test_a_host_behind_the_guest_stays_so_while_it_has_flows(tap: FakeTap) -> None:
+    """A connection outlives the rule that it came by; the next change finds that it is gone."""
+    behind, other = addr.packed("192.0.2.20"), addr.packed("192.0.2.21")
+    rule = Rule("-t 80", PROTO_TCP, outbound=False, first=80, last=80, to=80, target=behind)
+    reconfigure(tap.ctx, forwards=(rule, replace(rule, first=81, last=81, target=other)))
+    flows = [Flow(behind + GATEWAY4 + bytes(4)), Flow(b""), Flow(GUEST4 + other + bytes(4))]
+    for flow in flows:
+        tap.ctx.flows.insert(flow)
+    reconfigure(tap.ctx, forwards=())
+    tap.batch(ip4(tcp(), src=behind))
+    assert tap.ctx.guest.addr4 == GUEST4
+    tap.batch(ip4(tcp(), src=other))
+    assert tap.ctx.guest.addr4 == other, "it has none: others only write to it"
+    tap.ctx.flows.free(flows[0], "for a test")
+    reconfigure(tap.ctx, mtu=1400)
+    tap.batch(ip4(tcp(), src=behind))
+    assert tap.ctx.guest.addr4 == behind
+
+
+def test_another_guest_has_no_hosts_behind_it_that_no_rule_names(tap: FakeTap) -> None:
+    behind = addr.packed("192.0.2.20")
+    rule = Rule("-t 80", PROTO_TCP, outbound=False, first=80, last=80, to=80, target=behind)
+    reconfigure(tap.ctx, forwards=(rule,))
+    flow = Flow(behind + GATEWAY4 + bytes(4))
+    tap.ctx.flows.insert(flow)
+    reconfigure(tap.ctx, forwards=())
+    tap.ctx.flows.free(flow, "for a test")
+    tap.tap.forget()
+    tap.batch(ip4(tcp(), src=behind))
+    assert tap.ctx.guest.addr4 == behind
+
+
+def test_a_family_is_switched_off_and_on(tap: FakeTap) -> None:
+    ip4_settings, ip6_settings = tap.ctx.config.ip4, tap.ctx.config.ip6
+    frames = ip4(udp()), ether(ARP(pdst="192.0.2.1")), ip6(udp())
+    reconfigure(tap.ctx, ip4=None)
+    assert [name for name, _ in tap.batch(*frames)] == ["udp"] and tap.drops == {"ipv4 disabled": 2}
+    reconfigure(tap.ctx, ip4=ip4_settings, ip6=None)
+    assert [name for name, _ in tap.batch(*frames)] == ["arp", "udp"] and tap.drops["ipv6 disabled"] == 1
+    reconfigure(tap.ctx, ip6=ip6_settings)
+    assert [name for name, _ in tap.batch(*frames)] == ["arp", "udp", "udp"]
 
 
 @pytest.mark.parametrize(("frame", "learnt"), SEEN)

@@ -18,8 +18,8 @@ from passt.core.flow import FlowTable
 from passt.core.reactor import EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, make_ref
 from passt.core.timers import NO_OWNER
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
-from tests.unit.support import GATEWAY4, link, reactor
-from tests.unit.tcp_support import ALL, GUEST_ISN, FakeSocket, Talk, fake_sockets, open_connection
+from tests.unit.support import GATEWAY4, link, reactor, reconfigure
+from tests.unit.tcp_support import ALL, GUEST_ISN, FakeSocket, Talk, accepted_connection, fake_sockets, open_connection
 
 __all__ = ["fake_sockets"]
 NO_PEEK_OFF = replace(ALL, peek_off=False)
@@ -40,6 +40,43 @@ def test_handshake_offers_what_the_link_can_carry() -> None:
     assert s.options.mss == 1460 and s.options.ws == 8
     assert talk.sock.peer == ("198.51.100.7", 80)
     assert s.window == 65535  # never scaled in a SYN
+
+
+@pytest.mark.parametrize("begins", ["guest", "host"])
+def test_new_connections_follow_the_mtu(begins: str) -> None:
+    """What the SYN offers, and what a segment holds. A connection that is there keeps what was agreed."""
+    make = open_connection if begins == "guest" else accepted_connection
+    talk = make(config={"mtu": 1500})
+    former = talk.sock
+    reconfigure(talk.ctx, mtu=1280)
+    talk.host(b"x" * 1400)
+    assert sum(len(s.payload) for s in talk.taken()) == 1400 and max(c.mss for c in talk.tcp._conns.values()) == 1460
+
+    talk.key = talk.key[:-4] + (40001).to_bytes(2, "big") + talk.key[-2:]
+    if begins == "guest":
+        talk.syn(mss=1460)
+        assert talk.expect(SYN | ACK).options.mss == 1240
+        talk.ack = 1
+        talk.guest(ACK)
+        talk.expect_nothing()
+    else:
+        talk.accept("198.51.100.8")
+        assert talk.expect(SYN).options.mss == 1240
+        talk.answer(mss=1460)
+        talk.expect(ACK)
+    assert talk.sock is not former
+    assert talk.tcp._conns[talk.key].mss == 1240
+
+
+def test_tcp_is_switched_off_and_on() -> None:
+    talk = Talk()
+    reconfigure(talk.ctx, no_tcp=True)
+    talk.syn()
+    talk.expect_nothing()
+    assert talk.ctx.drops == {"tcp disabled": 1}
+    reconfigure(talk.ctx, no_tcp=False)
+    talk.syn()
+    talk.expect(SYN | ACK)
 
 
 def test_no_window_scale_without_the_guests() -> None:

@@ -25,7 +25,7 @@ from passt.udp_flow import UdpFlow
 
 from .offload import received
 from .oracle import recomputed
-from .support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, T0, link, make_context, reactor, timers
+from .support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, T0, link, make_context, reactor, reconfigure, timers
 
 SPORT = 0  # of flows whose port does not matter: replaced by a free one
 OTHER_MAC = bytes.fromhex("525400999999")
@@ -481,6 +481,31 @@ def test_what_exceeds_the_mtu_goes_in_fragments(start: Start, mtu: int, asked: b
     (whole,) = defragment(packets)
     assert recomputed(bytes(Ether(frames[0][:14]) / whole))[14:] == bytes(whole)
     assert bytes(IP(bytes(whole))[UDP].payload) == data
+
+
+@pytest.mark.parametrize("later", [0, 1280, 9000])
+def test_a_flow_keeps_the_mtu_that_it_began_with(start: Start, later: int) -> None:
+    """The next one has the new one. None at all (0) is no length of fragments."""
+    talk = start(mtu=1500)
+    talk.sends(b"?")
+    reconfigure(talk.ctx, mtu=later)
+    talk.answers(b"x" * 4000)
+    talk.event()
+    assert [len(f) for f in talk.link.take()] == [14 + n for n in (1500, 1500, 4028 + 2 * 20 - 2 * 1500)]
+    talk.udp.forget()
+    talk.sends(b"?")
+    talk.answers(b"x" * 4000)
+    talk.event()
+    assert max(len(f) for f in talk.link.take()) == 14 + (1276 if later == 1280 else 4028)
+
+
+def test_udp_is_switched_off_and_on(talk: Talk) -> None:
+    reconfigure(talk.ctx, no_udp=True)
+    talk.sends(b"?")
+    assert talk.ctx.drops == {"udp: disabled": 1}
+    reconfigure(talk.ctx, no_udp=False)
+    talk.sends(b"?")
+    assert talk.arrived(1) == [b"?"]
 
 
 def test_ipv6_fragments_and_their_neighbours(start: Start) -> None:

@@ -49,6 +49,15 @@ def test_outbound(dst: str, target: str) -> None:
     assert Forwarding(Settings(CONFIG)).outbound(packed(dst)) == packed(target)
 
 
+def test_the_addresses_in_force_count() -> None:
+    settings = Settings(CONFIG)
+    fwd = Forwarding(settings)
+    settings.replace(replace(CONFIG, ip4=replace(IP4, addr=packed("192.0.2.3")), ip6=None, scope_id=4), 0.0)
+    assert fwd.outbound(packed("192.0.2.9")) == packed("192.0.2.3")
+    assert fwd.family(packed("::1")) is None
+    assert fwd.scope(packed("fe80::2")) == 4
+
+
 def test_nothing_mapped() -> None:
     plain = replace(IP4, map_host_loopback=None, map_guest_addr=None)
     fwd = Forwarding(Settings(replace(CONFIG, ip4=plain)))
