@@ -18,7 +18,7 @@ Where a packet goes
                     or to a tap that was given to us without a vnet header (core.plain_link)
     loopbacks       listening socket -> listen -> tcp_splice / udp_in, udp_splice -> socket of the other side
     bound ports     kernel's tables of both sides -> scan -> listen: `auto` opens and closes listening sockets
-    other rules     control sockets -> control -> control_api, slirp_api -> forwards -> listen, scan
+    other rules     control sockets -> control -> control_api, slirp_api -> forwards -> listen, another Config
     resolv.conf     directory watches -> resolv_conf -> conf_dns -> another Config
     another Config  core.settings -> all that keep a part of it, then ndp, scan
     time            timerfds -> tcp / udp / icmp / ndp, each handed `now`

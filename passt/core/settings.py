@@ -17,14 +17,14 @@ There are three ways to use it. No object keeps a `Config`, or a part of one, in
                         a look-up for each packet costs too much    with each change
     `react(act)`        what a change makes necessary             act(former, now): when all caches are filled
 
-So a cache has one function that fills it, and one line that subscribes that function:
+A cache has one function that fills it, and one line that subscribes this function:
 
     settings.subscribe(self._adopt)
 
-A subscriber that fails costs itself the change, and none of the others: the fault is logged, and counted as "fault".
+A fault of one subscriber does not keep the others from being told. It is logged, and counted as "fault".
 
-What is made once per flow stays as it was made, as long as the flow lasts: its pre-cooked header (our MAC), the longest
-segment or datagram (the MTU), the address and interface that its socket is bound to, the host that it leads to.
+A flow keeps the values that it began with as long as it lasts: our MAC in its pre-cooked header, the longest segment
+or datagram (from the MTU), the address and interface that its socket is bound to, the host that it leads to.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_handshake_offers_what_the_link_can_carry() -> None:
 
 @pytest.mark.parametrize("begins", ["guest", "host"])
 def test_new_connections_follow_the_mtu(begins: str) -> None:
-    """What the SYN offers, and what a segment holds. A connection that is there keeps what was agreed."""
+    """Both the MSS that is offered and the length of segments do. A connection that is there keeps what was agreed."""
     make = open_connection if begins == "guest" else accepted_connection
     talk = make(config={"mtu": 1500})
     former = talk.sock

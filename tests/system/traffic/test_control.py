@@ -239,7 +239,7 @@ BEHIND = "192.0.2.20"  # an address that the guest has besides its own, as of a 
 
 
 def test_a_target_behind_the_guest_leaves_other_ports_alone(lan: Lan, someone: User) -> None:
-    """What a rule that came later leads to answers from an address that is not where the guest is."""
+    """The target of a rule that came later answers from an address that is not the guest's."""
     with started(lan, someone, "-t", "7001", "-u", "none", "-T", "none", "-U", "none") as controlled:
         guest = controlled.guest
         guest.run("ip", "address", "add", f"{BEHIND}/32", "dev", "lo")

@@ -1,4 +1,4 @@
-"""The holder of the configuration: who is told, in which order, what a fault costs; and that no copy of it gets stale.
+"""The holder of the configuration: who is told, in which order, what a fault costs. No copy of it gets stale.
 
 The second half replaces the configuration of everything that `wiring` builds, and looks for what is left of the former
 one, in two ways: no object may refer to a part of it, and all objects must have the values that they would have if they
@@ -96,7 +96,7 @@ def test_a_fault_of_one_does_not_keep_the_others_from_being_told(said: list[str]
 def test_a_fault_at_start_is_raised() -> None:
     settings = Settings(CONFIG)
     with pytest.raises(ZeroDivisionError):
-        settings.subscribe(lambda config: [1 // 0])  # type: ignore[arg-type,func-returns-value]
+        settings.subscribe(lambda config: [1 // 0])  # type: ignore[arg-type]
     settings.replace(OTHER, T0)  # of which nobody is told
 
 
@@ -174,7 +174,7 @@ def test_every_field_differs() -> None:
 
 @dataclass
 class Wired:
-    """What `wiring` makes of a configuration, in a process that has no other."""
+    """All that `wiring` makes of a configuration."""
 
     ctx: Context
     roots: tuple[Any, ...]
@@ -197,7 +197,7 @@ class Timers(FakeTimers):
 
 
 class Chosen:
-    """What `wire` reads of the decision."""
+    """The part of a decision that `wire` reads."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -334,7 +334,7 @@ def test_the_search_finds_copies(hide: str) -> None:
 
 # Derived values ------------------------------------------------------------------------------------------------------
 
-# What does not follow the configuration: by class and attribute
+# Attributes that do not follow the configuration, by class
 APART = {
     ("Ndp", "_timer"): "goes on when there is nothing to advertise any more, and finds nothing to do",
     ("Dhcpv6", "server_id"): "stays the same when the link-layer address changes (RFC 8415, 11.2)",
