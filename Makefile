@@ -61,7 +61,7 @@ completions: ## Write the completion files for bash, zsh and fish, from the tabl
 	scripts/completions
 
 docs-seccomp: setup ## Write docs/seccomp.md, from the code
-	$(PYTHON) -m passt.daemon_calls >docs/seccomp.md
+	$(PYTHON) -m passt.daemon.syscalls >docs/seccomp.md
 
 clean: ## Remove what was installed or built here
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fuzz.steps import Steps
-from passt.core.link import NO_OFFLOAD
-from passt.core.packet import VNET_LEN
+from passt.link.packet import VNET_LEN
+from passt.link.tap_device import NO_OFFLOAD
 from tests.unit.hostile import CHANGES, answers, connections, seeds
 from tests.unit.support import GUEST_MAC, OUR_MAC
 

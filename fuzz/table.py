@@ -52,7 +52,7 @@ TARGETS = (
     # formats
     _target("arp", 64, "wire.arp wire.cursor"),
     _target("ip", 200, "wire.ip wire.cursor"),
-    _target("fragment", 200, "wire.fragment wire.ip core.reassembly"),
+    _target("fragment", 200, "wire.fragment wire.ip link.reassembly"),
     _target("tcp_options", 64, "wire.tcp"),
     _target("builders", 200, "wire.ether wire.udp wire.icmp wire.checksum"),
     _target("dhcp_format", 512, "wire.dhcp wire.cursor"),
@@ -60,20 +60,22 @@ TARGETS = (
     _target("ndp_format", 300, "wire.ndp wire.domain wire.cursor"),
     _target("domain", 160, "wire.domain"),
     # what others write
-    _target("command_line", 120, "conf conf_parse conf_table conf_actions conf_values conf_ports"),
-    _target("ports", 60, "conf_ports core.rules"),
-    _target("resolv_conf", 100, "resolv_conf wire.domain addr"),
+    _target("command_line", 120, "conf.argv conf.getopt conf.table conf.actions conf.values conf.ports"),
+    _target("ports", 60, "conf.ports policy.rules"),
+    _target("resolv_conf", 100, "conf.resolv_conf wire.domain addr"),
     _target("kernel_tables", 250, "linux.ports linux.inotify"),
     # machines
-    _target("reassembly", 120, "core.reassembly"),
-    _target("gso", 24, "core.gso"),
-    _target("stream", 40, "stream"),
-    _target("control", 36, "control control_api slirp_api forwards core.rule_table conf_ports"),
-    _target("tap", 48, "tap wire.ip core.reassembly"),
-    _target("stack", 36, "tap udp icmp dns tcp tcp_open arp dhcp dhcpv6 ndp core.idle"),
-    _target("udp", 36, "udp udp_io udp_run udp_flow dns core.idle core.resolvers"),
-    _target("icmp", 36, "icmp core.idle wire.icmp wire.fragment"),
-    _target("tcp", 56, "tcp tcp_open tcp_ack tcp_buf tcp_table"),
+    _target("reassembly", 120, "link.reassembly"),
+    _target("gso", 24, "link.gso"),
+    _target("stream", 40, "link.stream_input"),
+    _target("control", 36, "control.server control.api control.slirp ports.forwards policy.rule_table conf.ports"),
+    _target("tap", 48, "tap wire.ip link.reassembly"),
+    _target("stack", 36, "tap udp icmp udp_engine.dns tcp tcp_engine.opening arp dhcp dhcpv6 ndp flow.idle"),
+    _target(
+        "udp", 36, "udp udp_engine.io udp_engine.gso_batch udp_engine.flow udp_engine.dns flow.idle policy.resolvers"
+    ),
+    _target("icmp", 36, "icmp flow.idle wire.icmp wire.fragment"),
+    _target("tcp", 56, "tcp tcp_engine.opening tcp_engine.window tcp_engine.output tcp_engine.table"),
     _target("log_file", 40, "log_file"),
 )
 

@@ -11,16 +11,16 @@ Where a packet goes
     guest -> host   tap fd, or a machine's UNIX socket -> stream -> tap (packet pool, classify, group by flow)
                         ARP -> arp    NS, RS -> ndp    UDP 67 -> dhcp    UDP 547 -> dhcpv6         answers -> link
                         echo -> icmp    UDP -> udp    TCP -> tcp      flow, or a new one: fwd -> host socket
-                        queries for the host's resolvers -> dns -> one of them, or the next (core.resolvers)
+                        queries for the host's resolvers -> dns -> one of them, or the next (policy.resolvers)
     host -> guest   socket -> tcp / udp / icmp -> pre-cooked header and a view of the payload -> link
                     listening socket -> listen -> tcp / udp_in, and on as above
-                    link: as it is to the tap fd; cut and summed (core.gso) to the UNIX socket (core.stream_link),
-                    or to a tap that was given to us without a vnet header (core.plain_link)
+                    link: as it is to the tap fd; cut and summed (link.gso) to the UNIX socket (link.stream_socket),
+                    or to a tap that was given to us without a vnet header (link.plain_tap)
     loopbacks       listening socket -> listen -> tcp_splice / udp_in, udp_splice -> socket of the other side
     bound ports     kernel's tables of both sides -> scan -> listen: `auto` opens and closes listening sockets
     other rules     control sockets -> control -> control_api, slirp_api -> forwards -> listen, another Config
     resolv.conf     directory watches -> resolv_conf -> conf_dns -> another Config
-    another Config  core.settings -> all that keep a part of it, then ndp, scan
+    another Config  policy.settings -> all that keep a part of it, then ndp, scan
     time            timerfds -> tcp / udp / icmp / ndp, each handed `now`
 
 Layers: a module imports from lower ones only (tests/test_layers.py holds that)
@@ -42,9 +42,9 @@ Layers: a module imports from lower ones only (tests/test_layers.py holds that)
     1  linux, log                         the kernel, wrapped once
     0  wire, addr                         formats; addresses as packed bytes
 
-One writer per thing: `tap` writes what was observed of the guest, `core.settings` the configuration in force,
-`core.flow` the state of a flow, `tcp_conn` the events of a connection, `core.link` or `core.plain_link` the tap device,
-`core.stream_link` the UNIX socket.
+One writer per thing: `tap` writes what was observed of the guest, `policy.settings` the configuration in force,
+`flow.table` the state of a flow, `tcp_engine.conn` the events of a connection, `link.tap_device` or `link.plain_tap`
+the tap device, `link.stream_socket` the UNIX socket.
 
 Vocabulary
 ==========

@@ -15,8 +15,8 @@ Replies and announcements of the guest teach us nothing: `tap.py` knows its MAC 
 from __future__ import annotations
 
 from . import addr
-from .core.config import Config
-from .core.context import Context
+from .flow.context import Context
+from .policy.config import Config
 from .wire import ether
 from .wire.arp import REPLY, REQUEST, Packet
 

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from . import log
-from .conf import Done, parse
-from .core.config import PASST, PASTA
+from .conf.argv import Done, parse
 from .linux.proc import ephemeral_ports, inherited_fds
 from .log import Fatal
+from .policy.config import PASST, PASTA
 
 HASH_SEED = "PYTHONHASHSEED"
 SAVED_HASH_SEED = "PASST_SAVED_PYTHONHASHSEED"
@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(words, mode(name), ephemeral_ports())
         if options.print_seccomp:
-            from . import daemon_calls
+            from .daemon import syscalls as daemon_syscalls
 
-            raise Done("".join(f"{line}\n" for line in daemon_calls.lines(options.mode)))
+            raise Done("".join(f"{line}\n" for line in daemon_syscalls.lines(options.mode)))
         if options.fd is not None and options.fd not in inherited:
             raise Fatal(f"Invalid --fd: {options.fd} (it is not open)")
         _want_random_hashes()
@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         inherited = [fd for fd in inherited if fd != options.fd]
         if options.mode == PASST:
-            from . import daemon_passt
+            from .daemon import passt as daemon_passt
 
             daemon_passt.run(options, inherited)
-        from . import daemon_pasta
+        from .daemon import pasta as daemon_pasta
 
         daemon_pasta.run(options, env, inherited)
     except Done as e:

@@ -28,8 +28,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import addr, log
-from .core.config import MTU_MAX, Config, Ip4
-from .core.context import Context
+from .flow.context import Context
+from .policy.config import MTU_MAX, Config, Ip4
 from .wire import dhcp, domain, ether, ip, udp
 from .wire.dhcp import Fqdn, Message
 

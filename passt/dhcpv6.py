@@ -29,8 +29,8 @@ import time
 from dataclasses import replace
 
 from . import addr, log
-from .core.config import MTU_MAX, Config, Ip6
-from .core.context import Context
+from .flow.context import Context
+from .policy.config import MTU_MAX, Config, Ip6
 from .wire import dhcpv6, domain, ether, ip, udp
 from .wire.dhcpv6 import Fqdn, Ia, IaAddress, Message
 

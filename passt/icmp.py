@@ -37,14 +37,11 @@ import socket
 from typing import Any
 
 from . import addr, log
-from .core.config import PASTA, Config
-from .core.context import Context
-from .core.flow import GUEST, Endpoints, TableFull
-from .core.fwd import Forwarding
-from .core.idle import IdleFlow, IdleFlows, flow_limit
-from .core.link import NO_OFFLOAD
-from .core.reactor import EPOLLERR, EPOLLIN, TYPE_PING, ref_data
-from .linux.calls import calls
+from .calls import calls
+from .flow.context import Context
+from .flow.idle import IdleFlow, IdleFlows, flow_limit
+from .flow.table import GUEST, Endpoints, TableFull
+from .link.tap_device import NO_OFFLOAD
 from .linux.sockopt import (
     HOPS,
     ORIGIN_ICMP,
@@ -57,6 +54,9 @@ from .linux.sockopt import (
     recverr,
     setting,
 )
+from .loop.reactor import EPOLLERR, EPOLLIN, TYPE_PING, ref_data
+from .policy.config import PASTA, Config
+from .policy.forwarding import Forwarding
 from .wire import ether, icmp, ip
 from .wire.fragment import fragments
 

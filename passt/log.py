@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from . import __version__
-from .linux.calls import calls
+from .calls import calls
 from .log_file import LogFile
 
 ERR, WARNING, INFO, DEBUG, TRACE = 3, 4, 6, 7, 8

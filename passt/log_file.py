@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import stat
 
-from .linux.calls import calls
+from .calls import calls
 
 KEEP = 5, 8  # as a fraction of the limit
 _CHUNK = 1 << 18  # bytes moved at once

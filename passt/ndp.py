@@ -33,8 +33,8 @@ import random
 from dataclasses import replace
 
 from . import addr, log
-from .core.config import MTU_MAX, Config, Ip6
-from .core.context import Context
+from .flow.context import Context
+from .policy.config import MTU_MAX, Config, Ip6
 from .wire import ether, ip, ndp
 from .wire.cursor import Malformed
 from .wire.ndp import NeighbourAdvertisement, NeighbourSolicitation, RouterAdvertisement, RouterSolicitation

@@ -5,7 +5,7 @@
     waiting     a client connects                       it is the guest
     serving     another client connects                 accepted and closed at once, unless the guest is gone already:
                                                         then what is left of it is read first, and this one is the next
-    any         a client connects, no descriptor left   accepted with a spare one, and closed at once (`core/spare.py`)
+    any         a client connects, no descriptor left   accepted with a spare one, and closed at once (`flow/spare.py`)
     serving     the guest's socket closes, fails,       its flows end, what was observed of it is forgotten; waiting
                 or its framing makes no sense           again, or the end with --one-off and --fd
 
@@ -21,18 +21,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import PASST, log
-from .core.context import Context
-from .core.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
-from .core.spare import Spare
+from .calls import calls
+from .flow.context import Context
+from .flow.spare import Spare
+from .link.stream_input import Stream, failure
 from .linux import unix
-from .linux.calls import calls
 from .linux.sockopt import setting
 from .linux.syscall import accept
 from .log import Fatal
-from .stream import Stream, failure
+from .loop.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
 
 if TYPE_CHECKING:
-    from .core.stream_link import StreamLink
+    from .link.stream_socket import StreamLink
     from .tap import Tap
 
 DEFAULT_PATH = "/tmp/passt_{}.socket"

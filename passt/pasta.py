@@ -29,11 +29,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from . import PASTA, isolation, log, pasta_init, supervisor
-from .core.changes import Changes
-from .isolation import Identity
+from . import PASTA, log
+from .calls import calls
 from .linux import inotify, netlink, netns, proc, tun
-from .linux.calls import calls
 from .linux.inotify import Event
 from .linux.routes import NsPlan
 from .linux.syscall import (
@@ -43,7 +41,12 @@ from .linux.syscall import (
     prctl,
 )
 from .log import Fatal
-from .pasta_init import Command
+from .loop.changes import Changes
+from .namespace import init as namespace_init
+from .namespace import supervisor
+from .namespace.init import Command
+from .sandbox import isolation
+from .sandbox.isolation import Identity
 
 T = TypeVar("T")
 
@@ -53,7 +56,7 @@ CALLS = (
 
 
 class Init:
-    """Our side of the first process of a spawned namespace (`pasta_init.py`)."""
+    """Our side of the first process of a spawned namespace (`namespace/init.py`)."""
 
     def __init__(self, pid: int, control: int) -> None:
         self.pid = pid
@@ -192,7 +195,7 @@ def _helper(
         isolation.become(identity)
         if join is not None:
             isolation.join_userns(join)
-        pasta_init.helper(new_userns, lambda: isolation.map_ids(identity), command, report, control)
+        namespace_init.helper(new_userns, lambda: isolation.map_ids(identity), command, report, control)
     except Fatal as e:
         report.send(str(e).encode())
     except OSError as e:

@@ -36,7 +36,7 @@ from types import ModuleType
 from typing import Any
 
 from . import PASTA
-from .linux.calls import ALL_BITS, Call, Calls, Condition, calls
+from .calls import ALL_BITS, Call, Calls, Condition, calls
 from .log import Fatal
 
 CALLS: Calls = (
@@ -194,7 +194,7 @@ def table(mode: str) -> list[tuple[str, str, str]]:
     for name, variants in collect(mode).items():
         users = [module[len(__package__) + 1 :] for module in sorted(sys.modules) if _declares(module, name, mode)]
         rows.append((name, _tests_text(variants), " ".join(users)))
-    rows += [(name, "in directories that are followed", "resolv_conf") for name in ("openat", "readlinkat")]
+    rows += [(name, "in directories that are followed", "conf.resolv_conf") for name in ("openat", "readlinkat")]
     return sorted(rows)
 
 

@@ -22,7 +22,7 @@ header is inside the packet before it is read. What fails is dropped and counted
                 IPv4, IPv6 or ARP                                  ethertype
     IPv4        version and header length, total length            ipv4 header, ipv4 length
     IPv6        version, payload length, extension headers         ipv6 header, ipv6 length, IPv6 ...
-    fragments   see core/reassembly.py                             fragment: ...
+    fragments   see link/reassembly.py                             fragment: ...
     TCP         20 bytes of header in the packet                   tcp truncated
                 data offset                                        tcp header length
     UDP         8 bytes of header, length field in the packet      udp truncated, udp length
@@ -46,17 +46,17 @@ from struct import Struct
 
 from . import PASTA, addr, log
 from .arp import Arp
-from .core.config import Config
-from .core.context import Context
-from .core.link import NO_OFFLOAD, VNET
-from .core.packet import FRAME_ROOM, VNET_LEN
-from .core.reactor import EPOLLIN, TYPE_TAP, ref_fd
-from .core.reassembly import LENGTH_MAX, Reassembly
+from .calls import calls
 from .dhcp import Dhcp
 from .dhcpv6 import Dhcpv6
+from .flow.context import Context
 from .icmp import Icmp
-from .linux.calls import calls
+from .link.packet import FRAME_ROOM, VNET_LEN
+from .link.reassembly import LENGTH_MAX, Reassembly
+from .link.tap_device import NO_OFFLOAD, VNET
+from .loop.reactor import EPOLLIN, TYPE_TAP, ref_fd
 from .ndp import Ndp
+from .policy.config import Config
 from .tcp import Tcp
 from .udp import Udp
 from .wire import ip

@@ -9,13 +9,13 @@ Directions
 Guest to host (`tap_handler`). Segments of one read of the tap come grouped by connection. Payload in order goes to
 the socket in one `sendmsg` over views of the packet pool. What the socket took is acknowledged, the last of it when the
 host peer has it; what the socket did not take is dropped and asked for again, which the window that we promise makes
-rare: see `tcp_ack.py`. What comes behind a hole waits for what is missing: see `tcp_early.py`.
+rare: see `tcp_engine/window.py`. What comes behind a hole waits for what is missing: see `tcp_engine/out_of_order.py`.
 
 Host to guest (`sock_handler`, and `tap_handler` when an acknowledgement opens the window). Data is peeked, sent, and
-stays in the socket until the guest has it: see `tcp_buf.py`. Events are edge-triggered.
+stays in the socket until the guest has it: see `tcp_engine/output.py`. Events are edge-triggered.
 
-Either side may begin: what comes before ESTABLISHED is in `tcp_open.py`, how a connection ends in `tcp_table.py`.
-Events and sequence variables are listed in `tcp_conn.py`.
+Either side may begin: what comes before ESTABLISHED is in `tcp_engine/opening.py`, how a connection ends in
+`tcp_engine/table.py`. Events and sequence variables are listed in `tcp_engine/conn.py`.
 
 Timers: one timerfd per connection, from a pool, and one for all delayed acknowledgements
 =========================================================================================
@@ -43,25 +43,15 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
 
-from . import tcp_sock
-from .core.context import Context
-from .core.flow import reason_of
-from .core.reactor import (
-    EPOLLERR,
-    EPOLLIN,
-    EPOLLOUT,
-    EPOLLPRI,
-    EPOLLRDHUP,
-    TYPE_TCP,
-    ref_data,
-)
-from .core.rules import Listener
-from .core.timers import NO_OWNER
+from .calls import calls
+from .flow.context import Context
+from .flow.table import reason_of
 from .linux import tcpinfo
-from .linux.calls import calls
-from .tcp_ack import ACK_DELAY, PINGPONG_MAX, TcpAck
-from .tcp_buf import TcpOut
-from .tcp_conn import (
+from .loop.reactor import EPOLLERR, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, TYPE_TCP, ref_data
+from .loop.timers import NO_OWNER
+from .policy.rules import Listener
+from .tcp_engine import sock as tcp_sock
+from .tcp_engine.conn import (
     CLOSED,
     ESTABLISHED,
     KEEPALIVE_IDLE,
@@ -79,8 +69,10 @@ from .tcp_conn import (
     TcpConn,
     set_event,
 )
-from .tcp_open import TcpOpen
-from .tcp_table import TcpTable
+from .tcp_engine.opening import TcpOpen
+from .tcp_engine.output import TcpOut
+from .tcp_engine.table import TcpTable
+from .tcp_engine.window import ACK_DELAY, PINGPONG_MAX, TcpAck
 from .wire.tcp import ACK, FIN, RST, SEQ_TO_WINDOW, SYN
 
 CONSUME = 8192  # acknowledged bytes that are dropped from the socket at once
@@ -415,7 +407,7 @@ class Tcp:
     def accepted(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> None:
         """A host client, `peer` (4 or 16 bytes), connected to `listener`.
 
-        Its socket, non-blocking, is ours from here on; the listener was prepared by `tcp_sock.prepare_listener`.
+        Its socket, non-blocking, is ours from here on; the listener was prepared by `tcp_engine.sock.prepare_listener`.
         Raises nothing: who cannot be served is reset.
         """
         self._opening.accepted(listener, sock, peer, peer_port, now)

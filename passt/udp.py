@@ -2,8 +2,9 @@
 
 Guest -> host (`tap_handler`, once per flow and batch)
     The key finds the flow, or makes one: host address by the forwarding rules, a socket connected to it. The datagrams
-    of the batch are joined to runs (`udp_run.py`) and each run is one write with UDP_SEGMENT (`udp_io.py`). The host
-    sees the guest's port, or the one that leads to it (`UdpIn.open_socket`), if it can be had.
+    of the batch are joined to runs (`udp_engine/gso_batch.py`) and each run is one write with UDP_SEGMENT
+    (`udp_engine/io.py`). The host sees the guest's port, or the one that leads to it (`UdpIn.open_socket`), if it can
+    be had.
 
 Host -> guest (`sock_handler`, on EPOLLIN)
     If the guest has sent since we last received, one datagram is likely and one plain receive takes it. Everything else
@@ -11,9 +12,9 @@ Host -> guest (`sock_handler`, on EPOLLIN)
     them, else frame by frame. What is longer than the guest's MTU is fragmented, with its checksum complete
     (`_send_fragments`).
 
-Queries to an address that stands for the host's resolvers (port 53) are flows of another kind: `dns.py`.
+Queries to an address that stands for the host's resolvers (port 53) are flows of another kind: `udp_engine/dns.py`.
 
-Host first (`inbound`, from `udp_in.py`)
+Host first (`inbound`, from `ports/udp_in.py`)
     A client's first datagrams, which a listener got, and a socket connected to that client make a flow of the same
     kind: its key is what the guest's answers will have. Two clients with the same key (one port, and two addresses that
     the guest sees as one; one client, and two of our addresses or ports; or the guest began it, and the peer now comes
@@ -41,22 +42,22 @@ from functools import partial
 from typing import Any
 
 from . import addr, log
-from .core.config import Config
-from .core.context import Context
-from .core.flow import TableFull
-from .core.idle import IdleFlows, flow_limit
-from .core.link import VNET
-from .core.reactor import EPOLLERR, EPOLLIN, TYPE_UDP, ref_data
-from .core.resolvers import DNS_PORT
-from .core.rules import Listener
-from .dns import Dns
+from .flow.context import Context
+from .flow.idle import IdleFlows, flow_limit
+from .flow.table import TableFull
 from .icmp import Errors
+from .link.tap_device import VNET
 from .linux.mmsg import SLOT, Receiver
 from .linux.sockopt import default_hops, probe_udp_gro, probe_udp_segment, read_errors
-from .udp_flow import UdpFlow
-from .udp_io import CONGESTED, Pauses, datagrams, reason, receive, send_again, transmit
-from .udp_run import SEGMENTS_MAX, Run, runs
-from .udp_sock import Client, open_socket
+from .loop.reactor import EPOLLERR, EPOLLIN, TYPE_UDP, ref_data
+from .policy.config import Config
+from .policy.resolvers import DNS_PORT
+from .policy.rules import Listener
+from .udp_engine.dns import Dns
+from .udp_engine.flow import UdpFlow
+from .udp_engine.gso_batch import SEGMENTS_MAX, Run, runs
+from .udp_engine.io import CONGESTED, Pauses, datagrams, reason, receive, send_again, transmit
+from .udp_engine.sock import Client, open_socket
 from .wire import ether, icmp, udp
 from .wire.checksum import PROTO_UDP
 from .wire.fragment import fragments
@@ -189,7 +190,7 @@ class Udp:
             self._errors.refused(e.errno or 0, src, dst, _quote(key, src, dst, payload[: icmp.QUOTE_MAX6]), now)
 
     def _tell(self, flow: UdpFlow, e: OSError, payload: bytes, now: float) -> None:
-        """The same for one that `dns.py` could not send anywhere."""
+        """The same for one that `udp_engine/dns.py` could not send anywhere."""
         self._refused(e, flow.key, flow.src, flow.dst, memoryview(payload), now)
 
     # Host -> guest ---------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ class Udp:
             self._ctx.link.send_payload((flow.header(n, n), receiver.mv[:n]))
 
     def _to_guest(self, flow: UdpFlow, payload: memoryview) -> None:
-        """One datagram of a flow, also one of `dns.py`."""
+        """One datagram of a flow, also one of `udp_engine/dns.py`."""
         n = len(payload)
         flow.to_guest += n
         if n > flow.payload_max:

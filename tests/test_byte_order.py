@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from tests.test_layers import TREES
 
 NATIVE = {
-    ("passt.core.link", "=BBHHHH"),  # struct virtio_net_hdr
-    ("passt.udp_flow", "=BBHH"),  # its first half
-    ("passt.core.pcap", "=IHHiIII"),  # pcap files: the magic tells the reader
-    ("passt.core.pcap", "=IIII"),
+    ("passt.link.tap_device", "=BBHHHH"),  # struct virtio_net_hdr
+    ("passt.udp_engine.flow", "=BBHH"),  # its first half
+    ("passt.link.pcap", "=IHHiIII"),  # pcap files: the magic tells the reader
+    ("passt.link.pcap", "=IIII"),
     ("passt.linux.inotify", "=iIII"),  # struct inotify_event
     ("passt.linux.mmsg", "@Nii"),  # control messages: struct cmsghdr
     ("passt.linux.mmsg", "=i4s4s"),  # struct in_pktinfo
@@ -37,10 +37,10 @@ NATIVE = {
     ("passt.linux.tun", "=16sH22x"),  # ioctls
     ("passt.linux.tun", "=i"),
     ("passt.linux.unix", "=iII"),  # struct ucred
-    ("passt.tcp_sock", "=ii"),  # struct linger
-    ("passt.udp_sock", "=H"),  # UDP_SEGMENT as a control message
+    ("passt.tcp_engine.sock", "=ii"),  # struct linger
+    ("passt.udp_engine.sock", "=H"),  # UDP_SEGMENT as a control message
 }
-LITTLE = {("passt.core.siphash", "<QQ"), ("passt.core.siphash", "<")}  # the algorithm says so
+LITTLE = {("passt.flow.siphash", "<QQ"), ("passt.flow.siphash", "<")}  # the algorithm says so
 CASTS = {"passt.linux.mmsg"}  # memory that recvmmsg() writes
 
 STRUCT_CALLS = frozenset(("Struct", "pack", "unpack", "pack_into", "unpack_from", "iter_unpack", "calcsize"))
@@ -94,7 +94,7 @@ def test_nobody_asks_for_the_order_or_reads_memory_in_it() -> None:
         assert not named & {"byteorder", "htons", "htonl", "ntohs", "ntohl", "array"}, name
         if name not in CASTS and "ctypes" in named | called:
             # a stand-in of ctypes.util; prctl(2) with nothing of the package
-            assert name in ("passt.linux.syscall", "passt.seccomp", "passt.supervisor"), name
+            assert name in ("passt.linux.syscall", "passt.seccomp", "passt.namespace.supervisor"), name
         # typing.cast is a name, memoryview.cast an attribute
         casts = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "cast"]
         assert not casts or name in CASTS, name

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from passt import pesto
-from passt.conf_completion import SHELLS, script
-from passt.conf_table import completed, listed
-from passt.core.config import PASST, PASTA
+from passt.conf.completion import SHELLS, script
+from passt.conf.table import completed, listed
 from passt.log import Fatal
+from passt.pesto import command as pesto
+from passt.policy.config import PASST, PASTA
 from tests.system.support import Pty, environment
 
 COMPLETIONS = Path(__file__).parent.parent / "completions"

@@ -61,7 +61,7 @@ LAYERS = {
 
 
 def module_name(path: Path) -> str:
-    """passt/core/flow.py -> passt.core.flow; passt/core/__init__.py -> passt.core"""
+    """passt/flow/table.py -> passt.flow.table; passt/core/__init__.py -> passt.core"""
     parts = ("passt", *path.relative_to(PACKAGE).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -153,16 +153,16 @@ def test_wire_is_pure() -> None:
 # The checker itself ------------------------------------------------------------------------------------------------
 
 
-def _imports_of(source: str, name: str = "passt.core.flow", is_package: bool = False) -> set[str]:
+def _imports_of(source: str, name: str = "passt.flow.table", is_package: bool = False) -> set[str]:
     return imports(name, ast.parse(source), is_package)
 
 
 def test_checker_resolves_relative_imports() -> None:
     assert _imports_of("from .. import addr, log") == {"passt.addr", "passt.log"}
     assert _imports_of("from ..wire.cursor import Malformed") == {"passt.wire.cursor"}
-    assert _imports_of("from .config import Config, Ip4") == {"passt.core.config"}
+    assert _imports_of("from .config import Config, Ip4") == {"passt.policy.config"}
     assert _imports_of("from .. import __version__") == {"passt"}
-    assert _imports_of("from . import config", "passt.core", is_package=True) == {"passt.core.config"}
+    assert _imports_of("from . import config", "passt.core", is_package=True) == {"passt.policy.config"}
     assert _imports_of("import passt.addr, os") == {"passt.addr"}
     assert _imports_of("from os import path") == set()
 
@@ -178,7 +178,7 @@ def test_checker_spares_type_checking() -> None:
 
 
 def test_checker_knows_layers_by_prefix() -> None:
-    assert layer("passt.tcp_conn") == layer("passt.tcp") == 3
+    assert layer("passt.tcp_engine.conn") == layer("passt.tcp") == 3
     assert layer("passt.wire.tcp") == 0
     assert layer("passt") == 0
     with pytest.raises(LookupError, match="no layer"):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from passt import pesto
 from passt.addr import mac_text
-from passt.conf_actions import DNS_MAX, SEARCH_MAX
-from passt.conf_options import LOG_SIZE, NETNS_RUN_DIR
-from passt.conf_row import GROUPS, Option
-from passt.conf_table import TABLE
-from passt.conf_values import LOG_SIZE_MIN, SOCKET_PATH_MAX
-from passt.core.config import FRAME_MTU_MAX, MTU_DEFAULT, MTU_MAX, MTU_MIN, OUR_MAC
+from passt.conf.actions import DNS_MAX, SEARCH_MAX
+from passt.conf.options import LOG_SIZE, NETNS_RUN_DIR
+from passt.conf.row import GROUPS, Option
+from passt.conf.table import TABLE
+from passt.conf.values import LOG_SIZE_MIN, SOCKET_PATH_MAX
 from passt.passt import DEFAULT_MAX, DEFAULT_PATH
+from passt.pesto import command as pesto
+from passt.policy.config import FRAME_MTU_MAX, MTU_DEFAULT, MTU_MAX, MTU_MIN, OUR_MAC
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from passt import conf
-from passt.conf_actions import Done
-from passt.conf_table import TABLE, listed
-from passt.core.config import PASST, PASTA
+from passt.conf import argv as conf_argv
+from passt.conf.actions import Done
+from passt.conf.table import TABLE, listed
 from passt.log import Fatal
+from passt.policy.config import PASST, PASTA
 
 NAMES = {mode: {option.name for option in listed(mode)} for mode in (PASTA, PASST)}
 VALUES = ("1", "192.0.2.1", "fe80::1", "eth0", "1500", "/tmp/x", "52:54:00:12:34:56", "none", "all", "1048576", "a.b")
@@ -33,7 +33,7 @@ def seeds() -> Iterable[bytes]:
 
 def read(argv: list[str], mode: str) -> object:
     try:
-        return conf.parse(argv, mode)
+        return conf_argv.parse(argv, mode)
     except Fatal as e:
         message = str(e)
         assert "\n" not in message, "one line"

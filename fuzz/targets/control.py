@@ -16,18 +16,19 @@ from typing import Any, cast
 from unittest import mock
 
 from fuzz.steps import Steps
-from passt import control, listen
-from passt.conf_options import Options
-from passt.control import CLIENTS_MAX, OUTPUT_MAX, READ_MAX, Control, Listening
-from passt.control_api import Api, Specs
-from passt.core.reactor import EPOLLIN, EPOLLOUT, Closable, make_ref
-from passt.core.rules import Listener
-from passt.forwards import Clear, Forwards
+from passt.conf.options import Options
+from passt.control import server as control_server
+from passt.control.api import Api, Specs
+from passt.control.server import CLIENTS_MAX, OUTPUT_MAX, READ_MAX, Control, Listening
+from passt.control.slirp import SlirpApi
 from passt.linux import unix
-from passt.listen import Listeners
-from passt.listen_sock import Failure, Wanted
-from passt.scan import Scanner
-from passt.slirp_api import SlirpApi
+from passt.loop.reactor import EPOLLIN, EPOLLOUT, Closable, make_ref
+from passt.policy.rules import Listener
+from passt.ports import listen
+from passt.ports.forwards import Clear, Forwards
+from passt.ports.listen import Listeners
+from passt.ports.scan import Scanner
+from passt.ports.sockets import Failure, Wanted
 from tests.unit.support import T0, FakeReactor, elapse, make_context, reactor
 
 ENTRANCES = 900, 901
@@ -165,7 +166,7 @@ class World:
         return sock
 
     def open_ports(self, config: Any, wanted: Sequence[Wanted], opened: list[Listener]) -> list[Failure]:
-        """Stands for that of listen_sock.py."""
+        """Stands for that of ports/sockets.py."""
         failed = []
         for rule, port in wanted:
             if len(self.open) >= SOCKETS_MAX:
@@ -282,8 +283,8 @@ def check_said(world: World) -> None:
 def one(data: bytes) -> None:
     world, steps = WORLD, Steps(data)
     with (  # plain functions: mocks keep what they were called with
-        mock.patch.object(control, "accept", lambda fd: (world.fd, None, None)),
-        mock.patch.object(control, "new_socket", lambda *_: world.knocking),
+        mock.patch.object(control_server, "accept", lambda fd: (world.fd, None, None)),
+        mock.patch.object(control_server, "new_socket", lambda *_: world.knocking),
         mock.patch.object(unix, "credentials", lambda sock: (1, 0, 0)),
         mock.patch.object(listen, "open_ports", world.open_ports),
     ):

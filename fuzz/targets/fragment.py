@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from passt.core.reassembly import Reassembly
+from passt.link.reassembly import Reassembly
 from passt.wire import ip
 from passt.wire.fragment import HEADER6, fragments
 

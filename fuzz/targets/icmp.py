@@ -17,8 +17,8 @@ from typing import Any, cast
 
 from fuzz.steps import Steps
 from passt import addr, icmp
-from passt.core.reactor import EPOLLERR, EPOLLIN
-from passt.core.reassembly import Reassembly
+from passt.link.reassembly import Reassembly
+from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.wire.checksum import checksum, fold, ones_sum, pseudo_sum
 from tests.unit.support import GUEST4, GUEST6, T0, link, make_context, reactor, timers
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from passt import conf_ports
-from passt.conf_options import Options
-from passt.core.config import PASST, PASTA
-from passt.core.rules import PORT_MAX, Rule
+from passt.conf import ports as conf_ports
+from passt.conf.options import Options
 from passt.log import Fatal
+from passt.policy.config import PASST, PASTA
+from passt.policy.rules import PORT_MAX, Rule
 
 OPTIONS = {PASTA: Options(), PASST: Options(mode=PASST)}
 EPHEMERAL = range(32768, 61000)

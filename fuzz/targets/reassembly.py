@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from fuzz.steps import Steps
-from passt.core import reassembly
-from passt.core.reassembly import LENGTH_MAX, TIMEOUT, Reassembly
+from passt.link import reassembly
+from passt.link.reassembly import LENGTH_MAX, TIMEOUT, Reassembly
 
 LIMITS = reassembly.MEMORY, reassembly.PACKETS
 MEMORY, PACKETS = 1 << 15, 12  # here, so that short inputs reach them

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from passt import addr
-from passt.resolv_conf import parse
+from passt.conf.resolv_conf import parse
 from passt.wire import domain
 
 

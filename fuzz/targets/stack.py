@@ -15,10 +15,11 @@ from typing import Any, cast
 
 from fuzz import frames
 from fuzz.steps import Steps
-from passt import icmp, tcp_sock, udp
-from passt.core.packet import FRAME_ROOM
-from passt.core.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
-from passt.core.timers import NO_OWNER
+from passt import icmp, udp
+from passt.link.packet import FRAME_ROOM
+from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from passt.loop.timers import NO_OWNER
+from passt.tcp_engine import sock as tcp_sock
 from tests.unit import hostile
 from tests.unit.hostile import INBOUND, TAP_FD, Datagrams, Stack, harmless
 from tests.unit.support import GUEST4, GUEST6, GUEST_LL, GUEST_MAC, T0, link, reactor, timers

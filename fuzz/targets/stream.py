@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from fuzz.steps import Steps
-from passt.core.packet import VNET_LEN
-from passt.stream import FRAME_MAX, FRAME_MIN, Stream
+from passt.link.packet import VNET_LEN
+from passt.link.stream_input import FRAME_MAX, FRAME_MIN, Stream
 from tests.unit.support import T0, make_context
 
 DATA = bytes(i * 57 + (i >> 8) & 0xFF for i in range(1 << 17))

@@ -19,16 +19,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from fuzz.steps import Steps
-from passt import addr, tcp_sock
-from passt.core.context import Guest
-from passt.core.link import Buffer
-from passt.core.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
-from passt.core.rules import Listener, Rule
-from passt.core.timers import NO_OWNER
+from passt import addr
+from passt.flow.context import Guest
+from passt.link.tap_device import Buffer
 from passt.linux import tcpinfo
 from passt.linux.tcpinfo import SO_MEMINFO, SO_PEEK_OFF, Features
+from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
+from passt.loop.timers import NO_OWNER
+from passt.policy.rules import Listener, Rule
 from passt.tcp import Tcp
-from passt.tcp_conn import RTO_MAX
+from passt.tcp_engine import sock as tcp_sock
+from passt.tcp_engine.conn import RTO_MAX
 from passt.wire.checksum import PROTO_TCP
 from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN, URG, SynOptions
 from tests.unit.support import GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST_MAC, T0, FakeReactor, FakeTimers, make_context

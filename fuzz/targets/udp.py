@@ -16,8 +16,8 @@ from typing import Any, cast
 
 from fuzz.steps import Steps
 from passt import addr, udp
-from passt.core.reactor import EPOLLERR, EPOLLIN
 from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
+from passt.loop.reactor import EPOLLERR, EPOLLIN
 from tests.unit.hostile import harmless
 from tests.unit.offload import received
 from tests.unit.support import GUEST4, GUEST6, T0, elapse, link, make_context, reactor

@@ -30,7 +30,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from .. import addr
-from .calls import calls
+from ..calls import calls
 from .sockopt import IP_PKTINFO
 
 COUNT = 64

@@ -21,7 +21,7 @@ from struct import Struct
 from typing import Any
 
 from .. import PASTA, addr, log
-from .calls import calls
+from ..calls import calls
 from .routes import RT_SCOPE_LINK, Address, Hop, Host, Link, NsPlan, Route, add_in_passes
 
 CALLS = calls("sendto", "recvfrom", mode=PASTA)

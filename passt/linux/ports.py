@@ -34,8 +34,8 @@ from struct import Struct
 from typing import Protocol
 
 from .. import PASTA, addr
+from ..calls import calls
 from ..wire.checksum import PROTO_TCP, PROTO_UDP
-from .calls import calls
 
 THREAD_NET = "/proc/thread-self/net"  # /proc/net is that of the process's first thread
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from struct import Struct
 
 from .. import addr
+from ..calls import Call, Calls, Condition, calls
 from ..wire.cursor import Cursor
-from .calls import Call, Calls, Condition, calls
 
 SOL_UDP = socket.IPPROTO_UDP
 UDP_SEGMENT = 103

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from struct import Struct
 
 from .. import PASTA, log
-from .calls import one_of
+from ..calls import one_of
 from .syscall import ioctl_number
 
 TUN_DEVICE = "/dev/net/tun"

@@ -43,7 +43,7 @@ KINDS = {
     "windows": "zero windows on a thousand connections",
 }
 MEMORY_MAX = 256 << 20  # bytes
-DESCRIPTORS_LEFT = 140  # more than before, afterwards: timers that wait for the next connections (core/timers.py)
+DESCRIPTORS_LEFT = 140  # more than before, afterwards: timers that wait for the next connections (loop/timers.py)
 MEMORY_LEFT = 32 << 20  # more than before, afterwards
 SECONDS = 1.5  # of a short flood
 CONNECTIONS = 1000  # whose windows are zero
@@ -51,8 +51,9 @@ SYN_RETRIES = 1  # of the host's kernel: 3 s until it gives an address up, where
 
 # Flows of a short flood time out in a short time
 HASTE = """
-from passt import icmp, udp_flow
-from passt.core import idle
+from passt import icmp
+from passt.flow import idle
+from passt.udp_engine import flow as udp_flow
 icmp.PING_TIMEOUT = udp_flow.FLOW_TIMEOUT = udp_flow.DNS_TIMEOUT = 2.0
 idle.SWEEP_MIN = 0.5
 """

@@ -37,9 +37,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
-from passt import __main__, resolv_conf, seccomp
-from passt.core import changes, reactor, timers
+from passt import __main__, seccomp
+from passt.conf import resolv_conf
 from passt.linux import netns, syscall, tun
+from passt.loop import changes, reactor, timers
 
 SPEED = 50
 DESCRIPTORS = 3  # that are left to who is starved
@@ -47,16 +48,16 @@ OUTPUT = 1
 GIVEN_TAP = 100
 CALLED = frozenset(
     (
-        "passt.conf_dns.follow",  # by resolv_conf.Follower
-        "passt.core.plain_link.PlainLink.send_payload",  # in the place of the link that all other ways have
-        "passt.daemon_pasta.reopen",  # by the tap and its link
-        "passt.daemon_pasta.tap_gone",  # likewise
+        "passt.conf.names.follow",  # by resolv_conf.Follower
+        "passt.link.plain_tap.PlainLink.send_payload",  # in the place of the link that all other ways have
+        "passt.daemon.pasta.reopen",  # by the tap and its link
+        "passt.daemon.pasta.tap_gone",  # likewise
         "passt.passt.Clients.gone",  # by the stream and its link
-        "passt.scan.Scanner.start",  # by forwards
+        "passt.ports.scan.Scanner.start",  # by forwards
     )
 )
 # A datagram has to come between bind(2) and connect(2) of a socket for this one to be armed
-ARMED_BY_CHANCE = "passt.udp_in.UdpIn._deliver_letters"
+ARMED_BY_CHANCE = "passt.ports.udp_in.UdpIn._deliver_letters"
 
 Function = Callable[..., Any]
 
@@ -252,7 +253,7 @@ def main() -> None:
     for request in sys.stdin:
         way, victim, names, *argv = request.rstrip("\n").split("\t")
         if victim:
-            from passt import daemon_calls  # noqa: F401  # for them it need not be found out what is imported when
+            from passt.daemon import syscalls as daemon_syscalls  # noqa: F401  # for them it need not be found out what is imported when
         pid = os.fork()
         if pid == 0:
             run(way, victim, names, argv)

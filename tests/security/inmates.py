@@ -11,15 +11,18 @@ import os
 import sys
 
 from fuzz.table import BY_NAME
-from passt import daemon, daemon_calls, isolation, log, seccomp
-from passt.conf_options import Options
+from passt import log, seccomp
+from passt.conf.options import Options
+from passt.daemon import common as daemon_common
+from passt.daemon import syscalls as daemon_syscalls
+from passt.sandbox import isolation
 
 TARGETS = "tap", "stack", "tcp", "udp", "icmp", "stream", "reassembly", "control", "resolv_conf", "log_file"
 
 
 def main() -> None:
     mode, log_file = sys.argv[1:]
-    assert daemon_calls.LOADED
+    assert daemon_syscalls.LOADED
     seccomp.binding()
     log.setup(mode, log.TRACE, syslog=False, log_file=log_file)
     log.stop_stderr()
@@ -27,7 +30,7 @@ def main() -> None:
     for _, target, corpus in targets:
         target.one(corpus[0])  # what a target prepares once
     isolation.become(isolation.choose_identity(None))
-    daemon.detach(Options(mode=mode, foreground=True), None, daemon.Sandbox(mode, False))
+    daemon_common.detach(Options(mode=mode, foreground=True), None, daemon_common.Sandbox(mode, False))
     executions = 0
     for name, target, corpus in targets:
         for data in corpus:

@@ -1,8 +1,8 @@
 """Processes in the sandbox that try to get out: `prisoner.py MODE` (pasta or passt), one for each attempt below.
 
-Each goes through the very steps of the daemon (`daemon.detach`), in the foreground, with the modules of that mode
-loaded, and then does what an attacker who has taken it over would: a system call as such, not Python's wrapper of it.
-For each a line of JSON is printed: [name, exit status or minus the signal, what it said]. It says "ready", and then
+Each goes through the very steps of the daemon (`daemon.common.detach`), in the foreground, with the modules of that
+mode loaded, and then does what an attacker who has taken it over would: a system call as such, not Python's wrapper of
+it. For each a line of JSON is printed: [name, exit status or minus the signal, what it said]. It says "ready", and then
 what came of it ("error NAME" or "done"), unless it is killed before.
 """
 
@@ -18,8 +18,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from passt import PASTA, daemon, isolation, log, seccomp
-from passt.conf_options import Options
+from passt import PASTA, log, seccomp
+from passt.conf.options import Options
+from passt.daemon import common as daemon_common
+from passt.sandbox import isolation
 
 libc = ctypes.CDLL(None, use_errno=True)
 ATTEMPTS: dict[str, Callable[[], int]] = {}
@@ -166,11 +168,18 @@ def main() -> None:
     mode = sys.argv[1]
     log.setup(mode, log.ERR, syslog=False)
     if mode == PASTA:
-        from passt import daemon_pasta, pasta, terminal, wiring  # noqa: F401
+        from passt import pasta  # noqa: F401
+        from passt.daemon import pasta as daemon_pasta  # noqa: F401
+        from passt.daemon import wiring
+        from passt.namespace import terminal  # noqa: F401
     else:
-        from passt import daemon_passt, passt, stream, wiring  # noqa: F401
-        from passt.core import stream_link  # noqa: F401
-    from passt import control_api, resolv_conf, slirp_api  # noqa: F401
+        from passt import passt  # noqa: F401
+        from passt.daemon import passt as daemon_passt  # noqa: F401
+        from passt.daemon import wiring  # noqa: F401
+        from passt.link import stream_input, stream_socket  # noqa: F401
+    from passt.conf import resolv_conf  # noqa: F401
+    from passt.control import api as control_api  # noqa: F401
+    from passt.control import slirp as control_slirp  # noqa: F401
 
     for name in NAMES:
         NUMBERS[name] = seccomp.number(name)
@@ -190,7 +199,9 @@ def main() -> None:
 
 def _try(mode: str, attempt: Callable[[], int], out: int) -> NoReturn:
     kept = isolation.running_capabilities(own_tap=True) if mode == PASTA else ()
-    daemon.detach(Options(mode=mode, foreground=True), None, daemon.Sandbox(mode, False, kept, None, (ETC,)))
+    daemon_common.detach(
+        Options(mode=mode, foreground=True), None, daemon_common.Sandbox(mode, False, kept, None, (ETC,))
+    )
     os.write(out, b"ready ")
     result = attempt()
     os.write(out, (f"error {errno.errorcode[-result]}" if result < 0 else "done").encode())

@@ -34,15 +34,15 @@ NEVER = {
     PASST: frozenset(
         (
             "passt.tap.Tap.handler",
-            "passt.tcp_splice.TcpSplice.fault",
-            "passt.tcp_splice.TcpSplice.sock_handler",
-            "passt.udp_splice.UdpSplice.fault",
-            "passt.udp_splice.UdpSplice.sock_handler",
+            "passt.splice.tcp.TcpSplice.fault",
+            "passt.splice.tcp.TcpSplice.sock_handler",
+            "passt.splice.udp.UdpSplice.fault",
+            "passt.splice.udp.UdpSplice.sock_handler",
         )
     ),
 }
-ENDING = "passt.daemon.End."
-AFTER_FAULT = ".fault", "passt.listen.Listeners._resume"
+ENDING = "passt.daemon.common.End."
+AFTER_FAULT = ".fault", "passt.ports.listen.Listeners._resume"
 FAULTS = "Handling ", "A request to the control socket failed", "In the network namespace", "The loop failed"
 
 __all__ = ["someone"]

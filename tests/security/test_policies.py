@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from passt import isolation
+from passt.sandbox import isolation
 
 from ..system.support import REPOSITORY
 

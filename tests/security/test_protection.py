@@ -19,7 +19,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
-from passt.core.siphash import siphash24
+from passt.flow.siphash import siphash24
 from tests.unit.tcp_support import Talk, fake_sockets
 
 from ..system.support import DEADLINE, User

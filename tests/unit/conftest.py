@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from passt.core.context import Context
+from passt.flow.context import Context
 
 from . import support
 from .machine_link import MachineLink
 from .support import FakeLink, make_context
 
 # Modules whose conversations a namespace has, and a virtual machine
-CONVERSATIONS = ("test_tcp", "test_tcp_in", "test_tcp_ack")
+CONVERSATIONS = ("test_tcp", "tcp_engine.test_opening", "tcp_engine.test_window")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Hold each conversation with both kinds of guest."""
-    if metafunc.module.__name__.rpartition(".")[2] in CONVERSATIONS:
+    if metafunc.module.__name__.removeprefix("tests.unit.") in CONVERSATIONS:
         metafunc.fixturenames.append("guest_kind")
         metafunc.parametrize("guest_kind", [FakeLink, MachineLink], ids=["tap", "machine"], indirect=True)
 

@@ -10,8 +10,8 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 
-from passt.core.link import VNET, Buffer
-from passt.core.stream_link import LENGTH_LEN, StreamLink
+from passt.link.stream_socket import LENGTH_LEN, StreamLink
+from passt.link.tap_device import VNET, Buffer
 from passt.wire.checksum import PROTO_TCP, fold, ones_sum, pseudo_sum
 
 from .support import FakeLink

@@ -6,7 +6,7 @@ lengths, never computed from the addresses again, so a wrong one shows in every 
 
 from __future__ import annotations
 
-from passt.core.link import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
+from passt.link.tap_device import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
 from passt.wire.checksum import checksum, ones_sum
 
 from .support import FakeLink

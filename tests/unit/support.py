@@ -15,16 +15,16 @@ from dataclasses import replace
 from typing import Any, cast
 
 from passt import addr
-from passt.core.config import Config, Ip4, Ip6
-from passt.core.context import Context, Guest
-from passt.core.flow import FlowTable
-from passt.core.fwd import Forwarding
-from passt.core.link import VNET, Buffer
-from passt.core.packet import PacketPool
-from passt.core.reactor import TYPE_NAMES, Closable, Handler, make_ref
-from passt.core.resolvers import Resolvers
-from passt.core.settings import Settings
-from passt.core.timers import NEVER, NO_OWNER
+from passt.flow.context import Context, Guest
+from passt.flow.table import FlowTable
+from passt.link.packet import PacketPool
+from passt.link.tap_device import VNET, Buffer
+from passt.loop.reactor import TYPE_NAMES, Closable, Handler, make_ref
+from passt.loop.timers import NEVER, NO_OWNER
+from passt.policy.config import Config, Ip4, Ip6
+from passt.policy.forwarding import Forwarding
+from passt.policy.resolvers import Resolvers
+from passt.policy.settings import Settings
 
 T0 = 1000.0  # the time at which conversations begin
 

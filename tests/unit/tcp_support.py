@@ -27,9 +27,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from passt import addr, tcp_sock
-from passt.core.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
-from passt.core.rules import Listener, Rule
+from passt import addr
 from passt.linux.tcpinfo import (
     BYTES_ACKED,
     BYTES_RECEIVED,
@@ -40,7 +38,10 @@ from passt.linux.tcpinfo import (
     TCP_INFO_LEN,
     Features,
 )
+from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from passt.policy.rules import Listener, Rule
 from passt.tcp import Tcp
+from passt.tcp_engine import sock as tcp_sock
 from passt.wire.checksum import PROTO_TCP
 from passt.wire.tcp import ACK, HEADER, SYN, SynOptions, flag_names
 from tests.unit.support import T0, FakeTimers, link, make_context, reactor, timers

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from passt.addr import ANY4, packed
 from passt.arp import Arp, ignore
-from passt.core.context import Context
+from passt.flow.context import Context
 from passt.wire.arp import REPLY, REQUEST, Packet
 from passt.wire.cursor import Malformed
 

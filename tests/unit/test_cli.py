@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from passt import __version__, cli, log
-from passt.conf_options import Options
+from passt.conf.options import Options
 from passt.log import Fatal
 
 
@@ -80,7 +80,7 @@ INTERRUPTED = """
 import os, signal, sys
 class Finder:
     def find_spec(self, name, path, target=None):
-        if name == "passt.conf":
+        if name == "passt.conf.argv":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
 signal.signal(signal.SIGINT, {})
@@ -116,7 +116,7 @@ def test_descriptor_of_the_guest_is_not_closed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cli, "inherited_fds", lambda: [reader, writer])
     monkeypatch.setattr(log, "setup", lambda *_, **__: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("passt.daemon_passt.run", run)
+    monkeypatch.setattr("passt.daemon.passt.run", run)
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     try:
         assert cli.main(["passt", "-F", str(reader)]) == 1
@@ -128,7 +128,7 @@ def test_descriptor_of_the_guest_is_not_closed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_nothing_heavy_is_imported_for_help() -> None:
     heavy = {"ctypes", "pyroute2", "scapy", "asyncio", "threading", "subprocess"}
-    heavy |= {f"passt.{name}" for name in ("tcp", "daemon", "conf_completion", "conf_ports", "conf_net")}
+    heavy |= {f"passt.{name}" for name in ("tcp", "daemon", "conf.completion", "conf.ports", "conf.decide")}
     done = python(f"import sys, passt.cli; print(*({heavy} & sys.modules.keys()))")
     assert done.stdout == "\n"
 

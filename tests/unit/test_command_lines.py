@@ -12,8 +12,8 @@ from typing import NoReturn
 import pytest
 
 from passt import __version__, cli, log
-from passt.conf import Options
-from passt.conf_table import usage
+from passt.conf.argv import Options
+from passt.conf.table import usage
 
 PASTA_VERSION = f"pasta {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n"
 PASST_VERSION = PASTA_VERSION.replace("pasta", "passt")
@@ -229,8 +229,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(log, "setup", lambda *_, **__: None)
     monkeypatch.setattr(log, "_stderr", None)  # and whatever it was afterwards
-    monkeypatch.setattr("passt.daemon_pasta.run", begin)
-    monkeypatch.setattr("passt.daemon_passt.run", begin)
+    monkeypatch.setattr("passt.daemon.pasta.run", begin)
+    monkeypatch.setattr("passt.daemon.passt.run", begin)
     return begun
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from passt import addr, log
 from passt.addr import packed
-from passt.core.context import Context
 from passt.dhcp import Dhcp, ignore, ordered
+from passt.flow.context import Context
 from passt.wire import dhcp, domain
 from passt.wire.cursor import Malformed
 from passt.wire.dhcp import Message

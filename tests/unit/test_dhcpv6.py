@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from passt import log
 from passt.addr import packed
-from passt.core.context import Context
 from passt.dhcpv6 import REFUSED_MAX, RULES, Dhcpv6, ignore
+from passt.flow.context import Context
 from passt.wire import dhcpv6, domain
 from passt.wire.cursor import Malformed
 from passt.wire.dhcpv6 import Ia, IaAddress, Message

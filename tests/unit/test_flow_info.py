@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 
 from passt import addr
-from passt.core.flow import LABELS, RECENT, FlowInfo
+from passt.flow.table import LABELS, RECENT, FlowInfo
 from passt.linux.tcpinfo import BYTES_ACKED, BYTES_RECEIVED, RTT, TOTAL_RETRANS
 from passt.wire.tcp import ACK, FIN, RST, SYN
 
-from . import test_dns as test_dns_flows
-from . import test_icmp, test_udp, test_udp_splice
+from . import test_icmp, test_udp
+from .splice import test_udp as test_udp_splice
+from .splice.test_tcp import Lab, MakeLab, make_lab, reset
+from .splice.test_udp import Start, start
 from .support import T0, reactor
 from .tcp_support import PEER_PORT, FakeSocket, Talk, accepted_connection, fake_sockets, open_connection
-from .test_tcp_splice import Lab, MakeLab, make_lab, reset
-from .test_udp_splice import Start, start
+from .udp_engine import test_dns as test_dns_flows
 from .udp_support import port_of
 
 __all__ = ["fake_sockets", "make_lab", "start"]
@@ -334,11 +335,11 @@ def test_dns() -> None:
 
 
 def test_all_labels_were_met() -> None:
-    from passt.dns import DnsFlow
     from passt.icmp import PingFlow
-    from passt.tcp_conn import TcpConn
-    from passt.tcp_splice import SpliceConn
-    from passt.udp_flow import UdpFlow
-    from passt.udp_splice import SpliceFlow
+    from passt.splice.tcp import SpliceConn
+    from passt.splice.udp import SpliceFlow
+    from passt.tcp_engine.conn import TcpConn
+    from passt.udp_engine.dns import DnsFlow
+    from passt.udp_engine.flow import UdpFlow
 
     assert tuple(kind.label for kind in (TcpConn, SpliceConn, UdpFlow, SpliceFlow, DnsFlow, PingFlow)) == LABELS

@@ -18,8 +18,8 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
 from passt import addr
-from passt.core.link import NO_OFFLOAD
-from passt.core.packet import PacketPool
+from passt.link.packet import PacketPool
+from passt.link.tap_device import NO_OFFLOAD
 from passt.tap import Tap
 from tests.unit import hostile
 from tests.unit.hostile import CHANGES, FILLS, Stack, build, check, harmless, random_frames, seeds

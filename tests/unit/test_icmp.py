@@ -16,13 +16,13 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from passt import addr, icmp, log
-from passt.core.config import PASST, Ip4
-from passt.core.flow import FREE
-from passt.core.fwd import Forwarding
-from passt.core.reactor import EPOLLERR, EPOLLIN
-from passt.core.settings import Settings
+from passt.flow.table import FREE
 from passt.icmp import ERRORS_PER_SECOND, Errors, Icmp, PingNotAllowed, from_errno, from_extended, refuse
 from passt.linux.sockopt import ORIGIN_ICMP, ORIGIN_ICMP6, ORIGIN_LOCAL, ExtendedError
+from passt.loop.reactor import EPOLLERR, EPOLLIN
+from passt.policy.config import PASST, Ip4
+from passt.policy.forwarding import Forwarding
+from passt.policy.settings import Settings
 from passt.wire.icmp import quote_udp
 
 from .offload import received

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passt import addr
 from passt.addr import ANY6, packed
-from passt.core.context import Context
+from passt.flow.context import Context
 from passt.ndp import RA_INTERVAL, Ndp, advertises, ignore, router_advertisement
 from passt.wire import ndp
 from passt.wire.cursor import Malformed

@@ -17,11 +17,12 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 
-from passt import addr, log, passt, wiring
-from passt.core import spare
-from passt.listen_sock import NOTHING
+from passt import addr, log, passt
+from passt.daemon import wiring
+from passt.flow import spare
 from passt.log import Fatal
 from passt.passt import Clients
+from passt.ports.sockets import NOTHING
 from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, OUR_MAC, no_descriptors
 
 # The socket in the file system -------------------------------------------------------------------------------------

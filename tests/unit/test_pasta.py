@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 
-from passt import isolation, pasta, pasta_init
-from passt.core.changes import Changes
-from passt.isolation import Identity
+from passt import pasta
 from passt.linux import inotify, netlink, netns, tun
 from passt.linux.routes import NsPlan
 from passt.linux.tun import Tap
 from passt.log import Fatal
+from passt.loop.changes import Changes
+from passt.namespace import init as namespace_init
+from passt.namespace.init import Command
 from passt.pasta import Init, Target, Watch, create_tap, find, open_target
-from passt.pasta_init import Command
+from passt.sandbox import isolation
+from passt.sandbox.isolation import Identity
 
 
 @pytest.fixture
@@ -335,7 +337,7 @@ def test_helper_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "unshare: No space left on device")
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    monkeypatch.setattr(pasta_init, "helper", fail)
+    monkeypatch.setattr(namespace_init, "helper", fail)
     pid = os.fork()
     if pid == 0:
         pasta._helper(Command("true", ("true",), {}), Identity(os.geteuid(), os.getegid()), None, True, theirs, -1)

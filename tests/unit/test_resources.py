@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from passt import tcp_sock
-from passt.core.timers import NO_OWNER
+from passt.loop.timers import NO_OWNER
+from passt.tcp_engine import sock as tcp_sock
 from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN, SynOptions
 from tests.unit.support import T0, reactor, timers
 from tests.unit.tcp_support import FakeSocket, Talk, fake_sockets

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scapy.all import IP, TCP, Ether, IPv6
 
 from passt import addr
-from passt.core.flow import FlowTable
-from passt.core.reactor import EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, make_ref
-from passt.core.timers import NO_OWNER
+from passt.flow.table import FlowTable
+from passt.loop.reactor import EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, make_ref
+from passt.loop.timers import NO_OWNER
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 from tests.unit.support import GATEWAY4, link, reactor, reconfigure
 from tests.unit.tcp_support import ALL, GUEST_ISN, FakeSocket, Talk, accepted_connection, fake_sockets, open_connection
@@ -269,7 +269,7 @@ def test_full_table_refuses() -> None:
 
 
 def test_no_descriptor_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    from passt import tcp_sock
+    from passt.tcp_engine import sock as tcp_sock
 
     def fail(*_: int) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -15,13 +15,14 @@ from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6, defr
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from passt import addr, log, udp, udp_io
-from passt.core.flow import FREE
-from passt.core.reactor import EPOLLERR, EPOLLIN
+from passt import addr, log, udp
+from passt.flow.table import FREE
 from passt.linux import sockopt
 from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT, ExtendedError
+from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.udp import Udp
-from passt.udp_flow import UdpFlow
+from passt.udp_engine import io as udp_io
+from passt.udp_engine.flow import UdpFlow
 
 from .offload import received
 from .oracle import recomputed

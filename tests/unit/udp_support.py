@@ -13,14 +13,14 @@ from typing import Any
 from unittest import mock
 
 from passt import addr
-from passt.core import nspool
-from passt.core.context import Context
-from passt.core.reactor import EPOLLIN
-from passt.core.rules import Listener, Rule
+from passt.flow.context import Context
+from passt.linux import nspool
 from passt.linux.sockopt import IP_PKTINFO
+from passt.loop.reactor import EPOLLIN
+from passt.policy.rules import Listener, Rule
+from passt.ports.udp_in import UdpIn
 from passt.udp import Udp
-from passt.udp_in import UdpIn
-from passt.udp_io import PAUSE
+from passt.udp_engine.io import PAUSE
 from passt.wire.checksum import PROTO_UDP
 
 from .support import T0, link, make_context, reactor, timers

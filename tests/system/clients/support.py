@@ -45,7 +45,7 @@ _PROGRAMS = {
     "passt": "passt.cli",
     "passt4netns": "passt.cli",
     "qrap": "passt.qrap",
-    "pesto": "passt.pesto",
+    "pesto": "passt.pesto.command",
 }
 _SCRIPT = """#!{python}
 import sys

@@ -11,7 +11,7 @@ from scapy.layers.inet import IP, UDP, defragment
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, defragment6
 
 from passt import addr
-from passt.core.reassembly import Reassembly
+from passt.link.reassembly import Reassembly
 from passt.wire import udp
 from passt.wire.checksum import PROTO_UDP
 from passt.wire.fragment import fragments

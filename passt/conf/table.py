@@ -1,0 +1,160 @@
+"""The table of options of a mode: what is parsed, what --help and completions show.
+
+It has the rows of `options.py`, and here those that set no field. An option of the other mode is in it, too: an
+error that says so, and what there is instead. Some of these the original accepts by their long names, so they are a
+warning here. Rows without help are options of the original that do not exist here; they say so, in the words of
+getopt_long(3), by which clients know what is missing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from ..log import Fatal
+from ..policy.config import PASST, PASTA
+from . import actions
+from .actions import Done, Fields, Row
+from .options import Options
+from .row import BASIC, GROUPS, RARE, Only, Option, option
+
+if TYPE_CHECKING:
+    from .completion import Program
+
+GUEST = {PASTA: "namespace", PASST: "guest"}
+_WORDS = {
+    PASTA: {"guest": "namespace", "link": "a tap device", "ports": "'auto'",
+            "auto": "'auto' (ports with a listener in the namespace) "},
+    PASST: {"guest": "guest", "link": "a socket", "ports": "'none'", "auto": ""},
+}  # fmt: skip
+
+_HEADS = {
+    PASTA: """\
+Usage: pasta [OPTION]... [COMMAND [ARG]...]
+       pasta [OPTION]... PID
+       pasta [OPTION]... --netns PATH|NAME
+
+Connect a network namespace to the network of the host, without privileges: the
+namespace of process PID, the one of --netns, or a new one with COMMAND or a
+login shell in it.
+
+Example: pasta --config-net -t 8080:80 -- python3 -m http.server 80
+
+An option for addresses counts once for IPv4 and once for IPv6. Of options that
+contradict each other, the last one counts. See passt(1) for details.""",
+    PASST: """\
+Usage: passt [OPTION]...
+
+Connect a virtual machine to the network of the host, without privileges. passt
+listens on a UNIX domain socket, to which QEMU connects by -netdev stream.
+
+Example: passt -t 2222:22
+
+An option for addresses counts once for IPv4 and once for IPv6. Of options that
+contradict each other, the last one counts. See passt(1) for details.""",
+}
+
+
+def _absent(head: str, why: str, none: bool = False) -> Option:
+    """An option that clients may know from the original; `none` tells that its argument "none" asks for nothing."""
+
+    def action(fields: Fields, text: str, row: Row) -> None:
+        if not (none and text == "none"):
+            raise Fatal(f"{fields['mode']}: unrecognized option '--{row.name}': {why}")
+
+    return option(head, RARE, "", action, only=Only(PASST))
+
+
+def _help(fields: Fields, _: str, __: Row) -> None:
+    raise Done(usage(fields["mode"]))
+
+
+def _version(fields: Fields, _: str, __: Row) -> None:
+    from .. import __version__
+
+    raise Done(f"{fields['mode']} {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n")
+
+
+def _completion(fields: Fields, text: str, _: Row) -> None:
+    from . import completion
+
+    raise Done(completion.script(text, completed(fields["mode"])))
+
+
+_NO_MIGRATION = "connections do not migrate with the guest here"
+TABLE = (
+    *Options.ROWS,
+    option("-h, --help", BASIC, "Show this help and exit", _help),
+    option("--version", BASIC, "Show the version and exit", _version),
+    option("--completion SHELL", RARE, "Print completions for bash, zsh or fish, and exit", _completion),
+    option("-e, --stderr", RARE, "No effect; accepted for compatibility", actions.nothing),
+    _absent("--vhost-user", "the guest is served on a stream socket here (qemu -netdev stream)"),
+    _absent("--print-capabilities", "it is about vhost-user, and the guest is served on a stream socket here"),
+    _absent("--repair-path PATH", _NO_MIGRATION, none=True),
+    _absent("--migrate-exit", _NO_MIGRATION),
+    _absent("--migrate-no-linger", _NO_MIGRATION),
+)
+
+
+@cache
+def table(mode: str) -> tuple[Option, ...]:
+    """The options as they are parsed in a mode, PASTA or PASST."""
+    here = [row if row.is_in(mode) else _elsewhere(row) for row in TABLE]
+    letters = [_letter_elsewhere(row) for row in TABLE if row.short and not row.is_in(mode)]
+    return (*here, *letters)
+
+
+def _elsewhere(row: Option) -> Option:
+    """The row in the mode that does not have the option."""
+    if row.only.inert:
+        return row._replace(short="", help="", action=actions.nothing)
+
+    def action(_: Fields, __: str, ___: Row) -> None:
+        raise Fatal(f"--{row.name} {_where(row)}")
+
+    return row._replace(short="", help="", action=action)
+
+
+def _letter_elsewhere(row: Option) -> Option:
+    """Its letter there, which is an error whatever follows it."""
+
+    def action(fields: Fields, _: str, __: Row) -> None:
+        raise Fatal(f"{fields['mode']}: invalid option -- '{row.short}': -{row.short} (--{row.name}) {_where(row)}")
+
+    return row._replace(name="", arg="", help="", action=action)
+
+
+def _where(row: Option) -> str:
+    return f"is for {row.only.mode} mode only" + (f": {row.only.instead}" if row.only.instead else "")
+
+
+def without_effect(row: Option) -> str:
+    """The warning about an option that the mode accepts for compatibility and does not have."""
+    return f"--{row.name} is for {row.only.mode} mode only, it has no effect: {row.only.instead}"
+
+
+def named(field: str) -> str:
+    """The option that sets a field, as messages call it."""
+    return next(f"--{row.name}" for row in TABLE if row.field == field)
+
+
+def listed(mode: str) -> list[Option]:
+    """The options that a mode has, in the order of --help, with their texts for that mode."""
+    rows = sorted((row for row in TABLE if row.help and row.is_in(mode)), key=lambda row: GROUPS.index(row.group))
+    return [row._replace(help=row.help.format(**_WORDS[mode])) for row in rows]
+
+
+def completed(mode: str) -> Program:
+    """What shells complete."""
+    from .completion import Program
+
+    if mode == PASTA:
+        return Program(("pasta", "passt4netns"), listed(mode), operands="command", spec=("none", "auto", "all"))
+    return Program(("passt",), listed(mode))
+
+
+def usage(mode: str) -> str:
+    """The text of --help."""
+    from . import help as conf_help
+
+    return conf_help.text(_HEADS[mode], listed(mode), GROUPS)

@@ -1,0 +1,286 @@
+"""The dialect of the control socket (-c): a JSON object asks, a JSON object answers, each on a line of its own.
+
+    {"command": ...}                               answer, beside "ok": true
+    ---------------------------------------------  -------------------------------------------------------------------
+    "show"                                         "rules": those in force
+    "add", "rules": ["-t 8080:80", ...]            "added", "removed", "present": rules; what was there already is no
+    "delete", "rules": [...], or "numbers": [...]  error. All of a request is done, or nothing
+    "replace", "rules": [...]                      the rules of the letters that occur are those given, and no others
+    "clear", perhaps "side": "host" or "splice"    likewise none: of -t and -u (host), of -T and -U (splice), of all
+    "change", "changes": [{"add": "-t 8080"},      several of these in their order; "delete" takes a number, too
+      {"delete": "-u 53"}, {"clear": "host"}]
+    "flows"                                        "flows": what goes on
+    "stats"                                        "stats": counters
+    "metrics"                                      "metrics": the same in the text format of Prometheus
+    "info"                                         "info": who we are, and what the guest was told
+
+    {"ok": false, "error": ...}                    why not, in a line; "errors" has all lines, and "ports" what could
+                                                   not be bound: "port", "rule", "errno", "reason"
+
+A rule is written as on the command line. What is no JSON object ends the conversation; other mistakes do not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__, addr
+from ..conf import ports as conf_ports
+from ..flow.context import Context
+from ..log import Fatal
+from ..policy.rules import Rule
+from ..ports.forwards import Add, Change, Clear, Delete, DeleteNumber, Forwards, Outcome, Refused
+from ..wire.checksum import PROTO_TCP, PROTO_UDP
+from . import metrics
+from .server import Garbage
+
+if TYPE_CHECKING:
+    from ..conf.argv import Options
+
+REQUEST_MAX = 65536
+PIECE = 64  # flows or rules in a piece of an answer
+OPTION_MAX = 200  # characters of an option that each of its rules is called by
+LISTED_MAX = 1000  # lines of an error, and ports that could not be had
+HOST, SPLICE, ALL = "host", "splice", "all"
+SIDES = {HOST: False, SPLICE: True, ALL: None}  # whether rules are outbound
+
+Json = dict[str, Any]
+
+
+class Wrong(Exception):
+    """A request that can't be met, and why."""
+
+
+class Specs:
+    """Options for ports, as they are read while we run."""
+
+    def __init__(self, options: Options, ctx: Context, ephemeral: range | None) -> None:
+        self._options = options
+        self._ctx = ctx
+        self._ephemeral = conf_ports.EPHEMERAL if ephemeral is None else ephemeral
+
+    def rules(self, option: str) -> tuple[Rule, ...]:
+        """Raises Fatal."""
+        config = self._ctx.config
+        families = config.ip4 is not None, config.ip6 is not None
+        rules = conf_ports.later(option, self._options, self._ephemeral, *families)
+        return rules if len(option) <= OPTION_MAX else tuple(replace(rule, option=rule.spec) for rule in rules)
+
+
+class Api:
+    """A `control.server.Dialect`."""
+
+    request_max = REQUEST_MAX
+    single = False
+
+    def __init__(self, ctx: Context, forwards: Forwards, specs: Specs, mode: str) -> None:
+        self._ctx = ctx
+        self._forwards = forwards
+        self._specs = specs
+        self._mode = mode
+
+    def answer(self, request: bytes, now: float) -> Iterable[bytes]:
+        """Raises Garbage."""
+        asked = decode(request)
+        try:
+            return self._command(asked, now)
+        except (Wrong, Fatal, Refused) as e:
+            return (_line(_failure(e)),)
+
+    def refusal(self, why: str) -> bytes:
+        return _line({"ok": False, "error": why})
+
+    def _command(self, asked: Json, now: float) -> Iterable[bytes]:
+        command = asked.pop("command", None)
+        if not isinstance(command, str):
+            raise Wrong('there is no "command" that is a word')
+        if command == "flows":
+            _no_more(asked)
+            return streamed("flows", metrics.flows(self._ctx, now))
+        if command == "show":
+            _no_more(asked)
+            rules = sorted(self._forwards.rules.items(), key=_number)
+            return streamed("rules", (self._described(number, rule) for number, rule in rules))
+        if command in ("add", "delete", "replace", "clear", "change"):
+            outcome = self._forwards.change(self._changes(command, asked), now)
+            return (_line(self._changed(outcome)),)
+        answers = {"stats": self._stats, "metrics": self._metrics, "info": self._info}
+        if command not in answers:
+            known = ", ".join((*answers, "flows", "show", "add", "delete", "replace", "clear", "change"))
+            raise Wrong(f"unknown command {command!r:.80}: there are {known}")
+        _no_more(asked)
+        return (_line({"ok": True, **answers[command](now)}),)
+
+    # Rules -----------------------------------------------------------------------------------------------------------
+
+    def _changes(self, command: str, asked: Json) -> list[Change]:
+        if command == "change":
+            given = _list(asked, "changes", dict)
+            steps = [item for change in given for item in change.items()]
+        elif command == "clear":
+            steps = [("clear", asked.pop("side", ALL))]
+        else:
+            steps = [(command, number) for number in _list(asked, "numbers", int)] if command == "delete" else []
+            steps += [(command, text) for text in _list(asked, "rules", str)]
+        _no_more(asked)
+        if not steps:
+            raise Wrong(f"nothing to {command} is named")
+        replaced = [value for what, value in steps if what == "replace"]
+        return [change for what, value in steps for change in self._step(what, value, replaced)]
+
+    def _step(self, what: str, value: Any, replaced: list[Any]) -> Iterator[Change]:
+        """The changes of a step; before the first one of those that replace, what they replace goes."""
+        if what == "clear":
+            if not isinstance(value, str) or value.lower() not in SIDES:
+                raise Wrong(f"{value!r:.80} can't be cleared: there are {', '.join(SIDES)}")
+            yield Clear(SIDES[value.lower()])
+            return
+        if what == "delete" and isinstance(value, int) and not isinstance(value, bool):
+            yield DeleteNumber(value)
+            return
+        if what not in ("add", "delete", "replace") or not isinstance(value, str):
+            raise Wrong(f"{what!r:.80}: {value!r:.80} is not a change")
+        rules = self._specs.rules(value)
+        if what == "replace" and value is replaced[0]:
+            for letter in dict.fromkeys(text[1:2] for text in replaced if isinstance(text, str)):
+                if letter in conf_ports.INBOUND + conf_ports.OUTBOUND:
+                    yield Clear(letter in conf_ports.OUTBOUND, PROTO_TCP if letter in "tT" else PROTO_UDP)
+        if not rules and what != "replace":
+            raise Wrong(f"'{value}' names no ports to {what}")
+        for rule in rules:
+            yield Delete(rule) if what == "delete" else Add(rule)
+
+    def _changed(self, outcome: Outcome) -> Json:
+        return {
+            "ok": True,
+            "added": [self._described(*item) for item in sorted(outcome.added.items(), key=_number)],
+            "removed": [describe(*item) for item in sorted(outcome.removed.items(), key=_number)],
+            "present": [describe(None, rule) for rule in outcome.present],
+        }
+
+    def _described(self, number: int, rule: Rule) -> Json:
+        ports = self._forwards.ports(rule)
+        return {**describe(number, rule), "listening": spans(ports)}
+
+    # What goes on ----------------------------------------------------------------------------------------------------
+
+    def _stats(self, now: float) -> Json:
+        return {"stats": metrics.snapshot(self._ctx, now)}
+
+    def _metrics(self, now: float) -> Json:
+        return {"metrics": metrics.prometheus(self._ctx, now)}
+
+    def _info(self, now: float) -> Json:
+        config, guest = self._ctx.config, self._ctx.guest
+        about: Json = {"version": __version__, "mode": self._mode}
+        if not config.splice_only:  # there is no interface then
+            mac = addr.mac_text(guest.mac) if guest.mac != addr.BROADCAST_MAC else None  # it has sent nothing yet
+            seen = {"address": _text(guest.addr4), "address6": _text(guest.addr6), "mac": mac}
+            families = [ip for ip in (config.ip4, config.ip6) if ip is not None]
+            about |= {
+                "mtu": config.mtu,
+                "assigned": [addr.text(ip.addr) for ip in families if ip.addr],
+                "gateways": [addr.text(ip.gateway) for ip in families if ip.gateway],
+                "guest": seen,
+            }
+        return {"info": about}
+
+
+# JSON --------------------------------------------------------------------------------------------------------------
+
+
+def decode(request: bytes) -> Json:
+    """Raises Garbage."""
+    try:
+        asked = json.loads(request.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise Garbage("cannot parse JSON: not UTF-8") from None
+    except ValueError as e:  # JSONDecodeError, and numbers with too many digits
+        raise Garbage(f"cannot parse JSON: {e}") from None
+    except RecursionError:
+        raise Garbage("cannot parse JSON: nested too deeply") from None
+    if not isinstance(asked, dict):
+        raise Garbage("a request is a JSON object")
+    return asked
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _line(answer: Json) -> bytes:
+    return json.dumps(answer, separators=(",", ":")).encode() + b"\n"
+
+
+def streamed(name: str, objects: Iterable[Json]) -> Iterator[bytes]:
+    """An answer with a list, in pieces."""
+    yield f'{{"ok":true,"{name}":['.encode()
+    left, separator = iter(objects), ""
+    while some := list(islice(left, PIECE)):
+        yield (separator + json.dumps(some, separators=(",", ":"))[1:-1]).encode()
+        separator = ","
+    yield b"]}\n"
+
+
+def _failure(e: Exception) -> Json:
+    if isinstance(e, Refused):
+        ports = [
+            {"port": f.port, "rule": f.rule.option, "errno": f.errno, "reason": f.reason}
+            for f in e.failures[:LISTED_MAX]
+        ]
+        return {"ok": False, "error": e.lines[0], "errors": e.lines[:LISTED_MAX], "ports": ports}
+    return {"ok": False, "error": str(e), "errors": [str(e)]}
+
+
+def _list(asked: Json, name: str, kind: type) -> list[Any]:
+    value = asked.pop(name, [])
+    if not isinstance(value, list) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in value):
+        what = {str: "strings", int: "numbers", dict: "objects"}[kind]
+        raise Wrong(f'"{name}" is not a list of {what}')
+    return value
+
+
+def _no_more(asked: Json) -> None:
+    for name in asked:
+        raise Wrong(f"unknown member {name!r:.80} of the request")
+
+
+def _number(item: tuple[int, Rule]) -> int:
+    return item[0]
+
+
+def _text(address: bytes) -> str | None:
+    return addr.text(address) if any(address) else None
+
+
+def describe(number: int | None, rule: Rule) -> Json:
+    """A rule as an object; "rule" is what an option would ask for it with."""
+    return {
+        "number": number,
+        "rule": rule.spec,
+        "protocol": {PROTO_TCP: "tcp", PROTO_UDP: "udp"}[rule.proto],
+        "side": SPLICE if rule.outbound else HOST,
+        "address": None if rule.addr is None else addr.text(rule.addr),
+        "interface": rule.ifname,
+        "first": rule.first,
+        "last": rule.last,
+        "target": None if rule.target is None else addr.text(rule.target),
+        "target_first": rule.to,
+        "target_last": rule.target_port(rule.last),
+        "auto": rule.auto,
+    }
+
+
+def spans(ports: Iterable[int]) -> list[list[int]]:
+    """[1, 2, 3, 7] as [[1, 3], [7, 7]]"""
+    found: list[list[int]] = []
+    for port in sorted(ports):
+        if found and found[-1][1] == port - 1:
+            found[-1][1] = port
+        else:
+            found.append([port, port])
+    return found

@@ -1,0 +1,220 @@
+"""Statistics as they are shown: to programs, as JSON and as Prometheus text; to people, as a table.
+
+Everything comes from counters that others keep (`flow/stats.py` says who). `snapshot` reads them all, in a time that
+does not depend on the number of flows; the other forms are made from snapshots, or are about flows one by one.
+
+    snapshot      a dictionary of dictionaries and numbers: for JSON, and to compare with a later one
+    flows         a dictionary for each flow, one after the other: reading a TCP connection costs two system calls, so
+                  whoever asks for many should take breaks, between which flows may come and go
+    prometheus    text exposition format 0.0.4: a family for each kind of figure, labels for reasons and directions
+    table         lines of at most WIDTH columns: what happened between two snapshots, and in all
+
+The table leaves out kinds of flows, paths and drops that never occurred. Its rates are those of the time between the
+two snapshots. Numbers that would be too long are in decimal multiples (k, M, G).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .. import __version__
+from ..flow.context import Context
+from ..flow.table import LABELS
+
+WIDTH = 80
+Snapshot = dict[str, Any]
+_DIRECTIONS = ("to_guest", "to_host")
+_CELL = 12  # columns of a number in the table
+
+
+def snapshot(ctx: Context, now: float) -> Snapshot:
+    """All counters, fit for JSON. Times in seconds, sizes in bytes; what ends in "total" or is below it only grows."""
+    stats, flows, link = ctx.stats, ctx.flows, ctx.link
+    user, system = stats.cpu()
+    open_ = dict.fromkeys(LABELS, 0) | flows.opened
+    closed: dict[str, dict[str, int]] = {label: {} for label in LABELS}
+    for (label, why), count in flows.closed.items():
+        closed[label][why] = count
+        open_[label] -= count
+    return {
+        "version": __version__,
+        "mode": ctx.config.mode,
+        "time": round(time.time(), 3),
+        "uptime": round(now - stats.started, 3),
+        "guests": stats.gauge("guests", 1),
+        "link": {
+            "from_guest": {"frames": stats.frames_from_guest, "bytes": stats.bytes_from_guest},
+            "to_guest": {"frames": link.sent_frames, "bytes": link.sent_bytes},
+        },
+        "spliced": {
+            proto: {way: tally.bytes for way, tally in zip(_DIRECTIONS, tallies, strict=True)}
+            for proto, tallies in stats.spliced.items()
+        },
+        "flows": {
+            label: {"open": open_[label], "opened": flows.opened[label], "closed": closed[label]} for label in LABELS
+        },
+        "drops": dict(ctx.drops),
+        "loop": {"wakeups": ctx.reactor.wakeups, "events": ctx.reactor.events},
+        "cpu": {"user": round(user, 6), "system": round(system, 6)},
+        "memory": stats.resident(),
+        "listeners": stats.gauge("listeners"),
+        "forwards": stats.gauge("forwards"),
+    }
+
+
+def flows(ctx: Context, now: float, first: int = 0) -> Iterator[dict[str, object]]:
+    """Those with an index from `first` on, in that order. May be read in pieces, flows that went are left out."""
+    by_index = ctx.flows.by_index
+    index = first
+    while index < len(by_index):
+        flow = by_index[index]
+        if flow is not None:
+            yield flow.info(now).row()
+        index += 1
+
+
+# Prometheus ----------------------------------------------------------------------------------------------------------
+
+Sample = tuple[dict[str, str], float]
+
+
+def prometheus(ctx: Context, now: float) -> str:
+    """Text exposition format 0.0.4 (prometheus.io/docs/instrumenting/exposition_formats)."""
+    return "".join(_family(*family) for family in _families(snapshot(ctx, now)))
+
+
+def _families(now: Snapshot) -> Iterator[tuple[str, str, str, list[Sample]]]:
+    """Name, type, help, samples: of everything in a snapshot."""
+    link, loop, cpu, by_label = now["link"], now["loop"], now["cpu"], now["flows"]
+    yield "passt_info", "gauge", "Which program this is.", [({"version": now["version"], "mode": now["mode"]}, 1)]
+    for noun, way, verb in (("receive", "to_guest", "was"), ("transmit", "from_guest", "has")):
+        for unit, value in link[way].items():
+            text = f"{unit.capitalize()} that the guest {verb} sent."
+            yield f"passt_guest_{noun}_{unit}_total", "counter", text, [({}, value)]
+    spliced = [
+        ({"protocol": proto, "direction": way}, value)
+        for proto, ways in now["spliced"].items()
+        for way, value in ways.items()
+    ]
+    yield "passt_spliced_bytes_total", "counter", "Payload moved between loopbacks, without a frame.", spliced
+    yield "passt_flows", "gauge", "Open flows.", [({"kind": k}, f["open"]) for k, f in by_label.items()]
+    opened = [({"kind": k}, f["opened"]) for k, f in by_label.items()]
+    yield "passt_flows_opened_total", "counter", "Flows that were opened.", opened
+    closed = [({"kind": k, "reason": r}, n) for k, f in by_label.items() for r, n in sorted(f["closed"].items())]
+    yield "passt_flows_closed_total", "counter", "Flows that were closed.", closed
+    drops = [({"reason": reason}, n) for reason, n in sorted(now["drops"].items())]
+    yield "passt_drops_total", "counter", "Frames, datagrams and connections that were dropped.", drops
+    yield "passt_loop_wakeups_total", "counter", "How often the loop has waited.", [({}, loop["wakeups"])]
+    yield "passt_loop_events_total", "counter", "Events that the loop has handled.", [({}, loop["events"])]
+    yield "passt_guest_connected", "gauge", "Guests at the other end of the link.", [({}, now["guests"])]
+    yield "passt_listeners", "gauge", "Sockets that wait for connections and datagrams.", [({}, now["listeners"])]
+    yield "passt_forwards", "gauge", "Forwarding rules in force.", [({}, now["forwards"])]
+    modes: list[Sample] = [({"mode": mode}, seconds) for mode, seconds in cpu.items()]
+    yield "passt_cpu_seconds_total", "counter", "Processor time by mode.", modes
+    yield "process_cpu_seconds_total", "counter", "Processor time.", [({}, sum(cpu.values()))]
+    yield "process_resident_memory_bytes", "gauge", "Resident memory.", [({}, now["memory"])]
+    started = round(now["time"] - now["uptime"], 3)
+    yield "process_start_time_seconds", "gauge", "When the program was started, since the epoch.", [({}, started)]
+
+
+def _family(name: str, kind: str, text: str, samples: Iterable[Sample]) -> str:
+    lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+    for labels, value in samples:
+        inner = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
+        lines.append(f"{name}{{{inner}}} {value!r}" if inner else f"{name} {value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+# Table ---------------------------------------------------------------------------------------------------------------
+
+
+def table(now: Snapshot, earlier: Snapshot | None = None) -> list[str]:
+    """What happened since `earlier`, or since the start, and in all."""
+    seconds = max(now["uptime"] - (earlier["uptime"] if earlier else 0.0), 1e-3)
+    before = earlier or {}
+    cpu = sum(now["cpu"].values())
+    share = (cpu - sum(before.get("cpu", {}).values())) / seconds
+    lines = [
+        f"Statistics of the last {seconds:.1f} s, {now['uptime']:.1f} s after the start",
+        f"  {_count(now['guests'], 'guest')}, {_count(now['forwards'], 'forward')}, "
+        f"{_count(now['listeners'], 'listener')}; memory {_short(now['memory'])}B",
+        _line("", "per second", "in all", "per second", "in all"),
+        _line("", "frames", "frames", "bytes", "bytes"),
+    ]
+    for text, way in (("guest -> host", "from_guest"), ("host -> guest", "to_guest")):
+        lines.append(_rates(text, now, before, seconds, ("link", way, "frames"), ("link", way, "bytes")))
+    for proto in ("tcp", "udp"):
+        for text, way in (("-> host", "to_host"), ("-> guest", "to_guest")):
+            if now["spliced"][proto][way]:
+                name = f"{proto.upper()} spliced {text}"
+                lines.append(_rates(name, now, before, seconds, None, ("spliced", proto, way)))
+    lines += _flow_lines(now, before, seconds)
+    lines.append(_line("", "per second", "in all"))
+    lines.append(_line("processor", f"{share:.1%}", f"{cpu:.2f} s"))
+    for text, key in (("wake-ups", "wakeups"), ("events", "events")):
+        lines.append(_rates(text, now, before, seconds, ("loop", key)))
+    for reason in sorted(now["drops"]):
+        lines.append(_rates(f"drop: {reason}", now, before, seconds, ("drops", reason)))
+    return lines
+
+
+def _flow_lines(now: Snapshot, before: Snapshot, seconds: float) -> list[str]:
+    """A line for each kind of flow that there ever was."""
+    lines = [_line("flows", "open", "opened/s", "opened", "closed")]
+    for label in LABELS:
+        flow = now["flows"][label]
+        if flow["opened"]:
+            opened = flow["opened"]
+            rate = (opened - _at(before, ("flows", label, "opened"))) / seconds
+            values = flow["open"], rate, opened, opened - flow["open"]
+            lines.append(_line(f"  {label.replace('_splice', ' spliced')}", *map(_short, values)))
+    return lines if len(lines) > 1 else []
+
+
+def _rates(text: str, now: Snapshot, before: Snapshot, seconds: float, *paths: tuple[str, ...] | None) -> str:
+    """A line with the rate and the total of counters; None stands for one that does not exist."""
+    cells: list[str] = []
+    for path in paths:
+        if path is None:
+            cells += ["", ""]
+        else:
+            total = _at(now, path)
+            cells += [_short((total - _at(before, path)) / seconds), _short(total)]
+    return _line(text, *cells)
+
+
+def _at(snap: Snapshot, path: tuple[str, ...]) -> float:
+    """A number in a snapshot, 0 if it is not there (yet)."""
+    value: Any = snap
+    for key in path:
+        value = value.get(key, {}) if isinstance(value, dict) else {}
+    return value if isinstance(value, int | float) else 0
+
+
+def _line(text: str, *cells: str) -> str:
+    """The cells are the last columns: the fewer they are, the longer may be the text."""
+    width = WIDTH - 2 - len(cells) * _CELL
+    return (f"  {text:<{width}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)).rstrip()
+
+
+def _short(value: float) -> str:
+    """Five digits at most: 12345, 123.4 k, 1.234 G."""
+    if isinstance(value, float) and value < 99.95:
+        return f"{value:.1f}"
+    if value < 99_999.5:
+        return f"{value:.0f}"
+    for unit in "kMGTP":
+        value /= 1000
+        if value < 999.95:
+            return f"{value:.1f} {unit}"
+    return f"{value:.0f} P"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,75 @@
+"""The control sockets of a daemon: opened by path while we are who started us, served once everything is wired.
+
+Their paths are removed if the start fails. At the end of a run nothing of the file system is left to remove them
+from: the next one to listen there takes them over (`linux/unix.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from ..linux import unix
+from ..linux.proc import ephemeral_ports, in_init_userns
+
+if TYPE_CHECKING:
+    from ..conf.argv import Options
+    from ..flow.context import Context
+    from . import server
+
+
+def wanted(options: Options) -> bool:
+    """Whether there is to be any, and rules may change."""
+    return options.conf_path is not None or options.api_socket is not None
+
+
+class Sockets:
+    """Those that the options name, listening."""
+
+    def __init__(self, options: Options) -> None:
+        """Raises Fatal, with nothing left open."""
+        self._options = options
+        self._origins: list[unix.Origin] = []  # who may speak: who started us, and who we will be
+        self._conf: server.Listening | None = None
+        self._api: server.Listening | None = None
+        if not wanted(options):
+            return
+        from . import api, server, slirp  # noqa: F401  # who we become may not be able to read files
+
+        self._origins.append(unix.Origin())
+        try:
+            if options.conf_path is not None:
+                self._conf = server.listen(options.conf_path)
+            if options.api_socket is not None:
+                self._api = server.listen(options.api_socket)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Close them, and remove their paths."""
+        for listening in (self._conf, self._api):
+            if listening is not None:
+                with suppress(OSError):  # it may be root's, and we somebody else by now
+                    os.unlink(listening.path)
+                listening.sock.close()
+        for origin in self._origins:
+            origin.close()
+
+    def serve(self, ctx: Context) -> None:
+        """From now on the loop answers. We are who we will be."""
+        if not wanted(self._options):
+            return
+        from . import api, server, slirp
+
+        assert ctx.forwards is not None, "there is one wherever there are listeners"
+        options = self._options
+        specs = api.Specs(options, ctx, ephemeral_ports())
+        sockets: list[tuple[server.Listening, server.Dialect]] = []
+        if self._conf is not None:
+            sockets.append((self._conf, api.Api(ctx, ctx.forwards, specs, options.mode)))
+        if self._api is not None:
+            sockets.append((self._api, slirp.SlirpApi(ctx, ctx.forwards, specs)))
+        self._origins.append(unix.Origin())
+        server.Control(ctx, sockets, server.Users(self._origins, root=in_init_userns()))

@@ -1,0 +1,111 @@
+"""The composition root of passt: from parsed options to a running loop, and back to an exit status.
+
+    open      PID and pcap files, the guest's socket by path (or --fd); then inherited descriptors are closed
+    read      the host's links, addresses, routes, resolvers; decide what the guest gets
+    listen    on the host, as who we were started by: it may be root, who has ports below 1024; become nobody then
+    wire      the services, around one Context
+    detach    to the background unless in the foreground; into the sandbox (`sandbox/isolation.py`, `seccomp.py`); PID
+              file: the parent exits when nothing is left to do
+    run       turn the loop: a guest may connect
+
+Before `detach` every error ends the program with a message and status 1, and the socket's path goes with it. From when
+the socket is there, signals that end us wait until the loop can take them: status 0, as at any later time.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, NoReturn
+
+from .. import log, seccomp
+from ..conf.argv import Options
+from ..control import sockets as control_sockets
+from ..loop.changes import Changes
+from ..sandbox import isolation
+from . import common
+from .common import End, Sandbox
+from .reports import Reports
+
+if TYPE_CHECKING:
+    from ..conf.resolv_conf import Follower
+    from ..flow.context import Context
+    from ..link.stream_socket import StreamLink
+    from ..sandbox.isolation import Identity
+    from ..tap import Tap
+
+
+def run(options: Options, inherited: Sequence[int]) -> NoReturn:
+    """From options to the end. Raises Fatal, with everything undone, at start."""
+    from .. import passt
+
+    identity = isolation.choose_identity(options.runas)
+    files = common.open_files(options, Changes())
+    isolation.close_fds(inherited)
+    guest = listener = path = None
+    with ExitStack() as undo:
+        with common.signals_held():
+            if options.fd is not None:
+                guest = passt.inherited(options.fd)
+            else:
+                listener, path = passt.listen(options.socket_path)
+                undo.callback(_remove, path)
+            controls = control_sockets.Sockets(options)
+            undo.callback(controls.remove)
+            ctx, link, tap = build(options, identity, files.names, path)
+            controls.serve(ctx)
+            end = End(ctx, None)
+            common.attach_capture(ctx, link, tap, options, files.pcap)
+            clients = passt.Clients(ctx, link, tap, listener, end.done if options.one_off else None)
+            end.attend()
+            reports = Reports(ctx, options)
+        gc.collect()
+        gc.freeze()
+        sandbox = Sandbox(options.mode, not options.foreground, directories=files.names.directories)
+        common.detach(options, files.pid, sandbox, reports.begin, undo.close)
+        undo.pop_all()
+    if guest is not None:
+        clients.serve(guest)
+    common.run(ctx, end, reports.end)
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):  # it may be root's, and we somebody else by now
+        os.unlink(path)
+
+
+def build(options: Options, identity: Identity, names: Follower, path: str | None) -> tuple[Context, StreamLink, Tap]:
+    """From the host's configuration to wired services. We are `identity` afterwards."""
+    from ..conf import decide as conf_decide  # who we become may not be able to read Python's files
+    from ..conf import summary as conf_summary  # who we become may not be able to read Python's files
+    from ..linux import netlink
+    from ..linux.syscall import CAP_SYS_ADMIN
+    from ..ports import sockets as port_sockets  # who we become may not be able to read Python's files
+    from . import wiring  # who we become may not be able to read Python's files
+
+    seccomp.binding()
+    if log.trace_on:
+        from ..link import trace  # noqa: F401
+    have_v6 = os.path.exists(common.IF_INET6)
+    decision = conf_decide.decide(options, netlink.read_host(), names.current, have_v6=have_v6)
+    common.raise_descriptor_limit()
+    port_sockets.check_limit(decision.config)
+    heir, changing = identity.uid if isolation.opens_as_root(identity) else None, control_sockets.wanted(options)
+    host = port_sockets.open_side(decision.config, outbound=False, heir=heir, changing=changing)
+    wired = wiring.wire_machine(decision, host)
+    common.follow_names(wired[0], options, names)
+    isolation.become(identity, CAP_SYS_ADMIN)  # not a user namespace, in which root and others would look the same
+    isolation.gain_rights()  # before anybody is told that it works
+    if path is not None:
+        line = conf_summary.describe_socket(path)
+        if options.socket_path is not None:
+            log.info(line)
+        else:
+            log.report([line])  # nobody else knows which one it is
+    common.report(identity, decision, [], background=not options.foreground)
+    if path is not None:
+        for line in conf_summary.describe_client(path):
+            log.info(line)
+    return wired

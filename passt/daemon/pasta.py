@@ -1,0 +1,204 @@
+"""The composition root of pasta: from parsed options to a running loop, and back to an exit status.
+
+    open      namespaces, PID, log and pcap files by path; then inherited descriptors are closed
+    spawn     (no namespace given) one with a process in it that waits for us
+    read      the host's links, addresses, routes, resolvers; decide what the guest gets
+    listen    on the host, as who we were started by: it may be root, who has ports below 1024
+    create    the tap, inside; listen there, too; become nobody if we were root
+    wire      the services, around one Context; listen on automatic ports that are wanted already
+    detach    to the background unless in the foreground; into the sandbox (`sandbox/isolation.py`, `seccomp.py`); PID
+              file: the parent exits when nothing is left to do
+    run       let the command start, and turn the loop
+
+Before `detach` every error ends the program with a message and status 1, and what was made goes with it. Imports that
+take time come after `spawn`, while the other process prepares its namespace.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+from .. import addr, log, seccomp
+from ..conf.argv import Options
+from ..control import sockets as control_sockets
+from ..linux.netns import Namespace
+from ..loop.changes import Changes
+from ..sandbox import isolation
+from ..sandbox.isolation import Identity
+from . import common
+from .common import End, Files, Sandbox
+from .reports import Reports
+
+if TYPE_CHECKING:
+    from ..conf.resolv_conf import Follower
+    from ..flow.context import Context
+    from ..link.plain_tap import PlainLink
+    from ..link.tap_device import TapLink
+    from ..linux.routes import NsPlan
+    from ..pasta import Interface, Target, Watch
+    from ..tap import Tap
+
+
+def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> NoReturn:
+    """From options to the end. `env` is that of the command. Raises Fatal, with everything undone, at start."""
+    joins = options.pid is not None or options.netns is not None
+    identity = isolation.choose_identity(options.runas, joins=joins)
+    target, watch, files = open_all(options, env, identity, inherited)
+    controls = None
+    try:
+        controls = control_sockets.Sockets(options)
+        ctx, way, interface = build(options, target, identity, files.names)
+        controls.serve(ctx)
+        end = End(ctx, target.init)
+        if way is not None and interface is not None:
+            link, tap = way
+            if options.fd is None:
+                tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, interface, end)
+            else:
+                tap.on_gone = link.on_error = lambda e: tap_gone(interface, end)
+            common.attach_capture(ctx, link, tap, options, files.pcap)
+        end.attend(watch)  # whoever reads the PID may send us a signal at once
+        reports = Reports(ctx, options)
+        gc.collect()
+        gc.freeze()
+        sandbox = Sandbox(
+            options.mode,
+            background=target.init is None and not options.foreground,
+            capabilities=isolation.running_capabilities(own_tap=way is not None and options.fd is None),
+            namespace=ctx.ns.namespace if ctx.ns is not None else None,
+            directories=(*files.names.directories, *(watch.directories if watch is not None else ())),
+        )
+        common.detach(options, files.pid, sandbox, reports.begin, controls.remove)
+    except BaseException:
+        if controls is not None:
+            controls.remove()
+        if target.init is not None:
+            target.init.abandon()
+        raise
+    if target.init is not None:
+        if not log.debug_on:
+            log.quiet_stderr()  # the terminal is the command's now
+        target.init.start()
+    common.run(ctx, end, reports.end)
+
+
+def open_all(
+    options: Options, env: Mapping[str, str], identity: Identity, inherited: Sequence[int]
+) -> tuple[Target, Watch | None, Files]:
+    """Everything that the command line names, and then the namespace that it does not name."""
+    from .. import pasta
+    from ..namespace import init as namespace_init
+
+    target = watch = None
+    changes = Changes()
+    if options.pid is not None or options.netns is not None:
+        pid, path = options.pid, ""
+        if options.netns is not None:
+            pid, path = pasta.find(options.netns, options.nsrun_dir)
+        target = pasta.open_target(pid, path, options.userns, netns_only=options.netns_only)
+        pasta.check_foreign(target)
+        if target.path and options.netns_quit:
+            watch = pasta.Watch(target.path, changes)
+    files = common.open_files(options, changes)
+    isolation.close_fds(inherited)
+    if target is None and options.no_namespace:
+        target = pasta.Target(-1, None)
+    elif target is None:
+        words = options.command
+        command = namespace_init.Command(words[0], words, env) if words else namespace_init.login_shell(env)
+        target = pasta.spawn(command, identity, options.userns, options.netns_only)
+    return target, watch, files
+
+
+def build(
+    options: Options, target: Target, identity: Identity, names: Follower
+) -> tuple[Context, tuple[TapLink | PlainLink, Tap] | None, Interface | None]:
+    """From the host's configuration to wired services; no link and tap with --splice-only. We are `identity` then."""
+    # All that `report` and `wire` need, too: the user that we become may not be able to read Python's files
+    from .. import pasta
+    from ..conf import decide as conf_decide
+    from ..conf import summary as conf_summary  # noqa: F401
+    from ..linux import netlink
+    from ..ports import sockets as port_sockets
+    from . import wiring
+
+    seccomp.binding()
+    if log.trace_on:
+        from ..link import trace  # noqa: F401
+    decision = conf_decide.decide(options, netlink.read_host(), names.current, have_v6=os.path.exists(common.IF_INET6))
+    config, plan = decision.config, decision.plan
+    assert plan is not None  # there is one for every namespace
+    common.raise_descriptor_limit()
+    port_sockets.check_limit(config)
+    changing = control_sockets.wanted(options)
+    root = isolation.opens_as_root(identity)
+    heir = identity.uid if root else None
+    host = port_sockets.open_side(config, outbound=False, heir=heir, changing=changing)
+    if not root:
+        isolation.become(identity)
+        pasta.join_userns(target)
+    interface = _open_tap(options, target, plan)
+    if interface:
+        decision = replace(decision, plan=interface.plan)
+    ns = port_sockets.NOTHING
+    if (changing and target.netns >= 0) or any(rule.outbound or rule.auto for rule in config.forwards):
+        open_side = partial(port_sockets.open_side, config, outbound=True, heir=heir, changing=changing)
+        ns = pasta.inside(target, open_side)
+    if root:
+        entered_later = target.netns >= 0 and target.init is None
+        isolation.become(identity, *(isolation.KEPT_CAPABILITIES if entered_later else ()))
+        if target.init is not None and identity.uid != 0:
+            pasta.join_userns(target)  # which brings back the rights over our own child's namespace
+    problems = interface.problems if interface else []
+    spawned = target.init is not None
+    quiet, background = spawned and not log.debug_on, not spawned and not options.foreground
+    common.report(identity, decision, problems, quiet=quiet, background=background)
+    device, mac = (interface.device, interface.mac) if interface else (None, addr.BROADCAST_MAC)
+    namespace = Namespace(target.netns) if target.netns >= 0 else None
+    ctx, way = wiring.wire(decision, device, mac, namespace, host, ns)
+    common.follow_names(ctx, options, names)
+    if target.userns is not None:
+        os.close(target.userns)
+    return ctx, way, interface
+
+
+def _open_tap(options: Options, target: Target, plan: NsPlan) -> Interface | None:
+    """The tap, set up; with --splice-only none, and the loopback interface is."""
+    from .. import pasta
+    from ..linux import netlink
+
+    if options.fd is not None:
+        from ..link import plain_tap  # noqa: F401  # that and NumPy: while we may read files
+
+        return pasta.inherit_tap(target, options.fd, plan)
+    if options.splice_only:
+        pasta.inside(target, netlink.loopback_up)
+        return None
+    return pasta.create_tap(target, plan)
+
+
+def tap_gone(interface: Interface, end: End) -> None:
+    """The tap that we were given was deleted: there is nobody left to serve."""
+    log.info(f"Interface {interface.plan.ifname} was deleted, exiting")
+    end.done()
+
+
+def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, interface: Interface, end: End) -> None:
+    """Somebody deleted the tap: make it anew, as it was, under the same descriptor; or end the program."""
+    name = interface.plan.ifname
+    log.warn_ratelimited("tap", f"Interface {name} was deleted: making it anew", time.monotonic())
+    ctx.reactor.forget(link.fd)
+    try:
+        interface.make_anew()
+    except OSError as e:
+        end.failed(f"Interface {name} was deleted and can't be made anew, exiting: {e.strerror}")
+        return
+    for problem in interface.problems:
+        log.warn_ratelimited(problem, problem, time.monotonic())
+    tap.watch(link.fd)

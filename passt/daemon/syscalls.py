@@ -1,0 +1,69 @@
+"""The table of system calls that are left in the sandbox, for `--print-seccomp` and for docs/seccomp.md.
+
+Importing this imports all that either mode can have loaded, so the table is that of a process with every option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .. import passt, pasta, seccomp
+from ..conf import resolv_conf
+
+# What is imported for its CALLS
+from ..control import api as control_api
+from ..control import slirp as control_slirp
+from ..link import plain_tap, stream_socket
+from ..policy.config import PASST, PASTA
+from . import passt as daemon_passt
+from . import pasta as daemon_pasta
+from . import wiring
+
+LOADED = (
+    control_api,
+    daemon_passt,
+    daemon_pasta,
+    passt,
+    pasta,
+    resolv_conf,
+    control_slirp,
+    wiring,
+    plain_tap,
+    stream_socket,
+)
+WIDTH = 100  # of a row's arguments
+
+
+def lines(mode: str) -> Iterator[str]:
+    """What is allowed in a mode, one call after the other."""
+    rows = seccomp.table(mode)
+    yield f"{mode} may make {len(rows)} system calls once it runs; any other ends it (x86-64 names):"
+    for name, tests, modules in rows:
+        yield f"  {name:<16} {modules}"
+        for test in tests.split("; ") if tests else ():
+            yield f"  {'':<16}   if {test}"
+
+
+def markdown() -> str:
+    """Both modes in one table."""
+    rows = {mode: {name: (tests, modules) for name, tests, modules in seccomp.table(mode)} for mode in (PASTA, PASST)}
+    text = [
+        "# System calls in the sandbox",
+        "",
+        "Made from the code (`make docs-seccomp`), and compared with it by a test. Whatever is not in this table ends",
+        "the process. Arguments are counted from 0; several alternatives are separated by semicolons.",
+        "",
+        f"pasta: {len(rows[PASTA])} calls. passt: {len(rows[PASST])} calls.",
+        "",
+        "| call | pasta | passt | only with | declared in |",
+        "|---|---|---|---|---|",
+    ]
+    for name in sorted({*rows[PASTA], *rows[PASST]}):
+        tests, modules = rows[PASTA].get(name) or rows[PASST][name]
+        marks = " | ".join("yes" if name in rows[mode] else "" for mode in (PASTA, PASST))
+        text.append(f"| {name} | {marks} | {tests.replace(' & ', ' &amp; ')} | {modules} |")
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

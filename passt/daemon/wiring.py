@@ -1,0 +1,152 @@
+"""All services around one Context, the tap and the listening sockets in front of them: who gets whom.
+
+Importing this module imports everything that handles packets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .. import addr, log
+from ..arp import Arp
+from ..conf.decide import Decision
+from ..dhcp import Dhcp
+from ..dhcpv6 import Dhcpv6
+from ..flow.context import Context, Guest
+from ..flow.table import FlowTable, check_hash
+from ..icmp import Icmp
+from ..link.packet import PacketPool
+from ..link.tap_device import Link, NoLink, TapLink
+from ..linux.netns import Namespace
+from ..linux.nspool import NsSockets
+from ..linux.tun import Tap as TapDevice
+from ..loop.reactor import (
+    TYPE_DNS,
+    TYPE_LISTEN,
+    TYPE_NAMES,
+    TYPE_PING,
+    TYPE_TCP,
+    TYPE_TCP_SPLICE,
+    TYPE_TCP_TIMER,
+    TYPE_UDP,
+    TYPE_UDP_SPLICE,
+    Reactor,
+)
+from ..loop.timers import TimerPool
+from ..ndp import Ndp
+from ..policy.forwarding import Forwarding
+from ..policy.resolvers import Resolvers
+from ..policy.settings import Settings
+from ..ports.forwards import Forwards
+from ..ports.listen import Listeners
+from ..ports.scan import Scanner
+from ..ports.sockets import NOTHING, Side
+from ..ports.udp_in import UdpIn
+from ..splice.tcp import TcpSplice
+from ..tap import Tap
+from ..tcp import Tcp
+from ..udp import Udp
+
+if TYPE_CHECKING:
+    from ..link.plain_tap import PlainLink
+    from ..link.stream_socket import StreamLink
+
+Faults = dict[int, Callable[[int], None]]  # by type of the epoll reference
+
+
+def wire(
+    decision: Decision, device: TapDevice | None, mac: bytes, namespace: Namespace | None, host: Side, ns: Side
+) -> tuple[Context, tuple[TapLink | PlainLink, Tap] | None]:
+    """All services for a namespace, and the ways out and in if there is a tap device.
+
+    `namespace` is the guest's, if we know it, `host` and `ns` are what was opened on either side.
+    """
+    drops: Counter[str] = Counter()
+    out = _tap_link(device, drops) if device else None
+    ctx, faults = _context(decision, out or NoLink(drops), drops, mac)
+    ctx.ns = NsSockets(namespace) if namespace else None
+    udp = tcp = way = None
+    if device is not None and out is not None:
+        udp, tcp = Udp(ctx), Tcp(ctx)
+        tap = _wire_tap(ctx, udp, tcp, faults, vnet=device.vnet)
+        tap.watch(out.fd)
+        way = out, tap
+    _wire_ports(ctx, tcp, udp, namespace, host, ns, faults)
+    return ctx, way
+
+
+def _tap_link(device: TapDevice, drops: Counter[str]) -> TapLink | PlainLink:
+    if device.vnet:
+        return TapLink(device.fd, drops, tso=device.tso, uso=device.uso)
+    from ..link.plain_tap import PlainLink
+
+    return PlainLink(device.fd, drops)
+
+
+def wire_machine(decision: Decision, host: Side) -> tuple[Context, StreamLink, Tap]:
+    """All services for a virtual machine, and the ways out and in. Nobody is connected yet."""
+    from ..link.stream_socket import StreamLink
+
+    drops: Counter[str] = Counter()
+    link = StreamLink(drops, lambda _: None)
+    ctx, faults = _context(decision, link, drops, addr.BROADCAST_MAC)
+    udp, tcp = Udp(ctx), Tcp(ctx)
+    tap = _wire_tap(ctx, udp, tcp, faults, vnet=False)
+    link.on_room = tcp.resume
+    _wire_ports(ctx, tcp, udp, None, host, NOTHING, faults)
+    ctx.reactor.at_turn_end.append(link.at_turn_end)
+    return ctx, link, tap
+
+
+def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) -> tuple[Context, Faults]:
+    """What all services share, and the table of who handles whose faults, to be filled in."""
+    check_hash()
+    config = decision.config
+    guest = Guest(mac=mac)
+    if config.ip4:
+        guest.addr4 = config.ip4.addr
+    if config.ip6 and config.ip6.addr:
+        guest.addr6 = config.ip6.addr
+    reactor = Reactor()
+    faults: Faults = {}
+    reactor.on_fault = partial(_fault, faults)
+    timers, pool, settings = TimerPool(reactor), PacketPool(), Settings(config, drops)
+    fwd, resolvers = Forwarding(settings), Resolvers(settings)
+    ctx = Context(settings, reactor, timers, pool, link, FlowTable(), fwd, resolvers, guest, drops)
+    return ctx, faults
+
+
+def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults, *, vnet: bool) -> Tap:
+    """What the guest's frames go to."""
+    ndp, icmp = Ndp(ctx), Icmp(ctx)
+    tap = Tap(ctx, arp=Arp(ctx), ndp=ndp, dhcp=Dhcp(ctx), dhcpv6=Dhcpv6(ctx), icmp=icmp, udp=udp, tcp=tcp, vnet=vnet)
+    ndp.start(time.monotonic())
+    faults.update({TYPE_TCP: tcp.fault, TYPE_TCP_TIMER: tcp.fault, TYPE_PING: icmp.fault})
+    faults.update({TYPE_UDP: udp.fault, TYPE_DNS: udp.dns.fault})
+    return tap
+
+
+def _wire_ports(
+    ctx: Context, tcp: Tcp | None, udp: Udp | None, namespace: Namespace | None, host: Side, ns: Side, faults: Faults
+) -> None:
+    """What connects to us."""
+    tcp_splice, udp_in = TcpSplice(ctx), UdpIn(ctx, udp)
+    opened = host.listeners + ns.listeners
+    listeners = Listeners(ctx, tcp=tcp, tcp_splice=tcp_splice, udp_in=udp_in, namespace=namespace, opened=opened)
+    scanner = Scanner(ctx, listeners, host.tables, ns.tables)
+    scanner.start(time.monotonic())
+    ctx.forwards = Forwards(ctx, listeners, scanner)
+    splice_faults = {TYPE_TCP_SPLICE: tcp_splice.fault, TYPE_UDP_SPLICE: udp_in.splice.fault}
+    faults.update({TYPE_LISTEN: listeners.fault, **splice_faults})
+
+
+def _fault(handlers: Faults, ref: int, e: Exception, now: float) -> None:
+    """A handler failed: that costs the flow it was about, not the process."""
+    kind = ref >> 56
+    log.warn_ratelimited(f"fault {kind}", f"Handling an event of type {TYPE_NAMES[kind]} failed: {e!r}", now, 1.0)
+    if kind in handlers:
+        handlers[kind](ref)

@@ -1,0 +1,57 @@
+"""The run-time state that handlers share. `daemon/wiring.py` makes it once; each field has one writer, named here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .. import addr
+from ..policy.config import Config
+from ..policy.resolvers import Resolvers
+from ..policy.settings import Settings
+from .stats import Stats
+
+if TYPE_CHECKING:
+    from ..link.packet import PacketPool
+    from ..link.tap_device import Link
+    from ..linux.nspool import NsSockets
+    from ..loop.reactor import Reactor
+    from ..loop.timers import TimerPool
+    from ..policy.forwarding import Forwarding
+    from ..ports.forwards import Forwards
+    from .table import FlowTable
+
+
+@dataclass(slots=True)
+class Guest:
+    """What was observed of the guest. Written by `tap.py` only."""
+
+    mac: bytes = addr.BROADCAST_MAC
+    addr4: bytes = addr.ANY4  # last IPv4 source seen
+    addr6: bytes = addr.ANY6  # last IPv6 source seen that is not link-local
+    addr6_ll: bytes = addr.ANY6  # last link-local source seen
+
+
+@dataclass(slots=True)
+class Context:
+    """One per process."""
+
+    settings: Settings  # the configuration in force; see there who writes it
+    reactor: Reactor
+    timers: TimerPool
+    pool: PacketPool
+    link: Link
+    flows: FlowTable
+    fwd: Forwarding
+    resolvers: Resolvers
+    guest: Guest = field(default_factory=Guest)
+    drops: Counter[str] = field(default_factory=Counter)  # by reason; whoever drops a packet counts it
+    stats: Stats = field(default_factory=Stats)  # see there who writes what
+    ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none
+    forwards: Forwards | None = None  # changes the rules in force
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force, for the control plane: to be read each time, not to be kept."""
+        return self.settings.current

@@ -1,0 +1,196 @@
+"""Flows that nobody closes: UDP and ping end by being idle, or by making room.
+
+    event                                    consequence                                          closed as
+    ---------------------------------------  ---------------------------------------------------  ---------
+    nothing sent or received for `timeout`   closed by the next sweep                             idle
+    more than `limit` flows, or table full   the longest idle sixteenth is closed                 evicted
+    no descriptor left (EMFILE, ENFILE)      likewise, and the socket is tried again              evicted
+
+Where peers can begin flows, too (`foreign`), these make room for each other, as long as there are any, and not at the
+cost of the guest's own. A flow of the guest makes room at the cost of any.
+
+A protocol writes `flow.last = now` and adds to a count of bytes for each batch, and that is all it pays. One timer
+serves all flows of a protocol; it is armed only while there are flows, never before one could be due, and re-armed by
+the sweep that it causes. A flow has one socket, unless its class says otherwise (`watch`, `sockets`) or the socket is
+somebody else's (no descriptor).
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from ..loop.reactor import EPOLLERR, EPOLLIN
+from ..loop.timers import NEVER
+from .table import RECENT, Flow, FlowInfo, TableFull, reason_of
+
+if TYPE_CHECKING:
+    from ..loop.reactor import Reactor
+    from .context import Context
+
+SWEEP_MIN = 5.0  # s between sweeps, at least
+EVICT_SHARE = 16
+NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
+
+
+class IdleFlow(Flow):
+    """A flow with the time of its last packet and how long it may be silent, both in seconds; and bytes of payload."""
+
+    __slots__ = ("last", "timeout", "to_guest", "to_host")
+    protocol = "udp"
+    path = "tap"
+
+    def __init__(self, key: bytes, timeout: float, now: float) -> None:
+        super().__init__(key)
+        self.timeout = timeout
+        self.last = now
+        self.to_guest = self.to_host = 0
+
+    def traffic(self) -> tuple[int, int]:
+        return self.to_guest, self.to_host
+
+    def info(self, now: float) -> FlowInfo:
+        idle = now - self.last
+        state = "active" if idle < RECENT else "idle"
+        times = now - self.opened, idle
+        return FlowInfo(self.index, self.protocol, self.path, self.endpoints(), state, *self.traffic(), *times)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether somebody else than the guest began it."""
+        return False
+
+    def watch(self, reactor: Reactor, kind: int) -> None:
+        """Have the events of its sockets handled. Raises OSError, with none of them watched."""
+        if self.fd >= 0:
+            reactor.watch(self.fd, kind, self.index, EPOLLIN | EPOLLERR)
+
+    def sockets(self) -> tuple[tuple[int, Any], ...]:
+        """(descriptor, owner) of what is to be closed with the flow."""
+        return ((self.fd, self.sock),) if self.fd >= 0 else ()
+
+
+F = TypeVar("F", bound=IdleFlow)
+
+
+def flow_limit(most: int, share: int) -> int:
+    """`most`, or fewer: one in `share` of the descriptors that the process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if soft == resource.RLIM_INFINITY else max(1, min(most, soft // share))
+
+
+class IdleFlows(Generic[F]):
+    """The flows of one protocol, by key. `kind` is the type of their epoll references."""
+
+    def __init__(self, ctx: Context, kind: int, limit: int) -> None:
+        self._ctx = ctx
+        self._kind = kind
+        self.limit = limit
+        self.by_key: dict[bytes, F] = {}
+        self._foreign: dict[bytes, F] = {}
+        self._timer = ctx.timers.services.new(self.sweep)
+        self._due = NEVER
+
+    def open(self, make: Callable[[], socket.socket], *, foreign: bool = False) -> socket.socket:
+        """The socket that `make` opens; if descriptors ran out, at the cost of the longest idle flows.
+
+        `foreign` is that of the flow it is for. Raises what `make` raises.
+        """
+        try:
+            return make()
+        except OSError as e:
+            if e.errno not in NO_DESCRIPTORS or not self.by_key:
+                raise
+        self._close_oldest(self.close_at_once, foreign)
+        return make()
+
+    def add(self, flow: F, sock: socket.socket, now: float) -> None:
+        """Take `flow` into the tables and watch it; `sock` is its first socket.
+
+        Raises TableFull or OSError, with the flow left out.
+        """
+        ctx = self._ctx
+        if len(self.by_key) >= self.limit:
+            self.evict(flow.foreign)
+        try:
+            ctx.flows.insert(flow)
+        except TableFull:
+            self.evict(flow.foreign)
+            ctx.flows.insert(flow)
+        flow.sock, flow.fd = sock, sock.fileno()
+        try:
+            flow.watch(ctx.reactor, self._kind)
+        except OSError as e:
+            ctx.flows.free(flow, reason_of(e.errno or errno.EIO))
+            raise
+        self.by_key[flow.key] = flow
+        if flow.foreign:
+            self._foreign[flow.key] = flow
+        ctx.flows.activate(flow)
+        self._arm(now + flow.timeout)
+
+    def close(self, flow: F, why: str) -> None:
+        """Forget `flow`; its sockets close when the turn ends."""
+        self._remove(flow)
+        for fd, owner in flow.sockets():
+            self._ctx.reactor.retire(fd, owner)
+        self._ctx.flows.free(flow, why)
+
+    def close_all(self, why: str) -> None:
+        """Close every flow."""
+        for flow in list(self.by_key.values()):
+            self.close(flow, why)
+
+    def fault(self, index: int) -> None:
+        """Close flow `index`, if it is one of these."""
+        flow = self._ctx.flows.by_index[index]
+        if flow is not None and (own := self.by_key.get(flow.key)) is flow:
+            self.close(own, "fault")
+
+    def close_at_once(self, flow: F, why: str) -> None:
+        """Forget `flow` and give its descriptors back now: their numbers go to the sockets that are opened next."""
+        self._remove(flow)
+        for fd, owner in flow.sockets():
+            self._ctx.reactor.forget(fd)
+            owner.close()
+        self._ctx.flows.free(flow, why)
+
+    def _remove(self, flow: F) -> None:
+        del self.by_key[flow.key]
+        self._foreign.pop(flow.key, None)
+
+    def evict(self, foreign: bool) -> None:
+        """Make room in the table, for a flow that is `foreign` or not."""
+        self._close_oldest(self.close, foreign)
+
+    def _close_oldest(self, close: Callable[[F, str], None], foreign: bool) -> None:
+        """Close the longest idle sixteenth, so that the sorting is paid for by many new flows."""
+        by_age = sorted(((foreign and self._foreign) or self.by_key).values(), key=_last)
+        for flow in by_age[: len(by_age) // EVICT_SHARE + 1]:
+            self._ctx.drops[f"{flow.kind}: closed to make room"] += 1
+            close(flow, "evicted")
+
+    def sweep(self, now: float) -> None:
+        """Close what has been idle for too long, and come back when the next flow may be due."""
+        self._due = NEVER
+        earliest = NEVER
+        for flow in list(self.by_key.values()):
+            due = flow.last + flow.timeout
+            if due <= now:
+                self.close(flow, "idle")
+            elif due < earliest:
+                earliest = due
+        if self.by_key:
+            self._arm(max(earliest, now + SWEEP_MIN))
+
+    def _arm(self, deadline: float) -> None:
+        if deadline < self._due:
+            self._due = deadline
+            self._ctx.timers.services.arm(self._timer, deadline)
+
+
+def _last(flow: IdleFlow) -> float:
+    return flow.last

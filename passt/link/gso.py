@@ -1,0 +1,171 @@
+"""What the kernel does for a tap device, in software: checksums completed, super-frames cut into segments.
+
+Frames are written into a buffer, each with its length in front (4 bytes, big-endian). That length takes the last 4 of
+the 10 bytes of the vnet header, so a pre-cooked header is copied in one piece:
+
+    pre-cooked      | vnet  6 | vnet 4 | Ethernet | IP | TCP, UDP, ICMP | payload
+    in the buffer             | length | Ethernet | IP | TCP, UDP, ICMP | payload |
+                              '- `at`             '- start              '- + hdr  '- next `at`
+
+A checksum field comes with the folded sum of the pseudo-header in it, so the checksum is that of everything from the
+transport header on, just as it lies in the buffer: addresses and protocols need not be known. The sum is taken of
+little-endian words, and a swap of bytes is a multiplication by 256 (RFC 1071, 2 B, since 2**16 = 1 modulo 0xffff). A
+value of zero is sent as 0xffff, which UDP demands and nobody else minds. UDP over IPv4 goes without (RFC 768).
+
+A super-frame is laid out as a matrix: a row for each segment but the last, which may be shorter and keeps the flags.
+
+    | length | Ethernet | IP, its id and checksum      | TCP: seq, checksum | gso_size bytes | x (segments - 1)
+      one header for all rows, broadcast                 columns: arithmetic  one strided copy
+
+Lengths, partial sums and numbers follow from those of the super-frame, as in the kernel's own segmentation: PSH and FIN
+stay with the last segment; the id of IPv4 counts up from that of the header, as far as it goes.
+
+Prices (us, CPython 3.11, NumPy 2.4): a frame of 54 bytes 0.9, of 1500 bytes 2.7, of 64 KiB 8; a TCP super-frame of 64
+KiB 24 at MTU 1500 and at 9000, 90 at MTU 68, a UDP one half of that. Up to SCALAR_MAX bytes the sum is cheaper without
+NumPy. Most of it is the sums (5 for 64 KiB) and some twenty calls into NumPy; copying 64 KiB costs 1.
+
+NumPy is imported with this module, which only a virtual machine's link needs: it takes 60 ms.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from struct import Struct
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read on import: no idle threads beside us, no linear algebra here
+import numpy as np
+
+from ..wire.checksum import ones_sum
+from .tap_device import VNET, Buffer
+
+LENGTH = Struct("!I")
+SCALAR_MAX = 2048  # bytes
+FRONT = VNET.size - LENGTH.size  # of a vnet header: what does not go into the buffer
+
+_U16 = Struct("!H")
+_U32 = Struct("!I")
+_LE16 = np.dtype("<u2")
+_BE16 = np.dtype(">u2")
+_BE32 = np.dtype(">u4")
+_CSUM_TCP = 16  # offset of the checksum in the transport header, which tells the protocol
+_CSUM_UDP = 6
+# Places in a pre-cooked header; those of TCP and UDP count from the transport header
+_IP4_LENGTH = VNET.size + 14 + 2
+_IP4_ID = VNET.size + 14 + 4
+_IP4_CSUM = VNET.size + 14 + 10
+_IP6_LENGTH = VNET.size + 14 + 4
+_START4 = VNET.size + 14 + 20
+_TCP_SEQ = 4
+_TCP_FLAGS = 13
+_UDP_LENGTH = 4
+_PSH_FIN = 0x09
+
+
+class Gso:
+    """Writes frames into `out`, at places that the caller knows to be large enough."""
+
+    def __init__(self, out: memoryview) -> None:
+        self._out = out
+        self._bytes = np.frombuffer(out, np.uint8)
+
+    def frame(self, at: int, length: int, parts: Sequence[Buffer]) -> None:
+        """Write one frame of `length` bytes, made of `parts`, of which the first starts with the vnet header."""
+        out = self._out
+        end = at + LENGTH.size + length
+        flags, _, _, _, start, offset = VNET.unpack_from(parts[0])
+        start += VNET.size
+        if length <= SCALAR_MAX:
+            frame = bytearray().join(parts)
+            LENGTH.pack_into(frame, FRONT, length)
+            if flags:
+                without = offset == _CSUM_UDP and start == _START4
+                _U16.pack_into(frame, start + offset, 0 if without else 0xFFFF - ones_sum(frame[start:]) or 0xFFFF)
+            out[at:end] = frame[FRONT:]
+            return
+        base = at - FRONT
+        place = base + len(parts[0])
+        out[at:place] = memoryview(parts[0])[FRONT:]
+        for part in parts[1:]:
+            following = place + len(part)
+            out[place:following] = part
+            place = following
+        LENGTH.pack_into(out, at, length)
+        if flags:
+            if offset == _CSUM_UDP and start == _START4:
+                _U16.pack_into(out, base + start + offset, 0)
+            else:
+                self._checksums(base + start, end - base - start, offset)
+
+    def cut(self, at: int, hdr: Buffer, payload: Buffer) -> int:
+        """Write the segments of a super-frame with some payload; returns where the last one ends."""
+        size: int = VNET.unpack_from(hdr)[3]
+        n = len(payload)
+        rows = (n - 1) // size
+        whole = rows * size
+        if rows:
+            at = self._rows(at, _segment(hdr, 0, size, n), rows, size, payload)
+        length = len(hdr) - VNET.size + n - whole
+        self.frame(at, length, (_segment(hdr, rows, size, n), memoryview(payload)[whole:]))
+        return at + LENGTH.size + length
+
+    def _rows(self, at: int, hdr: bytearray, rows: int, size: int, payload: Buffer) -> int:
+        """`rows` segments of `size` bytes of payload; `hdr` is the header of the first."""
+        start, offset = VNET.unpack_from(hdr)[4:]
+        start += VNET.size
+        stride = len(hdr) - FRONT + size
+        end = at + rows * stride
+        base, out, step = at - FRONT, self._out, (stride,)
+        LENGTH.pack_into(hdr, FRONT, stride - LENGTH.size)
+        matrix = self._bytes[at:end].reshape(rows, stride)
+        matrix[:, :-size] = np.frombuffer(hdr, np.uint8, -1, FRONT)
+        matrix[:, -size:] = np.frombuffer(payload, np.uint8, rows * size).reshape(rows, size)
+        number = np.arange(rows)
+        if start == _START4:
+            (ident,), (csum,) = _U16.unpack_from(hdr, _IP4_ID), _U16.unpack_from(hdr, _IP4_CSUM)
+            idents = number + ident & 0xFFFF
+            np.ndarray((rows,), _BE16, out, base + _IP4_ID, step)[:] = idents
+            np.ndarray((rows,), _BE16, out, base + _IP4_CSUM, step)[:] = (csum + ident - idents) % 0xFFFF
+        if offset == _CSUM_TCP:
+            (seq,) = _U32.unpack_from(hdr, start + _TCP_SEQ)
+            np.ndarray((rows,), _BE32, out, base + start + _TCP_SEQ, step)[:] = number * size + seq & 0xFFFFFFFF
+            self._bytes[base + start + _TCP_FLAGS : end : stride] = hdr[start + _TCP_FLAGS] & ~_PSH_FIN
+        if offset == _CSUM_UDP and start == _START4:
+            np.ndarray((rows,), _BE16, out, base + start + offset, step)[:] = 0
+        else:
+            self._checksums(base + start, len(hdr) - start + size, offset, rows, stride)
+        return end
+
+    def _checksums(self, start: int, width: int, offset: int, rows: int = 1, stride: int = 0) -> None:
+        """Complete `rows` messages of `width` bytes, the first of them at `start` of the buffer."""
+        out = self._out
+        # 32 bits hold the sum of what 16-bit lengths allow
+        sums = np.ndarray((rows, width >> 1), _LE16, out, start, (stride, 2)).sum(axis=1, dtype=np.uint32)
+        if width & 1:
+            sums += np.ndarray((rows,), np.uint8, out, start + width - 1, (stride,))
+        np.ndarray((rows,), _BE16, out, start + offset, (stride,))[:] = 0xFFFF - (sums % 0xFFFF << 8) % 0xFFFF
+
+
+def _segment(hdr: Buffer, number: int, size: int, total: int) -> bytearray:
+    """The header of segment `number` (0..) of a super-frame with `total` bytes of payload, `size` in a segment.
+
+    PSH and FIN are left alone. Lengths and the partial sum shrink by what the other segments have.
+    """
+    out = bytearray(hdr)
+    start, offset = VNET.unpack_from(out)[4:]
+    start += VNET.size
+    less = total - min(size, total - number * size)
+    if start == _START4:
+        _U16.pack_into(out, _IP4_LENGTH, _U16.unpack_from(out, _IP4_LENGTH)[0] - less)
+        _U16.pack_into(out, _IP4_ID, _U16.unpack_from(out, _IP4_ID)[0] + number & 0xFFFF)
+        _U16.pack_into(out, _IP4_CSUM, 0)
+        _U16.pack_into(out, _IP4_CSUM, 0xFFFF - ones_sum(out[VNET.size + 14 : _START4]))
+    else:
+        _U16.pack_into(out, _IP6_LENGTH, _U16.unpack_from(out, _IP6_LENGTH)[0] - less)
+    if offset == _CSUM_TCP:
+        (seq,) = _U32.unpack_from(out, start + _TCP_SEQ)
+        _U32.pack_into(out, start + _TCP_SEQ, seq + number * size & 0xFFFFFFFF)
+    else:
+        _U16.pack_into(out, start + _UDP_LENGTH, _U16.unpack_from(out, start + _UDP_LENGTH)[0] - less)
+    _U16.pack_into(out, start + offset, (_U16.unpack_from(out, start + offset)[0] - less) % 0xFFFF)
+    return out

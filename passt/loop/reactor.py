@@ -1,0 +1,229 @@
+"""The loop: one `select.epoll`, 64-bit references, one clock reading per turn.
+
+Reference of a watched descriptor:
+
+    63      56 55             32 31                              0
+    +---------+-----------------+--------------------------------+
+    |  type   |  descriptor     |  data, opaque to the reactor   |
+    +---------+-----------------+--------------------------------+
+
+`epoll.poll` returns (descriptor, events), so references live in a table indexed by descriptor, and the handler is
+`handlers[ref >> 56]`, called as handler(ref, events, now). The data is a flow index for sockets and timers.
+
+A descriptor that is closed while events of the same turn still wait could be reused by the next `socket()`, and the
+new owner would get the old one's event. Therefore a descriptor is not closed at once: `retire` forgets the
+reference, so that what still waits for it is skipped, and closes it when the turn ends. Who must have it back within
+the turn, because no other is left, asks to `forget` it: then its events of this turn are taken away. Nobody else closes
+a descriptor that is or was watched.
+
+A turn ends with the `at_turn_end` callbacks (acknowledgements that could ride on no data, batches of frames). What was
+put off until `between_turns` comes last, after descriptors were closed: no event waits then, so that what is retired
+there may be closed before it goes on (`close_retired`).
+`now` is `time.monotonic()`, read once after the wait.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ..calls import calls
+
+Handler = Callable[[int, int, float], None]
+
+EPOLLIN = select.EPOLLIN
+EPOLLOUT = select.EPOLLOUT
+EPOLLERR = select.EPOLLERR
+EPOLLHUP = select.EPOLLHUP
+EPOLLRDHUP = select.EPOLLRDHUP
+EPOLLPRI = select.EPOLLPRI
+EPOLLET = select.EPOLLET
+
+# Reference types. One line per kind of watched descriptor; TYPE_NAMES is what --trace prints.
+TYPE_NAMES = (
+    "none", "tap", "tcp", "tcp timer", "udp", "ping", "timer", "signal", "netns", "child",
+    "listen", "tcp splice", "udp splice", "guest", "guest listen", "control", "control listen",
+    "dns", "inotify",
+)  # fmt: skip
+TYPE_NONE, TYPE_TAP, TYPE_TCP, TYPE_TCP_TIMER, TYPE_UDP, TYPE_PING, TYPE_TIMER = range(7)
+TYPE_SIGNAL, TYPE_NETNS, TYPE_CHILD, TYPE_LISTEN, TYPE_TCP_SPLICE, TYPE_UDP_SPLICE = range(7, 13)
+TYPE_GUEST, TYPE_GUEST_LISTEN, TYPE_CONTROL, TYPE_CONTROL_LISTEN = range(13, 17)
+TYPE_DNS, TYPE_INOTIFY = range(17, len(TYPE_NAMES))
+
+MAX_EVENTS = 256  # per wait; more stay in the kernel until the next turn
+
+CALLS = calls("epoll_wait", "epoll_ctl", "read", "close")
+
+
+class Closable(Protocol):
+    """A socket or file: whatever owns a descriptor."""
+
+    def close(self) -> None: ...
+
+
+def make_ref(kind: int, fd: int, data: int) -> int:
+    """The reference of descriptor `fd` (24 bits) of type `kind` (8 bits) with `data` (32 bits)."""
+    return kind << 56 | fd << 32 | data
+
+
+def ref_fd(ref: int) -> int:
+    return ref >> 32 & 0xFFFFFF
+
+
+def ref_data(ref: int) -> int:
+    return ref & 0xFFFFFFFF
+
+
+def _unhandled(ref: int, events: int, now: float) -> None:
+    """Type 0: a descriptor that was retired earlier in this turn."""
+
+
+class Reactor:
+    """Owns the epoll set and the table of references."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._refs: list[int] = [0] * (self._epoll.fileno() + 1024)
+        self._handlers: list[Handler] = [_unhandled] * len(TYPE_NAMES)
+        self._ready: list[tuple[int, int]] = []  # what this turn handles, or has handled
+        self._retired: list[Closable] = []
+        self._put_off: list[Callable[[float], None]] = []
+        self._signals: dict[int, Callable[[float], None]] = {}
+        self._stop = False
+        self.at_turn_end: list[Callable[[float], None]] = []
+        self.wakeups = 0
+        self.events = 0
+        self.on_fault: Callable[[int, Exception, float], None] | None = None
+
+    def handle(self, kind: int, handler: Handler) -> None:
+        """Events of references of type `kind` go to `handler`."""
+        self._handlers[kind] = handler
+
+    def watch(self, fd: int, kind: int, data: int, events: int) -> int:
+        """Add `fd` to the set; returns its reference. Raises OSError."""
+        ref = kind << 56 | fd << 32 | data
+        refs = self._refs
+        if fd >= len(refs):
+            refs.extend([0] * (fd + 1 - len(refs) + 1024))
+        self._epoll.register(fd, events)
+        refs[fd] = ref
+        return ref
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch `fd` for other events; the reference stays."""
+        self._epoll.modify(fd, events)
+
+    def retarget(self, fd: int, data: int) -> None:
+        """Give a watched descriptor other data (a timer that passes to another flow)."""
+        self._refs[fd] = self._refs[fd] & ~0xFFFFFFFF | data
+
+    def retire(self, fd: int, owner: Closable) -> None:
+        """Forget `fd`, watched or not, and close `owner` when this turn ends; closing also leaves the epoll set."""
+        if fd < len(self._refs):
+            self._refs[fd] = 0
+        self._retired.append(owner)
+
+    def forget(self, fd: int) -> None:
+        """Stop watching `fd`, which stays open and belongs to the caller again.
+
+        No event of this turn is left for it: who gets its number next, be it at once, gets events of its own only.
+        """
+        self._refs[fd] = 0
+        self._epoll.unregister(fd)
+        nobody = self._epoll.fileno(), 0  # is never watched itself
+        self._ready[:] = [nobody if event[0] == fd else event for event in self._ready]
+
+    def between_turns(self, callback: Callable[[float], None]) -> None:
+        """Call callback(now) once, when everything of this turn is handled. It must not raise."""
+        self._put_off.append(callback)
+
+    def close_retired(self) -> None:
+        """Close what was retired. Only for those who are called between turns."""
+        for owner in self._retired:
+            owner.close()
+        self._retired.clear()
+
+    def on_signal(self, number: int, callback: Callable[[float], None]) -> None:
+        """Call callback(now) from the loop, not from the interrupted code, when signal `number` arrives."""
+        if not self._signals:
+            reader, writer = socket.socketpair()
+            reader.setblocking(False)
+            writer.setblocking(False)
+            signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+            self._signal_pair = reader, writer
+            self.handle(TYPE_SIGNAL, self._signal_handler)
+            self.watch(reader.fileno(), TYPE_SIGNAL, 0, EPOLLIN)
+        self._signals[number] = callback
+        signal.signal(number, lambda *_: None)  # the wake-up descriptor does the work
+
+    def _signal_handler(self, ref: int, events: int, now: float) -> None:
+        # Any signal with a handler in Python wakes up, other people's too
+        for number in self._signals.keys() & os.read(ref_fd(ref), 512):
+            try:
+                self._signals[number](now)
+            except Exception as e:  # or one that ends us would be lost with it
+                if self.on_fault is None:
+                    raise
+                self.on_fault(ref, e, now)
+
+    def stop(self) -> None:
+        """Leave `run` after the current turn."""
+        self._stop = True
+
+    def run(self) -> None:
+        """Turn until `stop`."""
+        while not self._stop:
+            self.turn()
+
+    def turn(self, timeout: float = -1) -> None:
+        """Wait at most `timeout` seconds (-1: for ever), handle what came, close what was retired."""
+        ready = self._ready = self._epoll.poll(timeout, MAX_EVENTS)
+        now = time.monotonic()
+        self.wakeups += 1
+        self.events += len(ready)
+        refs, handlers = self._refs, self._handlers
+        for fd, events in ready:
+            ref = refs[fd]
+            try:
+                handlers[ref >> 56](ref, events, now)
+            except Exception as e:
+                # A fault in one flow ends that flow, never the process; who owns the reference decides.
+                if self.on_fault is None:
+                    raise
+                self.on_fault(ref, e, now)
+        for callback in self.at_turn_end:
+            callback(now)
+        if self._retired:
+            self.close_retired()
+        if self._put_off:
+            put_off, self._put_off = self._put_off, []
+            for callback in put_off:
+                callback(now)
+            self.close_retired()
+
+    def abandon(self) -> None:
+        """Close every descriptor that is watched, behind the back of its owner: the process ends.
+
+        The kernel would, too, but only once the last thread has ended, after the first one is seen to be a zombie.
+        Signals that still come are nobody's: that their descriptor is gone must not be an error.
+        """
+        signal.set_wakeup_fd(-1)
+        for fd, ref in enumerate(self._refs):
+            if ref:
+                try:
+                    os.close(fd)
+                except OSError:
+                    pass  # it is closed, then
+
+    def close(self) -> None:
+        """Close the epoll set; for tests and for the end of the program."""
+        self._epoll.close()
+        if self._signals:
+            signal.set_wakeup_fd(-1)
+            for s in self._signal_pair:
+                s.close()

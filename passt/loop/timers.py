@@ -1,0 +1,131 @@
+"""Timers on timerfds in the same epoll set: single ones for services, a pool for TCP connections.
+
+A pooled timer is never armed more often than needed. It keeps the time at which its descriptor will fire
+(`expiry`); a later deadline leaves the descriptor alone and is only compared when it fires, an earlier one re-arms
+it. A timer returned to the pool stays armed: a spurious wake-up finds no owner, and the next connection that wants a
+later deadline than the pending expiry needs no system call at all. IDLE_MAX of them wait for connections; those
+beyond, after a flood, are closed.
+
+A service lives from one expiry of its timer to the next, so that a fault of its callback would end it for good: the
+timer then fires again after RETRY. A connection's fault is the connection's end, and needs no timer any more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from ..calls import calls
+from ..linux.syscall import timerfd_create, timerfd_settime
+from .reactor import EPOLLIN, TYPE_TCP_TIMER, TYPE_TIMER, Reactor, ref_data, ref_fd
+
+NEVER = float("inf")
+NO_OWNER = 0xFFFFFFFF
+IDLE_MAX = 128
+RETRY = 1.0  # s, from a fault of a service to its next attempt
+
+CALLS = calls("timerfd_create", "timerfd_settime", "read", "close")
+
+
+def _drain(fd: int) -> bool:
+    """Read the expiration count, so that the descriptor stops being readable.
+
+    False if there is none: it was re-armed, or disarmed, by somebody who was handled before it in the same turn.
+    """
+    try:
+        os.read(fd, 8)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class _Descriptor:
+    """Owns `fd`."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Timers:
+    """Single timers: `new(callback)` gives one, `arm(timer, deadline)` sets it."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._callbacks: list[Callable[[float], None]] = []
+        reactor.handle(TYPE_TIMER, self._fired)
+
+    def new(self, callback: Callable[[float], None]) -> int:
+        """A disarmed timer that will call callback(now)."""
+        fd = timerfd_create()
+        self._reactor.watch(fd, TYPE_TIMER, len(self._callbacks), EPOLLIN)
+        self._callbacks.append(callback)
+        return fd
+
+    def arm(self, timer: int, deadline: float) -> None:
+        """Fire once at `deadline` (monotonic seconds, must be positive)."""
+        timerfd_settime(timer, deadline)
+
+    def disarm(self, timer: int) -> None:
+        timerfd_settime(timer, 0)
+
+    def _fired(self, ref: int, events: int, now: float) -> None:
+        timer = ref_fd(ref)
+        if not _drain(timer):
+            return
+        try:
+            self._callbacks[ref_data(ref)](now)
+        except Exception:
+            timerfd_settime(timer, now + RETRY)
+            raise
+
+
+class TimerPool:
+    """Timers of TCP connections, by flow index. `callback(index, now)` is called when a deadline may have passed."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._free: list[int] = []
+        self._expiry: dict[int, float] = {}  # descriptor -> when it fires
+        self.callback: Callable[[int, float], None] = lambda index, now: None
+        self.services = Timers(reactor)
+        reactor.handle(TYPE_TCP_TIMER, self._fired)
+
+    def take(self, index: int) -> int:
+        """A timer for flow `index`. Raises OSError when descriptors run out."""
+        if self._free:
+            fd = self._free.pop()
+            self._reactor.retarget(fd, index)
+            return fd
+        fd = timerfd_create()
+        self._reactor.watch(fd, TYPE_TCP_TIMER, index, EPOLLIN)
+        self._expiry[fd] = NEVER
+        return fd
+
+    def give_back(self, fd: int) -> None:
+        """Return a timer; it may stay armed, and then fires for nobody."""
+        if len(self._free) < IDLE_MAX:
+            self._reactor.retarget(fd, NO_OWNER)
+            self._free.append(fd)
+        else:
+            del self._expiry[fd]
+            self._reactor.retire(fd, _Descriptor(fd))
+
+    def at(self, fd: int, deadline: float) -> None:
+        """See to it that timer `fd` fires at `deadline` or before."""
+        if deadline < self._expiry[fd]:
+            self._expiry[fd] = deadline
+            timerfd_settime(fd, deadline)
+
+    def _fired(self, ref: int, events: int, now: float) -> None:
+        fd = ref_fd(ref)
+        if not _drain(fd):
+            return  # still armed, for `_expiry`
+        self._expiry[fd] = NEVER
+        index = ref_data(ref)
+        if index != NO_OWNER:
+            self.callback(index, now)

@@ -1,0 +1,374 @@
+"""`pesto`: asks a running pasta or passt, over its control socket, what it does, and changes which ports it forwards.
+
+All changes of a call are one request, in the order of the options, which is met as a whole or not at all:
+
+    -t, -u, -T, -U SPEC    after --add         the ports are added
+                           after --delete      the ports are deleted
+                           after neither       those of this letter are replaced by all that are given with it
+    --clear [SIDE]                             those of -t and -u (HOST), of -T and -U (SPLICE), or all are deleted
+
+It has to start quickly, since clients call it for each container: nothing is imported that is not needed, and whatever
+there is to know about ports is known at the other end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..conf.getopt import Getopt, suggestion
+from ..log import Fatal
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from ..conf.completion import Program
+
+PROGRAM = "pesto"
+TIMEOUT = 60.0  # s that the other end may take to answer
+SIDES = ("HOST", "SPLICE", "ALL")
+ADD, DELETE, REPLACE = "add", "delete", "replace"
+QUERIES = ("show", "flows", "stats", "metrics", "info")
+
+Json = dict[str, Any]
+
+
+class Asked:
+    """What the command line asks for."""
+
+    def __init__(self) -> None:
+        self.mode = REPLACE
+        self.changes: list[Json] = []
+        self.queries: list[str] = []
+        self.top = False
+        self.json = False
+        self.debug = False
+        self.text: str | None = None  # to be printed, and nothing else
+
+
+Action = Callable[[Asked, str], None]
+
+
+class Option(NamedTuple):
+    """A row of the table, for `Getopt`, --help and completions; lines of `help` are separated by newlines."""
+
+    name: str
+    short: str
+    arg: str
+    group: str
+    action: Action
+    help: str
+
+    @property
+    def meaning(self) -> Action:
+        """Equal for two names of one option."""
+        return self.action
+
+
+def _mode(mode: str) -> Action:
+    def action(asked: Asked, _: str) -> None:
+        asked.mode = mode
+
+    return action
+
+
+def _ports(letter: str) -> Action:
+    return lambda asked, text: asked.changes.append({asked.mode: f"-{letter} {text}"})
+
+
+def _clear(asked: Asked, side: str) -> None:
+    if side.upper() not in SIDES:
+        near = suggestion(side.upper(), SIDES)
+        raise Fatal(f"{PROGRAM}: there are no rules of {side} (give {', '.join(SIDES)}, or nothing){near}")
+    asked.changes.append({"clear": side.lower()})
+
+
+def _query(name: str) -> Action:
+    return lambda asked, _: asked.queries.append(name)
+
+
+def _flag(name: str) -> Action:
+    return lambda asked, _: setattr(asked, name, True)
+
+
+def _help(asked: Asked, _: str) -> None:
+    asked.text = asked.text or usage()
+
+
+def _version(asked: Asked, _: str) -> None:
+    from .. import __version__
+
+    asked.text = asked.text or f"{PROGRAM} {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n"
+
+
+CHANGES, ASKING, GENERAL = "Changes", "Queries", "General"
+GROUPS = (CHANGES, ASKING, GENERAL)
+TABLE = (
+    Option("add", "A", "", CHANGES, _mode(ADD), "Add the ports that follow"),
+    Option("delete", "D", "", CHANGES, _mode(DELETE), "Delete the ports that follow"),
+    Option("tcp-ports", "t", "SPEC", CHANGES, _ports("t"),
+           "TCP ports of the host\n"
+           "SPEC as for passt(1), such as 8080:80\n"
+           "without --add or --delete: replace those there are"),
+    Option("udp-ports", "u", "SPEC", CHANGES, _ports("u"), "UDP ports of the host"),
+    Option("tcp-ns", "T", "SPEC", CHANGES, _ports("T"), "TCP ports of localhost in the namespace"),
+    Option("udp-ns", "U", "SPEC", CHANGES, _ports("U"), "UDP ports of localhost in the namespace"),
+    Option("clear", "C", "[SIDE]", CHANGES, _clear,
+           "Delete all ports of SIDE\n"
+           "HOST (-t, -u), SPLICE (-T, -U), or ALL, the default"),
+    Option("show", "s", "", ASKING, _query("show"),
+           "Show the ports; with changes, before and after them\n"
+           "default, if nothing else is asked for"),
+    Option("flows", "", "", ASKING, _query("flows"), "List connections and other flows"),
+    Option("top", "", "", ASKING, _flag("top"), "Watch the flows, every second; q quits"),
+    Option("stats", "", "", ASKING, _query("stats"), "Show counters"),
+    Option("metrics", "", "", ASKING, _query("metrics"), "Show counters in the text format of Prometheus"),
+    Option("info", "", "", ASKING, _query("info"), "Show version, mode, MTU and addresses"),
+    Option("json", "", "", ASKING, _flag("json"), "Print answers as JSON objects, one a line"),
+    Option("help", "h", "", GENERAL, _help, "Show this help and exit"),
+    Option("version", "", "", GENERAL, _version, "Show the version and exit"),
+    Option("debug", "d", "", GENERAL, _flag("debug"), "Print requests and answers on standard error"),
+)  # fmt: skip
+_HEAD = """\
+Usage: pesto [OPTION]... SOCKET
+
+Show and change which ports a running pasta or passt forwards. SOCKET is the
+path it was started with, as in pasta -c SOCKET. Either all changes of a call
+are made, or none.
+
+Example: pesto --add -t 8080:80 /run/user/1000/pasta.sock"""
+
+
+def completed() -> Program:
+    """What shells complete."""
+    from ..conf.completion import Program
+
+    return Program((PROGRAM,), TABLE, operands="file", spec=("none", "auto", "all"))
+
+
+def usage() -> str:
+    """The text of --help."""
+    from ..conf import help as conf_help
+
+    return conf_help.text(_HEAD, TABLE, GROUPS)
+
+
+# The command line --------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> tuple[Asked, list[str]]:
+    """What is asked for, and operands, which may stand anywhere. Raises Fatal."""
+    asked, operands = Asked(), list[str]()
+    left = list(_with_sides(argv))
+    while left:
+        words: Getopt[Option] = Getopt(PROGRAM, TABLE, left)
+        for option, argument in words:
+            option.action(asked, argument)
+        ended = len(left) > len(words.operands) and left[-len(words.operands) - 1] == "--"
+        operands += words.operands if ended else words.operands[:1]
+        left = [] if ended else words.operands[1:]
+    return asked, operands
+
+
+def _with_sides(argv: Sequence[str]) -> Iterator[str]:
+    """The words, with --clear and its argument, which may be missing, made one."""
+    words = iter(argv)
+    for word in words:
+        if word == "-C" or (len(word) > 2 and "--clear".startswith(word)):
+            following = next(words, None)
+            if following is None or following.upper() in SIDES:
+                yield f"--clear={following or 'ALL'}"
+            else:
+                yield "--clear=ALL"
+                yield following
+        else:
+            yield word
+            if word == "--":
+                yield from words
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, return the exit status. `argv` is sys.argv by default."""
+    words = (sys.argv if argv is None else argv)[1:]
+    try:
+        asked, operands = parse(words)
+        if asked.text is not None:
+            print(asked.text, end="")
+            return 0
+        if len(operands) != 1:
+            what = "too many operands:" if operands else "which control socket?"
+            raise Fatal(f"{PROGRAM}: {what} Give the path that pasta or passt was started with: {PROGRAM} ... SOCKET")
+        with Connection(operands[0], debug=asked.debug) as connection:
+            run(asked, connection)
+        sys.stdout.flush()
+    except Fatal as e:
+        for line in e.args:
+            print(line, file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(asked: Asked, connection: Connection) -> None:
+    """Do what is asked for. Raises Fatal."""
+    if asked.top:
+        from . import top
+
+        top.run(connection)
+        return
+    queries = asked.queries
+    if asked.changes:
+        if "show" in queries:
+            _print(asked, "show", connection.ask({"command": "show"}))
+        answer = connection.ask({"command": "change", "changes": asked.changes})
+        if asked.json:
+            print(json.dumps(answer))
+        for rule in answer["present"]:
+            print(f"'{rule['rule']}' is there already", file=sys.stderr)
+    elif not queries:
+        queries = ["show"]
+    for query in queries:
+        _print(asked, query, connection.ask({"command": query}))
+
+
+# The other end -----------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """A conversation with a control socket."""
+
+    def __init__(self, path: str, *, debug: bool = False) -> None:
+        """Raises Fatal."""
+        self._path = path
+        self._debug = debug
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(TIMEOUT)
+        _become_owner(path)
+        try:
+            self._sock.connect(path)
+        except OSError as e:
+            self._sock.close()
+            raise Fatal(f"Couldn't connect to {path}: {e.strerror or e}{_advice(e)}") from None
+        self._file = self._sock.makefile("rb")
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self._file.close()
+        self._sock.close()
+
+    def ask(self, request: Json) -> Json:
+        """The answer to a request. Raises Fatal, with what the other end has to say against it."""
+        line = json.dumps(request)
+        try:
+            self._log(">", line)
+            self._sock.sendall(line.encode() + b"\n")
+        except OSError:
+            pass  # it has cut us off, and perhaps said why
+        try:
+            answered = self._file.readline()
+        except TimeoutError:
+            raise Fatal(f"{self._path}: no answer within {TIMEOUT:.0f} s") from None
+        except OSError as e:
+            raise Fatal(f"{self._path}: {e.strerror}") from None
+        self._log("<", answered.decode(errors="replace").rstrip())
+        try:
+            answer = json.loads(answered)
+            ok = answer["ok"]
+        except (ValueError, TypeError, KeyError):
+            raise Fatal(f"{self._path}: {_strange(answered)}") from None
+        if not ok:
+            raise Fatal(*answer.get("errors", [answer["error"]]))
+        return answer  # type: ignore[no-any-return]
+
+    def _log(self, sign: str, line: str) -> None:
+        if self._debug:
+            print(sign, line, file=sys.stderr)
+
+
+def _become_owner(path: str) -> None:
+    """Root speaks for who owns the socket: in a user namespace, where the other end may be, root is nobody known."""
+    try:
+        if os.geteuid() == 0:
+            os.seteuid(os.stat(path).st_uid)
+    except OSError:
+        pass  # connecting will fail, too, or succeed nevertheless
+
+
+def _advice(e: OSError) -> str:
+    if isinstance(e, FileNotFoundError):
+        return ": pasta and passt make it when they are started with -c"
+    if isinstance(e, ConnectionRefusedError):
+        return ": no program listens there any more, or it is no socket"
+    if isinstance(e, PermissionError):
+        return ": it is for who started the program"
+    if isinstance(e, BlockingIOError):
+        return ": too many clients wait"
+    return ""
+
+
+def _strange(answered: bytes) -> str:
+    return "what answers is no control socket (-c)" if answered else "the connection was closed without an answer"
+
+
+# What is printed ---------------------------------------------------------------------------------------------------
+
+
+def _print(asked: Asked, query: str, answer: Json) -> None:
+    if asked.json:
+        print(json.dumps(answer))
+    elif query == "metrics":
+        print(answer["metrics"], end="")
+    elif query == "show":
+        _print_lines(rule_lines(answer["rules"]))
+    elif query == "info":
+        _print_lines(info_lines(answer["info"]))
+    else:
+        from . import text as pesto_text
+
+        _print_lines(pesto_text.flow_lines(answer["flows"]) if query == "flows" else pesto_text.stat_lines(answer))
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def rule_lines(rules: Sequence[Json]) -> Iterator[str]:
+    """A line for each rule: its number, an option that asks for it, and which of its ports are open."""
+    width = max([24, *(len(rule["rule"]) for rule in rules)])
+    yield f"{'#':>4}  {'RULE':<{width}}  LISTENING"
+    for rule in rules:
+        yield f"{rule['number']:>4}  {rule['rule']:<{width}}  {_listening(rule)}".rstrip()
+
+
+def _listening(rule: Json) -> str:
+    spans = rule["listening"]
+    count = sum(last - first + 1 for first, last in spans)
+    if count == rule["last"] - rule["first"] + 1:
+        return "yes"
+    if not rule["auto"]:
+        return f"{count} of {rule['last'] - rule['first'] + 1} ports"
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in spans[:8]]
+    more = ["..."] if len(spans) > 8 else []
+    return ", ".join(shown + more) or "nothing now"
+
+
+def info_lines(info: Json, indent: str = "") -> Iterator[str]:
+    """Names and values, aligned."""
+    for name, value in info.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}:"
+            yield from info_lines(value, indent + "    ")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{indent}{name + ':':<12} {'-' if text is None else text}"

@@ -1,0 +1,83 @@
+"""What was decided: the frozen result of the command line and of the host's configuration.
+
+Built by `conf/argv.py` at start. Addresses are packed bytes. What changes later is another `Config`, and the only place
+that has the one in force is `settings.py`, which also says how a module reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import PASST as PASST
+from .. import PASTA as PASTA
+from .rules import Rule
+
+MTU_DEFAULT = 65520  # 65535 - 14 (Ethernet header), rounded down to a multiple of 4
+MTU_MIN = 68  # RFC 791, 3.2
+MTU_MAX = 65535
+FRAME_MTU_MAX = 65535 - 14  # what a tap device takes, and the length of a frame on a stream socket allows
+OUR_MAC = bytes.fromhex("9a559a559a55")
+
+
+@dataclass(frozen=True, slots=True)
+class Ip4:
+    """IPv4 as the guest sees it. None instead of an `Ip4` means that the family is off."""
+
+    addr: bytes  # assigned to the guest
+    prefix_len: int
+    gateway: bytes | None  # the guest's default gateway; None: no default route, no DHCP
+    our_addr: bytes | None  # source of what we originate: the gateway where there is one
+    map_host_loopback: bytes | None = None  # this address, seen from the guest, is the host's 127.0.0.1
+    map_guest_addr: bytes | None = None  # this address, seen from the guest, is the host's own `addr`
+    dns: tuple[bytes, ...] = ()  # resolvers to advertise
+    addr_out: bytes | None = None  # source address of outbound sockets
+    if_out: str | None = None  # outbound sockets are bound to this interface
+
+
+@dataclass(frozen=True, slots=True)
+class Ip6:
+    """IPv6 as the guest sees it. None instead of an `Ip6` means that the family is off."""
+
+    addr: bytes | None  # global address assigned to the guest, by DHCPv6 and (its /64) by router advertisement
+    prefix_len: int
+    gateway: bytes | None
+    our_ll: bytes  # our link-local address: source of NA, RA, DHCPv6, and of what a global gateway would send
+    map_host_loopback: bytes | None = None
+    map_guest_addr: bytes | None = None
+    dns: tuple[bytes, ...] = ()
+    addr_out: bytes | None = None
+    if_out: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All that the data plane and the services need to know.
+
+    A field that is called as one of `Options` takes over what the command line asks for.
+    """
+
+    mode: str = PASTA
+    ip4: Ip4 | None = None
+    ip6: Ip6 | None = None
+    our_mac: bytes = OUR_MAC
+    mtu: int = MTU_DEFAULT  # 0: none is assigned or advertised
+    scope_id: int = 0  # index of the host interface that link-local destinations are reached through
+    dns_search: tuple[str, ...] = ()
+    dns_match: tuple[bytes, ...] = ()  # queries to these addresses (port 53 or 853) go to `dns_hosts`
+    dns_hosts: tuple[bytes, ...] = ()  # the host's resolvers, of either family
+    hostname: str = ""  # what the guest is to be called; empty: nothing is said about it
+    fqdn: str = ""
+    advertise_dns: bool = False
+    advertise_search: bool = False
+    no_tcp: bool = False
+    no_udp: bool = False
+    no_icmp: bool = False
+    no_dhcp: bool = False
+    no_dhcpv6: bool = False
+    no_ndp: bool = False
+    no_ra: bool = False
+    forwards: tuple[Rule, ...] = ()
+    no_splice: bool = False  # connections from the host's loopback go through the tap like all others
+    splice_only: bool = False  # there is no tap: loopback connections are all there is
+    host_lo_to_ns_lo: bool = False  # they reach the namespace's loopback instead of its own address
+    freebind: bool = False  # listen on addresses that the host does not have (yet)

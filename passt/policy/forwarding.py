@@ -1,0 +1,127 @@
+"""Address translation: who is whom on the other side? Policy only, no sockets.
+
+Guest to host (`outbound`), first match; the source is the kernel's choice, or the configured outbound address:
+
+    1. port 53 or 853 of a forwarded address (TCP, UDP)  -> one of the host's resolvers (`resolvers.py` decides)
+    2. the address that maps the host's loopback         -> 127.0.0.1 or ::1
+    3. the address that maps the host itself             -> the host's own address, the one the guest has too
+    4. anything else                                     -> itself
+
+Answers come back to the guest from the address that it wrote to: a flow keeps its original destination.
+
+Host to guest through the tap: whom does the guest see (`inbound_source`)? First match:
+
+    1. 127.0.0.1, ::1                                    -> the address that maps the host's loopback, if there is one
+    2. the address that the guest has too                -> the address that maps the host itself, if there is one
+    3. other loopback, unspecified, an address of the    -> our own address on the link
+       guest
+    4. anything else                                     -> itself
+
+It connects to the address that the guest was last seen with (`inbound_target`), or the one that the rule names.
+
+Loopback to loopback, without the tap (`splice_targets`): the namespace's address, or its loopback if so configured; the
+host's loopback; or the one that the rule names. The client's family first; the other one if nobody listens there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .. import addr
+from .config import PASTA, Config, Ip4, Ip6
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..flow.context import Guest
+    from .rules import Rule
+
+NO_SCOPE = 0
+
+SockAddr = tuple[str, int] | tuple[str, int, int, int]
+
+
+class Forwarding:
+    """The translation rules of the configuration in force."""
+
+    __slots__ = ("_config",)
+
+    def __init__(self, settings: Settings) -> None:
+        settings.subscribe(self._adopt)
+
+    def _adopt(self, config: Config) -> None:
+        self._config = config
+
+    def family(self, a: bytes) -> Ip4 | Ip6 | None:
+        """Settings of the address's family; None when it is off."""
+        return self._config.ip4 if len(a) == 4 else self._config.ip6
+
+    def outbound(self, dst: bytes) -> bytes:
+        """The host-side address for a guest's destination, unless that is one of those for resolvers."""
+        ip = self.family(dst)
+        if ip is None:
+            return dst
+        if dst == ip.map_host_loopback:
+            return addr.LOOPBACK4 if len(dst) == 4 else addr.LOOPBACK6
+        if dst == ip.map_guest_addr and ip.addr is not None:
+            return ip.addr
+        return dst
+
+    def source(self, target: bytes) -> tuple[bytes | None, str | None]:
+        """Address and interface that a socket to the host-side address `target` is bound to; None: the kernel's choice.
+
+        The host's loopback is reached from no other interface, so there the configured ones do not apply.
+        """
+        ip = self.family(target)
+        if ip is None or addr.is_loopback(target):
+            return None, None
+        return ip.addr_out, ip.if_out
+
+    def sockaddr(self, a: bytes, port: int) -> SockAddr:
+        """For connect() and bind(): what has the scope of a link (RFC 4007, 4) goes through the template interface."""
+        return (addr.text(a), port) if len(a) == 4 else (addr.text(a), port, 0, self.scope(a))
+
+    def scope(self, a: bytes) -> int:
+        """The interface that an address with the scope of a link is reached through, 0 for others."""
+        link_scope = len(a) == 16 and (addr.is_link_local(a) or (a[0] == 0xFF and a[1] & 0xF in (1, 2)))
+        return self._config.scope_id if link_scope else NO_SCOPE
+
+    # Host to guest -----------------------------------------------------------------------------------------------
+
+    def inbound_source(self, peer: bytes, guest: Guest) -> bytes | None:
+        """The address that the guest sees for a host-side `peer`; None: there is none that it could answer to."""
+        ip = self.family(peer)
+        if ip is None:
+            return None
+        ours = ip.our_addr if isinstance(ip, Ip4) else ip.our_ll
+        if addr.is_loopback(peer):
+            mapped = ip.map_host_loopback if peer in (addr.LOOPBACK4, addr.LOOPBACK6) else None
+            return mapped or ours
+        if peer == ip.addr and ip.map_guest_addr is not None:
+            return ip.map_guest_addr
+        if addr.is_unspecified(peer) or peer in (ip.addr, guest.addr4, guest.addr6, guest.addr6_ll):
+            return ours
+        return peer
+
+    def inbound_target(self, source: bytes, rule: Rule, guest: Guest) -> bytes | None:
+        """The address in the guest that a connection seen as from `source` goes to; None: none is known."""
+        if rule.target is not None:
+            return rule.target if len(rule.target) == len(source) else None
+        own6 = guest.addr6_ll if addr.is_link_local(source) else guest.addr6
+        target = guest.addr4 if len(source) == 4 else own6
+        return target if any(target) else None
+
+    # Loopback to loopback ----------------------------------------------------------------------------------------
+
+    def spliced(self, peer: bytes, rule: Rule) -> bool:
+        """Whether a connection of `peer` to a port of `rule` goes from socket to socket, without the tap."""
+        config = self._config
+        return rule.outbound or (config.mode == PASTA and not config.no_splice and addr.is_loopback(peer))
+
+    def splice_targets(self, v6: bool, rule: Rule, guest: Guest) -> list[bytes]:
+        """Addresses on the other side to connect to, in this order, for a client that came by IPv6 or not."""
+        if rule.target is not None:
+            return [rule.target]
+        loopback = rule.outbound or self._config.host_lo_to_ns_lo or self._config.splice_only
+        own = (addr.LOOPBACK4, addr.LOOPBACK6) if loopback else (guest.addr4, guest.addr6)
+        on = (self._config.ip4, self._config.ip6)
+        return [own[i] for i in ((1, 0) if v6 else (0, 1)) if any(own[i]) and (on[i] is not None or rule.outbound)]

@@ -1,0 +1,1 @@
+"""What others connect to: listening sockets, the rules in force, ports that follow those of the other side."""

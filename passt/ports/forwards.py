@@ -1,0 +1,347 @@
+"""Forwarding rules while we run: all changes of a request, or none of them.
+
+What was asked for at start is the beginning of a table (`policy/rule_table.py`) that clients of the control sockets
+change. A request is a list of changes; each is applied to a copy of the table, in order. Then ports are compared, not
+changes: what is wanted before and after stays as it is. The table numbers the rules that are the `forwards` of the
+configuration, and this module is the only one that replaces these (`policy/settings.py`).
+
+    port, before and after                                 what happens to its socket
+    -----------------------------------------------------  ----------------------------------------------------------
+    of the same rule, or of one that listens likewise      stays; where it leads elsewhere now, UDP flows end
+    not wanted any more                                    is closed: connections go on, UDP flows end
+    wanted                                                 is opened
+    wanted, and not any more in a way that is in the way   is closed first, so that the other can be opened
+    wanted, and an automatic rule listens there            likewise; the automatic rule leaves the port alone
+
+Everything is opened before anything is given up, but for what is in the way; if one port cannot be had, what was opened
+is closed, what was in the way is opened again, and the request fails with a line for each run of ports, in the words
+that start-up has for it. A port in use is not waited for here: the loop stands still meanwhile, for some 15 us a port.
+
+All of this happens between two turns of the loop, when descriptors can be closed at once: a port is free when the
+request is answered.
+
+Errors that a rule may have besides are told by who reads it (`control/api.py`), with the parser of the command line.
+"""
+
+from __future__ import annotations
+
+import resource
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from .. import log
+from ..flow.context import Context
+from ..flow.idle import NO_DESCRIPTORS
+from ..policy.rule_table import Missing, RuleTable
+from ..policy.rules import Listener, Rule
+from .listen import Listeners
+from .scan import Scanner
+from .sockets import RESERVE, Failure, Wanted, describe
+
+# Requests and what comes of them -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Its ports, whatever rules they belong to."""
+
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteNumber:
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """All rules of a direction, of a protocol; None is any."""
+
+    outbound: bool | None = None
+    proto: int | None = None
+
+    def means(self, rule: Rule) -> bool:
+        return self.outbound in (None, rule.outbound) and self.proto in (None, rule.proto)
+
+
+Change = Add | Delete | DeleteNumber | Clear
+
+
+class Refused(Exception):
+    """A request that is not met, and has changed nothing: lines that say why, and the ports that could not be had."""
+
+    def __init__(self, lines: Sequence[str], failures: Sequence[Failure] = ()) -> None:
+        super().__init__(lines, failures)
+        self.lines = list(lines)
+        self.failures = list(failures)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What has changed, by number, and which rules were there already."""
+
+    added: dict[int, Rule] = field(default_factory=dict)
+    removed: dict[int, Rule] = field(default_factory=dict)
+    present: list[Rule] = field(default_factory=list)
+
+
+# The table and its sockets -----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What becomes of ports."""
+
+    close: list[Wanted]
+    hand_over: list[tuple[Rule, int, Rule]]
+    open: list[Wanted]
+
+
+class Forwards:
+    """The rules in force. `listeners` has their sockets, `scanner` opens those of automatic ones."""
+
+    def __init__(self, ctx: Context, listeners: Listeners, scanner: Scanner) -> None:
+        self._ctx = ctx
+        self._listeners = listeners
+        self._scanner = scanner
+        self._table = RuleTable(ctx.config.forwards)
+        ctx.stats.gauges["forwards"] = lambda: len(self.rules)
+        self._limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    @property
+    def rules(self) -> dict[int, Rule]:
+        """By number. Not to be changed."""
+        return self._table.rules
+
+    def ports(self, rule: Rule) -> set[int]:
+        """Ports of a rule that are listened on now."""
+        return self._listeners.ports(rule)
+
+    def change(self, changes: Iterable[Change], now: float) -> Outcome:
+        """Make all changes. Raises Refused, with none of them made. Only between turns of the loop."""
+        table, outcome = self._table.copy(), Outcome()
+        for change in changes:
+            self._apply(change, table, outcome)
+        self._check(table)
+        before, after = self._table.rules, table.rules
+        outcome.removed = {n: rule for n, rule in before.items() if after.get(n) != rule}
+        outcome.added = {n: rule for n, rule in after.items() if before.get(n) != rule}
+        if outcome.removed or outcome.added:
+            plan = self._plan(list(outcome.removed.values()), list(outcome.added.values()))
+            early = self._in_the_way(plan, after.values())
+            self._open(plan.open, early)
+            gone = set(early)
+            self._listeners.remove_all(w for w in plan.close if w not in gone)
+            self._listeners.hand_over([h for h in plan.hand_over if h[:2] not in gone])
+            self._table = table
+            self._ctx.reactor.close_retired()
+            config = self._ctx.config
+            self._ctx.settings.replace(replace(config, forwards=tuple(after.values())), now)
+            self._ctx.reactor.close_retired()
+        return outcome
+
+    # What is wanted ----------------------------------------------------------------------------------------------
+
+    def _apply(self, change: Change, table: RuleTable, outcome: Outcome) -> None:
+        if isinstance(change, Clear):
+            table.delete_all(change.means)
+        elif isinstance(change, DeleteNumber):
+            if change.number not in table.rules:
+                raise Refused([f"There is no rule with the number {change.number}"])
+            table.delete_number(change.number)
+        elif isinstance(change, Delete):
+            try:
+                table.delete(change.rule)
+            except Missing as e:
+                raise Refused([_missing(e, table)]) from None
+        elif self._is_there(change.rule, table):
+            outcome.present.append(change.rule)
+        else:
+            self._check_rule(change.rule)
+            table.add(change.rule)
+
+    def _is_there(self, rule: Rule, table: RuleTable) -> bool:
+        """Whether a rule that is added changes nothing.
+
+        Ports that a weak rule has left out are not there: the rule loses them to one that insists.
+        """
+        try:
+            parts = [table.rules[number] for number in table.covering(rule)]
+        except Missing:
+            return False
+        weak = [part for part in parts if part.weak and not part.auto]
+        have = set[int]().union(*(self._listeners.ports(part) for part in weak))
+        if rule.weak or all(have.issuperset(_common(part, rule)) for part in weak):
+            return True
+        table.delete(rule)
+        return False
+
+    def _check_rule(self, rule: Rule) -> None:
+        if rule.outbound and not self._listeners.has_namespace:
+            raise Refused([f"'{rule.option}' needs a namespace to listen in, and there is none"])
+        if rule.auto and not self._scanner.can_follow(rule.outbound):
+            where = "host" if rule.outbound else "namespace"
+            raise Refused([f"'{rule.option}': which ports are bound in the {where} cannot be found out"])
+
+    def _check(self, table: RuleTable) -> None:
+        """No two rules may want the same port."""
+        both = table.conflict()
+        if both is None:
+            return
+        old = set(self._table.rules.values())
+        first, second = both[::-1] if both[1] in old else both
+        port = max(first.first, second.first)
+        if first in old:
+            raise Refused(
+                [
+                    f"Port {port} is forwarded already, by '{first.option}', and asked for by '{second.option}': "
+                    f"delete the former, or leave the port out (~{port} excludes it)"
+                ]
+            )
+        names = f"'{first.option}' and by '{second.option}'"
+        raise Refused([f"Port {port} is asked for twice, by {names}: leave it out of one of them"])
+
+    # Sockets -----------------------------------------------------------------------------------------------------
+
+    def _plan(self, removed: Sequence[Rule], added: Sequence[Rule]) -> _Plan:
+        heirs = _Heirs(added)
+        plan = _Plan([], [], [])
+        handed = set[Wanted]()
+        for rule in removed:
+            for port in sorted(self._listeners.ports(rule)):
+                heir = heirs.find(rule, port)
+                if heir is None:
+                    plan.close.append((rule, port))
+                else:
+                    plan.hand_over.append((rule, port, heir))
+                    handed.add((heir, port))
+        left_out = _Heirs(rule for rule in removed if rule.weak)
+        plan.open = [
+            (rule, port)
+            for rule in added
+            if not rule.auto
+            for port in rule.ports
+            if (rule, port) not in handed and not (rule.weak and left_out.find(rule, port))
+        ]
+        return plan
+
+    def _in_the_way(self, plan: _Plan, rules: Iterable[Rule]) -> list[Wanted]:
+        """Ports that are listened on, that will not be any more, and that cannot be had by others before."""
+        wanted: dict[tuple[int, bool, int], list[Rule]] = {}
+        for rule, port in plan.open:
+            wanted.setdefault((rule.proto, rule.outbound, port), []).append(rule)
+        given_up = plan.close + [(rule, port) for rule, port, _ in plan.hand_over if rule.auto]
+        given_up += [(rule, port) for rule in rules if rule.auto for port in self._listeners.ports(rule)]
+        return [
+            (rule, port)
+            for rule, port in given_up
+            if any(rule.overlaps(other) for other in wanted.get((rule.proto, rule.outbound, port), ()))
+        ]
+
+    def _open(self, wanted: Sequence[Wanted], early: Sequence[Wanted]) -> None:
+        """Listen on ports, having closed `early`. Raises Refused, with everything as it was."""
+        self._listeners.remove_all(early)
+        self._ctx.reactor.close_retired()
+        opened: list[Listener] = []
+        try:
+            failures = []
+            for outbound in (False, True):
+                listeners, failed = self._listeners.open([w for w in wanted if w[0].outbound == outbound])
+                opened += listeners
+                failures += failed
+            self._check_opened(opened, failures)
+            self._watch(opened)
+        except BaseException as e:
+            for listener in opened:
+                listener.sock.close()
+            lost = self._restore(early)
+            if isinstance(e, Refused):
+                e.lines += lost
+            raise
+
+    def _watch(self, opened: Sequence[Listener]) -> None:
+        try:
+            self._listeners.watch(opened)
+        except OSError as e:
+            raise Refused([f"Couldn't watch new ports: {e.strerror}"]) from None
+
+    def _check_opened(self, opened: Sequence[Listener], failures: Sequence[Failure]) -> None:
+        """Raises Refused if what failed was asked for by name, if nothing of a rule could be had, or if what is left
+        of our descriptors is not enough for traffic.
+        """
+        firm = [f for f in failures if not f.rule.weak]
+        full = next((f for f in failures if f.errno in NO_DESCRIPTORS), None)
+        last = max(opened, key=lambda listener: listener.fd, default=None)
+        if full is None and last is not None and last.fd >= self._limit - RESERVE > 0:
+            full = Failure(last.rule, last.port, 0)
+        if full is not None:
+            raise Refused(
+                [
+                    f"Can't open enough sockets for port specifier: {full.rule.option} "
+                    f"(the limit of descriptors is {self._limit}: start with a higher one, ulimit -Hn)"
+                ],
+                failures,
+            )
+        if firm:
+            raise Refused(describe(firm), firm)
+        had = {listener.rule.option for listener in opened}
+        none = [option for option in dict.fromkeys(f.rule.option for f in failures) if option not in had]
+        if none:
+            raise Refused([f"Failed to bind any port for '{option}'" for option in none], failures)
+
+    def _restore(self, early: Iterable[Wanted]) -> list[str]:
+        """Listen again where we did, and say where that is not possible any more; automatic rules do it themselves."""
+        fixed = [(rule, port) for rule, port in early if not rule.auto]
+        lost: list[Failure] = []
+        for outbound in (False, True):
+            lost += self._listeners.add_all([w for w in fixed if w[0].outbound == outbound])
+        for failure in lost:
+            log.warn(f"Port {failure.port} of '{failure.rule.option}' was closed for a moment, and is lost")
+        return [f"While that was tried, somebody took port {f.port} of '{f.rule.option}': {f.reason}" for f in lost]
+
+
+class _Heirs:
+    """Rules by how and where they listen."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._rules: dict[tuple[object, ...], list[Rule]] = {}
+        for rule in sorted(rules, key=lambda r: r.first):
+            self._rules.setdefault(_way(rule), []).append(rule)
+        self._firsts = {way: [rule.first for rule in rules] for way, rules in self._rules.items()}
+
+    def find(self, rule: Rule, port: int) -> Rule | None:
+        """Which of them listens on `port` as `rule` does."""
+        way = _way(rule)
+        at = bisect_right(self._firsts.get(way, ()), port) - 1
+        heir = self._rules[way][at] if at >= 0 else None
+        return heir if heir is not None and port <= heir.last else None
+
+
+def _way(rule: Rule) -> tuple[object, ...]:
+    return rule.proto, rule.outbound, rule.addr, rule.ifname, rule.auto
+
+
+def _common(a: Rule, b: Rule) -> range:
+    return range(max(a.first, b.first), min(a.last, b.last) + 1)
+
+
+def _missing(e: Missing, table: RuleTable) -> str:
+    """What is not there, and what is there in its place."""
+    line = f"Port {e.port} of '{e.rule.option}' is not forwarded"
+    there = next(_similar(e.rule, e.port, table.rules.values()), None)
+    return line if there is None else f"{line} so: there is '{there.spec}'"
+
+
+def _similar(rule: Rule, port: int, rules: Iterable[Rule]) -> Iterator[Rule]:
+    """Rules of the same kind that have the port, those that are not automatic first."""
+    alike = [r for r in rules if (r.proto, r.outbound) == (rule.proto, rule.outbound) and port in r.ports]
+    yield from sorted(alike, key=lambda r: r.auto)

@@ -1,0 +1,280 @@
+"""Listening sockets in the loop: connections accepted and datagrams announced, and to whom they go.
+
+    rule      client           configuration    goes to
+    --------  ---------------  ---------------  -----------------------------------------------------
+    outbound  (loopback)       any              tcp_splice, from socket to socket
+    inbound   loopback         no --no-splice   tcp_splice
+    inbound   anybody          --splice-only    nobody: reset, counted
+    inbound   anybody          otherwise        tcp, through the tap
+    UDP       anybody          any              udp_in, which draws the same distinctions for each datagram
+
+All listeners are in one list, and the place in it is the data of a listener's epoll reference. A connection is
+accepted as a socket of the C type, non-blocking, and belongs to whom it is given to.
+
+An accept(2) in vain costs nearly as much as one that succeeds, so the number of them per event follows how many
+connections waited last time; what is left over is reported by epoll again, after others had their turn.
+
+Out of descriptors, a connection is accepted with a spare one and reset; where even that fails, and after a fault in a
+handler, the listener rests for a moment (`flow/spare.py`).
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import log
+from ..calls import calls
+from ..flow.context import Context
+from ..flow.idle import NO_DESCRIPTORS
+from ..flow.spare import Spare
+from ..linux.netns import Namespace
+from ..linux.nspool import new_socket
+from ..linux.syscall import accept
+from ..loop.reactor import EPOLLIN, TYPE_LISTEN, ref_data
+from ..policy.rules import Listener, Rule
+from ..tcp_engine.sock import reset
+from ..wire.checksum import PROTO_TCP
+from .sockets import Failure, Wanted, open_ports
+
+if TYPE_CHECKING:
+    from ..splice.tcp import TcpSplice
+    from ..tcp import Tcp
+    from .udp_in import UdpIn
+
+BUDGET_MAX = 16  # connections accepted for one event, so that established ones get their turn
+PATIENCE = 8  # events that use up the budget before it doubles
+
+_TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # accept4(2) has made it so; this tells the object
+
+CALLS = calls("accept4")
+
+
+class Listeners:
+    """Everything that we listen on. `namespace` is where outbound rules listen."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        *,
+        tcp: Tcp | None,
+        tcp_splice: TcpSplice,
+        udp_in: UdpIn,
+        namespace: Namespace | None,
+        opened: Iterable[Listener] = (),
+    ) -> None:
+        self._ctx = ctx
+        self._tcp, self._tcp_splice, self._udp_in = tcp, tcp_splice, udp_in
+        self._namespace = namespace
+        self._by_index: list[Listener | None] = []
+        self._free: list[int] = []
+        self._by_rule: dict[Rule, dict[int, tuple[Listener, ...]]] = {}
+        self._held: Counter[tuple[int, bool, int]] = Counter()  # sockets by protocol, direction and port
+        self._budget = 1
+        self._streak = 0
+        self._spare = Spare(ctx)
+        ctx.reactor.handle(TYPE_LISTEN, self.sock_handler)
+        ctx.stats.gauges["listeners"] = lambda: len(self._by_index) - len(self._free)
+        for listener in opened:
+            self._watch(listener)
+
+    # Ports -----------------------------------------------------------------------------------------------------------
+
+    def ports(self, rule: Rule) -> set[int]:
+        """Ports of `rule` that are listened on now."""
+        return set(self._by_rule.get(rule, ()))
+
+    def has(self, proto: int, outbound: bool, port: int) -> bool:
+        """Whether any rule of that kind listens on `port`."""
+        return (proto, outbound, port) in self._held
+
+    def add(self, rule: Rule, port: int) -> None:
+        """Listen on a port of `rule`. Raises OSError, and nothing is changed then."""
+        for failure in self.add_all([(rule, port)]):
+            raise OSError(failure.errno, failure.reason)
+
+    def add_all(self, wanted: Sequence[Wanted]) -> list[Failure]:
+        """Listen on ports of rules of one direction; returns what failed. Not for ports that are listened on."""
+        listeners, failed = self.open(wanted)
+        try:
+            self.watch(listeners)
+        except OSError as e:
+            failed += [Failure(listener.rule, listener.port, e.errno or 0) for listener in listeners]
+        return failed
+
+    def open(self, wanted: Sequence[Wanted]) -> tuple[list[Listener], list[Failure]]:
+        """Sockets for ports of rules of one direction, not watched yet, and what failed. What was opened is the
+        caller's, to watch or to close.
+        """
+        outbound = bool(wanted) and wanted[0][0].outbound
+        listeners: list[Listener] = []
+        config = self._ctx.config
+        if not outbound:
+            udp = {port for rule, port in wanted if rule.proto != PROTO_TCP}
+            if udp:
+                self._udp_in.make_way(udp)
+            return listeners, open_ports(config, wanted, listeners)
+        assert self._namespace is not None, "a virtual machine has no outbound rules"
+        try:
+            return listeners, self._namespace.run(lambda: open_ports(config, wanted, listeners))
+        except OSError as e:
+            return listeners, [Failure(rule, port, e.errno or 0) for rule, port in wanted]
+
+    def watch(self, listeners: Sequence[Listener]) -> None:
+        """Begin to serve what `open` gave: all, or none, and then they are closed. Raises OSError.
+
+        What can fail is epoll_ctl(2), for want of memory or of watches (fs.epoll.max_user_watches).
+        """
+        done: list[Wanted] = []
+        try:
+            for listener in listeners:
+                self._watch(listener)
+                done.append((listener.rule, listener.port))
+        except OSError:
+            self.remove_all(dict.fromkeys(done))
+            for listener in listeners:
+                listener.sock.close()
+            raise
+
+    def remove(self, rule: Rule, port: int) -> None:
+        """Stop listening on a port of `rule`. Connections go on; UDP flows would keep the port, and end."""
+        self.remove_all([(rule, port)])
+
+    def remove_all(self, ports: Iterable[Wanted]) -> None:
+        """The same for ports of rules."""
+        closed: list[Listener] = []
+        for rule, port in ports:
+            listeners = self._take(rule, port)
+            held = rule.proto, rule.outbound, port
+            for listener in listeners:
+                self._by_index[listener.index] = None
+                self._free.append(listener.index)
+                self._spare.forget(listener.fd)
+                self._ctx.reactor.retire(listener.fd, listener.sock)
+            self._held[held] -= len(listeners)
+            if not self._held[held]:
+                del self._held[held]
+            closed += listeners
+        self._udp_in.end([listener for listener in closed if listener.rule.proto != PROTO_TCP])
+
+    def hand_over(self, ports: Sequence[tuple[Rule, int, Rule]]) -> None:
+        """Let heirs, the third of each, which listen in the same way, have ports of rules, without a moment in which
+        these are closed.
+
+        Connections go on. UDP flows end if the port leads elsewhere now.
+        """
+        handed: list[tuple[Listener, Rule]] = []
+        for rule, port, heir in ports:
+            listeners = self._take(rule, port)
+            self._by_rule.setdefault(heir, {})[port] = listeners
+            handed += [(listener, heir) for listener in listeners]
+        moved = [listener for listener, heir in handed if listener.rule.proto != PROTO_TCP and _moves(listener, heir)]
+        self._udp_in.end(moved)
+        for listener, heir in handed:
+            listener.rule, listener.to = heir, heir.target_port(listener.port)
+        for listener in moved:
+            self._udp_in.begin(listener)
+
+    def _take(self, rule: Rule, port: int) -> tuple[Listener, ...]:
+        """The listeners of a port of `rule`, which has them no more."""
+        listeners = self._by_rule[rule].pop(port)
+        if not self._by_rule[rule]:
+            del self._by_rule[rule]
+        return listeners
+
+    @property
+    def has_namespace(self) -> bool:
+        """Whether there is a namespace to listen in."""
+        return self._namespace is not None
+
+    def close(self) -> None:
+        """Stop listening everywhere."""
+        for listener in filter(None, self._by_index):
+            self._ctx.reactor.retire(listener.fd, listener.sock)
+        for held in (self._by_index, self._by_rule, self._held, self._free):
+            held.clear()
+        self._spare.close()
+
+    def _watch(self, listener: Listener) -> None:
+        """Raises OSError, with nothing changed."""
+        listener.index = self._free[-1] if self._free else len(self._by_index)
+        self._ctx.reactor.watch(listener.fd, TYPE_LISTEN, listener.index, EPOLLIN)
+        if self._free:
+            self._by_index[self._free.pop()] = listener
+        else:
+            self._by_index.append(listener)
+        rule, port = listener.rule, listener.port
+        ports = self._by_rule.setdefault(rule, {})
+        ports[port] = (*ports.get(port, ()), listener)
+        self._held[rule.proto, rule.outbound, port] += 1
+        if listener.rule.proto != PROTO_TCP:
+            self._udp_in.begin(listener)
+
+    # Events ----------------------------------------------------------------------------------------------------------
+
+    def sock_handler(self, ref: int, events: int, now: float) -> None:
+        """A listener is readable."""
+        listener = self._by_index[ref_data(ref)]
+        assert listener is not None, "it was retired when it left the list"
+        if listener.rule.proto != PROTO_TCP:
+            self._udp_in.sock_handler(listener, now)
+            return
+        left = self._budget
+        try:
+            while left:
+                self._accept(listener, now)
+                left -= 1
+        except BlockingIOError:
+            self._budget = max(1, self._budget - left)
+            self._streak = 0
+            return
+        self._streak += 1
+        if self._streak >= PATIENCE:
+            self._budget = min(2 * self._budget, BUDGET_MAX)
+            self._streak = 0
+
+    def _accept(self, listener: Listener, now: float) -> None:
+        """Accept one connection. Raises BlockingIOError when none waits, or the listener rests."""
+        try:
+            fd, peer, port = accept(listener.fd)
+        except BlockingIOError:
+            raise
+        except OSError as e:
+            self._accept_failed(listener, e, now)
+            return
+        sock: Any = new_socket(listener.sock.family, _TYPE, 0, fd)
+        ctx = self._ctx
+        if ctx.fwd.spliced(peer, listener.rule):
+            self._tcp_splice.accepted(listener, sock, peer, port, now)
+        elif self._tcp is not None:
+            self._tcp.accepted(listener, sock, peer, port, now)
+        else:
+            ctx.drops["listen: not from loopback"] += 1
+            reset(sock)
+
+    def _accept_failed(self, listener: Listener, e: OSError, now: float) -> None:
+        """Raises BlockingIOError if the listener rests."""
+        if e.errno in NO_DESCRIPTORS:
+            log.warn_ratelimited("listen", f"Refusing connections to port {listener.port}: {e.strerror}", now)
+        elif log.debug_on:
+            log.debug(f"Port {listener.port}: accept: {e.strerror}")
+        if not self._spare.accept_failed(listener.fd, e, now, self._refuse):
+            raise BlockingIOError
+
+    def _refuse(self, fd: int) -> None:
+        reset(new_socket(socket.AF_INET, _TYPE, 0, fd))
+        self._ctx.drops["listen: no descriptor"] += 1
+
+    def fault(self, ref: int) -> None:
+        """Handling an event failed. What it was about is not known; the listener stays."""
+        listener = self._by_index[ref_data(ref)]
+        if listener is not None:
+            self._spare.rest(listener.fd, time.monotonic())
+
+
+def _moves(listener: Listener, heir: Rule) -> bool:
+    """Whether its port leads elsewhere once it is one of `heir`."""
+    return (listener.rule.target, listener.to) != (heir.target, heir.target_port(listener.port))

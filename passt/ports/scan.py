@@ -1,0 +1,222 @@
+"""`auto`: listening on those ports of a rule that somebody has bound at the other side, while they are bound.
+
+    rule      ports bound in   TCP: listening     UDP: bound; also TCP listening, if TCP is automatic in this direction
+    --------  ---------------  -----------------  ----------------------------------------------------------------------
+    inbound   the namespace    listened on by us  received by us on the host
+    outbound  the host         on the other side  ... in the namespace, on loopback
+
+A port p of a rule that leads to t is listened on while t is bound. Nothing of ours counts as bound: where a rule of
+the other direction listens, the port is ours, and following it would be following our own echo. What is new is bound,
+what has vanished is closed: connections that came through it go on, UDP flows, which would keep the port, end. A port
+that cannot be bound is tried again each time, and said once, in debug.
+
+On the host, who is bound to an address of 127/8 of its own is found there only (systemd-resolved: 127.0.0.53). So
+outbound rules listen on the same address in the namespace, which leads to that server: names are found there as they
+are on the host, by what /etc/resolv.conf says. Such a port counts for nothing else.
+
+    time     condition                     consequence
+    -------  ----------------------------  --------------------------------------
+    0.8 s    there are automatic rules     the tables are read and compared again
+
+so that ports appear and vanish within a second. At start inbound comes first, so that a server in the namespace gets
+its port on the host; later outbound does. Without automatic rules there is no timer, and nothing is read.
+
+How many there may be. What others bind costs us descriptors, and ports of the host that others may want, those of its
+own connections among them. So the sockets of automatic rules have a limit in each direction, which is a share of the
+descriptors, and leave what `ports.sockets.RESERVE` says. Ports beyond are left out, said and counted once, and have
+their turn when others vanish.
+
+Rules may change while we run (`forwards.py`); there is a look at once then. A port that another rule asks for is left
+to it.
+
+Cost of a look at both sides, both protocols, nothing new: 0.15 ms, and 0.6 us for each listening TCP socket and each
+UDP socket (`linux/ports.py`; milliseconds where the kernel has no inet_diag). An outbound port that cannot be bound
+costs a thread, 0.3 ms for all of them. Where that adds up, looks are made less often than every 0.8 s, so that they
+take a twentieth of a processor at most; time in which others have it does not count, and delays nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from .. import log
+from ..flow.context import Context
+from ..flow.idle import flow_limit
+from ..linux.ports import Pinned, PortTables
+from ..policy.config import Config
+from ..policy.rules import Rule
+from ..wire.checksum import PROTO_TCP, PROTO_UDP
+from .listen import Listeners
+from .sockets import RESERVE, Wanted, sockets
+
+INTERVAL = 0.8  # s
+SHARE = 20  # at most one part in so many of the time
+SOCKETS_MAX = 8192  # of automatic rules, in each direction
+DESCRIPTOR_SHARE = 4  # of the descriptors that the process may have, at most one in so many
+
+
+class Scanner:
+    """The automatic rules. `host` and `ns` are the tables of both sides, where rules need them."""
+
+    def __init__(self, ctx: Context, listeners: Listeners, host: PortTables | None, ns: PortTables | None) -> None:
+        self._ctx = ctx
+        self._listeners = listeners
+        self._host, self._ns = host, ns
+        self._failed: dict[bool, set[Wanted]] = {False: set(), True: set()}  # by direction, at the last look
+        self._left_out: dict[bool, set[Wanted]] = {False: set(), True: set()}  # likewise
+        self._most = flow_limit(SOCKETS_MAX, DESCRIPTOR_SHARE)
+        self._all = flow_limit(sys.maxsize, 1) - RESERVE  # also for rules that are not automatic
+        self._timer = -1
+        self._armed = False
+        self._own: set[Rule] = set()  # made from outbound rules, each for one address that somebody is bound to
+        ctx.settings.subscribe(self._adopt)
+        ctx.settings.react(self._changed)
+
+    def _adopt(self, config: Config) -> None:
+        self._rules = rules = config.forwards
+        self._inbound = [rule for rule in rules if rule.auto and not rule.outbound]
+        self._outbound = [rule for rule in rules if rule.auto and rule.outbound]
+        fixed = [rule for rule in rules if not rule.auto]
+        self._others = {rule: _overlaps(rule, fixed) for rule in (*self._inbound, *self._outbound)}
+
+    def can_follow(self, outbound: bool) -> bool:
+        """Whether there may be automatic rules of that direction: what is bound at the other side is known."""
+        return (self._host if outbound else self._ns) is not None
+
+    def _changed(self, former: Config, now: float) -> None:
+        """Ports that no rule wants any more were closed by `forwards.py`, but for those of rules made here."""
+        if self._rules is former.forwards:
+            return
+        for own in self._own:
+            if replace(own, addr=None, target=None) not in self._outbound:
+                self._close(own, self._listeners.ports(own))
+        self.start(now)
+
+    def start(self, now: float) -> None:
+        """Look at once, and again and again from then on."""
+        if not self._inbound and not self._outbound:
+            return
+        if self._timer < 0:
+            self._timer = self._ctx.timers.services.new(self._look)
+        self._follow_all(now, (self._inbound, self._ns), (self._outbound, self._host))
+        if not self._armed:
+            self._ctx.timers.services.arm(self._timer, now + INTERVAL)
+            self._armed = True
+
+    def _look(self, now: float) -> None:
+        self._armed = bool(self._inbound or self._outbound)
+        if not self._armed:
+            return
+        begin = time.process_time()
+        try:
+            self._follow_all(now, (self._outbound, self._host), (self._inbound, self._ns))
+        finally:  # a fault costs one look
+            cost = time.process_time() - begin
+            self._ctx.timers.services.arm(self._timer, now + max(INTERVAL, SHARE * cost))
+
+    def _follow_all(self, now: float, *directions: tuple[list[Rule], PortTables | None]) -> None:
+        """Read all tables, then act: what we cease to listen on stays bound for this turn, and is not ours any more."""
+        found = [(rules, self._bound(rules, tables), tables) for rules, tables in directions if rules]
+        for rules, bound, tables in found:
+            new = self._follow(rules, bound)
+            if rules[0].outbound and tables is not None:
+                new += self._follow_pinned(rules, tables)
+            self._add(rules[0].outbound, self._within_limit(rules[0].outbound, new, now))
+
+    def _follow(self, rules: list[Rule], bound: dict[int, set[int]]) -> list[Wanted]:
+        """Listen where `rules`, of one direction, lead to a port that is bound; returns what is new."""
+        listeners = self._listeners
+        new: list[Wanted] = []
+        for rule in rules:
+            wanted = {p for t in bound[rule.proto] if (p := t - rule.to + rule.first) in rule.ports}
+            wanted -= {port for port in wanted for others in self._others[rule] if port in others}
+            have = listeners.ports(rule)
+            self._close(rule, have - wanted)
+            new += [(rule, p) for p in sorted(wanted - have)]
+        return new
+
+    def _follow_pinned(self, rules: list[Rule], tables: PortTables) -> list[Wanted]:
+        """The same for servers of the host that are bound to a loopback address of their own."""
+        wanted: dict[Rule, set[int]] = {}
+        ours = self._listeners.has
+        tcp: Pinned = set()
+        if any(rule.proto == PROTO_TCP for rule in rules):
+            tcp = {(a, port) for a, port in tables.pinned(PROTO_TCP) if not ours(PROTO_TCP, False, port)}
+        for rule in rules if self._ctx.config.ip4 is not None else ():
+            for address, bound in tcp if rule.proto == PROTO_TCP else tcp | tables.pinned(PROTO_UDP):
+                port = bound - rule.to + rule.first
+                taken = ours(rule.proto, False, bound) or any(port in others for others in self._others[rule])
+                if rule.addr is None and rule.target is None and port in rule.ports and not taken:
+                    wanted.setdefault(replace(rule, addr=address, target=address), set()).add(port)
+        new: list[Wanted] = []
+        for own in self._own | wanted.keys():
+            have = self._listeners.ports(own)
+            self._close(own, have - wanted.get(own, set()))
+            new += [(own, p) for p in sorted(wanted.get(own, set()) - have)]
+        self._own = set(wanted)
+        return new
+
+    def _close(self, rule: Rule, ports: set[int]) -> None:
+        self._listeners.remove_all((rule, port) for port in ports)
+        for port in ports:
+            log.debug(f"{rule.option}: port {port} is not bound any more")
+
+    def _bound(self, rules: Sequence[Rule], tables: PortTables | None) -> dict[int, set[int]]:
+        """Ports by protocol that others than ourselves have bound at the side where `rules` lead."""
+        assert tables is not None, "opened where automatic rules are"
+        echo = not rules[0].outbound
+        ours = self._listeners.has
+        protos = {rule.proto for rule in rules}
+        tcp = set()
+        if PROTO_TCP in protos:
+            tcp = {port for port in tables.bound(PROTO_TCP) if not ours(PROTO_TCP, echo, port)}
+        udp = tables.bound(PROTO_UDP) if PROTO_UDP in protos else set()
+        return {PROTO_TCP: tcp, PROTO_UDP: {port for port in udp | tcp if not ours(PROTO_UDP, echo, port)}}
+
+    def _within_limit(self, outbound: bool, new: list[Wanted], now: float) -> list[Wanted]:
+        """Those of new ports for which there may be sockets; the others are said and counted if they are new, too.
+
+        What could not be had at the last look comes last, or it would be in the way of what can be.
+        """
+        failed = self._failed[outbound]
+        new = sorted(new, key=failed.__contains__)
+        rules = [*self._rules, *self._own]
+        following = [rule for rule in rules if rule.auto and rule.outbound == outbound]
+        room = min(self._most - self._sockets(following), self._all - self._sockets(rules))
+        fitting = 0
+        for rule, _ in new:
+            room -= sockets(self._ctx.config, rule)
+            if room < 0:
+                break
+            fitting += 1
+        left_out = set(new[fitting:])
+        if count := len(left_out - self._left_out[outbound] - failed):
+            self._ctx.drops["auto: too many ports"] += count
+            where = "on the host" if outbound else "in the namespace"
+            text = f"{len(left_out)} more are bound {where} than may be followed, by {self._most} sockets at most"
+            log.warn_ratelimited(f"auto {outbound}", f"Automatic ports: {text}", now)
+        self._left_out[outbound] = left_out
+        return new[:fitting]
+
+    def _sockets(self, rules: Iterable[Rule]) -> int:
+        return sum(len(self._listeners.ports(rule)) * sockets(self._ctx.config, rule) for rule in rules)
+
+    def _add(self, outbound: bool, new: list[Wanted]) -> None:
+        failures = self._listeners.add_all(new) if new else []
+        failed = {(f.rule, f.port): f for f in failures}
+        for wanted, failure in failed.items():
+            if wanted not in self._failed[outbound]:
+                log.debug(f"{failure.rule.option}: port {failure.port} cannot be had now: {failure.reason}")
+        if log.debug_on:
+            for rule, port in new:
+                if (rule, port) not in failed:
+                    log.debug(f"{rule.option}: listening on port {port}")
+        self._failed[outbound] = set(failed)
+
+
+def _overlaps(rule: Rule, fixed: Iterable[Rule]) -> list[range]:
+    """Ports of an automatic rule that others ask for."""
+    return [common for other in fixed if (common := rule.overlaps(other))]

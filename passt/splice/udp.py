@@ -1,0 +1,312 @@
+"""Spliced UDP: datagrams between loopbacks, from one connected socket to another, without a frame.
+
+                     client's end                         server's end
+    ---------------  -----------------------------------  ----------------------------------------------------------
+    inbound rule     the host: beside the listener,       the namespace: its own address or its loopback
+                     connected to the client
+    outbound rule    the namespace: likewise              the host: its loopback
+    address          the one that the client wrote to     the client's if both are loopback, else the kernel's choice
+    port             the listener's                       the client's if it can be had
+
+Both directions are alike: an event on one end is a receive there and a send at the other. If the other end was sent to
+since the last receive, one datagram, the answer, is likely: one plain receive, one plain write. Everything else is
+up to 64 messages for one system call, and runs with UDP_SEGMENT (`udp_engine/io.py`). Either end joins datagrams
+(UDP_GRO) as soon as several come at once.
+
+The server. A rule names it, or it may be listening in one family only while the client comes by the other: the targets
+are tried in their order. A target that cannot be connected to is passed over. One that refuses (ECONNREFUSED, which an
+earlier datagram met) is replaced by the next, and the first datagram of the last batch is sent again there, if it is
+short enough to have been kept. When every target has refused it, the next batch begins with the first target again; so
+a server that starts late is found in either family. Once something answers, nothing is kept any more until that server
+refuses. The client cannot be told: UDP has no refusal that a socket could send.
+
+Errors are counted, and the error queue emptied. A full socket buffer is a drop, as on any link.
+
+    time    condition                              consequence
+    ------  -------------------------------------  -------------------------
+    180 s   nothing sent or received               the flow ends
+    30 s    the same, one of the ports is 53       the flow ends
+    100 us  a receive brought 4 to 31 datagrams    the end is read again
+
+What is left out: the client's TTL, and what ICMP says to either side.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Container
+from functools import partial
+from typing import Any
+
+from .. import addr, log
+from ..flow.context import Context
+from ..flow.idle import IdleFlow, IdleFlows, flow_limit
+from ..flow.table import GUEST, HOST, Endpoints, TableFull, name_of
+from ..linux.mmsg import SLOT, Receiver
+from ..linux.sockopt import probe_udp_gro, probe_udp_segment, read_errors
+from ..loop.reactor import EPOLLERR, EPOLLIN, TYPE_UDP_SPLICE, Reactor, ref_data
+from ..policy.rules import Listener
+from ..udp_engine.flow import timeout
+from ..udp_engine.gso_batch import SEGMENTS_MAX, Run, runs
+from ..udp_engine.io import Pauses, datagrams, reason, receive, send_again, transmit
+from ..udp_engine.sock import Client, open_target, opener
+
+FLOWS_MAX = 8192
+DESCRIPTOR_SHARE = 8  # flows of two sockets take a quarter of the descriptors that the process may have, at most
+KEPT_MAX = 2048  # bytes of a datagram that is sent again if the server refuses it
+
+CLIENT, SERVER = range(2)
+
+
+class End:
+    """One socket of a flow, and the other one."""
+
+    __slots__ = ("asked", "fd", "gro", "other", "segment", "segments", "side", "sock")
+    other: End
+
+    def __init__(self, side: int, segments: int) -> None:
+        self.side = side
+        self.segments = segments
+        self.asked = False  # sent to since the last receive: one datagram, the answer, is likely
+        self.fd = -1
+        self.sock: Any = None
+
+    def attach(self, sock: Any) -> None:
+        """Use `sock`, which is fresh, from now on."""
+        self.sock, self.fd = sock, sock.fileno()
+        self.gro = False
+        self.segment = 0
+
+
+class SpliceFlow(IdleFlow):
+    """A client and its server. Events of the client's end are those of the flow's first socket.
+
+    `targets` are the server's addresses, of which `at` is the one in use. `kept` is the datagram to send again if that
+    refuses, to `left` more of them; None while something answers.
+    """
+
+    __slots__ = ("answered", "at", "client", "ends", "kept", "left", "targets")
+    kind = "spliced UDP flow"
+    label = "udp_splice"
+    path = "splice"
+
+    def __init__(self, key: bytes, client: Client, targets: list[bytes], segments: int, now: float) -> None:
+        super().__init__(key, timeout(client.port, client.listener.to), now)
+        self.client = client
+        self.targets = targets
+        self.at = 0
+        self.answered = len(targets) == 1  # with one target there is nothing to find out
+        self.kept: bytes | None = None
+        self.left = 0
+        self.ends = End(CLIENT, segments), End(SERVER, segments)
+        self.ends[CLIENT].other, self.ends[SERVER].other = self.ends[SERVER], self.ends[CLIENT]
+
+    @property
+    def foreign(self) -> bool:
+        return not self.client.listener.rule.outbound
+
+    def endpoints(self) -> Endpoints:
+        client, listener = self.client, self.client.listener
+        who = addr.host_port(client.peer, client.port)
+        server = addr.host_port(self.targets[self.at], listener.to)
+        if listener.rule.outbound:
+            return Endpoints(GUEST, who, addr.host_port(client.local, listener.port), server)
+        return Endpoints(HOST, server, name_of(self.ends[SERVER].sock.getsockname), who)
+
+    def watch(self, reactor: Reactor, kind: int) -> None:
+        watched: list[int] = []
+        try:
+            for end in self.ends:
+                if end.fd >= 0:
+                    reactor.watch(end.fd, kind, self.index << 1 | end.side, EPOLLIN | EPOLLERR)
+                    watched.append(end.fd)
+        except OSError:
+            for fd in watched:
+                reactor.forget(fd)
+            raise
+
+    def sockets(self) -> tuple[tuple[int, Any], ...]:
+        return tuple((end.fd, end.sock) for end in self.ends if end.fd >= 0)
+
+
+class UdpSplice:
+    """All spliced UDP flows."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._drops = ctx.drops
+        self._by_index: list[Any] = ctx.flows.by_index
+        self._flows: IdleFlows[SpliceFlow] = IdleFlows(ctx, TYPE_UDP_SPLICE, flow_limit(FLOWS_MAX, DESCRIPTOR_SHARE))
+        self._receiver = Receiver()
+        self._segments = SEGMENTS_MAX if probe_udp_segment() else 1
+        self._gro = probe_udp_gro()
+        self._to_guest, self._to_host = ctx.stats.spliced["udp"]
+        self._pauses = Pauses(ctx, self._take)
+        ctx.reactor.handle(TYPE_UDP_SPLICE, self.sock_handler)
+
+    # Flows -----------------------------------------------------------------------------------------------------------
+
+    def inbound(self, client: Client, make: Callable[[], Any], mv: memoryview, frames: list[int], now: float) -> None:
+        """Datagrams that came to a listener from `client`, [start, end, 0]* in `mv`, on to its server.
+
+        Those that follow are expected at a socket that `make` opens, unless there is one.
+        """
+        key = _key(client)
+        flow = self._flows.by_key.get(key) or self._new_flow(key, client, make, len(frames) // 3, now)
+        if flow is not None:
+            flow.last = now
+            self._forward(flow, flow.ends[CLIENT], runs(mv, frames, flow.ends[SERVER].segments), now)
+
+    def _new_flow(
+        self, key: bytes, client: Client, make: Callable[[], Any], count: int, now: float
+    ) -> SpliceFlow | None:
+        """A flow for `client`; None, with `count` drops counted, if there can be none."""
+        ctx = self._ctx
+        targets = ctx.fwd.splice_targets(len(client.peer) == 16, client.listener.rule, ctx.guest)
+        if not targets:
+            self._drops["udp splice: no address to deliver to"] += count
+            return None
+        flow = SpliceFlow(key, client, targets, self._segments, now)
+        try:
+            flow.ends[CLIENT].attach(self._flows.open(make, foreign=flow.foreign))
+            flow.ends[SERVER].attach(self._flows.open(lambda: self._connect(flow), foreign=flow.foreign))
+            self._flows.add(flow, flow.ends[CLIENT].sock, now)
+        except (TableFull, OSError) as e:
+            for _, sock in flow.sockets():
+                sock.close()
+            self._drops[f"udp splice: no flow: {reason(e) if isinstance(e, OSError) else 'table full'}"] += count
+            return None
+        return flow
+
+    def _connect(self, flow: SpliceFlow) -> Any:
+        """A socket connected to the target in use, or to the next one that can be connected to. Raises OSError."""
+        first = flow.at
+        while True:
+            try:
+                return self._open(flow.client, flow.targets[flow.at])
+            except OSError:
+                flow.at = (flow.at + 1) % len(flow.targets)
+                if flow.at == first:
+                    raise
+
+    def _open(self, client: Client, target: bytes) -> Any:
+        """A socket on the other side than the listener's, connected to `target`. Raises OSError."""
+        ctx, listener = self._ctx, client.listener
+        make = opener(ctx, not listener.rule.outbound)
+        source, interface = ctx.fwd.source(target) if listener.rule.outbound else (None, None)
+        if len(client.peer) == len(target) and addr.is_loopback(client.peer) and addr.is_loopback(target):
+            source = client.peer
+        family = addr.family(target)
+        return open_target(
+            lambda: make(family, socket.SOCK_DGRAM), ctx.fwd, source, interface, client.port, target, listener.to
+        )
+
+    # Datagrams -------------------------------------------------------------------------------------------------------
+
+    def sock_handler(self, ref: int, events: int, now: float) -> None:
+        """Errors first: they are about datagrams sent before what can be read. May be called for nothing."""
+        flow: SpliceFlow = self._by_index[(ref & 0xFFFFFFFF) >> 1]
+        end = flow.ends[ref & 1]
+        if events & EPOLLERR:
+            self._report(flow, end, now)
+        if events & EPOLLIN:
+            self._take(flow, end, now)
+
+    def _take(self, flow: SpliceFlow, end: End, now: float) -> None:
+        """Move what there is from `end` to the other one, and let a stream gather for a moment."""
+        try:
+            if end.asked and not end.gro:
+                end.asked = False
+                view = self._receiver.mv[: end.sock.recv_into(self._receiver.mv, SLOT)]
+                self._forward(flow, end, [(len(view), len(view), [view])], now)
+            else:
+                received = receive(self._receiver, end, self._gro, end.other.segments)
+                self._pauses.after(self._forward(flow, end, received, now), flow, end, now)
+            flow.last = now
+        except BlockingIOError:
+            pass  # the event was meant for an earlier owner of the descriptor, or the pause brought nothing
+        except OSError:
+            self._report(flow, end, now)
+
+    def _forward(self, flow: SpliceFlow, end: End, received: list[Run], now: float) -> int:
+        """Send what came to `end` from the other one; returns how many datagrams that were."""
+        other = end.other
+        count = moved = 0
+        for size, total, views in received:
+            count += datagrams(size, total)
+            moved += total
+            try:
+                transmit(other, size, total, views)
+            except OSError as e:
+                report = partial(self._report, flow, other, now)
+                for why, lost, _ in send_again(other, size, total, views, e, report):
+                    self._drops[f"udp splice: send: {reason(why)}"] += lost
+        other.asked = True
+        if (end.side == SERVER) == flow.client.listener.rule.outbound:
+            flow.to_guest += moved
+            self._to_guest.bytes += moved
+        else:
+            flow.to_host += moved
+            self._to_host.bytes += moved
+        if end.side == SERVER:
+            if not flow.answered:
+                flow.answered, flow.kept = True, None
+        elif not flow.answered:
+            self._keep(flow, received)
+        return count
+
+    # The server ------------------------------------------------------------------------------------------------------
+
+    def _keep(self, flow: SpliceFlow, received: list[Run]) -> None:
+        """Nothing has answered yet: keep the first datagram, in case its target refuses it."""
+        size, _, views = received[0]
+        flow.kept = bytes(views[0][:size]) if size <= KEPT_MAX else None
+        flow.left = len(flow.targets) - 1
+
+    def _report(self, flow: SpliceFlow, end: End, now: float) -> None:
+        """Empty the error queue of `end`; see to a server that refuses."""
+        refused = False
+        for error, _ in read_errors(end.sock):
+            if log.debug_on:
+                log.debug(f"Flow {flow.index} ({flow.kind}): error on socket {end.fd}: {error}")
+            self._drops[f"udp splice: {errno.errorcode.get(error.errno, error.errno)}"] += 1
+            refused = refused or error.errno == errno.ECONNREFUSED
+        if refused and end.side == SERVER and len(flow.targets) > 1:
+            self._next_target(flow, now)
+
+    def _next_target(self, flow: SpliceFlow, now: float) -> None:
+        """The server refused: try the next one, with the datagram that was kept unless all have refused it."""
+        server = flow.ends[SERVER]
+        flow.answered = False
+        flow.at = (flow.at + 1) % len(flow.targets)
+        try:
+            sock = self._connect(flow)
+        except OSError as e:
+            self._drops[f"udp splice: no server: {reason(e)}"] += 1
+            return
+        self._ctx.reactor.retire(server.fd, server.sock)
+        server.attach(sock)
+        self._ctx.reactor.watch(server.fd, TYPE_UDP_SPLICE, flow.index << 1 | SERVER, EPOLLIN | EPOLLERR)
+        if flow.kept is not None and flow.left:
+            flow.left -= 1
+            size = len(flow.kept)
+            try:
+                transmit(server, size, size, [memoryview(flow.kept)])
+            except OSError as e:
+                self._drops[f"udp splice: send: {reason(e)}"] += 1
+
+    def end(self, listeners: Container[Listener]) -> None:
+        """Listeners close: what came by them ends with them, since its sockets keep the port from the next listener."""
+        for flow in [f for f in self._flows.by_key.values() if f.client.listener in listeners]:
+            self._flows.close(flow, "listener gone")
+
+    def fault(self, ref: int) -> None:
+        """A handler failed on the flow of this reference: end that flow, and only that."""
+        self._flows.fault(ref_data(ref) >> 1)
+
+
+def _key(client: Client) -> bytes:
+    """The listener's side and port, and both addresses: one client, one flow."""
+    ports = client.port.to_bytes(2, "big") + client.listener.port.to_bytes(2, "big")
+    return bytes((client.listener.rule.outbound,)) + client.peer + client.local + ports

@@ -1,0 +1,120 @@
+"""The TCP connections through the tap: by key, their timers, and the ways in which they end.
+
+    way              when                                            guest    host peer
+    ---------------  ----------------------------------------------  -------  -------------------------
+    close            both directions are done, or none ever began    -        FIN, sent already
+    reset_by_guest   the guest sent RST, or refused a connection     -        RST
+    abort            nobody answers, or a fault of ours              RST      RST
+    reset_by_host    the host socket failed                          RST      its error was the end
+
+All of them end in `release`, after which nothing of a connection is left. Each is told why, for the log and the
+statistics:
+
+    both ended                         FIN both ways, all acknowledged
+    reset by guest, reset by peer      RST
+    refused                            by the host peer: nobody listens there
+    refused by guest                   likewise, for a host client
+    no route, timed out, ...           the host's kernel says so
+    no answer of the guest             to SYN or SYN,ACK
+    no acknowledgement                 of data, for two minutes
+    no answer to keep-alive            after two hours
+    replaced                           the same endpoints begin anew
+    no socket, no descriptor           ours ran out
+    guest gone                         a virtual machine has disconnected
+    fault                              a handler failed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..flow.context import Context
+from ..loop.timers import NEVER
+from . import sock
+from .conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, TAP_SYN_RCVD, TcpConn, timeout
+from .out_of_order import TcpEarly
+from .output import TcpOut
+
+
+class TcpTable:
+    """Connections that have an index, from the first SYN to the end."""
+
+    def __init__(self, ctx: Context, out: TcpOut) -> None:
+        self._ctx = ctx
+        self._out = out
+        self.early = TcpEarly(ctx.drops)
+        self.by_key: dict[bytes, TcpConn] = {}
+        self.successors: dict[bytes, Callable[[float], None]] = {}  # called when the connection of the key has ended
+        self.half_open = 0  # connections of host clients that the guest has not answered yet
+        self.opening = 0  # connections that the guest began and that are not established yet
+
+    def add(self, conn: TcpConn) -> None:
+        """Take a new connection in. Raises TableFull."""
+        self._ctx.flows.insert(conn)
+        self.by_key[conn.key] = conn
+
+    def rekey(self, conn: TcpConn, key: bytes) -> None:
+        """The connection goes on between other endpoints."""
+        del self.by_key[conn.key]
+        conn.key = key
+        self.by_key[key] = conn
+
+    def set_guest_mac(self, mac: bytes) -> None:
+        """The guest has another address on the link from now on."""
+        for conn in self.by_key.values():
+            conn.hdr[10:16] = mac
+
+    def schedule(self, conn: TcpConn, now: float) -> None:
+        """Arm the timer for what happens next if nothing happens. Raises OSError when a new timer cannot be had."""
+        # Data in flight for the first time is what nearly every call is about.
+        delay = timeout(conn) if conn.retries or conn.snd_nxt == conn.snd_una else RTO_INIT
+        if delay == NEVER:
+            conn.deadline = NEVER
+            return
+        conn.deadline = now + delay
+        if conn.timer < 0:
+            conn.timer = self._ctx.timers.take(conn.index)
+        self._ctx.timers.at(conn.timer, conn.deadline)
+
+    # Ending --------------------------------------------------------------------------------------------------------
+
+    def abort(self, conn: TcpConn, why: str) -> None:
+        """RST to both sides."""
+        self._out.reset(conn)
+        self.reset_by_guest(conn, why)
+
+    def reset_by_guest(self, conn: TcpConn, why: str = "reset by guest") -> None:
+        """The guest is done with this connection: RST to the host peer."""
+        if conn.sock is not None:
+            sock.reset_on_close(conn.sock)
+        self.release(conn, why)
+
+    def reset_by_host(self, conn: TcpConn, why: str) -> None:
+        """The host socket failed: RST to the guest."""
+        self._out.reset(conn)
+        self.release(conn, why)
+
+    def close(self, conn: TcpConn, why: str = "both ended") -> None:
+        """Both directions are done. Unread bytes would turn close() into RST, so they are taken out first."""
+        if conn.sock is not None and conn.events & ESTABLISHED:
+            self._out.consume(conn)
+        self.release(conn, why)
+
+    def release(self, conn: TcpConn, why: str) -> None:
+        """Give back everything a connection holds."""
+        del self.by_key[conn.key]
+        if not conn.events & ESTABLISHED:
+            self.half_open -= conn.events & SOCK_ACCEPTED != 0
+            self.opening -= conn.events & TAP_SYN_RCVD != 0
+        if conn.timer >= 0:
+            self._ctx.timers.give_back(conn.timer)
+            conn.timer = -1
+        if conn.sock is not None:
+            self._ctx.reactor.retire(conn.fd, conn.sock)
+            conn.sock = None
+        if conn.early:
+            self.early.take(conn)
+        conn.ack_due = False
+        self._ctx.flows.free(conn, why)
+        if self.successors and conn.key in self.successors:
+            self._ctx.reactor.between_turns(self.successors.pop(conn.key))

@@ -1,0 +1,1 @@
+"""The parts of UDP through the tap; `udp.py` is its face."""

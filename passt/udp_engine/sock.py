@@ -1,0 +1,311 @@
+"""Sockets of UDP flows: all of them connected, so that they take datagrams from one peer only.
+
+    socket               bound to                              connected to
+    -------------------  ------------------------------------  ----------------------------------------
+    open_socket          the guest's port if it can be had     the host that the guest writes to
+    open_target          the client's port if it can be had    the server that a spliced client talks to
+    open_client          the address and port of a listener    the client that wrote there
+                         that the client's datagram went to
+
+A guest or a client talks to many peers from one port, and many clients write to one listener, and each pair is a socket
+of ours. Sockets share a port if all have SO_REUSEADDR, which anybody may set, or all have SO_REUSEPORT and belong to
+the same user. So:
+
+    socket                          SO_REUSEADDR                     SO_REUSEPORT
+    ------------------------------  -------------------------------  -----------------------------------------------
+    towards a host or a server      off                              on
+    listener                        off                              while a client's socket is bound beside it
+    client's, listener anywhere     on: whoever wants the port       while it is bound
+                                    meets the listener, too
+    client's, listener at an        off: the guest's own flows from  on
+    address                         there have other addresses
+
+The user is who we were when the socket was opened, so listeners that root opens are given to whom it becomes
+(`ports.sockets.open_side`). Not even that user's other programs have part of the traffic of a port that is forwarded at
+all addresses, but for the moment in which a client's socket is bound.
+
+A socket that is bound and not yet connected gets what anybody sends to its port. Towards a host or a server that is
+nothing that was meant for us, and thrown away. Beside a listener it is the listener's traffic: first datagrams of
+other clients, which are handed back to whoever asked for the socket. Until that is done the receive buffer is small,
+so that a bounded number of receives takes all that can have come before connect().
+
+A port below 1024 was bound with rights that we may have given up since (EACCES). Its clients have no sockets of their
+own: what they send keeps coming by the listener, which is also what answers them (`Shared`).
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from struct import Struct
+from typing import Any, NamedTuple
+
+from .. import addr
+from ..calls import calls
+from ..flow.context import Context
+from ..linux import nspool
+from ..linux.mmsg import INFO4, INFO6
+from ..linux.sockopt import FREEBIND, IP_PKTINFO, RECVERR, SOL_UDP, UDP_SEGMENT, freebind, recverr, setting
+from ..policy.forwarding import Forwarding, SockAddr
+from ..policy.rules import Listener
+
+BUFFER_SIZE = 4 << 20  # asked for; net.core.[rw]mem_max decide
+BUFFER_FIRST = 64 << 10  # of a client's socket until it is connected; the kernel doubles it
+# sk_buff and skb_shared_info of an empty datagram take 576 bytes of a buffer, or more
+STRANGERS_MAX = 2 * BUFFER_FIRST // 576 + 1
+SIZE_MAX = 65535  # of a datagram
+BUSY_PORT = frozenset((errno.EACCES, errno.EADDRINUSE))
+
+_SEGMENT = Struct("=H")
+_SHARED = socket.SOL_SOCKET, socket.SO_REUSEPORT
+
+Letter = tuple["Client", bytes]  # a datagram that came to another socket
+
+CALLS = (
+    *setting(*RECVERR, *FREEBIND, (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)),
+    *setting(
+        *(
+            (socket.SOL_SOCKET, option)
+            for option in (
+                socket.SO_RCVBUF,
+                socket.SO_SNDBUF,
+                socket.SO_REUSEADDR,
+                socket.SO_REUSEPORT,
+                socket.SO_BROADCAST,
+                socket.SO_BINDTODEVICE,
+            )
+        )
+    ),
+    *calls("recvfrom", "sendmsg"),
+)
+
+
+class Client(NamedTuple):
+    """Who writes to a listener, and to which address of ours. Packed, 4 bytes also for IPv4 on a dual-stack socket."""
+
+    listener: Listener
+    peer: bytes
+    port: int
+    local: bytes  # unspecified if the datagram went to a group
+    scope: int = 0  # interface that link-local addresses among them belong to
+
+    def sockaddr(self, a: bytes, port: int) -> SockAddr:
+        """For bind() and connect()."""
+        return (addr.text(a), port) if len(a) == 4 else (addr.text(a), port, 0, self.scope)
+
+    def __str__(self) -> str:
+        """[192.0.2.9]:40000 -> [192.0.2.2]:53"""
+        return f"{addr.endpoint(self.peer, self.port)} -> {addr.endpoint(self.local, self.listener.port)}"
+
+
+def opener(ctx: Context, namespace: bool) -> Callable[[int, int], Any]:
+    """What opens sockets of a family and a type: in the namespace, or here."""
+    return ctx.ns.take if namespace and ctx.ns is not None else nspool.open_socket
+
+
+def hears_itself(sock: Any, peer: SockAddr) -> bool:
+    """Whether `sock`, connected to `peer`, is at that address and port itself."""
+    own: SockAddr = sock.getsockname()
+    return own[:2] == peer[:2]
+
+
+# Towards a host or a server ------------------------------------------------------------------------------------------
+
+
+def open_socket(fwd: Forwarding, host: bytes, sport: int, dport: int) -> socket.socket:
+    """A non-blocking UDP socket connected to `host`, from port `sport` if it can be had. Raises OSError."""
+    source, interface = fwd.source(host)
+
+    def make() -> socket.socket:
+        return socket.socket(addr.family(host), socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    sock: socket.socket = open_target(make, fwd, source, interface, sport, host, dport)
+    return sock
+
+
+def open_target(
+    make: Callable[[], Any],
+    fwd: Forwarding,
+    source: bytes | None,
+    interface: str | None,
+    sport: int,
+    target: bytes,
+    dport: int,
+) -> Any:
+    """The same with a socket of `make`, from address `source` and through `interface`. Raises OSError."""
+    source = source or (addr.ANY4 if len(target) == 4 else addr.ANY6)
+    peer = fwd.sockaddr(target, dport)
+
+    def opened(port: int) -> Any:
+        sock = make()
+        try:
+            _prepare(sock, len(target) == 16, interface)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
+            _bind(sock, fwd.sockaddr(source, port), fwd.sockaddr(source, 0))
+            _connect(sock, peer)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    sock = opened(sport)
+    if sport == dport and hears_itself(sock, peer):
+        # An address of the same host, and the port is the peer's: the socket would hear itself.
+        sock.close()
+        sock = opened(0)
+    return sock
+
+
+def _prepare(sock: Any, v6: bool, interface: str | None) -> None:
+    """Options that all have."""
+    sock.setsockopt(*recverr(socket.AF_INET6 if v6 else socket.AF_INET), 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)
+    if v6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if interface is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+
+
+def _bind(sock: Any, wanted: SockAddr, any_port: SockAddr) -> None:
+    """Bind the port wanted, or any if the system keeps that one for others: better another port than no traffic."""
+    if wanted != any_port:
+        try:
+            sock.setsockopt(*_SHARED, 1)
+            sock.bind(wanted)
+            return
+        except OSError as e:
+            if e.errno not in BUSY_PORT:
+                raise
+            sock.setsockopt(*_SHARED, 0)  # or the kernel's pick might be the port of another socket of ours
+    sock.bind(any_port)
+
+
+def _connect(sock: Any, target: SockAddr) -> None:
+    """Connect, with leave to broadcast if that is what `target` turns out to be, and forget what strangers sent."""
+    try:
+        sock.connect(target)
+    except PermissionError as e:
+        if e.errno != errno.EACCES:
+            raise
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.connect(target)
+    try:
+        while True:
+            sock.recv(1)
+    except BlockingIOError:
+        pass  # nothing is left that came before the socket had its peer
+
+
+# Towards a client ----------------------------------------------------------------------------------------------------
+
+
+def open_client(make: Callable[[], Any], client: Client, letters: list[Letter]) -> Any:
+    """A socket of `make` that gets what `client` sends from now on, and answers from the address it sent to.
+
+    `letters` is extended by what it received before that, from whomever. Where the port must not be bound, a `Shared`
+    that only answers. Raises OSError.
+    """
+    rule = client.listener.rule
+    sock = make()
+    try:
+        _prepare(sock, len(client.peer) == 16, rule.ifname)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_FIRST)
+        try:
+            _bind_beside(sock, client)
+        except PermissionError as e:
+            if e.errno != errno.EACCES:
+                raise
+            sock.close()
+            return Shared(client)
+        sock.connect(client.sockaddr(client.peer, client.port))
+        letters += _strangers(sock, client)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind_beside(sock: Any, client: Client) -> None:
+    """Bind to the port that the listener has, which shares it with our user's sockets for the moment."""
+    listener = client.listener
+    here = client.sockaddr(client.local, listener.port)
+    anywhere = listener.rule.addr is None or addr.is_unspecified(listener.rule.addr)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, anywhere)
+    sock.setsockopt(*_SHARED, 1)
+    listener.sock.setsockopt(*_SHARED, 1)
+    try:
+        try:
+            sock.bind(here)
+        except OSError as e:
+            if e.errno != errno.EADDRNOTAVAIL:
+                raise
+            # Datagrams get to the listener for an address that is on no interface: a route of type `local`
+            sock.setsockopt(*freebind(addr.family(client.local)), 1)
+            sock.bind(here)
+    finally:
+        listener.sock.setsockopt(*_SHARED, 0)
+    if anywhere:
+        sock.setsockopt(*_SHARED, 0)
+
+
+class Shared:
+    """What looks like a socket towards a client, and is the listener's: no descriptor, nothing to receive, no errors.
+
+    TTL and hop limit are the listener's.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._sock = client.listener.sock
+        self._segment = 0
+        to = addr.text(client.peer)
+        if len(client.peer) == 16:
+            self._to: SockAddr = client.sockaddr(client.peer, client.port)
+            self._from = socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, INFO6.pack(client.local, client.scope)
+        else:
+            v4 = self._sock.family == socket.AF_INET
+            self._to = (to, client.port) if v4 else (f"::ffff:{to}", client.port, 0, 0)
+            self._from = socket.IPPROTO_IP, IP_PKTINFO, INFO4.pack(0, client.local, addr.ANY4)
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        """The listener stays."""
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        """UDP_SEGMENT is a matter of each send; others are not for one client to set."""
+        if (level, option) == (SOL_UDP, UDP_SEGMENT):
+            self._segment = value
+
+    def getsockopt(self, level: int, option: int) -> int:
+        return 0
+
+    def recvmsg(self, size: int, control: int, flags: int) -> Any:
+        raise BlockingIOError
+
+    def send(self, data: bytes) -> None:
+        self.write([memoryview(data)])
+
+    def write(self, views: list[memoryview]) -> None:
+        """Send a run. Raises OSError."""
+        control = [self._from]
+        if self._segment:
+            control.append((SOL_UDP, UDP_SEGMENT, _SEGMENT.pack(self._segment)))
+        self._sock.sendmsg(views, control, 0, self._to)
+
+
+def _strangers(sock: Any, client: Client) -> list[Letter]:
+    """What waits at a socket that has just been connected to `client`."""
+    found: list[Letter] = []
+    try:
+        for _ in range(STRANGERS_MAX):
+            payload, (host, port, *more) = sock.recvfrom(SIZE_MAX)
+            scope = more[1] if more else 0
+            found.append(
+                (Client(client.listener, addr.packed(host), port, client.local, scope or client.scope), payload)
+            )
+    except BlockingIOError:
+        pass  # that was all
+    return found

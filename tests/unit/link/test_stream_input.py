@@ -1,0 +1,166 @@
+"""The way in for virtual machines: framing, however the bytes are split."""
+
+from __future__ import annotations
+
+import random
+import select
+import socket
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from passt.link.packet import VNET_LEN
+from passt.link.stream_input import FRAME_MAX, FRAME_MIN, LENGTH, Stream
+
+from ..support import T0, make_context
+
+
+class FakeTap:
+    """Keeps the frames it is handed, as bytes."""
+
+    def __init__(self, mv: memoryview) -> None:
+        self.mv = mv
+        self.frames: list[bytes] = []
+        self.batches = 0
+
+    def batch(self, frames: list[int], now: float) -> None:
+        self.batches += 1
+        for start, end in zip(frames[::2], frames[1::2], strict=True):
+            self.frames.append(bytes(self.mv[start + VNET_LEN : end]))
+
+
+class Wire:
+    """A stream, its far end, and what came of it."""
+
+    def __init__(self) -> None:
+        self.ctx = make_context(pool_size=1 << 20)
+        self.tap = FakeTap(self.ctx.pool.mv)
+        self.ends: list[str] = []
+        self.stream = Stream(self.ctx, cast(Any, self.tap), self.ends.append)
+        self.near, self.far = socket.socketpair()
+        self.near.setblocking(False)
+        self.far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        self.stream.attach(self.near)
+
+    def send(self, data: bytes) -> None:
+        """Send, and let the stream read all of it."""
+        view = memoryview(data)
+        self.far.setblocking(False)
+        while view:
+            view = view[self.far.send(view) :]
+            self.turn()
+        while not self.ends and select.select([self.near], [], [], 0)[0]:
+            self.turn()
+
+    def turn(self) -> None:
+        self.stream.read(T0)
+
+    def close(self) -> None:
+        self.near.close()
+        self.far.close()
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    made = Wire()
+    yield made
+    made.close()
+
+
+def framed(*frames: bytes) -> bytes:
+    return b"".join(LENGTH.pack(len(f)) + f for f in frames)
+
+
+def test_byte_by_byte(wire: Wire) -> None:
+    frames = [bytes(range(14)), b"x" * 60]
+    for byte in framed(*frames):
+        wire.send(bytes((byte,)))
+    assert wire.tap.frames == frames
+    assert (wire.ctx.stats.frames_from_guest, wire.ctx.stats.bytes_from_guest) == (2, 74)
+
+
+def test_many_at_once(wire: Wire) -> None:
+    frames = [random.Random(i).randbytes(14 + i * 7) for i in range(300)]
+    wire.send(framed(*frames))
+    assert wire.tap.frames == frames
+    assert wire.tap.batches < 10
+    stats = wire.ctx.stats
+    assert (stats.frames_from_guest, stats.bytes_from_guest) == (300, sum(map(len, frames)))
+
+
+def test_longest_and_shortest(wire: Wire) -> None:
+    frames = [bytes(FRAME_MAX), bytes(FRAME_MIN)] * 40
+    wire.send(framed(*frames))
+    assert wire.tap.frames == frames
+    assert not wire.ends
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(FRAME_MIN, 4000), max_size=40), st.lists(st.integers(1, 9000), min_size=1), st.integers())
+def test_any_split_gives_the_same_frames(sizes: list[int], cuts: list[int], seed: int) -> None:
+    wire = Wire()
+    rng = random.Random(seed)
+    frames = [rng.randbytes(size) for size in sizes]
+    data = framed(*frames)
+    i = 0
+    while data:
+        wire.send(data[: cuts[i % len(cuts)]])
+        data = data[cuts[i % len(cuts)] :]
+        i += 1
+    assert wire.tap.frames == frames
+    wire.close()
+
+
+@pytest.mark.parametrize("length", [0, 1, 13, 65536, 1 << 20, (1 << 32) - 1])
+def test_a_lie_ends_the_client_with_one_message(wire: Wire, length: int) -> None:
+    wire.send(LENGTH.pack(length) + bytes(50))
+    assert wire.ends == [f"The guest sent a frame length of {length} (14 to 65535 are possible)"]
+
+
+def test_frames_before_a_lie_count(wire: Wire) -> None:
+    wire.send(framed(bytes(20)) + LENGTH.pack(3))
+    assert wire.tap.frames == [bytes(20)]
+    assert len(wire.ends) == 1
+
+
+def test_the_end(wire: Wire) -> None:
+    wire.far.close()
+    wire.turn()
+    assert wire.ends == ["The guest closed the connection"]
+
+
+def test_the_end_in_the_middle_of_a_frame(wire: Wire) -> None:
+    wire.send(framed(bytes(100))[:50])
+    wire.far.close()
+    wire.turn()
+    assert wire.ends == ["The guest closed the connection in the middle of a frame"]
+    assert not wire.tap.frames
+
+
+def test_the_next_client_begins_anew(wire: Wire) -> None:
+    wire.send(framed(bytes(100))[:50])
+    wire.stream.attach(None)
+    wire.turn()
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    wire.stream.attach(near)
+    far.send(framed(b"the frame of another"))
+    wire.turn()
+    assert wire.tap.frames == [b"the frame of another"]
+    near.close()
+    far.close()
+
+
+def test_a_reset_is_an_end(wire: Wire) -> None:
+    wire.near.send(b"unread")
+    wire.far.close()
+    wire.turn()
+    assert wire.ends == ["The guest's connection failed: Connection reset by peer"]
+
+
+def test_nothing_there(wire: Wire) -> None:
+    wire.turn()
+    assert not wire.ends

@@ -1,0 +1,235 @@
+"""The first process of a PID namespace, in parts, in ordinary processes: starting, reaping, reporting."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from passt import log
+from passt.namespace import init as namespace_init
+from passt.namespace import supervisor
+from passt.namespace.init import Command, login_shell
+from passt.namespace.supervisor import shell_status
+
+
+def run(body: Callable[[], int]) -> tuple[int, bytes]:
+    """body() in a forked process: its exit status as a shell has it, and what it wrote to standard error."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            os.dup2(writer, 2)
+            status = body()
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with open(reader, "rb") as f:
+        text = f.read()
+    return shell_status(os.waitpid(pid, 0)[1]), text
+
+
+def command(*argv: str, **env: str) -> Command:
+    return Command(argv[0], argv, {"PATH": "/usr/bin:/bin", **env})
+
+
+def execute(c: Command) -> tuple[int, bytes]:
+    return run(lambda: supervisor.execute(c.file, c.argv, c.env))
+
+
+# Starting ----------------------------------------------------------------------------------------------------------
+
+
+def test_login_shell() -> None:
+    assert login_shell({"SHELL": "/bin/dash"}) == Command("/bin/dash", ("-/bin/dash",), {"SHELL": "/bin/dash"})
+    assert login_shell({"SHELL": ""}).file == "/bin/sh"
+    assert login_shell({}).argv == ("-/bin/sh",)
+
+
+def test_command_gets_argv_and_environment() -> None:
+    assert execute(command("sh", "-c", 'echo "$0 $1 $COLOUR" >&2; exit 5', "a", "b", COLOUR="green")) == (
+        5,
+        b"a b green\n",
+    )
+
+
+def test_command_gets_default_signals() -> None:
+    status, text = execute(command("grep", "SigIgn", "/proc/self/status"))
+    assert status == 0
+    status, text = execute(command("sh", "-c", "grep SigIgn /proc/self/status >&2"))
+    ignored = int(text.split()[1], 16)
+    assert not ignored >> (signal.SIGPIPE - 1) & 1
+    assert not ignored >> (signal.SIGXFSZ - 1) & 1
+    assert not ignored >> (signal.SIGCHLD - 1) & 1
+
+
+@pytest.mark.parametrize(
+    ("c", "reason"),
+    [
+        (command("/no/such/file"), "No such file or directory"),
+        (command("no-such-file"), "No such file or directory"),
+        (command("no-such-file", PATH=""), "No such file or directory"),
+        (command("/etc"), "Permission denied"),
+        (command("/etc/passwd/x"), "No such file or directory"),
+        (command(""), "No such file or directory"),
+    ],
+)
+def test_command_that_cannot_be_started(c: Command, reason: str) -> None:
+    assert execute(c) == (1, f"Failed to start command or shell: {c.file}: {reason}\n".encode())
+
+
+def test_forbidden_file_in_path_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "true").mkdir()
+    assert execute(command("true", PATH=f"{tmp_path}:/usr/bin:/bin")) == (0, b"")
+    assert b"Permission denied" in execute(command("true", PATH=f"{tmp_path}"))[1]
+
+
+def test_script_without_interpreter_line_goes_to_the_shell(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("echo $0 $1 >&2; exit 6\n")
+    script.chmod(0o755)
+    assert execute(command(str(script), "x")) == (6, f"{script} x\n".encode())
+
+
+# Supervising -------------------------------------------------------------------------------------------------------
+
+
+def supervise(script: str, *values: int, close: bool = False) -> tuple[int, bytes]:
+    """The supervisor of `sh -c script`, told `values`; `close` is the death of pasta."""
+    reader, writer = os.pipe()
+    os.write(writer, bytes(values))
+    if close:
+        os.close(writer)
+    try:
+        c = command("sh", "-c", script)
+        return run(lambda: supervisor.supervise(c.file, c.argv, c.env, reader))
+    finally:
+        os.close(reader)
+        if not close:
+            os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 0", 0), ("exit 3", 3), ("exit 255", 255), ("kill -KILL $$", 137), ("kill $$", 143)]
+)
+def test_status(script: str, status: int) -> None:
+    assert supervise(script) == (status, b"")
+
+
+def test_orphans_are_reaped_and_do_not_count() -> None:
+    assert supervise("(sh -c 'exit 9' &) ; (exit 8) & wait; exit 4")[0] == 4
+
+
+def test_signals_are_passed_on() -> None:
+    assert supervise("exec sleep 1000", signal.SIGTERM) == (143, b"")
+    assert supervise("exec sleep 1000", signal.SIGUSR1) == (138, b"")
+
+
+def test_death_of_pasta_ends_it() -> None:
+    assert supervise("exec sleep 3 2>&-", close=True) == (1, b"")
+
+
+def test_reap_tells_only_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = [(11, 0), (10, 5 << 8), (12, 9), (0, 0)]
+    monkeypatch.setattr(os, "waitpid", lambda pid, options: ended.pop(0))
+    assert supervisor.reap(10) == 5
+    ended[:] = [(11, 0), (0, 0)]
+    assert supervisor.reap(10) is None
+
+
+def test_shell_status() -> None:
+    assert (shell_status(0), shell_status(3 << 8), shell_status(9), shell_status(15 | 0x80)) == (0, 3, 137, 143)
+
+
+# Preparing ---------------------------------------------------------------------------------------------------------
+
+
+def test_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(namespace_init, "mount", lambda *args: done.append(args))
+    monkeypatch.setattr(namespace_init, "_allow_ping", lambda: done.append("ping"))
+    monkeypatch.setattr(socket, "gethostname", lambda: "h" * 64)
+    monkeypatch.setattr(socket, "sethostname", done.append)
+    namespace_init._prepare()
+    assert done == [
+        ("none", "/", "", 0x84000),  # first of all: what is mounted from now on stays here
+        ("proc", "/proc", "proc", 0xE),
+        "ping",
+        "pasta-" + "h" * 58,
+    ]
+
+
+def test_what_cannot_be_prepared_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    done: list[str] = []
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "mount: Operation not permitted")
+
+    monkeypatch.setattr(log, "warn", said.append)
+    monkeypatch.setattr(namespace_init, "mount", refuse)
+    monkeypatch.setattr(namespace_init, "_allow_ping", refuse)
+    monkeypatch.setattr(socket, "sethostname", done.append)
+    namespace_init._prepare()
+    assert len(said) == 3
+    assert said[1] == "Couldn't mount /proc in the namespace: Operation not permitted"
+    assert len(done) == 1
+
+
+def _refuse(*_: object) -> int:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [None, (sys, "executable", "/no/such"), (os, "memfd_create", _refuse)],
+    ids=["nothing", "interpreter", "file"],
+)
+@pytest.mark.parametrize("start", [True, False])
+def test_init_waits_for_the_start(
+    monkeypatch: pytest.MonkeyPatch, start: bool, obstacle: tuple[object, str, object] | None
+) -> None:
+    """As a program of its own, and where that cannot be executed, or a policy forbids the file with its words."""
+    monkeypatch.setattr(namespace_init, "_prepare", lambda: None)
+    if obstacle is not None:
+        monkeypatch.setattr(*obstacle)
+    reader, writer = os.pipe()
+    if start:
+        os.write(writer, b"\0")
+    else:
+        os.close(writer)  # the death of pasta
+    c = command("sh", "-c", "exit $CODE", CODE="42", BYTES="\udcff")
+    assert run(lambda: namespace_init._init(c, reader)) == ((42, b"") if start else (1, b""))
+    for fd in (reader, writer) if start else (reader,):
+        os.close(fd)
+
+
+def test_what_the_supervisor_may_not_read_is_not_executed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "__file__", "/no/such/file")
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("executed"))
+    namespace_init._become_supervisor(command("true"), -1)
+
+
+SAYS_HOW = """
+import os, sys
+from passt.namespace import init
+read, write = os.pipe()
+os.execve = lambda path, argv, env: print(argv[1:argv.index(init.supervisor.__file__)])
+init._become_supervisor(init.Command("true", ("true",), {}), read)
+"""
+
+
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_the_supervisor_takes_text_for_bytes_as_we_do(mode: str) -> None:
+    """With PYTHONUTF8=1 and a Latin-1 locale the command's words came to it in Latin-1, or not at all."""
+    env = {**os.environ, "PYTHONUTF8": mode}
+    done = subprocess.run([sys.executable, "-c", SAYS_HOW], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{['-I', '-S', '-X', f'utf8={mode}']}\n"

@@ -1,0 +1,148 @@
+"""What comes behind a hole is kept, within limits, and given to the host when the hole is filled."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from passt.tcp_engine import out_of_order
+from passt.tcp_engine.out_of_order import OVERHEAD
+from passt.wire.tcp import ACK, FIN, PSH, RST
+
+from ..tcp_support import Segment, Talk, fake_sockets, open_connection
+
+__all__ = ["fake_sockets"]
+
+Put = tuple[int, int, int, bytes, int, bytes]
+
+
+def talk_of(*pieces: bytes, fin: bool = False) -> tuple[Talk, list[Put]]:
+    """A connection to somebody near, and segments in their order."""
+    talk = open_connection()
+    (conn,) = talk.tcp._conns.values()
+    conn.near = True
+    segments = [talk.segment(ACK | PSH, piece) for piece in pieces]
+    if fin:
+        segments.append(talk.segment(FIN | ACK))
+    return talk, segments
+
+
+def kept(talk: Talk) -> int:
+    total = talk.tcp._table.early.total
+    assert total == sum(len(data) + OVERHEAD for c in talk.tcp._conns.values() for _, data, _ in c.early)
+    return total
+
+
+def acks(segments: list[Segment]) -> list[int]:
+    return [s.ack for s in segments]
+
+
+def test_only_what_is_missing_is_sent_again() -> None:
+    talk, (a, b, c) = talk_of(b"aaa", b"bb", b"c")
+    talk.put(b)
+    talk.expect(ACK, ack=1)
+    talk.put(c)
+    talk.expect(ACK, ack=1)
+    assert talk.sock.sent == b"" and kept(talk) == 3 + 2 * OVERHEAD
+    talk.put(a)
+    assert talk.sock.sent == b"aaabbc" and kept(talk) == 0
+    talk.expect(ACK, ack=7)
+
+
+def test_holes_are_filled_one_by_one() -> None:
+    talk, (a, b, c, d, e) = talk_of(b"a", b"b", b"c", b"d", b"e")
+    talk.put(b)
+    talk.put(d)
+    talk.put(a)
+    assert talk.sock.sent == b"ab" and kept(talk) == 1 + OVERHEAD
+    talk.put(e)
+    talk.put(c)
+    assert talk.sock.sent == b"abcde" and kept(talk) == 0
+    assert acks(talk.taken()) == [1, 1, 3, 3, 6]
+
+
+def test_the_end_waits_for_what_is_before_it() -> None:
+    talk, (a, b, fin) = talk_of(b"a", b"b", fin=True)
+    talk.put(fin)
+    talk.put(b)
+    assert not talk.sock.shut
+    talk.put(a)
+    assert talk.sock.sent == b"ab" and talk.sock.shut and kept(talk) == 0
+    assert talk.taken()[-1].ack == 4
+
+
+def test_a_batch_behind_a_hole_is_three_duplicates_at_most() -> None:
+    talk, (_, *rest) = talk_of(*(b"%d" % i for i in range(9)))
+    talk.put(*rest)
+    assert acks(talk.taken()) == [1, 1, 1]
+
+
+def test_twice_the_same_is_kept_once() -> None:
+    talk, (a, b) = talk_of(b"a", b"bbbb")
+    for _ in range(3):
+        talk.put(b)
+    assert kept(talk) == 4 + OVERHEAD
+    talk.put(a)
+    assert talk.sock.sent == b"abbbb"
+
+
+def test_a_copy_is_kept_not_a_view() -> None:
+    talk, (a, b) = talk_of(b"a", b"bbbb")
+    talk.put(b)
+    talk.ctx.pool.buf[:4096] = b"\xff" * 4096  # the next frames
+    talk.put(a)
+    assert talk.sock.sent == b"abbbb"
+
+
+@pytest.mark.parametrize("limit", ["EARLY_MAX", "EARLY_TOTAL"])
+def test_beyond_the_limit_it_is_dropped_and_asked_for_again(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(out_of_order, limit, 2 * (OVERHEAD + 1))
+    talk, (a, b, c, d) = talk_of(b"a", b"b", b"c", b"d")
+    for early in b, c, d:
+        talk.put(early)
+    assert kept(talk) == 2 * (OVERHEAD + 1) and talk.ctx.drops == {"tcp early: no room": 1}
+    talk.put(a)
+    assert talk.sock.sent == b"abc"
+    talk.put(d)
+    assert talk.sock.sent == b"abcd" and kept(talk) == 0
+
+
+def test_beyond_the_window_nothing_is_kept() -> None:
+    talk, (a,) = talk_of(b"a")
+    (conn,) = talk.tcp._conns.values()
+    talk.guest(ACK, b"x", seq=1 + conn.rcv_edge - conn.rcv_nxt)
+    assert kept(talk) == 0 and talk.ctx.drops == {"tcp early: no room": 1}
+    talk.put(a)
+    assert talk.sock.sent == b"a"
+
+
+def test_nothing_is_left_of_a_connection_that_ends() -> None:
+    talk, (_, b) = talk_of(b"a", b"b")
+    talk.put(b)
+    assert kept(talk)
+    talk.guest(RST, seq=1)
+    assert talk.gone and talk.tcp._table.early.total == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 32), st.lists(st.integers(1, 40), min_size=1, max_size=12), st.booleans())
+def test_any_order_any_loss_any_repetition(seed: int, sizes: list[int], cut: bool) -> None:
+    """Whatever comes when, the host gets every byte once and in order when all have come."""
+    rng = random.Random(seed)
+    talk, segments = talk_of(*(rng.randbytes(n) for n in sizes), fin=True)
+    whole = b"".join(s[3] for s in segments)
+    batch: list[Put] = [segment for segment in segments for _ in range(rng.randrange(1, 3))]
+    if cut:  # pieces of them, too
+        for flags, seq, ack, data, window, options in segments[:-1]:
+            at = rng.randrange(len(data))
+            batch.append((flags, seq + at, ack, data[at:], window, options))
+    rng.shuffle(batch)
+    while batch:
+        n = rng.randrange(1, 4)
+        talk.put(*batch[:n])
+        del batch[:n]
+        assert whole.startswith(bytes(talk.sock.sent))
+    assert talk.sock.sent == whole and talk.sock.shut and kept(talk) == 0

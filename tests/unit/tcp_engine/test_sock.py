@@ -1,0 +1,174 @@
+"""Host sockets of TCP connections: options, outbound address and interface, where they connect to."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import replace
+from struct import Struct
+from typing import Any
+
+import pytest
+
+from passt import addr, log
+from passt.linux.tcpinfo import SO_PEEK_OFF
+from passt.loop.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
+from passt.tcp_engine import sock as tcp_sock
+from passt.tcp_engine.conn import TcpConn
+from tests.unit.support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, IP6, T0, make_context, reactor
+from tests.unit.tcp_support import ALL, FakeSocket, fake_sockets
+
+__all__ = ["fake_sockets"]
+PEER4, PEER6 = addr.packed("198.51.100.7"), addr.packed("2001:db8:ffff::7")
+OUT4, OUT6 = addr.packed("203.0.113.5"), addr.packed("2001:db8:5::5")
+
+
+def connected(peer: bytes, *, features: Any = ALL, **config: Any) -> tuple[TcpConn, FakeSocket, Any]:
+    """A connection to `peer`, its socket, and the events it is watched for."""
+    ctx = make_context(**config)
+    guest = GUEST4 if len(peer) == 4 else GUEST6
+    conn = TcpConn(guest + peer + bytes.fromhex("9c40 0050"))
+    ctx.flows.insert(conn)
+    tcp_sock.aim(ctx, conn, T0)
+    error = tcp_sock.connect(ctx, features, conn)
+    assert error == FakeSocket.connect_results[-1]
+    return conn, FakeSocket.made[-1], reactor(ctx).events.get(conn.fd)
+
+
+def test_options() -> None:
+    _, sock, events = connected(PEER4)
+    assert sock.options == {
+        (socket.SOL_SOCKET, SO_PEEK_OFF): 0,
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE): 1,
+    }
+    assert not sock.resets_on_close and sock.bound == ()
+    assert events == EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
+
+
+def test_kernel_without_peek_offset() -> None:
+    _, sock, _ = connected(PEER4, features=replace(ALL, peek_off=False))
+    assert (socket.SOL_SOCKET, SO_PEEK_OFF) not in sock.options
+
+
+def test_socket_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[tuple[int, int]] = []
+
+    def new(family: int, kind: int) -> FakeSocket:
+        kinds.append((family, kind))
+        return FakeSocket(family, kind)
+
+    monkeypatch.setattr(tcp_sock, "new_socket", new)
+    connected(PEER4)
+    connected(PEER6)
+    flags = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    assert kinds == [(socket.AF_INET, flags), (socket.AF_INET6, flags)]
+
+
+def test_real_sockets_take_all_options() -> None:
+    """What the fakes take, the kernel does, too."""
+    with socket.socket() as s:
+        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        tcp_sock.reset_on_close(s)
+        linger = s.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+        assert Struct("=ii").unpack(linger) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("peer", "where"),
+    [
+        (PEER4, ("198.51.100.7", 80)),
+        (GATEWAY4, ("127.0.0.1", 80)),
+        (PEER6, ("2001:db8:ffff::7", 80, 0, 0)),
+        (GATEWAY6, ("::1", 80, 0, 0)),
+        (addr.packed("fe80::77"), ("fe80::77", 80, 0, 7)),  # the scope is the template interface
+    ],
+)
+def test_destination(peer: bytes, where: tuple[Any, ...]) -> None:
+    _, sock, _ = connected(peer, scope_id=7)
+    assert sock.peer == where
+
+
+def test_outbound_address_and_interface() -> None:
+    out4, out6 = replace(IP4, addr_out=OUT4, if_out="eth7"), replace(IP6, addr_out=OUT6, if_out="eth8")
+    _, sock, _ = connected(PEER4, ip4=out4, ip6=out6)
+    assert sock.bound == ("203.0.113.5", 0)
+    assert sock.options[socket.SOL_SOCKET, socket.SO_BINDTODEVICE] == b"eth7\0"
+    _, sock, _ = connected(PEER6, ip4=out4, ip6=out6)
+    assert sock.bound == ("2001:db8:5::5", 0, 0, 0)
+    assert sock.options[socket.SOL_SOCKET, socket.SO_BINDTODEVICE] == b"eth8\0"
+
+
+def test_link_local_outbound_address_has_a_scope() -> None:
+    _, sock, _ = connected(PEER6, ip6=replace(IP6, addr_out=addr.packed("fe80::5")), scope_id=7)
+    assert sock.bound == ("fe80::5", 0, 0, 7)
+
+
+def test_loopback_has_its_own_address_and_interface() -> None:
+    _, sock, _ = connected(GATEWAY4, ip4=replace(IP4, addr_out=OUT4, if_out="eth7"))
+    assert sock.bound == () and (socket.SOL_SOCKET, socket.SO_BINDTODEVICE) not in sock.options
+
+
+@pytest.mark.parametrize("what", ["bind", "setsockopt"])
+def test_refusal_is_told_and_no_more(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    original = getattr(FakeSocket, what)
+
+    def refuse(self: FakeSocket, *args: Any) -> None:
+        if what == "bind" or args[:2] == (socket.SOL_SOCKET, socket.SO_BINDTODEVICE):
+            raise OSError(errno.EPERM, "Operation not permitted")
+        original(self, *args)
+
+    lines: list[str] = []
+    monkeypatch.setattr(FakeSocket, what, refuse)
+    monkeypatch.setattr(log, "debug", lines.append)
+    _, sock, events = connected(PEER4, ip4=replace(IP4, addr_out=OUT4, if_out="eth7"))
+    assert lines == ["Flow 0 (TCP connection): cannot bind: Operation not permitted"]
+    assert sock.peer == ("198.51.100.7", 80) and events
+
+
+# How connecting goes -------------------------------------------------------------------------------------------------
+
+
+def test_in_progress_waits_for_epollout() -> None:
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    _, _, events = connected(PEER4)
+    assert events is not None and events & EPOLLOUT
+
+
+def test_loopback_is_asked_twice() -> None:
+    FakeSocket.connect_results = [errno.EINPROGRESS, 0]
+    _, _, events = connected(GATEWAY4)
+    assert events is not None and not events & EPOLLOUT
+
+
+def test_loopback_that_takes_its_time() -> None:
+    FakeSocket.connect_results = [errno.EINPROGRESS, errno.EALREADY]
+    ctx = make_context()
+    conn = TcpConn(GUEST4 + GATEWAY4 + bytes.fromhex("9c40 0050"))
+    ctx.flows.insert(conn)
+    tcp_sock.aim(ctx, conn, T0)
+    assert tcp_sock.connect(ctx, ALL, conn) == errno.EINPROGRESS
+    assert reactor(ctx).events[conn.fd] & EPOLLOUT
+
+
+def test_what_failed_is_not_watched() -> None:
+    FakeSocket.connect_results = [errno.ECONNREFUSED]
+    conn, sock, events = connected(PEER4)
+    assert events is None
+    assert conn.sock is sock and conn.fd == sock.fd  # for the caller to close
+
+
+@pytest.mark.parametrize(
+    ("peer", "features", "near"),
+    [
+        (PEER4, ALL, False),
+        (GATEWAY4, ALL, True),
+        (GUEST4, ALL, True),  # the host has the address, too
+        (PEER4, replace(ALL, bytes_acked=False), True),  # nobody could tell
+        (PEER6, ALL, False),
+        (GATEWAY6, ALL, True),
+    ],
+)
+def test_near(peer: bytes, features: Any, near: bool) -> None:
+    assert connected(peer, features=features)[0].near is near

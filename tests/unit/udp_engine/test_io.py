@@ -1,0 +1,169 @@
+"""Batches of datagrams between a socket of the loopback and memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from passt.flow.context import Context
+from passt.flow.table import ACTIVE, FREE, Flow
+from passt.linux.mmsg import Receiver
+from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
+from passt.loop.reactor import EPOLLERR, EPOLLIN
+from passt.udp_engine import io as udp_io
+from passt.udp_engine.io import Pauses, datagrams, reason, receive, send_again, set_segment, transmit
+
+from ..support import T0, reactor, timers
+
+
+class End:
+    """What a flow remembers of a socket."""
+
+    def __init__(self, sock: Any, segments: int = 64) -> None:
+        self.sock = sock
+        self.fd: int = sock.fileno()
+        self.gro = False
+        self.segment = 0
+        self.segments = segments
+
+
+Pair = tuple[End, End]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """(receiver, sender), connected to each other over the loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as a, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as b:
+        a.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        a.bind(("127.0.0.1", 0))
+        b.connect(a.getsockname())
+        a.connect(b.getsockname())
+        a.settimeout(5)
+        yield End(a), End(b)
+
+
+def views(*data: bytes) -> list[memoryview]:
+    return [memoryview(d) for d in data]
+
+
+def test_transmit_changes_the_segment_size_only_when_it_must(pair: Pair) -> None:
+    a, b = pair
+    set_segment(b, 700)
+    assert b.sock.getsockopt(SOL_UDP, UDP_SEGMENT) == b.segment == 700
+    for sizes, segment in (((500,), 700), ((), 700), ((300, 300, 9), 300), ((400,), 0), ((100, 100), 100)):
+        sent = [os.urandom(n) for n in sizes]
+        transmit(b, sizes[0] if sizes else 0, sum(sizes), views(*sent))
+        assert [a.sock.recv(65536) for _ in sizes or (0,)] == (sent or [b""])
+        assert b.sock.getsockopt(SOL_UDP, UDP_SEGMENT) == b.segment == segment
+
+
+def test_receive_joins_as_soon_as_several_come_at_once(pair: Pair) -> None:
+    a, b = pair
+    receiver = Receiver()
+    for count, gro in ((udp_io.GRO_WORTH - 1, False), (udp_io.GRO_WORTH, True)):
+        for _ in range(count):
+            b.sock.send(b"abc")
+        assert [(size, total) for size, total, _ in receive(receiver, a, True, 64)] == [(3, 3 * count)]
+        assert bool(a.sock.getsockopt(SOL_UDP, UDP_GRO)) == a.gro == gro
+    transmit(b, 3, 8, views(b"abcdefgh"))
+    assert [(size, total, list(map(bytes, v))) for size, total, v in receive(receiver, a, True, 64)] == [
+        (3, 8, [b"abcdefgh"])
+    ]
+    with pytest.raises(BlockingIOError):
+        receive(receiver, a, True, 64)
+
+
+def test_receive_for_one_who_takes_single_datagrams_only(pair: Pair) -> None:
+    a, b = pair
+    for _ in range(9):
+        b.sock.send(b"abc")
+    assert [(size, total) for size, total, _ in receive(Receiver(), a, False, 1)] == [(3, 3)] * 9
+    assert not a.gro
+
+
+@pytest.mark.parametrize(("size", "total", "count"), [(0, 0, 1), (5, 5, 1), (5, 10, 2), (5, 11, 3)])
+def test_datagrams_in_a_run(size: int, total: int, count: int) -> None:
+    assert datagrams(size, total) == count
+
+
+def test_reasons() -> None:
+    assert reason(OSError(errno.EPERM, "")) == "EPERM"
+    assert reason(OSError(9999, "")) == "9999"
+
+
+def failure(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def test_an_error_of_an_earlier_datagram_is_reported_and_the_run_sent(pair: Pair) -> None:
+    a, b = pair
+    reported: list[bool] = []
+    e = failure(errno.ECONNREFUSED)
+    assert list(send_again(b, 3, 6, views(b"abcdef"), e, lambda: reported.append(True))) == []
+    assert [a.sock.recv(9), a.sock.recv(9)] == [b"abc", b"def"]
+    assert reported == [True]
+
+
+def test_a_full_buffer_is_a_drop(pair: Pair) -> None:
+    a, b = pair
+    a.sock.setblocking(False)
+    failures = list(send_again(b, 3, 8, views(b"abcdefgh"), failure(errno.ENOBUFS), lambda: pytest.fail("no error")))
+    assert [(e.errno, count, bytes(first)) for e, count, first in failures] == [(errno.ENOBUFS, 3, b"abcdefgh")]
+    with pytest.raises(BlockingIOError):
+        a.sock.recv(9)
+
+
+def test_what_cannot_be_segmented_is_sent_singly_from_then_on(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = pair
+    set_segment(b, 3)
+    writev = os.writev
+
+    def unsegmented(fd: int, buffers: list[memoryview]) -> int:
+        if b.segment:
+            raise failure(errno.EIO)
+        return writev(fd, buffers)
+
+    monkeypatch.setattr(os, "writev", unsegmented)
+    assert list(send_again(b, 3, 8, views(b"abc", b"def", b"gh"), failure(errno.EIO), lambda: None)) == []
+    assert [a.sock.recv(9) for _ in range(3)] == [b"abc", b"def", b"gh"]
+    assert (b.segments, b.segment) == (1, 0)
+
+
+def test_what_is_too_big_for_good_is_told(pair: Pair) -> None:
+    _, b = pair
+    data = bytes(65520)
+    ((e, count, first),) = send_again(b, len(data), len(data), views(data), failure(errno.EMSGSIZE), lambda: None)
+    assert (e.errno, count, len(first)) == (errno.EMSGSIZE, 1, 65520)
+
+
+@pytest.mark.parametrize(("count", "paused"), [(1, False), (3, False), (4, True), (31, True), (32, False)])
+def test_pauses(ctx: Context, pair: Pair, count: int, paused: bool) -> None:
+    taken: list[Any] = []
+    pauses = Pauses(ctx, lambda *what: taken.append(what))
+    a, _ = pair
+    flow = Flow(b"")
+    flow.state = ACTIVE
+    reactor(ctx).watch(a.fd, 4, 0, EPOLLIN | EPOLLERR)
+    pauses.after(count, flow, a, T0)
+    assert reactor(ctx).events[a.fd] == (EPOLLERR if paused else EPOLLIN | EPOLLERR)
+    services = timers(ctx).services
+    assert services.deadlines == [T0 + udp_io.PAUSE if paused else None]
+    if paused:
+        services.fire(0)
+        assert taken == [(flow, a, T0 + udp_io.PAUSE)]
+        assert reactor(ctx).events[a.fd] == EPOLLIN | EPOLLERR
+
+
+def test_a_pause_that_outlives_its_flow(ctx: Context, pair: Pair) -> None:
+    pauses = Pauses(ctx, lambda *what: pytest.fail("the flow has ended"))
+    a, _ = pair
+    flow = Flow(b"")
+    reactor(ctx).watch(a.fd, 4, 0, EPOLLIN | EPOLLERR)
+    pauses.after(4, flow, a, T0)
+    assert flow.state == FREE
+    timers(ctx).services.fire(0)
