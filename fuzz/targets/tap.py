@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from fuzz import frames
 from fuzz.steps import Steps
-from passt.flow.context import Guest
 from passt.link.packet import FRAME_ROOM
 from passt.link.reassembly import Reassembly
+from passt.policy.guest import Guest
 from passt.tap import Tap
 from tests.unit.support import GUEST4, GUEST6, GUEST_LL, GUEST_MAC, T0, make_context
 

@@ -20,12 +20,12 @@ from typing import Any, cast
 
 from fuzz.steps import Steps
 from passt import addr
-from passt.flow.context import Guest
 from passt.link.tap_device import Buffer
 from passt.linux import tcpinfo
 from passt.linux.tcpinfo import SO_MEMINFO, SO_PEEK_OFF, Features
 from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from passt.loop.timers import NO_OWNER
+from passt.policy.guest import Guest
 from passt.policy.rules import Listener, Rule
 from passt.tcp import Tcp
 from passt.tcp_engine import sock as tcp_sock

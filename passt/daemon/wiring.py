@@ -16,7 +16,7 @@ from ..arp import Arp
 from ..conf.decide import Decision
 from ..dhcp import Dhcp
 from ..dhcpv6 import Dhcpv6
-from ..flow.context import Context, Guest
+from ..flow.context import Context
 from ..flow.table import FlowTable, check_hash
 from ..icmp import Icmp
 from ..link.packet import PacketPool
@@ -39,6 +39,7 @@ from ..loop.reactor import (
 from ..loop.timers import TimerPool
 from ..ndp import Ndp
 from ..policy.forwarding import Forwarding
+from ..policy.guest import Guest
 from ..policy.resolvers import Resolvers
 from ..policy.settings import Settings
 from ..ports.forwards import Forwards

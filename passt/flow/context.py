@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .. import addr
 from ..policy.config import Config
+from ..policy.guest import Guest
 from ..policy.resolvers import Resolvers
 from ..policy.settings import Settings
 from .stats import Stats
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
     from ..policy.forwarding import Forwarding
     from ..ports.forwards import Forwards
     from .table import FlowTable
-
-
-@dataclass(slots=True)
-class Guest:
-    """What was observed of the guest. Written by `tap.py` only."""
-
-    mac: bytes = addr.BROADCAST_MAC
-    addr4: bytes = addr.ANY4  # last IPv4 source seen
-    addr6: bytes = addr.ANY6  # last IPv6 source seen that is not link-local
-    addr6_ll: bytes = addr.ANY6  # last link-local source seen
 
 
 @dataclass(slots=True)

@@ -25,15 +25,11 @@ host's loopback; or the one that the rule names. The client's family first; the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .. import addr
 from .config import PASTA, Config, Ip4, Ip6
+from .guest import Guest
+from .rules import Rule
 from .settings import Settings
-
-if TYPE_CHECKING:
-    from ..flow.context import Guest
-    from .rules import Rule
 
 NO_SCOPE = 0
 

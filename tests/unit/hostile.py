@@ -56,12 +56,12 @@ from passt import addr, icmp, log, udp
 from passt.arp import Arp
 from passt.dhcp import Dhcp
 from passt.dhcpv6 import Dhcpv6
-from passt.flow.context import Guest
 from passt.icmp import Icmp
 from passt.link.packet import VNET_LEN
 from passt.link.tap_device import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET
 from passt.loop.reactor import EPOLLIN, TYPE_TAP, make_ref
 from passt.ndp import Ndp
+from passt.policy.guest import Guest
 from passt.tap import BUDGET_MAX, Tap
 from passt.tcp import Tcp
 from passt.tcp_engine import sock as tcp_sock

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from passt import addr
-from passt.flow.context import Context, Guest
+from passt.flow.context import Context
 from passt.flow.table import FlowTable
 from passt.link.packet import PacketPool
 from passt.link.tap_device import VNET, Buffer
@@ -23,6 +23,7 @@ from passt.loop.reactor import TYPE_NAMES, Closable, Handler, make_ref
 from passt.loop.timers import NEVER, NO_OWNER
 from passt.policy.config import Config, Ip4, Ip6
 from passt.policy.forwarding import Forwarding
+from passt.policy.guest import Guest
 from passt.policy.resolvers import Resolvers
 from passt.policy.settings import Settings
 

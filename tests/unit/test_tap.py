@@ -32,11 +32,11 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
 
 from passt import addr
-from passt.flow.context import Guest
 from passt.flow.table import Flow
 from passt.link.packet import FRAME_ROOM, VNET_LEN
 from passt.link.tap_device import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET
 from passt.loop.reactor import EPOLLIN, TYPE_TAP, make_ref
+from passt.policy.guest import Guest
 from passt.policy.rules import Rule
 from passt.tap import BUDGET_MAX, PATIENCE, Tap
 from passt.wire.checksum import PROTO_TCP

@@ -21,11 +21,12 @@ import pytest
 
 from passt import PASST, PASTA, addr, log
 from passt.daemon import wiring
-from passt.flow.context import Context, Guest
+from passt.flow.context import Context
 from passt.flow.table import Flow
 from passt.linux.netns import Namespace
 from passt.linux.tun import Tap as Device
 from passt.policy.config import Config, Ip4, Ip6
+from passt.policy.guest import Guest
 from passt.policy.rules import Rule
 from passt.policy.settings import Settings
 from passt.ports.forwards import Add, Clear

@@ -15,10 +15,10 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from passt import addr
-from passt.flow.context import Guest
 from passt.linux import nspool
 from passt.linux.mmsg import COUNT
 from passt.policy.forwarding import Forwarding
+from passt.policy.guest import Guest
 from passt.policy.rules import Rule
 from passt.ports import udp_in
 from passt.ports.udp_in import refuse

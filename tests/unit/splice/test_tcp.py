@@ -20,12 +20,13 @@ from typing import Any, cast
 import pytest
 
 from passt import addr
-from passt.flow.context import Context, Guest
+from passt.flow.context import Context
 from passt.flow.table import FlowTable
 from passt.link.packet import PacketPool
 from passt.linux.nspool import open_socket
 from passt.loop.reactor import EPOLLIN, TYPE_LISTEN, TYPE_TCP_SPLICE, Reactor, make_ref
 from passt.policy.forwarding import Forwarding
+from passt.policy.guest import Guest
 from passt.policy.resolvers import Resolvers
 from passt.policy.rules import Listener, Rule
 from passt.policy.settings import Settings

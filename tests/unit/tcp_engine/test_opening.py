@@ -16,11 +16,11 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from passt import addr, log
-from passt.flow.context import Guest
 from passt.flow.table import FlowTable
 from passt.linux.tcpinfo import BYTES_ACKED, SO_PEEK_OFF, TCP_CLOSE, probe, tcp_info, u64
 from passt.loop.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, make_ref
 from passt.loop.timers import NO_OWNER
+from passt.policy.guest import Guest
 from passt.tcp_engine import opening as tcp_opening
 from passt.tcp_engine import sock as tcp_sock
 from passt.tcp_engine.conn import WINDOW_DEFAULT, event_text
