@@ -154,7 +154,7 @@ class World:
         )
         tables: Any = Tables()
         self.scanner = Scanner(ctx, self.listeners, tables, tables)
-        self.forwards = ctx.forwards = Forwards(ctx, self.listeners, self.scanner)
+        self.forwards = Forwards(ctx, self.listeners, self.scanner)
         specs = Specs(Options(), ctx, EPHEMERAL)
         dialects = Api(ctx, self.forwards, specs, "pasta"), SlirpApi(ctx, self.forwards, specs)
         entrances = [Listening(cast(Any, SimpleNamespace(fileno=lambda fd=fd: fd)), "") for fd in ENTRANCES]

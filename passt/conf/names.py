@@ -25,13 +25,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from .. import addr, log
-from ..flow.context import Context
 from ..policy.config import Config, Ip4, Ip6
 from .actions import DNS_MAX, SEARCH_MAX
 from .options import Options
 from .resolv_conf import RESOLV_CONF, ResolvConf
+
+if TYPE_CHECKING:
+    from ..flow.context import Context
 
 Warn = Callable[[str], None]
 

@@ -33,14 +33,17 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .. import addr, log
 from ..calls import calls
-from ..flow.context import Context
 from ..linux import inotify
 from ..linux.inotify import Event
 from ..loop.changes import Changes
 from ..wire.domain import is_name
+
+if TYPE_CHECKING:
+    from ..flow.context import Context
 
 RESOLV_CONF = "/etc/resolv.conf"
 MOUNTS = "/proc/self/mountinfo"

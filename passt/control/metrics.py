@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..flow.context import Context
 from ..flow.table import LABELS
+
+if TYPE_CHECKING:
+    from ..flow.context import Context
 
 WIDTH = 80
 Snapshot = dict[str, Any]

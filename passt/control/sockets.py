@@ -16,6 +16,7 @@ from ..linux.proc import ephemeral_ports, in_init_userns
 if TYPE_CHECKING:
     from ..conf.argv import Options
     from ..flow.context import Context
+    from ..ports.forwards import Forwards
     from . import server
 
 
@@ -57,19 +58,18 @@ class Sockets:
         for origin in self._origins:
             origin.close()
 
-    def serve(self, ctx: Context) -> None:
-        """From now on the loop answers. We are who we will be."""
+    def serve(self, ctx: Context, forwards: Forwards) -> None:
+        """From now on the loop answers, and changes `forwards`. We are who we will be."""
         if not wanted(self._options):
             return
         from . import api, server, slirp
 
-        assert ctx.forwards is not None, "there is one wherever there are listeners"
         options = self._options
         specs = api.Specs(options, ctx, ephemeral_ports())
         sockets: list[tuple[server.Listening, server.Dialect]] = []
         if self._conf is not None:
-            sockets.append((self._conf, api.Api(ctx, ctx.forwards, specs, options.mode)))
+            sockets.append((self._conf, api.Api(ctx, forwards, specs, options.mode)))
         if self._api is not None:
-            sockets.append((self._api, slirp.SlirpApi(ctx, ctx.forwards, specs)))
+            sockets.append((self._api, slirp.SlirpApi(ctx, forwards, specs)))
         self._origins.append(unix.Origin())
         server.Control(ctx, sockets, server.Users(self._origins, root=in_init_userns()))

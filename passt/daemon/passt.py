@@ -31,10 +31,8 @@ from .reports import Reports
 
 if TYPE_CHECKING:
     from ..conf.resolv_conf import Follower
-    from ..flow.context import Context
-    from ..link.stream_socket import StreamLink
     from ..sandbox.isolation import Identity
-    from ..tap import Tap
+    from .wiring import WiredMachine
 
 
 def run(options: Options, inherited: Sequence[int]) -> NoReturn:
@@ -54,8 +52,8 @@ def run(options: Options, inherited: Sequence[int]) -> NoReturn:
                 undo.callback(_remove, path)
             controls = control_sockets.Sockets(options)
             undo.callback(controls.remove)
-            ctx, link, tap = build(options, identity, files.names, path)
-            controls.serve(ctx)
+            ctx, forwards, link, tap = build(options, identity, files.names, path)
+            controls.serve(ctx, forwards)
             end = End(ctx, None)
             common.attach_capture(ctx, link, tap, options, files.pcap)
             clients = passt.Clients(ctx, link, tap, listener, end.done if options.one_off else None)
@@ -76,7 +74,7 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def build(options: Options, identity: Identity, names: Follower, path: str | None) -> tuple[Context, StreamLink, Tap]:
+def build(options: Options, identity: Identity, names: Follower, path: str | None) -> WiredMachine:
     """From the host's configuration to wired services. We are `identity` afterwards."""
     from ..conf import decide as conf_decide  # who we become may not be able to read Python's files
     from ..conf import summary as conf_summary  # who we become may not be able to read Python's files
@@ -95,7 +93,7 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     heir, changing = identity.uid if isolation.opens_as_root(identity) else None, control_sockets.wanted(options)
     host = port_sockets.open_side(decision.config, outbound=False, heir=heir, changing=changing)
     wired = wiring.wire_machine(decision, host)
-    common.follow_names(wired[0], options, names)
+    common.follow_names(wired.ctx, options, names)
     isolation.become(identity, CAP_SYS_ADMIN)  # not a user namespace, in which root and others would look the same
     isolation.gain_rights()  # before anybody is told that it works
     if path is not None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ..linux.routes import NsPlan
     from ..pasta import Interface, Target, Watch
     from ..tap import Tap
+    from .wiring import Wired
 
 
 def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> NoReturn:
@@ -53,8 +54,8 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> N
     controls = None
     try:
         controls = control_sockets.Sockets(options)
-        ctx, way, interface = build(options, target, identity, files.names)
-        controls.serve(ctx)
+        (ctx, forwards, way), interface = build(options, target, identity, files.names)
+        controls.serve(ctx, forwards)
         end = End(ctx, target.init)
         if way is not None and interface is not None:
             link, tap = way
@@ -118,7 +119,7 @@ def open_all(
 
 def build(
     options: Options, target: Target, identity: Identity, names: Follower
-) -> tuple[Context, tuple[TapLink | PlainLink, Tap] | None, Interface | None]:
+) -> tuple[Wired, Interface | None]:
     """From the host's configuration to wired services; no link and tap with --splice-only. We are `identity` then."""
     # All that `report` and `wire` need, too: the user that we become may not be able to read Python's files
     from .. import pasta
@@ -161,11 +162,11 @@ def build(
     common.report(identity, decision, problems, quiet=quiet, background=background)
     device, mac = (interface.device, interface.mac) if interface else (None, addr.BROADCAST_MAC)
     namespace = Namespace(target.netns) if target.netns >= 0 else None
-    ctx, way = wiring.wire(decision, device, mac, namespace, host, ns)
-    common.follow_names(ctx, options, names)
+    wired = wiring.wire(decision, device, mac, namespace, host, ns)
+    common.follow_names(wired.ctx, options, names)
     if target.userns is not None:
         os.close(target.userns)
-    return ctx, way, interface
+    return wired, interface
 
 
 def _open_tap(options: Options, target: Target, plan: NsPlan) -> Interface | None:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .. import addr, log
 from ..arp import Arp
@@ -56,13 +56,31 @@ if TYPE_CHECKING:
     from ..link.plain_tap import PlainLink
     from ..link.stream_socket import StreamLink
 
+
+class Wired(NamedTuple):
+    """What a namespace needs: the services, the rules in force, and the ways out and in if there is a tap device."""
+
+    ctx: Context
+    forwards: Forwards
+    way: tuple[TapLink | PlainLink, Tap] | None
+
+
+class WiredMachine(NamedTuple):
+    """The same for a virtual machine."""
+
+    ctx: Context
+    forwards: Forwards
+    link: StreamLink
+    tap: Tap
+
+
 Faults = dict[int, Callable[[int], None]]  # by type of the epoll reference
 
 
 def wire(
     decision: Decision, device: TapDevice | None, mac: bytes, namespace: Namespace | None, host: Side, ns: Side
-) -> tuple[Context, tuple[TapLink | PlainLink, Tap] | None]:
-    """All services for a namespace, and the ways out and in if there is a tap device.
+) -> Wired:
+    """All services for a namespace.
 
     `namespace` is the guest's, if we know it, `host` and `ns` are what was opened on either side.
     """
@@ -76,8 +94,7 @@ def wire(
         tap = _wire_tap(ctx, udp, tcp, faults, vnet=device.vnet)
         tap.watch(out.fd)
         way = out, tap
-    _wire_ports(ctx, tcp, udp, namespace, host, ns, faults)
-    return ctx, way
+    return Wired(ctx, _wire_ports(ctx, tcp, udp, namespace, host, ns, faults), way)
 
 
 def _tap_link(device: TapDevice, drops: Counter[str]) -> TapLink | PlainLink:
@@ -88,8 +105,8 @@ def _tap_link(device: TapDevice, drops: Counter[str]) -> TapLink | PlainLink:
     return PlainLink(device.fd, drops)
 
 
-def wire_machine(decision: Decision, host: Side) -> tuple[Context, StreamLink, Tap]:
-    """All services for a virtual machine, and the ways out and in. Nobody is connected yet."""
+def wire_machine(decision: Decision, host: Side) -> WiredMachine:
+    """All services for a virtual machine. Nobody is connected yet."""
     from ..link.stream_socket import StreamLink
 
     drops: Counter[str] = Counter()
@@ -98,9 +115,9 @@ def wire_machine(decision: Decision, host: Side) -> tuple[Context, StreamLink, T
     udp, tcp = Udp(ctx), Tcp(ctx)
     tap = _wire_tap(ctx, udp, tcp, faults, vnet=False)
     link.on_room = tcp.resume
-    _wire_ports(ctx, tcp, udp, None, host, NOTHING, faults)
+    forwards = _wire_ports(ctx, tcp, udp, None, host, NOTHING, faults)
     ctx.reactor.at_turn_end.append(link.at_turn_end)
-    return ctx, link, tap
+    return WiredMachine(ctx, forwards, link, tap)
 
 
 def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) -> tuple[Context, Faults]:
@@ -133,16 +150,16 @@ def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults, *, vnet: bool) -
 
 def _wire_ports(
     ctx: Context, tcp: Tcp | None, udp: Udp | None, namespace: Namespace | None, host: Side, ns: Side, faults: Faults
-) -> None:
-    """What connects to us."""
+) -> Forwards:
+    """What connects to us; returns the rules that say to which ports."""
     tcp_splice, udp_in = TcpSplice(ctx), UdpIn(ctx, udp)
     opened = host.listeners + ns.listeners
     listeners = Listeners(ctx, tcp=tcp, tcp_splice=tcp_splice, udp_in=udp_in, namespace=namespace, opened=opened)
     scanner = Scanner(ctx, listeners, host.tables, ns.tables)
     scanner.start(time.monotonic())
-    ctx.forwards = Forwards(ctx, listeners, scanner)
     splice_faults = {TYPE_TCP_SPLICE: tcp_splice.fault, TYPE_UDP_SPLICE: udp_in.splice.fault}
     faults.update({TYPE_LISTEN: listeners.fault, **splice_faults})
+    return Forwards(ctx, listeners, scanner)
 
 
 def _fault(handlers: Faults, ref: int, e: Exception, now: float) -> None:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from ..link.packet import PacketPool
+from ..link.tap_device import Link
+from ..linux.nspool import NsSockets
+from ..loop.reactor import Reactor
+from ..loop.timers import TimerPool
 from ..policy.config import Config
+from ..policy.forwarding import Forwarding
 from ..policy.guest import Guest
 from ..policy.resolvers import Resolvers
 from ..policy.settings import Settings
 from .stats import Stats
-
-if TYPE_CHECKING:
-    from ..link.packet import PacketPool
-    from ..link.tap_device import Link
-    from ..linux.nspool import NsSockets
-    from ..loop.reactor import Reactor
-    from ..loop.timers import TimerPool
-    from ..policy.forwarding import Forwarding
-    from ..ports.forwards import Forwards
-    from .table import FlowTable
+from .table import FlowTable
 
 
 @dataclass(slots=True)
@@ -39,7 +35,6 @@ class Context:
     drops: Counter[str] = field(default_factory=Counter)  # by reason; whoever drops a packet counts it
     stats: Stats = field(default_factory=Stats)  # see there who writes what
     ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none
-    forwards: Forwards | None = None  # changes the rules in force
 
     @property
     def config(self) -> Config:

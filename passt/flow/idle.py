@@ -21,15 +21,12 @@ import errno
 import resource
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from ..loop.reactor import EPOLLERR, EPOLLIN
+from ..loop.reactor import EPOLLERR, EPOLLIN, Reactor
 from ..loop.timers import NEVER
+from .context import Context
 from .table import RECENT, Flow, FlowInfo, TableFull, reason_of
-
-if TYPE_CHECKING:
-    from ..loop.reactor import Reactor
-    from .context import Context
 
 SWEEP_MIN = 5.0  # s between sweeps, at least
 EVICT_SHARE = 16

@@ -132,7 +132,7 @@ class Machine:
 
     def __init__(self, path: Path, one_off: bool = False) -> None:
         self.path = str(path)
-        self.ctx, self.link, self.tap = wiring.wire_machine(cast(Any, Decision), NOTHING)
+        self.ctx, _, self.link, self.tap = wiring.wire_machine(cast(Any, Decision), NOTHING)
         self.listener, _ = passt.listen(self.path)
         self.ended = 0
         self.clients = Clients(self.ctx, self.link, self.tap, self.listener, self._end if one_off else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -25,7 +26,7 @@ def options(directory: Path, *names: str) -> Options:
 def test_none() -> None:
     ctx = make_context()
     sockets = control_sockets.Sockets(Options())
-    sockets.serve(ctx)
+    sockets.serve(ctx, cast(Any, None))
     sockets.remove()
     assert not control_sockets.wanted(Options()) and not reactor(ctx).refs
 
@@ -55,9 +56,8 @@ def test_a_path_that_cannot_be_removed(tmp_path: Path) -> None:
 
 def test_serving(rig: Make, tmp_path: Path) -> None:
     r = rig()
-    r.ctx.forwards = r.forwards
     sockets = control_sockets.Sockets(options(tmp_path, "conf", "api"))
-    sockets.serve(r.ctx)
+    sockets.serve(r.ctx, r.forwards)
     loop = reactor(r.ctx)
     listening = [fd for fd, ref in loop.refs.items() if ref >> 56 == TYPE_CONTROL_LISTEN]
     answers = []

@@ -58,7 +58,7 @@ class Wired:
         self.ctx: Context
         self.link: TapLink
         self.tap: Tap
-        self.ctx, way = wiring.wire(cast(Any, Decision), device, GUEST_MAC, Namespace(-1), NOTHING, NOTHING)
+        self.ctx, _, way = wiring.wire(cast(Any, Decision), device, GUEST_MAC, Namespace(-1), NOTHING, NOTHING)
         assert way is not None
         self.link, self.tap = way
 
@@ -160,7 +160,7 @@ def test_loopback_to_loopback_without_a_tap(monkeypatch: pytest.MonkeyPatch, pro
         rule = Rule("-T x", proto, True, at, at, to)
         SpliceOnly.config = replace(CONFIG, ip6=None, splice_only=True, forwards=(rule,))
         ns = open_side(SpliceOnly.config, outbound=True)
-        ctx, way = wiring.wire(cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, Namespace(-1), NOTHING, ns)
+        ctx, _, way = wiring.wire(cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, Namespace(-1), NOTHING, ns)
         assert way is None and isinstance(ctx.link, NoLink)
         if proto == PROTO_TCP:
             server.listen()
@@ -260,7 +260,7 @@ def test_a_fault_of_a_listener_is_handed_to_it(monkeypatch: pytest.MonkeyPatch) 
         config = replace(CONFIG, forwards=(Rule("-t x", PROTO_TCP, False, port, port, port),))
 
     host = open_side(Config.config, outbound=False)
-    ctx, _ = wiring.wire(cast(Any, Config), None, addr.BROADCAST_MAC, Namespace(-1), host, NOTHING)
+    ctx = wiring.wire(cast(Any, Config), None, addr.BROADCAST_MAC, Namespace(-1), host, NOTHING).ctx
     events: list[float] = []
 
     def fail(ref: int, mask: int, now: float) -> None:

@@ -29,7 +29,7 @@ from passt.policy.config import Config, Ip4, Ip6
 from passt.policy.guest import Guest
 from passt.policy.rules import Rule
 from passt.policy.settings import Settings
-from passt.ports.forwards import Add, Clear
+from passt.ports.forwards import Add, Clear, Forwards
 from passt.ports.sockets import NOTHING
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 from tests.unit.support import CONFIG, GUEST_MAC, T0, FakeReactor, FakeTimers
@@ -179,6 +179,7 @@ class Wired:
     """All that `wiring` makes of a configuration."""
 
     ctx: Context
+    forwards: Forwards
     roots: tuple[Any, ...]
 
 
@@ -216,19 +217,18 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     def begin(config: Config) -> Wired:
         decision = cast(Any, Chosen(config))
         if request.param == "passt":
-            ctx, *way = wiring.wire_machine(decision, NOTHING)
-            made.append(Wired(ctx, (ctx, *way)))
+            ctx, forwards, *way = wiring.wire_machine(decision, NOTHING)
+            made.append(Wired(ctx, forwards, (ctx, forwards, *way)))
         else:
             tap = Device(device.fileno(), "tap0", csum=True, tso=True, uso=True) if request.param == "pasta" else None
-            ctx, both = wiring.wire(decision, tap, GUEST_MAC, Namespace(-1), NOTHING, NOTHING)
-            made.append(Wired(ctx, (ctx, *(both or ()))))
+            ctx, forwards, both = wiring.wire(decision, tap, GUEST_MAC, Namespace(-1), NOTHING, NOTHING)
+            made.append(Wired(ctx, forwards, (ctx, forwards, *(both or ()))))
         return made[-1]
 
     with device, guest:
         yield begin
     for wired in made:
-        assert wired.ctx.forwards is not None
-        wired.ctx.forwards._listeners.close()
+        wired.forwards._listeners.close()
         wired.ctx.reactor.close_retired()
 
 
@@ -301,11 +301,10 @@ def test_nobody_keeps_former_rules(make: Make) -> None:
     rule = Rule(f"-t {port}", PROTO_TCP, False, port, port, port, target=addr.packed("10.0.9.20"))
     former = replace(_config(OLD), forwards=(replace(rule, proto=PROTO_UDP),))
     wired = make(former)
-    assert wired.ctx.forwards is not None
-    wired.ctx.forwards.change([Clear(), Add(rule)], T0 + 1)
+    wired.forwards.change([Clear(), Add(rule)], T0 + 1)
     assert wired.ctx.config == replace(former, forwards=(rule,))
     assert not [way for way in left_of(former, *wired.roots) if "forwards" in way.rpartition("(")[2]]
-    wired.ctx.forwards.change([Clear()], T0 + 2)
+    wired.forwards.change([Clear()], T0 + 2)
     assert wired.ctx.config.forwards == ()
 
 
