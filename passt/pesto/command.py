@@ -15,26 +15,21 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..conf.getopt import Getopt, suggestion
 from ..log import Fatal
+from .connection import Connection, Json
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from ..conf.completion import Program
 
 PROGRAM = "pesto"
-TIMEOUT = 60.0  # s that the other end may take to answer
 SIDES = ("HOST", "SPLICE", "ALL")
 ADD, DELETE, REPLACE = "add", "delete", "replace"
 QUERIES = ("show", "flows", "stats", "metrics", "info")
-
-Json = dict[str, Any]
 
 
 class Asked:
@@ -237,87 +232,6 @@ def run(asked: Asked, connection: Connection) -> None:
         queries = ["show"]
     for query in queries:
         _print(asked, query, connection.ask({"command": query}))
-
-
-# The other end -----------------------------------------------------------------------------------------------------
-
-
-class Connection:
-    """A conversation with a control socket."""
-
-    def __init__(self, path: str, *, debug: bool = False) -> None:
-        """Raises Fatal."""
-        self._path = path
-        self._debug = debug
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(TIMEOUT)
-        _become_owner(path)
-        try:
-            self._sock.connect(path)
-        except OSError as e:
-            self._sock.close()
-            raise Fatal(f"Couldn't connect to {path}: {e.strerror or e}{_advice(e)}") from None
-        self._file = self._sock.makefile("rb")
-
-    def __enter__(self) -> Connection:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        self._file.close()
-        self._sock.close()
-
-    def ask(self, request: Json) -> Json:
-        """The answer to a request. Raises Fatal, with what the other end has to say against it."""
-        line = json.dumps(request)
-        try:
-            self._log(">", line)
-            self._sock.sendall(line.encode() + b"\n")
-        except OSError:
-            pass  # it has cut us off, and perhaps said why
-        try:
-            answered = self._file.readline()
-        except TimeoutError:
-            raise Fatal(f"{self._path}: no answer within {TIMEOUT:.0f} s") from None
-        except OSError as e:
-            raise Fatal(f"{self._path}: {e.strerror}") from None
-        self._log("<", answered.decode(errors="replace").rstrip())
-        try:
-            answer = json.loads(answered)
-            ok = answer["ok"]
-        except (ValueError, TypeError, KeyError):
-            raise Fatal(f"{self._path}: {_strange(answered)}") from None
-        if not ok:
-            raise Fatal(*answer.get("errors", [answer["error"]]))
-        return answer  # type: ignore[no-any-return]
-
-    def _log(self, sign: str, line: str) -> None:
-        if self._debug:
-            print(sign, line, file=sys.stderr)
-
-
-def _become_owner(path: str) -> None:
-    """Root speaks for who owns the socket: in a user namespace, where the other end may be, root is nobody known."""
-    try:
-        if os.geteuid() == 0:
-            os.seteuid(os.stat(path).st_uid)
-    except OSError:
-        pass  # connecting will fail, too, or succeed nevertheless
-
-
-def _advice(e: OSError) -> str:
-    if isinstance(e, FileNotFoundError):
-        return ": pasta and passt make it when they are started with -c"
-    if isinstance(e, ConnectionRefusedError):
-        return ": no program listens there any more, or it is no socket"
-    if isinstance(e, PermissionError):
-        return ": it is for who started the program"
-    if isinstance(e, BlockingIOError):
-        return ": too many clients wait"
-    return ""
-
-
-def _strange(answered: bytes) -> str:
-    return "what answers is no control socket (-c)" if answered else "the connection was closed without an answer"
 
 
 # What is printed ---------------------------------------------------------------------------------------------------

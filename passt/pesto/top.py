@@ -14,12 +14,10 @@ import termios
 import time
 import tty
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from .connection import Connection, Json
 from .text import ends, proto, rtt, size, span
-
-if TYPE_CHECKING:
-    from .command import Connection
 
 INTERVAL = 1.0  # s
 USUAL = (80, 24)  # columns and rows of a terminal that does not say
@@ -31,7 +29,6 @@ _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 _REVERSE, _PLAIN = "\x1b[7m", "\x1b[0m"
 _NUMBERS = 33  # columns of the numbers of a flow
 
-Json = dict[str, Any]
 Key = tuple[Any, ...]
 
 

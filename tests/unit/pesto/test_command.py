@@ -1,14 +1,9 @@
-"""The client: its command line, what it asks, what it prints, what it says when it cannot."""
+"""The client: its command line, what it asks, what it prints."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -17,12 +12,9 @@ from hypothesis import strategies as st
 from passt import __version__
 from passt.log import Fatal
 from passt.pesto import command as pesto
-from passt.pesto import text as pesto_text
-from passt.pesto import top as pesto_top
 from passt.pesto.command import Asked, parse
-from passt.pesto.top import View, draw, flow_rates
 
-Json = dict[str, Any]
+from .support import Json, Server, call
 
 RULE: Json = {
     "number": 1,
@@ -32,46 +24,6 @@ RULE: Json = {
     "auto": False,
     "listening": [[8080, 8080]],
 }
-
-
-class Server:
-    """A control socket with answers made up beforehand."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-        self.asked: list[Json] = []
-        self.answers: list[bytes] = []
-        self._sock = socket.socket(socket.AF_UNIX)
-        self._sock.bind(self.path)
-        self._sock.listen()
-        self._thread = threading.Thread(target=self._serve)
-
-    def will(self, *answers: Json | bytes) -> None:
-        self.answers = [a if isinstance(a, bytes) else json.dumps(a).encode() + b"\n" for a in answers]
-        self._thread.start()
-
-    def _serve(self) -> None:
-        sock, _ = self._sock.accept()
-        with sock, sock.makefile("rb") as file:
-            for answer in self.answers:
-                self.asked.append(json.loads(file.readline()))
-                sock.sendall(answer)
-
-    def close(self) -> None:
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._sock.close()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path / "socket")
-    yield made
-    made.close()
-
-
-def call(*words: str) -> int:
-    return pesto.main(["pesto", *words])
 
 
 # The command line ----------------------------------------------------------------------------------------------------
@@ -221,167 +173,6 @@ def test_other_questions(server: Server, capsys: pytest.CaptureFixture[str]) -> 
         "    mac:         -",
         "PROTO  FROM  TO  STATE  ->GUEST  ->HOST  AGE  RTT  WINDOW",
     ]
-
-
-@pytest.mark.parametrize(
-    ("answer", "error"),
-    [
-        (b"", "the connection was closed without an answer"),
-        (b"nonsense\n", "what answers is no control socket (-c)"),
-        (b"[]\n", "what answers is no control socket (-c)"),
-        (b'{"ok"', "what answers is no control socket (-c)"),
-        (b'{"ok": false, "error": "go away"}\n', "go away"),
-    ],
-)
-def test_strange_answers(server: Server, answer: bytes, error: str, capsys: pytest.CaptureFixture[str]) -> None:
-    server.will(answer)
-    assert call("--info", server.path) == 1
-    assert capsys.readouterr().err.endswith(f"{error}\n")
-
-
-def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").touch()
-    stale = socket.socket(socket.AF_UNIX)
-    stale.bind(str(tmp_path / "stale"))
-    stale.close()
-    for name, why in (
-        ("nothing", "No such file or directory: pasta and passt make it when they are started with -c"),
-        ("file", "Connection refused: no program listens there any more, or it is no socket"),
-        ("stale", "Connection refused: no program listens there any more, or it is no socket"),
-        ("x" * 120, "AF_UNIX path too long"),
-    ):
-        path = str(tmp_path / name)
-        assert call("--show", path) == 1
-        assert capsys.readouterr().err == f"Couldn't connect to {path}: {why}\n"
-
-
-def test_no_answer(server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(pesto, "TIMEOUT", 0.05)
-    assert call("--show", server.path) == 1
-    assert "no answer within" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("e", "advice"),
-    [(PermissionError(13, "x"), "who started"), (BlockingIOError(11, "x"), "too many clients"), (OSError(5, "x"), "")],
-)
-def test_advice(e: OSError, advice: str) -> None:
-    assert advice in pesto._advice(e)
-
-
-def test_root_speaks_for_the_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    became: list[int] = []
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(os, "seteuid", became.append)
-    pesto._become_owner(str(tmp_path))
-    pesto._become_owner(str(tmp_path / "nothing"))
-    assert became == [os.stat(tmp_path).st_uid]
-
-
-# Text ----------------------------------------------------------------------------------------------------------------
-
-FLOW: Json = {
-    "index": 7,
-    "protocol": "tcp",
-    "path": "tap",
-    "direction": "guest",
-    "guest": "192.0.2.2:40000",
-    "peer": "192.0.2.1:80",
-    "host": "127.0.0.1:80",
-    "state": "established",
-    "bytes_to_guest": 1234,
-    "bytes_to_host": 5_000_000,
-    "age": 61.0,
-    "idle": 0.1,
-    "rtt": 0.0123,
-    "snd_wnd": 65536,
-    "rcv_wnd": None,
-}
-
-
-def test_flow_lines() -> None:
-    udp = {**FLOW, "protocol": "udp", "path": "splice", "direction": "host", "host": "", "rtt": None, "snd_wnd": None}
-    assert [line.split() for line in pesto_text.flow_lines([FLOW, udp])][1:] == [
-        ["tcp", "192.0.2.2:40000", "127.0.0.1:80", "established", "1.2k", "5.0M", "1m01s", "12.3ms", "66k/-"],
-        ["udp+", "192.0.2.1:80", "192.0.2.2:40000", "established", "1.2k", "5.0M", "1m01s"],
-    ]
-
-
-@given(st.floats(0, 1e17))
-def test_sizes_are_short(number: float) -> None:
-    assert len(pesto_text.size(number)) <= 5
-
-
-@given(st.floats(0, 8e7))
-def test_spans_are_short(seconds: float) -> None:
-    assert len(pesto_text.span(seconds)) <= 8
-
-
-def test_spans() -> None:
-    spans = [pesto_text.span(s) for s in (0, 59.94, 60, 3599, 3600, 86399, 86400 * 3 + 7200)]
-    assert spans == ["0.0s", "59.9s", "1m00s", "59m59s", "1h00m", "23h59m", "3d02h"]
-
-
-def test_slow_round_trips() -> None:
-    assert pesto_text.rtt({"rtt": 1.25}) == "1.2s" and pesto_text.rtt({}) == ""
-
-
-# The live view -------------------------------------------------------------------------------------------------------
-
-
-def stats(uptime: float, **more: Any) -> Json:
-    return {
-        "mode": "pasta",
-        "version": "1",
-        "uptime": uptime,
-        "memory": 50_000_000,
-        "cpu": {"user": uptime / 10, "system": uptime / 10},
-        "loop": {"wakeups": int(uptime * 100), "events": 0},
-        "link": {way: {"bytes": int(uptime * 1000)} for way in ("from_guest", "to_guest")},
-        "spliced": {"tcp": {"to_guest": int(uptime * 1000), "to_host": 0}},
-        "flows": {"tcp": {"open": 2}, "udp_splice": {"open": 1}, "ping": {"open": 0}},
-        "drops": {},
-        **more,
-    }
-
-
-def test_a_screen() -> None:
-    slow = {**FLOW, "index": 1, "guest": "[2001:db8::1234:5678:9abc:def0]:40000"}
-    now = View(stats(12.0, drops={"old": 5, "new": 3}), [slow, {**FLOW, "bytes_to_guest": 3234}])
-    earlier = View(stats(10.0, drops={"old": 5, "new": 1}), [slow, FLOW])
-    lines = draw(now, earlier, 80, 24)
-    assert max(map(len, lines)) <= 80
-    assert lines[:2] == [
-        "pasta 1, up 12.0s; CPU 20%, memory 50M, 100 wake-ups/s",
-        "2.0kB/s to guest, 1.0kB/s to host; flows: 2 tcp, 1 udp+",
-    ]
-    assert lines[3].split()[-4:] == ["1.0k", "0", "5.0M", "12.3ms"], "the one with the highest rate first"
-    assert lines[4].startswith("tcp   [2001:db8") and "~" in lines[4]
-    assert lines[-1] == "Drops in the last second: 2 new"
-
-
-def test_what_does_not_fit() -> None:
-    view = View(stats(1.0, drops={"x" * 100: 1}), [{**FLOW, "index": i} for i in range(100)])
-    lines = draw(view, view, 60, 10)
-    assert len(lines) == 10 and max(map(len, lines)) <= 60
-    assert lines[-1].startswith("Drops since the start: 1 xxx")
-
-
-def test_rates_of_what_came_and_went() -> None:
-    other = {**FLOW, "guest": "192.0.2.2:40001", "bytes_to_guest": 10, "bytes_to_host": 0}
-    assert flow_rates([other], [FLOW], 2.0) == [(5.0, 0.0)], "its index was that of another"
-    assert flow_rates([FLOW], [{**FLOW, "bytes_to_guest": 9999}], 1.0) == [(0, 0)]
-
-
-def test_without_a_terminal(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(pesto_top, "INTERVAL", 0)
-    seen: list[Json] = [{"ok": True, "stats": stats(1.0)}, {"ok": True, "flows": [FLOW]}]
-    server.will(*seen, *seen)
-    assert call("--top", server.path) == 0
-    out = capsys.readouterr().out
-    assert "127.0.0.1:80" in out and "\x1b" not in out
 
 
 def test_the_table_has_each_option_once() -> None:
