@@ -95,7 +95,7 @@ class Clients:
         on_end: Callable[[], None] | None,
     ) -> None:
         self._ctx, self._link, self._tap = ctx, link, tap
-        self._stream = Stream(ctx, tap, self.gone)
+        self._stream = Stream(ctx.pool, tap.received, self.gone)
         self._listener = listener
         self._on_end = on_end
         self._sock: socket.socket | None = None

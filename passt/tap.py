@@ -157,10 +157,14 @@ class Tap:
                 self._budget = min(self._budget * 2, BUDGET_MAX)
                 self._streak = 0
         if frames:
-            stats, count = self._stats, len(frames) >> 1
-            stats.frames_from_guest += count
-            stats.bytes_from_guest += offset - count * VNET_LEN
-            self.batch(frames, now)
+            self.received(frames, offset - (len(frames) >> 1) * VNET_LEN, now)
+
+    def received(self, frames: list[int], octets: int, now: float) -> None:
+        """Count frames of `octets` bytes in all that are in the pool, wherever they came from, and handle them."""
+        stats = self._stats
+        stats.frames_from_guest += len(frames) >> 1
+        stats.bytes_from_guest += octets
+        self.batch(frames, now)
 
     def batch(self, frames: list[int], now: float) -> None:
         """Classify frames, a flat list of (start, end), and hand groups of one flow to their protocol."""

@@ -48,10 +48,12 @@ class Way:
     def __init__(self) -> None:
         self.frames: list[bytes] = []
 
-    def batch(self, frames: list[int], now: float) -> None:
+    def received(self, frames: list[int], octets: int, now: float) -> None:
         for start, end in zip(frames[::2], frames[1::2], strict=True):
             assert start >= 0
             self.frames.append(CTX.pool.copy(start + VNET_LEN, end))
+            octets -= end - start - VNET_LEN
+        assert not octets
 
 
 WAY = Way()
@@ -64,7 +66,7 @@ def end(why: str) -> None:
     STREAM.attach(None)
 
 
-STREAM = Stream(CTX, cast(Any, WAY), end)
+STREAM = Stream(CTX.pool, WAY.received, end)
 
 
 def seeds() -> Iterable[bytes]:

@@ -2,7 +2,7 @@
 
     figure                             counted by                             when
     ---------------------------------  -------------------------------------  -------------------------
-    frames, bytes from the guest       tap, stream (here)                     for each batch
+    frames, bytes from the guest       tap (here)                             for each batch
     frames, bytes to the guest         the link, in itself                    for each frame: one write
     bytes between loopbacks            tcp_splice, udp_splice (here)          for each wake-up
     flows opened, closed, and why      flow.table, in the table                for each flow
@@ -47,7 +47,7 @@ class Stats:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.frames_from_guest = 0  # written by tap, or stream
+        self.frames_from_guest = 0  # written by tap
         self.bytes_from_guest = 0  # likewise
         self.spliced = {"tcp": (Tally(), Tally()), "udp": (Tally(), Tally())}
         self.gauges: dict[str, Callable[[], int]] = {}

@@ -5,7 +5,7 @@
     +--------+-------+--------+-------+--------+---
       4 bytes, big-endian; a frame is an Ethernet frame of 14 to 65535 bytes
 
-Frames are parsed where they lie, in the packet pool, and go to `Tap.batch` as those of a tap device do, with the place
+Frames are parsed where they lie, in the packet pool, and go to the tap as those of a tap device do, with the place
 of a vnet header before each (bytes of no meaning: there are no offloads here). What is left of a frame at the end is
 moved to the front of the pool, and the next read continues there. Nothing is copied otherwise.
 
@@ -18,15 +18,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from struct import Struct
-from typing import TYPE_CHECKING
 
 from .. import PASST
 from ..calls import calls
-from ..flow.context import Context
-from .packet import FRAME_ROOM, VNET_LEN
-
-if TYPE_CHECKING:
-    from ..tap import Tap
+from .packet import FRAME_ROOM, VNET_LEN, PacketPool
 
 LENGTH = Struct("!I")
 FRAME_MIN = 14  # an Ethernet header
@@ -45,14 +40,15 @@ def failure(e: OSError) -> str:
 class Stream:
     """Reads the guest's socket while there is one. `on_end(what)` is called when it has closed, failed, or lied.
 
-    `what` is a sentence that says so.
+    `what` is a sentence that says so. `take(frames, octets, now)` is given what was read, in `pool` (`Tap.received`).
     """
 
-    def __init__(self, ctx: Context, tap: Tap, on_end: Callable[[str], None]) -> None:
-        self._pool = ctx.pool
-        self._limit = ctx.pool.size - FRAME_ROOM  # room that the tap keeps for reassembled packets
-        self._tap = tap
-        self._stats = ctx.stats
+    def __init__(
+        self, pool: PacketPool, take: Callable[[list[int], int, float], None], on_end: Callable[[str], None]
+    ) -> None:
+        self._pool = pool
+        self._limit = pool.size - FRAME_ROOM  # room that the tap keeps for reassembled packets
+        self._take = take
         self._on_end = on_end
         self._sock: socket.socket | None = None
         self._fill = _FRONT  # end of what was read and not handled
@@ -80,10 +76,7 @@ class Stream:
             return
         frames, left, lie = self._frames(self._fill + n)
         if frames:
-            count = len(frames) >> 1
-            self._stats.frames_from_guest += count
-            self._stats.bytes_from_guest += left - _FRONT - count * LENGTH.size
-            self._tap.batch(frames, now)
+            self._take(frames, left - _FRONT - (len(frames) >> 1) * LENGTH.size, now)
         if self._sock is not sock:
             return
         if lie >= 0:
