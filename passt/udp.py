@@ -21,7 +21,7 @@ Host first (`inbound`, from `ports/udp_in.py`)
     by a listener) cannot both have it. The one heard last has, so each gets the answers to what it asks.
 
 Errors (EPOLLERR, or a send or receive that reports what an earlier datagram met)
-    The error queue is emptied; each ICMP error goes on to the guest, quoting its own datagram (`icmp.Errors`). What the
+    The error queue is emptied; each ICMP error goes on to the guest, quoting its own datagram. What the
     kernel refuses by itself (no route, prohibited) is told to the guest in the same way.
 
     time    condition                              consequence
@@ -43,9 +43,9 @@ from typing import Any
 
 from . import addr, log
 from .flow.context import Context
+from .flow.errors import Errors
 from .flow.idle import IdleFlows, flow_limit
 from .flow.table import TableFull
-from .icmp import Errors
 from .link.tap_device import VNET
 from .linux.mmsg import SLOT, Receiver
 from .linux.sockopt import default_hops, probe_udp_gro, probe_udp_segment, read_errors

@@ -34,7 +34,7 @@ from struct import Struct
 
 from ..calls import calls
 from ..flow.context import Context
-from ..icmp import Errors
+from ..flow.errors import Errors
 from ..link.tap_device import GSO_NONE, GSO_TCPV4, GSO_TCPV6
 from ..linux.sockopt import setting
 from ..linux.tcpinfo import SO_PEEK_OFF, Features

@@ -1,0 +1,106 @@
+"""ICMP errors to the guest, of whatever protocol the packet is.
+
+They are what the host's kernel reports on sockets with IP_RECVERR, or what it says when it refuses to connect or send.
+They go to the guest as the message that a router would have sent, quoting what the guest itself had sent: addresses,
+ports and identifiers are its own again.
+
+    who complains                                 source address that the guest sees
+    --------------------------------------------  -----------------------------------------------
+    a router or host out there                    its own
+    our own kernel, the loopback, a mapped host   the destination that the guest had written to
+
+More than ERRORS_PER_SECOND are counted, not sent (RFC 1812, 4.3.2.8; RFC 4443, 2.4 f). What went to a group or to the
+broadcast address is never answered by an error (RFC 1122, 3.2.2; RFC 4443, 2.4 e).
+"""
+
+from __future__ import annotations
+
+import errno
+
+from .. import addr
+from ..linux.sockopt import (
+    ORIGIN_ICMP,
+    ORIGIN_ICMP6,
+    ExtendedError,
+)
+from ..wire import ether, icmp
+from .context import Context
+
+ERRORS_PER_SECOND = 200
+
+# (type, code) that tells the guest about an errno, IPv4 (RFC 792, RFC 1812) and IPv6 (RFC 4443)
+_UNREACHABLE4 = {
+    errno.ECONNREFUSED: icmp.UNREACHABLE_PORT,
+    errno.ENETUNREACH: icmp.UNREACHABLE_NET,
+    errno.EAFNOSUPPORT: icmp.UNREACHABLE_NET,
+    errno.ENOPROTOOPT: icmp.UNREACHABLE_PROTOCOL,
+    errno.EACCES: icmp.UNREACHABLE_ADMIN,
+    errno.EPERM: icmp.UNREACHABLE_ADMIN,
+}
+_UNREACHABLE6 = {
+    errno.ECONNREFUSED: icmp.UNREACHABLE6_PORT,
+    errno.ENETUNREACH: icmp.UNREACHABLE6_ROUTE,
+    errno.EAFNOSUPPORT: icmp.UNREACHABLE6_ROUTE,
+    errno.EACCES: icmp.UNREACHABLE6_ADMIN,
+    errno.EPERM: icmp.UNREACHABLE6_ADMIN,
+}
+
+
+def from_errno(number: int, mtu: int, *, v4: bool) -> tuple[int, int, int]:
+    """(type, code, word) of the message that says what `number` says; any other errno is an unreachable host."""
+    if number == errno.EMSGSIZE:
+        return (icmp.UNREACHABLE, icmp.UNREACHABLE_FRAGMENTATION, mtu) if v4 else (icmp.PACKET_TOO_BIG6, 0, mtu)
+    if v4:
+        return icmp.UNREACHABLE, _UNREACHABLE4.get(number, icmp.UNREACHABLE_HOST), 0
+    return icmp.UNREACHABLE6, _UNREACHABLE6.get(number, icmp.UNREACHABLE6_ADDRESS), 0
+
+
+def from_extended(error: ExtendedError, *, v4: bool) -> tuple[int, int, int]:
+    """(type, code, word) of the message that the host's kernel got, or of one that says as much."""
+    if error.origin != (ORIGIN_ICMP if v4 else ORIGIN_ICMP6):
+        return from_errno(error.errno, error.info, v4=v4)
+    # What the kernel hands on of the word: the MTU (next hop's, 16 bits in IPv4) or, for a parameter problem, a pointer
+    # that points into a packet which is not the guest's.
+    too_big = (icmp.UNREACHABLE, icmp.UNREACHABLE_FRAGMENTATION) if v4 else (icmp.PACKET_TOO_BIG6, 0)
+    word = error.info if (error.type, error.code) == too_big else 0
+    return error.type, error.code, word
+
+
+class Errors:
+    """Error messages to the guest, at a bounded rate. One per protocol, so that none starves another."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._second = 0.0
+        self._left = 0
+
+    def refused(self, number: int, guest: bytes, dst: bytes, packet: bytes, now: float) -> None:
+        """The host's kernel would not send `packet` of `guest` to `dst`, and said errno `number`."""
+        self._send(dst, guest, *from_errno(number, 0, v4=len(dst) == 4), packet, now)
+
+    def reported(self, error: ExtendedError, guest: bytes, dst: bytes, host: bytes, packet: bytes, now: float) -> None:
+        """`error` came for `packet`, which `guest` had sent to `dst` and we to the host-side address `host`."""
+        src = self._source(error.offender, dst, host)
+        self._send(src, guest, *from_extended(error, v4=len(dst) == 4), packet, now)
+
+    def _source(self, offender: bytes | None, dst: bytes, host: bytes) -> bytes:
+        """The offender as the guest may know it."""
+        if offender is None or len(offender) != len(dst) or offender == host or not addr.is_unicast(offender):
+            return dst
+        settings = self._ctx.fwd.family(dst)
+        ours = addr.is_loopback(offender) or (settings is not None and offender == settings.addr)
+        return dst if ours else offender
+
+    def _send(self, src: bytes, dst: bytes, kind: int, code: int, word: int, packet: bytes, now: float) -> None:
+        ctx = self._ctx
+        if not addr.is_unicast(src) or not self._allowed(now):
+            ctx.drops["icmp: error not sent"] += 1
+            return
+        message = icmp.error(src, dst, kind, code, word, packet)
+        ctx.link.send_frame(ether.ip_frame(ctx.guest.mac, ctx.config.our_mac, src, dst, icmp.protocol(src), message))
+
+    def _allowed(self, now: float) -> bool:
+        if now - self._second >= 1:
+            self._second, self._left = now, ERRORS_PER_SECOND
+        self._left -= 1
+        return self._left >= 0
