@@ -24,7 +24,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import log
 from ..calls import calls
@@ -36,14 +36,12 @@ from ..linux.nspool import new_socket
 from ..linux.syscall import accept
 from ..loop.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from ..policy.rules import Listener, Rule
+from ..splice.tcp import TcpSplice
+from ..tcp import Tcp
 from ..tcp_engine.sock import reset
 from ..wire.checksum import PROTO_TCP
 from .sockets import Failure, Wanted, open_ports
-
-if TYPE_CHECKING:
-    from ..splice.tcp import TcpSplice
-    from ..tcp import Tcp
-    from .udp_in import UdpIn
+from .udp_in import UdpIn
 
 BUDGET_MAX = 16  # connections accepted for one event, so that established ones get their turn
 PATIENCE = 8  # events that use up the budget before it doubles

@@ -18,7 +18,6 @@ peer is whom it answers. `origin` is the client of a flow that came by a listene
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING
 
 from .. import addr
 from ..flow.idle import IdleFlow
@@ -27,9 +26,7 @@ from ..link.tap_device import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
 from ..linux.sockopt import HOPS, hops_option, setting
 from ..wire import ether, ip, udp
 from ..wire.checksum import PROTO_UDP, fold, ones_sum, pseudo_sum
-
-if TYPE_CHECKING:
-    from .sock import Client
+from .sock import Client
 
 FLOW_TIMEOUT = 180.0  # s
 DNS_TIMEOUT = 30.0  # s; a query from a port of its own has one answer, and resolvers give up before
