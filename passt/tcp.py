@@ -40,7 +40,6 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any
 
 from .calls import calls
@@ -184,7 +183,7 @@ class Tcp:
             if new >= 0 and bits & FIN and n + gap == 1 << 32:
                 fin = True
         if later or conn.early:
-            rcv_nxt, fin, hole = self._reorder(conn, rcv_nxt, later, payload, fin)
+            rcv_nxt, fin, hole = self._table.early.merge(conn, mv, rcv_nxt, later, payload, fin)
             if hole:
                 must_ack = True
                 for _ in range(min(len(later), DUPLICATES) - 1):  # and one below
@@ -222,36 +221,6 @@ class Tcp:
                 return True
         self._to_sock(conn, (self._pool.mv[data:end],), rcv_nxt + end - data, False, False, now)
         return True
-
-    def _reorder(
-        self,
-        conn: TcpConn,
-        rcv_nxt: int,
-        later: list[tuple[int, int, int, int]],
-        payload: list[memoryview],
-        fin: bool,
-    ) -> tuple[int, bool, bool]:
-        """Append what follows without a hole of what came early, now or before, and keep the rest.
-
-        Returns (rcv_nxt, fin, hole).
-        """
-        pieces = [(seq, self._pool.mv[data:end], fin_bit) for seq, data, end, fin_bit in later]
-        early = self._table.early
-        if conn.early:
-            pieces += early.take(conn)
-        pieces.sort(key=itemgetter(0))
-        for i, (seq, data, fin_bit) in enumerate(pieces):
-            skip = rcv_nxt - seq
-            if skip < 0 or fin:
-                if not fin and not conn.events & TAP_FIN_RCVD:
-                    early.keep(conn, pieces[i:])
-                return rcv_nxt, fin, True
-            if skip < len(data):
-                payload.append(data[skip:])
-                rcv_nxt += len(data) - skip
-            if fin_bit and rcv_nxt == seq + len(data):
-                fin = True
-        return rcv_nxt, fin, False
 
     def _to_sock(
         self, conn: TcpConn, payload: Sequence[memoryview], rcv_nxt: int, fin: bool, must_ack: bool, now: float

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from operator import itemgetter
 
-from .conn import TcpConn
+from .conn import TAP_FIN_RCVD, TcpConn
 
 EARLY_MAX = 2 << 20  # bytes
 EARLY_TOTAL = 16 << 20
@@ -38,6 +39,36 @@ class TcpEarly:
     def __init__(self, drops: Counter[str]) -> None:
         self._drops = drops
         self.total = 0
+
+    def merge(
+        self,
+        conn: TcpConn,
+        mv: memoryview,
+        rcv_nxt: int,
+        later: list[tuple[int, int, int, int]],
+        payload: list[memoryview],
+        fin: bool,
+    ) -> tuple[int, bool, bool]:
+        """Append to `payload` what follows without a hole of what came early, now or before, and keep the rest.
+
+        `later` is (sequence number, start, end, FIN bit) of what came now, in `mv`. Returns (rcv_nxt, fin, hole).
+        """
+        pieces = [(seq, mv[data:end], fin_bit) for seq, data, end, fin_bit in later]
+        if conn.early:
+            pieces += self.take(conn)
+        pieces.sort(key=itemgetter(0))
+        for i, (seq, data, fin_bit) in enumerate(pieces):
+            skip = rcv_nxt - seq
+            if skip < 0 or fin:
+                if not fin and not conn.events & TAP_FIN_RCVD:
+                    self.keep(conn, pieces[i:])
+                return rcv_nxt, fin, True
+            if skip < len(data):
+                payload.append(data[skip:])
+                rcv_nxt += len(data) - skip
+            if fin_bit and rcv_nxt == seq + len(data):
+                fin = True
+        return rcv_nxt, fin, False
 
     def take(self, conn: TcpConn) -> tuple[Piece, ...]:
         """What is kept for `conn`, which has nothing any more."""
