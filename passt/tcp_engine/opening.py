@@ -238,7 +238,7 @@ class TcpOpen:
         set_event(conn, TAP_SYN_RCVD)
         self._table.opening += 1
         try:
-            error = self._connect(conn)
+            error = tcp_sock.connect(self._ctx, self._features, conn)
         except OSError as e:  # no descriptor, no memory: ours to answer for, so RST
             self._no_socket(conn, e, now)
             return None
@@ -260,7 +260,7 @@ class TcpOpen:
     def connected(self, conn: TcpConn, error: int, now: float) -> None:
         """The host socket is connected, or `error` says why it is not: tell the guest."""
         if error and conn.tried:
-            error = self._other_resolver(conn, error, now)
+            error = tcp_sock.connect_next(self._ctx, self._features, conn, error, now)
             if error == errno.EINPROGRESS:
                 return
         if error:
@@ -281,37 +281,6 @@ class TcpOpen:
         self._out.syn_ack(conn, conn.ws_to != 0)
         conn.snd_nxt = conn.snd_una + 1
         conn.t_rx = now
-
-    def _connect(self, conn: TcpConn) -> int:
-        """Start connecting; returns 0, EINPROGRESS, or what failed.
-
-        Raises OSError when no socket can be had; that a host has no IPv6 only rules a resolver out.
-        """
-        try:
-            return tcp_sock.connect(self._ctx, self._features, conn)
-        except OSError as e:
-            if not conn.tried or e.errno != errno.EAFNOSUPPORT:
-                raise
-            return errno.EAFNOSUPPORT
-
-    def _other_resolver(self, conn: TcpConn, error: int, now: float) -> int:
-        """The resolver that was tried last failed with `error`: try the next one, and so on; returns as `_connect`."""
-        ctx = self._ctx
-        while error not in (0, errno.EINPROGRESS):
-            ctx.drops[f"dns: resolver failed: {errno.errorcode.get(error, error)}"] += 1
-            ctx.resolvers.failed(conn.tried[-1], os.strerror(error), now)
-            if not tcp_sock.aim_at_resolver(ctx, conn, now):
-                ctx.drops["dns: all resolvers failed"] += 1
-                ctx.resolvers.exhausted(now, now)
-                break
-            if conn.sock is not None:
-                ctx.reactor.retire(conn.fd, conn.sock)
-                conn.sock = None
-            try:
-                error = self._connect(conn)
-            except OSError as e:
-                error = e.errno or errno.EIO
-        return error
 
     def connect_failed(self, conn: TcpConn, error: int, now: float) -> None:
         """RST for a refused connection, an ICMP error for an unreachable peer; a time-out stays one."""

@@ -16,6 +16,7 @@ The guest's port is not kept: it may be in use here, and no peer may rely on it.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from struct import Struct
 from typing import Any
@@ -69,8 +70,37 @@ def aim_at_resolver(ctx: Context, conn: TcpConn, now: float) -> bool:
 def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
     """Open the host socket and start connecting to `conn.host`; returns 0, EINPROGRESS, or what failed.
 
-    A resolver that is not the last one to be tried must be quick. Raises OSError when no socket can be had.
+    Raises OSError when no socket can be had; that a host has no IPv6 only rules a resolver out.
     """
+    try:
+        return _connect(ctx, features, conn)
+    except OSError as e:
+        if not conn.tried or e.errno != errno.EAFNOSUPPORT:
+            raise
+        return errno.EAFNOSUPPORT
+
+
+def connect_next(ctx: Context, features: Features, conn: TcpConn, error: int, now: float) -> int:
+    """The resolver that was tried last failed with `error`: try the next one, and so on; returns as `connect`."""
+    while error not in (0, errno.EINPROGRESS):
+        ctx.drops[f"dns: resolver failed: {errno.errorcode.get(error, error)}"] += 1
+        ctx.resolvers.failed(conn.tried[-1], os.strerror(error), now)
+        if not aim_at_resolver(ctx, conn, now):
+            ctx.drops["dns: all resolvers failed"] += 1
+            ctx.resolvers.exhausted(now, now)
+            break
+        if conn.sock is not None:
+            ctx.reactor.retire(conn.fd, conn.sock)
+            conn.sock = None
+        try:
+            error = connect(ctx, features, conn)
+        except OSError as e:
+            error = e.errno or errno.EIO
+    return error
+
+
+def _connect(ctx: Context, features: Features, conn: TcpConn) -> int:
+    """A resolver that is not the last one to be tried must be quick."""
     fwd, dst = ctx.fwd, conn.host[0]
     sockaddr = fwd.sockaddr(*conn.host)
     sock: Any = new_socket(addr.family(dst), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
