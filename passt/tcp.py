@@ -40,7 +40,6 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Sequence
-from typing import Any
 
 from .calls import calls
 from .flow.context import Context
@@ -48,7 +47,6 @@ from .flow.table import reason_of
 from .linux import tcpinfo
 from .loop.reactor import EPOLLERR, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, TYPE_TCP, ref_data
 from .loop.timers import NO_OWNER
-from .policy.rules import Listener
 from .tcp_engine import sock as tcp_sock
 from .tcp_engine.conn import (
     CLOSED,
@@ -89,7 +87,7 @@ CALLS = calls("sendto", "sendmsg", "shutdown")
 
 
 class Tcp:
-    """All TCP connections through the tap."""
+    """All TCP connections through the tap. Listeners give those of host clients to `opening`."""
 
     def __init__(self, ctx: Context, features: tcpinfo.Features | None = None) -> None:
         self._ctx = ctx
@@ -99,7 +97,7 @@ class Tcp:
         self._by_index = ctx.flows.by_index
         self._table = TcpTable(ctx, self._out)
         self._acks = TcpAck(ctx, self._out, self._table, self._features)
-        self._opening = TcpOpen(ctx, self._features, self._out, self._acks, self._table)
+        self.opening = TcpOpen(ctx, self._features, self._out, self._acks, self._table)
         self._conns = self._table.by_key
         self._schedule = self._table.schedule
         ctx.reactor.handle(TYPE_TCP, self.sock_handler)
@@ -113,7 +111,7 @@ class Tcp:
         fresh = False
         if conn is None or not conn.events & ESTABLISHED:
             fresh = True
-            conn = self._opening.segments(conn, key, segments, now)
+            conn = self.opening.segments(conn, key, segments, now)
             if conn is None:
                 return
             self._established(conn, now)
@@ -286,7 +284,7 @@ class Tcp:
         if not isinstance(conn, TcpConn):
             return
         if conn.events == TAP_SYN_RCVD:
-            self._opening.connected(conn, conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), now)
+            self.opening.connected(conn, conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), now)
             if conn.sock is None or conn.events == TAP_SYN_RCVD:
                 return  # the events were those of a socket that is given up for another one
         if events & EPOLLERR:  # EPOLLRDHUP beside it is that of any socket whose connection is over
@@ -371,16 +369,6 @@ class Tcp:
         elif progress or conn.snd_nxt == una:
             self._schedule(conn, now)
 
-    # Opening -----------------------------------------------------------------------------------------------------
-
-    def accepted(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> None:
-        """A host client, `peer` (4 or 16 bytes), connected to `listener`.
-
-        Its socket, non-blocking, is ours from here on; the listener was prepared by `tcp_engine.sock.prepare_listener`.
-        Raises nothing: who cannot be served is reset.
-        """
-        self._opening.accepted(listener, sock, peer, peer_port, now)
-
     def _established(self, conn: TcpConn, now: float) -> None:
         """The handshake is done. If we began it, the guest waits for ACK: data does for that, if the socket has any."""
         before = conn.snd_nxt
@@ -406,7 +394,7 @@ class Tcp:
             if conn.retries > SYN_RETRIES:
                 self._table.abort(conn, "no answer of the guest")
                 return
-            self._opening.again(conn)
+            self.opening.again(conn)
         elif conn.snd_nxt != conn.snd_una:
             if conn.retries > (SUCCESSOR_RETRIES if conn.key in self._table.successors else RETRIES_MAX):
                 self._table.abort(conn, "no acknowledgement")
@@ -433,7 +421,7 @@ class Tcp:
         EPIPE is the error of a peer that had sent FIN before its RST (tcp_reset() in CLOSE-WAIT): the guest gets both.
         """
         if conn.events == TAP_SYN_RCVD:
-            self._opening.connect_failed(conn, error, now)
+            self.opening.connect_failed(conn, error, now)
             return
         if error == errno.EPIPE and not conn.events & SOCK_FIN_RCVD:
             set_event(conn, SOCK_FIN_RCVD)

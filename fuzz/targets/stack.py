@@ -37,8 +37,8 @@ with harmless():
 
 def fix_numbers(stack: Stack) -> None:
     """Initial sequence numbers stay those of the beginning, so that the numbers in valid frames stay right."""
-    isn = cache(partial(stack.tcp._opening.isn, now=T0))
-    cast(Any, stack.tcp._opening).isn = lambda key, now: isn(key)
+    isn = cache(partial(stack.tcp.opening.isn, now=T0))
+    cast(Any, stack.tcp.opening).isn = lambda key, now: isn(key)
 
 
 for _stack in STACKS:
@@ -117,7 +117,7 @@ def program(stack: Stack, data: bytes) -> None:
             stack.later(TIMES[steps.byte() % len(TIMES)])
         else:
             to, peer = INBOUND[steps.byte() % len(INBOUND)]
-            stack.tcp.accepted(listener(to=to), cast(Any, accepted_socket(peer)), peer, PEER_PORT, stack.now)
+            stack.tcp.opening.accepted(listener(to=to), cast(Any, accepted_socket(peer)), peer, PEER_PORT, stack.now)
             reactor(stack.ctx).end_turn(stack.now)
 
 

@@ -206,7 +206,7 @@ class World:
         self.tcp = Tcp(ctx, features)
         self.features = features
         self.replaced = 0
-        self.tcp._opening.isn = lambda key, now: 0xFFFFFFF0 + (self.tcp._opening._replaced << 8) & MASK  # type: ignore
+        self.tcp.opening.isn = lambda key, now: 0xFFFFFFF0 + (self.tcp.opening._replaced << 8) & MASK  # type: ignore
         self.start()
 
     def start(self) -> None:
@@ -328,7 +328,7 @@ class World:
         near = talk.port & 1
         rule = Rule(f"-t 80:{talk.port}", PROTO_TCP, False, 80, 80, talk.port)
         listener = Listener(rule, 80, cast(Any, SimpleNamespace(fileno=lambda: 900)))
-        self.tcp.accepted(listener, sock, addr.LOOPBACK4 if near else PEER, PEER_PORT + near, self.now)
+        self.tcp.opening.accepted(listener, sock, addr.LOOPBACK4 if near else PEER, PEER_PORT + near, self.now)
 
     # Time --------------------------------------------------------------------------------------------------------
 

@@ -154,7 +154,8 @@ def _wire_ports(
     """What connects to us; returns the rules that say to which ports."""
     tcp_splice, udp_in = TcpSplice(ctx), UdpIn(ctx, udp)
     opened = host.listeners + ns.listeners
-    listeners = Listeners(ctx, tcp=tcp, tcp_splice=tcp_splice, udp_in=udp_in, namespace=namespace, opened=opened)
+    opening = tcp.opening if tcp else None
+    listeners = Listeners(ctx, tcp=opening, tcp_splice=tcp_splice, udp_in=udp_in, namespace=namespace, opened=opened)
     scanner = Scanner(ctx, listeners, host.tables, ns.tables)
     scanner.start(time.monotonic())
     splice_faults = {TYPE_TCP_SPLICE: tcp_splice.fault, TYPE_UDP_SPLICE: udp_in.splice.fault}

@@ -37,7 +37,7 @@ from ..linux.syscall import accept
 from ..loop.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from ..policy.rules import Listener, Rule
 from ..splice.tcp import TcpSplice
-from ..tcp import Tcp
+from ..tcp_engine.opening import TcpOpen
 from ..tcp_engine.sock import reset
 from ..wire.checksum import PROTO_TCP
 from .sockets import Failure, Wanted, open_ports
@@ -58,7 +58,7 @@ class Listeners:
         self,
         ctx: Context,
         *,
-        tcp: Tcp | None,
+        tcp: TcpOpen | None,
         tcp_splice: TcpSplice,
         udp_in: UdpIn,
         namespace: Namespace | None,

@@ -295,7 +295,7 @@ class TcpOpen:
     def accepted(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> None:
         """Ask the guest for a connection from `peer` to the port that `listener` leads to, or reset the client.
 
-        `sock` is owned from here on. Raises nothing.
+        `sock` is ours from here on, non-blocking; the listener was prepared by `sock.prepare_listener`. Raises nothing.
         """
         reason = self._accept(listener, sock, peer, peer_port, now)
         if reason:

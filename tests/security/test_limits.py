@@ -42,7 +42,7 @@ def connect(talk: Talk, port: int) -> None:
 def test_connections_that_wait_for_the_host_are_limited_and_the_next_ones_refused() -> None:
     FakeSocket.connect_results = [errno.EINPROGRESS] * 3
     talk = Talk()
-    opening = talk.tcp._opening
+    opening = talk.tcp.opening
     opening.opening_max = 3
     for port in PORTS[:3]:
         connect(talk, port)
@@ -55,7 +55,7 @@ def test_connections_that_wait_for_the_host_are_limited_and_the_next_ones_refuse
 @pytest.mark.parametrize("end", ["established", "refused", "reset by guest", "unanswered"])
 def test_who_is_through_or_gone_makes_room(end: str) -> None:
     talk = Talk()
-    opening = talk.tcp._opening
+    opening = talk.tcp.opening
     opening.opening_max = 1
     if end == "refused":
         FakeSocket.connect_results = [errno.EINPROGRESS]
@@ -79,7 +79,7 @@ def test_who_is_through_or_gone_makes_room(end: str) -> None:
 
 def test_established_connections_take_no_room() -> None:
     talk = Talk()
-    talk.tcp._opening.opening_max = 1
+    talk.tcp.opening.opening_max = 1
     for port in PORTS:
         FakeSocket.connect_results = [0]
         connect(talk, port)
@@ -122,7 +122,7 @@ def test_without_a_descriptor_for_its_timer_a_connection_is_refused(monkeypatch:
     talk.expect(RST | ACK, ack=1)
     assert talk.sock.resets_on_close, "the host peer must not take it for a connection"
     assert talk.gone and talk.ctx.drops == {"tcp socket": 1}
-    assert talk.tcp._opening._table.opening == 0
+    assert talk.tcp.opening._table.opening == 0
 
 
 def test_a_full_table_refuses_connections_and_harms_none() -> None:

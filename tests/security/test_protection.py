@@ -287,7 +287,7 @@ def test_sequence_numbers_are_those_of_rfc_6528(monkeypatch: pytest.MonkeyPatch)
     """M + F(endpoints, secret): a clock of 4 us, and a keyed hash with a secret of 128 bits, new at each start."""
     secret = bytes(range(16))
     monkeypatch.setattr(os, "urandom", lambda n: secret[:n])
-    opening = Talk().tcp._opening
+    opening = Talk().tcp.opening
     key = Talk().key
     h = siphash24(secret, key)
     assert opening.isn(key, 0.0) == (h >> 32 ^ h) & 0xFFFFFFFF

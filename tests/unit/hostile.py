@@ -194,7 +194,7 @@ class Stack:
         self.dhcpv6, self.icmp, self.udp, self.tcp = Dhcpv6(self.ctx), Icmp(self.ctx), Udp(self.ctx), Tcp(self.ctx, ALL)
         self.dhcpv6.server_id = SERVER_ID
         self.icmp._ident = self.udp._ident = 0
-        self.tcp._opening._secret = bytes(16)
+        self.tcp.opening._secret = bytes(16)
         self.tap = Tap(
             self.ctx,
             arp=Arp(self.ctx),
@@ -217,7 +217,7 @@ class Stack:
             reactor(self.ctx).fire(sock.fd, EPOLLIN, self.now)
         for to, peer in INBOUND:
             sock = accepted_socket(peer)
-            self.tcp.accepted(listener(to=to), sock, peer, PEER_PORT, self.now)
+            self.tcp.opening.accepted(listener(to=to), sock, peer, PEER_PORT, self.now)
             sock.room = room
             sock.incoming += bytes(range(250)) * 20
         for answer in answers():
@@ -310,8 +310,8 @@ def _ends(v4: bool, near: bool) -> tuple[bytes, bytes]:
 def _isn(v4: bool, sport: int, dport: int) -> int:
     """Our initial sequence number of the connection between these ports, the guest's first."""
     tcp = Tcp(make_context(), ALL)
-    tcp._opening._secret = bytes(16)
-    return tcp._opening.isn(
+    tcp.opening._secret = bytes(16)
+    return tcp.opening.isn(
         b"".join(_ends(v4, sport in (NEAR4, NEAR6))) + sport.to_bytes(2, "big") + dport.to_bytes(2, "big"), T0
     )
 

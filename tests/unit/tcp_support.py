@@ -277,7 +277,7 @@ class Talk:
         """A host client connects to a forwarded port."""
         packed = addr.packed(peer)
         sock = accepted_socket(packed, self.features, dual=dual)
-        self.tcp.accepted(listener(to=to, **rule), sock, packed, PEER_PORT, self.now)
+        self.tcp.opening.accepted(listener(to=to, **rule), sock, packed, PEER_PORT, self.now)
         return sock
 
     def answer(self, mss: int = 1460, ws: int | None = 7, *, ack: int = 1, options: bytes | None = None) -> None:

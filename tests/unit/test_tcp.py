@@ -284,10 +284,10 @@ def test_no_descriptor_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_initial_sequence_numbers_differ_by_endpoint_and_grow_with_time() -> None:
     talk = Talk()
     other = talk.key[:-1] + b"\x51"
-    first = talk.tcp._opening.isn(talk.key, 1000.0)
-    assert first != talk.tcp._opening.isn(other, 1000.0)
-    assert talk.tcp._opening.isn(talk.key, 1000.1) - first & 0xFFFFFFFF == 25_000
-    assert first != Talk().tcp._opening.isn(talk.key, 1000.0)  # another start, another secret
+    first = talk.tcp.opening.isn(talk.key, 1000.0)
+    assert first != talk.tcp.opening.isn(other, 1000.0)
+    assert talk.tcp.opening.isn(talk.key, 1000.1) - first & 0xFFFFFFFF == 25_000
+    assert first != Talk().tcp.opening.isn(talk.key, 1000.0)  # another start, another secret
 
 
 # Guest to host -----------------------------------------------------------------------------------------------------

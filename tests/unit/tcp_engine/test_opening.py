@@ -120,7 +120,7 @@ def test_no_option_is_set_for_each_connection() -> None:
         (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
         (socket.SOL_SOCKET, socket.SO_OOBINLINE): 1,
     }
-    talk.tcp.accepted(listener(), sock, addr.packed(PEER4), PEER_PORT, talk.now)
+    talk.tcp.opening.accepted(listener(), sock, addr.packed(PEER4), PEER_PORT, talk.now)
     talk.expect(SYN)
     talk.answer()
     talk.expect(ACK)
@@ -498,7 +498,7 @@ def test_guest_that_was_never_seen(peer: str) -> None:
     talk.ctx.guest = Guest(mac=GUEST_MAC)
     talk.accept(peer)
     assert turned_away(talk, "tcp inbound: no address")
-    talk.tcp.accepted(listener(), accepted_socket(addr.packed("::1")), addr.packed("::1"), PEER_PORT, talk.now)
+    talk.tcp.opening.accepted(listener(), accepted_socket(addr.packed("::1")), addr.packed("::1"), PEER_PORT, talk.now)
     assert talk.ctx.drops == {"tcp inbound: no address": 2}
 
 
@@ -590,7 +590,7 @@ def test_a_second_client_that_comes_back_is_refused() -> None:
 
 def test_waiting_clients_are_half_open() -> None:
     talk = over_for_the_host()
-    talk.tcp._opening.half_open_max = 1
+    talk.tcp.opening.half_open_max = 1
     talk.accept(PEER4)
     talk.accept("198.51.100.8")
     assert turned_away(talk, "tcp inbound: too many half open")
@@ -660,7 +660,7 @@ def test_too_many_wait_for_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     monkeypatch.setattr(log, "warn_ratelimited", lambda key, text, now: warnings.append(text))
     talk = accepted_connection()
-    talk.tcp._opening.half_open_max = 3
+    talk.tcp.opening.half_open_max = 3
     established = talk.sock
     for i in range(3):
         talk.accept(f"198.51.100.{10 + i}")
@@ -680,9 +680,9 @@ def test_limit_follows_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     from passt.flow import idle
 
     monkeypatch.setattr(idle.resource, "getrlimit", lambda _: (1024, 4096))
-    assert Talk().tcp._opening.half_open_max == 128
+    assert Talk().tcp.opening.half_open_max == 128
     monkeypatch.setattr(idle.resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
-    assert Talk().tcp._opening.half_open_max == tcp_opening.HALF_OPEN_MAX
+    assert Talk().tcp.opening.half_open_max == tcp_opening.HALF_OPEN_MAX
 
 
 @pytest.mark.parametrize("what", ["timer", "epoll"])
