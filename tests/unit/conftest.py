@@ -11,7 +11,7 @@ from .machine_link import MachineLink
 from .support import FakeLink, make_context
 
 # Modules whose conversations a namespace has, and a virtual machine
-CONVERSATIONS = ("test_tcp", "tcp_engine.test_opening", "tcp_engine.test_window")
+CONVERSATIONS = ("test_tcp", *(f"tcp_engine.test_{part}" for part in ("opening", "table", "window")))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

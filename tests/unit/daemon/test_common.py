@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
@@ -20,11 +19,9 @@ import pytest
 from passt import log
 from passt.conf.options import Options
 from passt.daemon import common as daemon_common
-from passt.daemon import pasta as daemon_pasta
 from passt.daemon.common import FROM_TERMINAL, End
 from passt.flow.context import Context
 from passt.link.tap_device import VNET, TapLink
-from passt.linux.routes import NsPlan
 from passt.log import Fatal
 from passt.loop.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS
 
@@ -216,7 +213,6 @@ def test_failure(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (end.status, reactor(ctx).stopped, said) == (1, True, ["no more"])
 
 
-# The tap is deleted ------------------------------------------------------------------------------------------------
 
 
 class FakeTap:
@@ -230,55 +226,12 @@ class FakeTap:
         self.watched.append(fd)
 
 
-class FakeInterface:
-    """The interface in the namespace, which comes back or does not."""
-
-    def __init__(self, error: OSError | None = None) -> None:
-        self.plan = NsPlan("tap5")
-        self.problems = ["not all"]
-        self._error = error
-
-    def make_anew(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
-def test_tap_comes_back_under_its_number(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    fd, other = os.pipe()
-    reactor(ctx).watch(fd, 1, 0, EPOLLIN)
-    said: list[str] = []
-    monkeypatch.setattr(log, "_held", {})
-    monkeypatch.setattr(log, "say", lambda level, text: said.append(text))
-    link, tap = TapLink(fd, Counter(), uso=True), FakeTap()
-    daemon_pasta.reopen(ctx, link, cast(Any, tap), cast(Any, FakeInterface()), attached(ctx))
-    assert (tap.watched, reactor(ctx).refs, link.fd) == ([fd], {}, fd)
-    assert said == ["Interface tap5 was deleted: making it anew", "not all"]
-    os.close(fd)
-    os.close(other)
 
 
-def test_tap_that_cannot_come_back_ends_us(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(log, "_held", {})
-    monkeypatch.setattr(log, "say", lambda level, text: None)
-    monkeypatch.setattr(log, "err", said.append)
-    end = attached(ctx)
-    fd, other = os.pipe()
-    reactor(ctx).watch(fd, 1, 0, EPOLLIN)
-    tap, gone = FakeTap(), FakeInterface(PermissionError(errno.EPERM, "not allowed"))
-    daemon_pasta.reopen(ctx, TapLink(fd, Counter(), uso=True), cast(Any, tap), cast(Any, gone), end)
-    assert (end.status, reactor(ctx).stopped, tap.watched) == (1, True, [])
-    assert said == ["Interface tap5 was deleted and can't be made anew, exiting: not allowed"]
-    os.close(fd)
-    os.close(other)
 
 
-def test_tap_that_was_given_to_us_ends_with_us(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(log, "info", said.append)
-    end = attached(ctx)
-    daemon_pasta.tap_gone(cast(Any, FakeInterface()), end)
-    assert (end.status, reactor(ctx).stopped, said) == (0, True, ["Interface tap5 was deleted, exiting"])
 
 
 # Files -------------------------------------------------------------------------------------------------------------
