@@ -8,39 +8,52 @@ acknowledged, and runs of datagrams are one system call (UDP_SEGMENT, UDP_GRO, r
 Where a packet goes
 ===================
 
-    guest -> host   tap fd, or a machine's UNIX socket -> stream -> tap (packet pool, classify, group by flow)
+    guest -> host   tap fd, or a machine's UNIX socket -> link.stream_input -> tap (classify, group by flow)
                         ARP -> arp    NS, RS -> ndp    UDP 67 -> dhcp    UDP 547 -> dhcpv6         answers -> link
-                        echo -> icmp    UDP -> udp    TCP -> tcp      flow, or a new one: fwd -> host socket
-                        queries for the host's resolvers -> dns -> one of them, or the next (policy.resolvers)
+                        echo -> icmp    UDP -> udp    TCP -> tcp         flow, or a new one: policy.forwarding
+                                                                         -> host socket
+                        queries for the host's resolvers -> udp_engine.dns -> the resolver that policy.resolvers picks
     host -> guest   socket -> tcp / udp / icmp -> pre-cooked header and a view of the payload -> link
-                    listening socket -> listen -> tcp / udp_in, and on as above
-                    link: as it is to the tap fd; cut and summed (link.gso) to the UNIX socket (link.stream_socket),
-                    or to a tap that was given to us without a vnet header (link.plain_tap)
-    loopbacks       listening socket -> listen -> tcp_splice / udp_in, udp_splice -> socket of the other side
-    bound ports     kernel's tables of both sides -> scan -> listen: `auto` opens and closes listening sockets
-    other rules     control sockets -> control -> control_api, slirp_api -> forwards -> listen, another Config
-    resolv.conf     directory watches -> resolv_conf -> conf_dns -> another Config
-    another Config  policy.settings -> all that keep a part of it, then ndp, scan
+                    listening socket -> ports.listen -> tcp_engine.opening / ports.udp_in, and on as above
+                    link.tap_device: as it is to the tap fd; link.stream_socket: cut and summed (link.gso) to the UNIX
+                    socket; link.plain_tap: likewise to a tap that was given to us without a vnet header
+    loopbacks       listening socket -> ports.listen -> splice.tcp, or ports.udp_in -> splice.udp -> socket of the
+                    other side
+    bound ports     kernel's tables of both sides -> ports.scan -> ports.listen: `auto` opens and closes sockets
+    other rules     control sockets -> control.server -> control.api, control.slirp -> ports.forwards -> ports.listen,
+                    another Config
+    resolv.conf     directory watches -> conf.resolv_conf -> conf.names -> another Config
+    another Config  policy.settings -> all that keep a part of it, then ndp, ports.scan
     time            timerfds -> tcp / udp / icmp / ndp, each handed `now`
 
-Layers: a module imports from lower ones only (tests/test_layers.py holds that)
-================================================================================
+Where a change goes: folders and modules of this level, each above all that it imports
+======================================================================================
 
-    8  vm                                 `python -m passt.vm`
-    7  cli, pesto*                        the commands
-    6  conf*, daemon*, wiring             argv -> frozen Config; the composition root
-       control_api, slirp_api             what is said on control sockets
-    5  pasta*, passt, qrap                namespaces and the command in them; the socket of a virtual machine
-       isolation, seccomp                 what we give up before the first byte of the guest is read
-       terminal, trace                    a terminal that is shared; --trace
-       resolv_conf, control               the host's resolvers; control sockets
-    4  tap, stream, listen*, scan         the ways in: frames; connections and datagrams of others
-       forwards, metrics                  rules that change; what is counted, as it is shown
-    3  arp ndp dhcp dhcpv6                configuration services
-       icmp udp* tcp* dns                 the data plane
-    2  core                               loop, timers, packet pool, the way out, flows, rules, resolvers
-    1  linux, log                         the kernel, wrapped once
-    0  wire, addr                         formats; addresses as packed bytes
+    pesto, qrap             programs of their own: the client of the control socket; QEMU's descriptor wrapper
+    cli, __main__, vm       the commands: `pasta`, `passt`; `python -m passt.vm` is passt
+    daemon                  the start in its steps, the wiring of all services, the end, reports
+    pasta, passt            the two faces: namespaces and the command in them; the socket of a virtual machine
+    namespace               the first process of a namespace, the supervisor of a command, a shared terminal
+    sandbox, seccomp        what is given up before the first byte of the guest is read
+    control                 control sockets, their two dialects, what is counted as it is shown
+    conf                    argv -> frozen Config; options, port specifications, --help, completions, resolv.conf
+    ports                   the ways in of host clients: listening sockets, rules that change, automatic ports
+    tap                     the way in of frames: classified, grouped by flow, handed on
+    splice                  loopback to loopback without the tap
+    udp, udp_engine         UDP through the tap, and queries to resolvers
+    tcp, tcp_engine         TCP through the tap
+    arp ndp dhcp dhcpv6     configuration services
+    icmp                    ping
+    flow                    what all flows share: the table, idle limits, errors, statistics; the Context
+    link                    devices and sockets that lead to the guest, the packet pool, captures
+    policy                  Config and the one in force, rules, address translation, resolvers: no sockets, no clock
+    loop                    epoll, timers, directory watches
+    linux                   the kernel, wrapped once
+    log, log_file           messages and where they go
+    wire, addr, calls       formats; addresses as packed bytes; declarations of system calls
+
+tests/test_layers.py has the order and fails on an import upward and on a circle. Each module has a test file at the
+same place in tests/unit.
 
 One writer per thing: `tap` writes what was observed of the guest, `policy.settings` the configuration in force,
 `flow.table` the state of a flow, `tcp_engine.conn` the events of a connection, `link.tap_device` or `link.plain_tap`

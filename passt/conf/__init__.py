@@ -1,1 +1,1 @@
-"""From the command line and the host's tables to a frozen configuration. Of this, names alone change later."""
+"""The command line and the host's tables become a frozen configuration. Afterwards names alone change (`names.py`)."""

@@ -1,1 +1,1 @@
-"""Control sockets and what is said on them, and what is counted, as it is shown."""
+"""Control sockets, their two dialects, statistics as they are shown. Changes of ports go to `ports/forwards.py`."""

@@ -1,1 +1,1 @@
-"""The composition root: everything is put together here, and nothing imports it but the command."""
+"""The composition root: the steps of a start, the wiring, the end. The commands alone import it."""

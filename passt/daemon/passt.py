@@ -76,12 +76,13 @@ def _remove(path: str) -> None:
 
 def build(options: Options, identity: Identity, names: Follower, path: str | None) -> WiredMachine:
     """From the host's configuration to wired services. We are `identity` afterwards."""
-    from ..conf import decide as conf_decide  # who we become may not be able to read Python's files
-    from ..conf import summary as conf_summary  # who we become may not be able to read Python's files
+    # The user that we become may not be able to read Python's files
+    from ..conf import decide as conf_decide
+    from ..conf import summary as conf_summary
     from ..linux import netlink
     from ..linux.syscall import CAP_SYS_ADMIN
-    from ..ports import sockets as port_sockets  # who we become may not be able to read Python's files
-    from . import wiring  # who we become may not be able to read Python's files
+    from ..ports import sockets as port_sockets
+    from . import wiring
 
     seccomp.binding()
     if log.trace_on:

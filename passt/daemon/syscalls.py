@@ -9,28 +9,15 @@ from collections.abc import Iterator
 
 from .. import passt, pasta, seccomp
 from ..conf import resolv_conf
-
-# What is imported for its CALLS
-from ..control import api as control_api
-from ..control import slirp as control_slirp
+from ..control import api, slirp
 from ..link import plain_tap, stream_socket
 from ..policy.config import PASST, PASTA
 from . import passt as daemon_passt
 from . import pasta as daemon_pasta
 from . import wiring
 
-LOADED = (
-    control_api,
-    daemon_passt,
-    daemon_pasta,
-    passt,
-    pasta,
-    resolv_conf,
-    control_slirp,
-    wiring,
-    plain_tap,
-    stream_socket,
-)
+# What is imported for its CALLS, or for those of what it imports
+LOADED = api, daemon_passt, daemon_pasta, passt, pasta, resolv_conf, slirp, wiring, plain_tap, stream_socket
 WIDTH = 100  # of a row's arguments
 
 

@@ -1,1 +1,1 @@
-"""What is common to all flows: the table, limits, what they share, statistics. No protocol is known here."""
+"""What flows of all protocols share: the table, limits, errors, statistics. It imports no protocol."""

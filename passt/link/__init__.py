@@ -1,1 +1,1 @@
-"""The ways to and from the guest: devices, sockets, frames, captures. No protocol above Ethernet is decided here."""
+"""The ways to and from the guest, frame by frame: devices, sockets, captures. It imports no protocol above IP."""

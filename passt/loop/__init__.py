@@ -1,1 +1,1 @@
-"""The event loop: epoll, timers, what changes in directories. Handlers are called from here, and none is known here."""
+"""The event loop: epoll, timers, watches of directories. It calls handlers and knows none of them."""

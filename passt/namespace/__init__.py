@@ -1,1 +1,1 @@
-"""What runs for the command in a namespace: its first process, its terminal. `pasta.py` is the face."""
+"""The processes in a namespace that pasta starts, and the terminal that it shares. `pasta.py` is the face."""

@@ -1,1 +1,1 @@
-"""The client of the control socket. It starts quickly: it imports what it needs, and only then."""
+"""The client of the control socket. It starts quickly: each module imports only what it needs at once."""

@@ -1,1 +1,1 @@
-"""Pure decisions: what was configured, who is who, which rule a port has. No sockets, no clock."""
+"""Pure decisions: configuration, rules, address translation, choice of resolvers. No sockets, no clock."""

@@ -1,1 +1,1 @@
-"""What others connect to: listening sockets, the rules in force, ports that follow those of the other side."""
+"""The ways in of host clients: listening sockets, the rules in force, ports that follow the other side's."""

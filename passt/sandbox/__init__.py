@@ -1,1 +1,1 @@
-"""What is given up before the first byte of the guest is read; `seccomp.py` is the last step of it."""
+"""What the process gives up before it reads the first byte of the guest. `seccomp.py` is the last step."""

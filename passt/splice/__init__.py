@@ -1,1 +1,1 @@
-"""Loopback to loopback, from socket to socket without the tap. Nothing here knows of frames."""
+"""Loopback to loopback, from socket to socket without the tap. It sees no frame."""

@@ -1,1 +1,1 @@
-"""The parts of TCP through the tap; `tcp.py` is its face. They meet in the connection (`conn.py`)."""
+"""The parts of TCP through the tap. `tcp.py` is the face; the connection (`conn.py`) is what they share."""

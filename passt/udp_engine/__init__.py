@@ -1,1 +1,1 @@
-"""The parts of UDP through the tap; `udp.py` is its face."""
+"""The parts of UDP through the tap, and DNS. `udp.py` is the face; `flow.py` is what they share."""
