@@ -42,6 +42,8 @@ TESTED_ELSEWHERE = {
     "flow/context": "tests/unit/daemon/test_wiring.py",
     "policy/config": "tests/unit/conf/test_decide.py",
     "policy/guest": "tests/unit/test_tap.py",
+    # what it tells of itself, as other flows do
+    "splice/conn": "tests/unit/test_flow_info.py",
     # what they say is tried with the kernel, or with shells
     "seccomp": "tests/security/test_seccomp.py",
     "daemon/syscalls": "tests/security/test_seccomp.py",

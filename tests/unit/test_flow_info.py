@@ -336,7 +336,7 @@ def test_dns() -> None:
 
 def test_all_labels_were_met() -> None:
     from passt.icmp import PingFlow
-    from passt.splice.tcp import SpliceConn
+    from passt.splice.conn import SpliceConn
     from passt.splice.udp import SpliceFlow
     from passt.tcp_engine.conn import TcpConn
     from passt.udp_engine.dns import DnsFlow

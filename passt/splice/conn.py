@@ -1,0 +1,98 @@
+"""A TCP connection between loopbacks, its two halves, and what it tells of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import addr
+from ..flow.stats import Tally
+from ..flow.table import GUEST, HOST, Endpoints, Flow, FlowInfo, TcpInfo, name_of
+from ..linux import tcpinfo
+from ..policy.rules import Listener
+from .pipes import Pipe
+
+
+class Half:
+    """One direction: from `src` to `dst`."""
+
+    __slots__ = (
+        "bulk", "dst", "dst_fd", "ending", "eof", "fin", "held", "moved", "pending", "pipe", "polled", "src", "src_fd",
+        "tally", "tuned", "urgent",
+    )  # fmt: skip
+
+    def __init__(self, src: Any, dst: Any, tally: Tally) -> None:
+        self.src, self.src_fd = src, src.fileno()
+        self.dst, self.dst_fd = dst, dst.fileno()
+        self.tally = tally  # of all connections
+        self.moved = 0  # bytes received
+        self.pipe: Pipe | None = None
+        self.held = 0  # bytes in the pipe
+        self.pending = b""  # bytes received that `dst` did not take
+        self.bulk = False
+        self.urgent = False  # `src` has seen urgent data: a short receive may have stopped at its mark
+        self.ending = False  # the end of `src` was announced: no further event will tell of it
+        self.eof = False  # `src` will send no more
+        self.fin = False  # ... and `dst` was told
+        self.tuned = False  # buffers were set
+        self.polled = False  # EPOLLOUT of `dst` is asked for
+
+
+class SpliceConn(Flow):
+    """A connection. `sock` is the client's; `key` is empty, since nobody looks for it."""
+
+    __slots__ = ("early", "halves", "inbound", "other", "peer", "peer_port", "port", "server", "targets")
+    kind = "spliced TCP connection"
+    label = "tcp_splice"
+
+    def __init__(self, sock: Any, peer: bytes, peer_port: int, listener: Listener, targets: list[bytes]) -> None:
+        super().__init__(b"")
+        self.sock, self.fd = sock, sock.fileno()
+        self.peer, self.peer_port = peer, peer_port
+        self.server, self.port = targets[0] if targets else b"", listener.to
+        self.inbound = not listener.rule.outbound
+        self.targets = targets  # addresses that were not tried yet
+        self.other: Any = None  # the socket towards the server
+        self.early = 0  # events of the client before the server was connected
+        self.halves: tuple[Half, ...] = ()  # none before the server is connected
+
+    def endpoints(self) -> Endpoints:
+        """The server is the one that was tried last; before that, the one that will be tried first."""
+        client = addr.host_port(self.peer, self.peer_port)
+        server = addr.host_port(self.server, self.port) if self.server else ""
+        if self.inbound:
+            return Endpoints(HOST, server, name_of(self.other.getsockname) if self.other is not None else "", client)
+        return Endpoints(GUEST, client, name_of(self.sock.getsockname), server)
+
+    def traffic(self) -> tuple[int, int]:
+        if not self.halves:
+            return 0, 0
+        first, second = (half.moved - half.held - len(half.pending) for half in self.halves)
+        return (first, second) if self.inbound else (second, first)
+
+    def info(self, now: float) -> FlowInfo:
+        socks = (self.sock, self.other) if self.inbound else (self.other, self.sock)
+        host, guest = (tcpinfo.details(sock) if sock is not None else None for sock in socks)
+        tcp_info = TcpInfo(
+            rtt=host.rtt if host else None,
+            snd_wnd=None,
+            rcv_wnd=None,
+            resent_to_guest=guest.retransmits if guest else None,
+            resent_to_host=host.retransmits if host else None,
+            queue_to_guest=_on_the_way(host, guest),
+            queue_to_host=_on_the_way(guest, host),
+        )
+        age = now - self.opened
+        idle = min(host.idle, guest.idle, age) if host and guest else None
+        names = ["ESTABLISHED"] if self.halves else ["CONNECTING"]
+        for half, name in zip(self.halves, ("CLIENT_FIN", "SERVER_FIN"), strict=False):
+            names += [name] if half.fin else []
+        return FlowInfo(
+            self.index, "tcp", "splice", self.endpoints(), "|".join(names), *self.traffic(), age, idle, tcp_info
+        )
+
+
+def _on_the_way(src: tcpinfo.Details | None, dst: tcpinfo.Details | None) -> int | None:
+    """Bytes that came to one socket and that the peer of the other does not have, give or take SYN and FIN."""
+    if src is None or dst is None or src.received is None or dst.acked is None:
+        return None
+    return max(src.received - dst.acked, 0)
