@@ -43,7 +43,6 @@ from collections.abc import Sequence
 
 from .calls import calls
 from .flow.context import Context
-from .flow.table import reason_of
 from .linux import tcpinfo
 from .loop.reactor import EPOLLERR, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, TYPE_TCP, ref_data
 from .loop.timers import NO_OWNER
@@ -415,22 +414,11 @@ class Tcp:
     # Ending --------------------------------------------------------------------------------------------------------
 
     def _broken(self, conn: TcpConn, error: int, now: float) -> None:
-        """The host socket failed with `error`: what it still holds goes to the guest, as far as the window lets it, and
-        then RST.
-
-        EPIPE is the error of a peer that had sent FIN before its RST (tcp_reset() in CLOSE-WAIT): the guest gets both.
-        """
+        """The host socket failed with `error`."""
         if conn.events == TAP_SYN_RCVD:
             self.opening.connect_failed(conn, error, now)
-            return
-        if error == errno.EPIPE and not conn.events & SOCK_FIN_RCVD:
-            set_event(conn, SOCK_FIN_RCVD)
-        if conn.events & ESTABLISHED:
-            try:
-                self._out.data(conn, reset=True)
-            except OSError:
-                pass  # nothing is left in the socket: RST tells the guest all there is
-        self._table.reset_by_host(conn, reason_of(error))
+        else:
+            self._table.broken(conn, error)
 
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref): end that flow, and only that. A timer of the pool may have none."""

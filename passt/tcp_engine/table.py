@@ -5,7 +5,9 @@
     close            both directions are done, or none ever began    -        FIN, sent already
     reset_by_guest   the guest sent RST, or refused a connection     -        RST
     abort            nobody answers, or a fault of ours              RST      RST
-    reset_by_host    the host socket failed                          RST      its error was the end
+    broken           the host socket failed                          data,    its error was the end
+                                                                     RST
+    reset_by_host    likewise, and it holds nothing for the guest    RST      likewise
 
 All of them end in `release`, after which nothing of a connection is left. Each is told why, for the log and the
 statistics:
@@ -26,12 +28,14 @@ statistics:
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from ..flow.context import Context
+from ..flow.table import reason_of
 from ..loop.timers import NEVER
 from . import sock
-from .conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, TAP_SYN_RCVD, TcpConn, timeout
+from .conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, SOCK_FIN_RCVD, TAP_SYN_RCVD, TcpConn, set_event, timeout
 from .out_of_order import TcpEarly
 from .output import TcpOut
 
@@ -93,6 +97,21 @@ class TcpTable:
         """The host socket failed: RST to the guest."""
         self._out.reset(conn)
         self.release(conn, why)
+
+    def broken(self, conn: TcpConn, error: int) -> None:
+        """The host socket failed with `error`: what it still holds goes to the guest, as far as the window lets it, and
+        then RST.
+
+        EPIPE is the error of a peer that had sent FIN before its RST (tcp_reset() in CLOSE-WAIT): the guest gets both.
+        """
+        if error == errno.EPIPE and not conn.events & SOCK_FIN_RCVD:
+            set_event(conn, SOCK_FIN_RCVD)
+        if conn.events & ESTABLISHED:
+            try:
+                self._out.data(conn, reset=True)
+            except OSError:
+                pass  # nothing is left in the socket: RST tells the guest all there is
+        self.reset_by_host(conn, reason_of(error))
 
     def close(self, conn: TcpConn, why: str = "both ended") -> None:
         """Both directions are done. Unread bytes would turn close() into RST, so they are taken out first."""
