@@ -573,7 +573,7 @@ def empty(world: World) -> None:
     world.tcp.resume(world.now)
     ctx, tcp = world.ctx, world.tcp
     assert ctx.flows.count == 0 and not any(ctx.flows.by_index)
-    assert not tcp._conns and not tcp._table.half_open and not tcp._out.stalled and not tcp._acks._delayed
+    assert not tcp._conns and not tcp._table.half_open and not tcp._out.stalled and not tcp._acks._waiting
     assert not world.reactor.refs, "a descriptor is still watched"
     assert all(sock.closed for sock in world.socks), "a socket is open"
     assert all(owner == NO_OWNER for owner in world.timers.owner.values())

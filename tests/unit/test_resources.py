@@ -139,7 +139,7 @@ def test_nothing_is_left_of_a_connection(end: Callable[[Talk], None]) -> None:
         gc.enable()
     ctx = talk.ctx
     assert ctx.flows.count == 0 and not any(ctx.flows.by_index) and len(ctx.flows.by_index) == 1
-    assert not talk.tcp._conns and not talk.tcp._acks._delayed
+    assert not talk.tcp._conns and not talk.tcp._acks._waiting
     assert not reactor(ctx).refs and not reactor(ctx).retired
     assert set(timers(ctx).owner.values()) == {NO_OWNER} and len(timers(ctx).owner) == 1
 
