@@ -30,6 +30,7 @@ from passt.policy.rules import Listener, Rule
 from passt.tcp import Tcp
 from passt.tcp_engine import sock as tcp_sock
 from passt.tcp_engine.conn import RTO_MAX
+from passt.tcp_engine.window import POLL_MAX
 from passt.wire.checksum import PROTO_TCP
 from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN, URG, SynOptions
 from tests.unit.support import GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST_MAC, T0, FakeReactor, FakeTimers, make_context
@@ -62,7 +63,7 @@ class Sock:
         self.peek: int | None = None
         self.mark = -1  # of urgent data: a peek stops there
         self.room = SNDBUF
-        self.error = 0
+        self.error = self.failed = 0  # SO_ERROR, and what it was when it was asked for
         self.hold = False  # its peer acknowledges nothing
         self.told = 0  # of `avail`, when epoll last reported
         self.ended = self.end_told = self.shut = self.closed = self.reset = False
@@ -85,8 +86,7 @@ class Sock:
     def getsockopt(self, level: int, option: int, length: int = 0) -> Any:
         if level == socket.SOL_SOCKET:
             if option == socket.SO_ERROR:
-                error, self.error = self.error, 0
-                return error
+                return self.take_error()
             if option == SO_MEMINFO:
                 info = bytearray(36)
                 _WORD.pack_into(info, 12, SNDBUF)
@@ -95,13 +95,18 @@ class Sock:
             return SNDBUF
         assert option == socket.TCP_INFO
         if not self.hold:
-            self.acked = self.sent
+            self.acked = self.sent + self.shut
         info = bytearray(tcpinfo.TCP_INFO_LEN)
         _LONG.pack_into(info, tcpinfo.BYTES_ACKED, self.acked + self.world.first(self))
         _WORD.pack_into(info, tcpinfo.MIN_RTT, 10_000)
         _WORD.pack_into(info, tcpinfo.SND_WND, 1 << 20)
         info[0] = 7 if self.closed else 1
         return bytes(info)
+
+    def take_error(self) -> int:
+        error, self.error = self.error, 0
+        self.failed = error or self.failed
+        return error
 
     def recv_into(self, buf: memoryview, n: int, flags: int) -> int:
         if flags == socket.MSG_TRUNC:
@@ -134,7 +139,9 @@ class Sock:
             end = self.mark
         if end <= at and not self.ended:
             if self.error:
-                raise OSError(self.error, "socket error")
+                raise OSError(self.take_error(), "socket error")
+            if self.failed:
+                return b""
             raise BlockingIOError(errno.EAGAIN, "nothing there")
         return HOST_DATA[at:end]
 
@@ -145,8 +152,7 @@ class Sock:
         assert not self.shut, "sent after shutdown"
         assert not self.closed
         if self.error:
-            error, self.error = self.error, 0
-            raise OSError(error, "socket error")
+            raise OSError(self.take_error(), "socket error")
         data = b"".join(parts)[: self.room]
         if not data:
             raise BlockingIOError(errno.EAGAIN, "full")
@@ -254,7 +260,7 @@ class World:
             assert parts[1] == HOST_DATA[at : at + n], "not the host peer's bytes"
             assert at + n <= talk.edge, "beyond the window"
         if fin:
-            assert sock.ended and at + n == sock.avail
+            assert (sock.ended or sock.failed == errno.EPIPE) and at + n == sock.avail
         talk.most = max(talk.most, at + n + fin)
         if self.lose:
             self.lose -= 1
@@ -569,7 +575,7 @@ def empty(world: World) -> None:
     """Nothing is left."""
     world.tcp.forget()
     world.reactor.end_turn(world.now)
-    world.later(0.1)
+    world.later(POLL_MAX + 0.1)
     world.tcp.resume(world.now)
     ctx, tcp = world.ctx, world.tcp
     assert ctx.flows.count == 0 and not any(ctx.flows.by_index)
