@@ -18,7 +18,7 @@ import passt
 
 from . import lab as laboratory
 from . import vm
-from .contenders import CONTENDERS, Contender, Seat, seated
+from .contenders import CONTENDERS, Contender, Seat, peer, seated
 from .lab import Lab, LabError, Placement, placements
 from .report import Line, Report, markdown, read, save, show
 from .rows import ROWS, Bench, Row
@@ -32,6 +32,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=3, metavar="S", help="length of a sample (3)")
     parser.add_argument("--only", metavar="PATTERN", help="rows by name, e.g. 'tcp-out-*,udp-*'")
     parser.add_argument("--contenders", metavar="LIST", help="those only, by name, separated by commas")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PATH", help="another checkout, or a build of the original"
+    )
     parser.add_argument("--placement", choices=placements(), help="where processes run, instead of as each row says")
     parser.add_argument("--list", action="store_true", help="list rows and contenders")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
@@ -51,10 +54,12 @@ def chosen(args: argparse.Namespace) -> tuple[list[Row], list[Contender]]:
     rows = [row for row in ROWS if any(fnmatch.fnmatch(row.name, p) for p in patterns)]
     if not rows:
         raise LabError(f"no row is called {args.only}; --list names them")
-    names = args.contenders.split(",") if args.contenders else [c.name for c in CONTENDERS]
-    if unknown := set(names) - {c.name for c in CONTENDERS}:
+    peers = [peer(argument) for argument in args.peer]
+    contenders = [CONTENDERS[0], *peers, *CONTENDERS[1:]]  # peers beside ours: their samples are next to each other
+    names = args.contenders.split(",") if args.contenders else [c.name for c in contenders]
+    if unknown := set(names) - {c.name for c in contenders}:
         raise LabError(f"no contender is called {', '.join(sorted(unknown))}; --list names them")
-    return rows, [c for c in CONTENDERS if c.name in names]
+    return rows, [c for c in contenders if c.name in names or c in peers]
 
 
 def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placement, seconds: float) -> None:
@@ -136,7 +141,9 @@ def main(argv: list[str]) -> int:
         if args.show:
             report = read(args.show)
         else:
-            compileall.compile_dir(Path(passt.__file__).parent, quiet=1)  # as pip does, whatever Python writes here
+            trees = [Path(passt.__file__).parent, *(Path(p.partition("=")[2]) / "passt" for p in args.peer)]
+            for tree in filter(Path.is_dir, trees):
+                compileall.compile_dir(tree, quiet=1)  # as pip does, whatever Python writes here
             vm.prepare({row.vm for row in rows})
             laboratory.enter("bench", argv)
             report = run(args, console)

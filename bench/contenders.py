@@ -9,6 +9,8 @@
 | slirp4netns | TCP/IP in user space, the older way                                                             |
 | loopback    | no daemon: the load runs in the host namespace, to 127.0.0.1 or straight over the veth          |
 
+`peer` makes another one of a folder: a checkout of this project (an earlier one, say), or a build of the original.
+
 A virtual machine, or what stands for one, is served by the passt of the same project.
 
 All daemons run with the same limits, as the user of the benchmark, in the foreground. Where they forward ports, they
@@ -24,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.system.vm.machine import VirtualMachine
 
@@ -90,12 +93,11 @@ def _ports(tcp: str) -> list[str]:
     return ["-t", tcp, "-u", "none" if tcp == "none" else "5401", "-T", "none", "-U", "none"]
 
 
-def _ours(pid: int, mtu: int, ports: str) -> list[str]:
-    return [*_OURS, "-q", "-f", *_ports(ports), "--config-net", "-m", str(mtu), str(pid)]
+def _attaches(program: list[str]) -> Command:
+    def command(pid: int, mtu: int, ports: str) -> list[str]:
+        return [*program, "-q", "-f", *_ports(ports), "--config-net", "-m", str(mtu), str(pid)]
 
-
-def _c(pid: int, mtu: int, ports: str) -> list[str]:
-    return [_C, "-q", "-f", *_ports(ports), "--config-net", "-m", str(mtu), str(pid)]
+    return command
 
 
 def _slirp(pid: int, mtu: int, ports: str) -> list[str]:
@@ -111,13 +113,37 @@ def _starts(program: list[str]) -> Callable[[str], list[str]]:
 
 
 CONTENDERS = (
-    Contender("ours", "ours", _ours, start=_starts(_OURS), serve=_serves(OUR_PASST)),
-    Contender("ours-wmem", "ours, tcp_wmem raised", _ours, wmem=RAISED_WMEM, serve=_serves(OUR_PASST)),
-    Contender("pasta", "C pasta", _c, start=_starts([_C]), serve=_serves(_C_PASST)),
-    Contender("pasta-wmem", "C pasta, tcp_wmem raised", _c, wmem=RAISED_WMEM, serve=_serves(_C_PASST)),
+    Contender("ours", "ours", _attaches(_OURS), start=_starts(_OURS), serve=_serves(OUR_PASST)),
+    Contender("ours-wmem", "ours, tcp_wmem raised", _attaches(_OURS), wmem=RAISED_WMEM, serve=_serves(OUR_PASST)),
+    Contender("pasta", "C pasta", _attaches([_C]), start=_starts([_C]), serve=_serves(_C_PASST)),
+    Contender("pasta-wmem", "C pasta, tcp_wmem raised", _attaches([_C]), wmem=RAISED_WMEM, serve=_serves(_C_PASST)),
     Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2", forwards=False),
     Contender("loopback", "bare loopback", None),
 )
+
+
+def peer(argument: str) -> Contender:
+    """The contender of `NAME=PATH`: PATH has a package `passt`, or the programs `pasta` and `passt`.
+
+    Raises LabError when it has neither, or the name is taken.
+    """
+    name, _, path = argument.partition("=")
+    folder = Path(path).absolute()
+    if not name or not path or name in {c.name for c in CONTENDERS}:
+        raise LabError(f"--peer {argument}: give NAME=PATH, with a name that no contender has")
+    if (folder / "passt" / "__main__.py").is_file():
+        pasta, passt = (_of_tree(folder, program) for program in ("pasta", "passt"))
+    elif all(shutil.which(folder / program) for program in ("pasta", "passt")):
+        pasta, passt = [str(folder / "pasta")], [str(folder / "passt")]
+    else:
+        raise LabError(f"--peer {argument}: {folder} has neither a package passt nor the programs pasta and passt")
+    return Contender(name, name, _attaches(pasta), start=_starts(pasta), serve=_serves(passt))
+
+
+def _of_tree(folder: Path, program: str) -> list[str]:
+    """argv of a program of another checkout, with the interpreter and the packages of this one."""
+    start = f"import sys; sys.path.insert(0, {str(folder)!r}); sys.argv[0] = {program!r}"
+    return [sys.executable, "-c", f"{start}; from passt.__main__ import main; sys.exit(main())"]
 
 
 @contextmanager
