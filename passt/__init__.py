@@ -47,7 +47,7 @@ Where a change goes: folders and modules of this level, each above all that it i
     flow                    what all flows share: the table, idle limits, errors, statistics; the Context
     link                    devices and sockets that lead to the guest, the packet pool, captures
     policy                  Config and the one in force, rules, address translation, resolvers: no sockets, no clock
-    loop                    epoll, timers, directory watches
+    loop                    epoll, timers, directory watches; walks over many, where a fault stays with one (`each`)
     linux                   the kernel, wrapped once
     log, log_file           messages and where they go
     wire, addr, calls       formats; addresses as packed bytes; declarations of system calls

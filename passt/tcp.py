@@ -44,6 +44,7 @@ from collections.abc import Sequence
 from .calls import calls
 from .flow.context import Context
 from .linux import tcpinfo
+from .loop.each import each
 from .loop.reactor import EPOLLERR, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, TYPE_TCP, ref_data
 from .loop.timers import NO_OWNER
 from .tcp_engine import sock as tcp_sock
@@ -423,27 +424,26 @@ class Tcp:
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref): end that flow, and only that. A timer of the pool may have none."""
         index = ref_data(ref)
-        conn = self._by_index[index] if index != NO_OWNER else None
-        if isinstance(conn, TcpConn):
-            self._table.abort(conn, "fault")
+        if index != NO_OWNER and isinstance(conn := self._by_index[index], TcpConn):
+            self._table.end_faulty(conn)
 
     def fault_key(self, key: bytes) -> None:
         """Likewise, when it failed on segments from the guest."""
-        conn = self._conns.get(key)
-        if conn is not None:
-            self._table.abort(conn, "fault")
+        if (conn := self._conns.get(key)) is not None:
+            self._table.end_faulty(conn)
 
     def forget(self) -> None:
         """The guest is gone: RST to all host peers."""
-        for conn in list(self._table.by_key.values()):
-            self._table.reset_by_guest(conn, "guest gone")
+        each(self._table.by_key.values(), self._table.reset_by_guest, self._table.fault_at, "guest gone")
 
     def resume(self, now: float) -> None:
         """The link takes frames again: those that waited for it go on."""
         stalled, self._out.stalled = self._out.stalled, {}
-        for conn in stalled.values():
-            if conn.sock is not None:
-                self._to_tap(conn, now)
+        each(stalled.values(), self._go_on, self._table.fault_at, now)
+
+    def _go_on(self, conn: TcpConn, now: float) -> None:
+        if conn.sock is not None:
+            self._to_tap(conn, now)
 
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another address on the link from now on."""

@@ -49,6 +49,7 @@ from .flow.table import TableFull
 from .link.tap_device import VNET
 from .linux.mmsg import SLOT, Receiver
 from .linux.sockopt import default_hops, probe_udp_gro, probe_udp_segment, read_errors
+from .loop.each import each
 from .loop.reactor import EPOLLERR, EPOLLIN, TYPE_UDP, ref_data
 from .policy.config import Config
 from .policy.resolvers import DNS_PORT
@@ -99,7 +100,7 @@ class Udp:
             ctx.fwd, host, sport, dport
         )
         self.dns = Dns(ctx, self._to_guest, self._tell)
-        self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now))
+        self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now), self._flows.fault_at)
         ctx.reactor.handle(TYPE_UDP, self.sock_handler)
         ctx.settings.subscribe(self._adopt)
 
@@ -292,14 +293,17 @@ class Udp:
     def end(self, listeners: Collection[Listener]) -> None:
         """Listeners in the host close: what may use their ports ends, or the next ones could not have these."""
         ports = {listener.to for listener in listeners}
-        for flow in list(self._by_key.values()):
-            if flow.sport in ports if flow.origin is None else flow.origin.listener in listeners:
-                self._flows.close(flow, "listener gone")
+        ending = [
+            flow
+            for flow in self._by_key.values()
+            if (flow.sport in ports if flow.origin is None else flow.origin.listener in listeners)
+        ]
+        each(ending, self._flows.close, self._flows.fault_at, "listener gone")
 
     def make_way(self, ports: Container[int]) -> None:
         """Somebody is about to listen on `ports`, which flows that the guest began may have: they begin again."""
-        for flow in [f for f in self._by_key.values() if f.origin is None and f.sport in ports]:
-            self._flows.close_at_once(flow, "made way for a listener")
+        in_the_way = [f for f in self._by_key.values() if f.origin is None and f.sport in ports]
+        each(in_the_way, self._flows.close_at_once, self._flows.fault_at, "made way for a listener")
 
     # Errors, and the guest's hardware address ------------------------------------------------------------------------
 
@@ -330,8 +334,7 @@ class Udp:
 
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another hardware address: all pre-cooked headers get it."""
-        for flow in self._by_key.values():
-            flow.set_guest_mac(mac)
+        each(self._by_key.values(), UdpFlow.set_guest_mac, self._flows.fault_at, mac)
         self.dns.set_guest_mac(mac)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..flow.table import LABELS
+from ..loop.each import record
 
 if TYPE_CHECKING:
     from ..flow.context import Context
@@ -67,13 +68,21 @@ def snapshot(ctx: Context, now: float) -> Snapshot:
 
 
 def flows(ctx: Context, now: float, first: int = 0) -> Iterator[dict[str, object]]:
-    """Those with an index from `first` on, in that order. May be read in pieces, flows that went are left out."""
+    """Those with an index from `first` on, in that order. May be read in pieces, flows that went are left out.
+
+    So is a flow that cannot be told of: a fault of ours, which is recorded.
+    """
     by_index = ctx.flows.by_index
     index = first
     while index < len(by_index):
         flow = by_index[index]
         if flow is not None:
-            yield flow.info(now).row()
+            try:
+                row = flow.info(now).row()
+            except Exception as e:
+                record(ctx.drops, f"the report of a {flow.kind}", e)
+            else:
+                yield row
         index += 1
 
 

@@ -40,6 +40,7 @@ from ..flow.spare import Spare
 from ..linux import unix
 from ..linux.nspool import new_socket
 from ..linux.syscall import accept
+from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN, EPOLLOUT, TYPE_CONTROL, TYPE_CONTROL_LISTEN, ref_data
 
 CLIENTS_MAX = 16
@@ -132,6 +133,9 @@ class Client:
         return bool(self.output) or self.pieces is not None
 
 
+Connected = tuple[int, Client]  # with its place in the list
+
+
 class Control:
     """The sockets, each with its dialect, and those who are connected. `users` are the ids that may be."""
 
@@ -151,11 +155,8 @@ class Control:
 
     def close(self) -> None:
         """Cut everybody off."""
-        for i, client in enumerate(self._clients):
-            if client is not None:
-                self._drop(i, client)
-        for listening, _ in self._sockets:
-            self._ctx.reactor.retire(listening.sock.fileno(), listening.sock)
+        each(self._connected(), self._drop, self._fault_at)
+        each((listening.sock for listening, _ in self._sockets), self._retire, self._fault_at_listener)
         self._spare.close()
 
     # Coming ----------------------------------------------------------------------------------------------------------
@@ -217,18 +218,22 @@ class Control:
     def _serve(self, now: float) -> None:
         """Let everybody who has something to say, or takes something, go on."""
         ready, self._ready = self._ready, {}
-        for i, client in ready.items():
-            try:
-                goes_on = self._go_on(client, now)
-            except OSError:  # it is gone, or as good as that
-                goes_on = False
-            except Exception as e:  # a fault in answering ends who asked, never the process
-                log.warn_ratelimited("control fault", f"A request to the control socket failed: {e!r}", now, 1.0)
-                self._ctx.drops["control: fault"] += 1
-                _tell(client.sock, client.dialect.refusal(f"a fault of ours, which is logged: {e!r}"))
-                goes_on = False
-            if not goes_on:
-                self._drop(i, client)
+        each(ready.items(), self._turn, self._fault_at, now)
+
+    def _turn(self, one: Connected, now: float) -> None:
+        try:
+            goes_on = self._go_on(one[1], now)
+        except OSError:  # it is gone, or as good as that
+            goes_on = False
+        if not goes_on:
+            self._drop(one)
+
+    def _fault_at(self, one: Connected, e: Exception) -> None:
+        """A fault in answering ends the client that asked."""
+        client = one[1]
+        record(self._ctx.drops, "a request to the control socket", e)
+        _tell(client.sock, client.dialect.refusal(f"a fault of ours, which is logged: {e!r}"))
+        self._drop(one)
 
     def _go_on(self, client: Client, now: float) -> bool:
         """Read, answer, write, as far as limits and the client allow; False when it is done. Raises OSError."""
@@ -298,7 +303,11 @@ class Control:
 
     # Leaving ---------------------------------------------------------------------------------------------------------
 
-    def _drop(self, i: int, client: Client) -> None:
+    def _connected(self) -> list[Connected]:
+        return [(i, client) for i, client in enumerate(self._clients) if client is not None]
+
+    def _drop(self, one: Connected) -> None:
+        i, client = one
         self._clients[i] = None
         self._ready.pop(i, None)
         self._ctx.reactor.retire(client.fd, client.sock)
@@ -311,12 +320,21 @@ class Control:
     def _expire(self, now: float) -> None:
         """Cut off who takes too long."""
         self._next = 0.0
-        for i, client in enumerate(self._clients):
-            if client is not None and client.deadline <= now:
-                self._ctx.drops["control: too slow"] += 1
-                self._drop(i, client)
-            elif client is not None:
-                self._arm(client.deadline)
+        each(self._connected(), self._expire_one, self._fault_at, now)
+
+    def _expire_one(self, one: Connected, now: float) -> None:
+        client = one[1]
+        if client.deadline <= now:
+            self._ctx.drops["control: too slow"] += 1
+            self._drop(one)
+        else:
+            self._arm(client.deadline)
+
+    def _retire(self, listener: socket.socket) -> None:
+        self._ctx.reactor.retire(listener.fileno(), listener)
+
+    def _fault_at_listener(self, listener: socket.socket, e: Exception) -> None:
+        record(self._ctx.drops, "the end of a control socket", e)
 
 
 def _turn_away(sock: Any, dialect: Dialect, why: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from .. import addr, log
+from .. import addr
 from ..arp import Arp
 from ..conf.decide import Decision
 from ..dhcp import Dhcp
@@ -24,6 +24,7 @@ from ..link.tap_device import Link, NoLink, TapLink
 from ..linux.netns import Namespace
 from ..linux.nspool import NsSockets
 from ..linux.tun import Tap as TapDevice
+from ..loop.each import record
 from ..loop.reactor import (
     TYPE_DNS,
     TYPE_LISTEN,
@@ -131,7 +132,7 @@ def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) ->
         guest.addr6 = config.ip6.addr
     reactor = Reactor()
     faults: Faults = {}
-    reactor.on_fault = partial(_fault, faults)
+    reactor.on_fault = partial(_fault, faults, drops)
     timers, pool, settings = TimerPool(reactor), PacketPool(), Settings(config, drops)
     fwd, resolvers = Forwarding(settings), Resolvers(settings)
     ctx = Context(settings, reactor, timers, pool, link, FlowTable(), fwd, resolvers, guest, drops)
@@ -163,9 +164,9 @@ def _wire_ports(
     return Forwards(ctx, listeners, scanner)
 
 
-def _fault(handlers: Faults, ref: int, e: Exception, now: float) -> None:
+def _fault(handlers: Faults, drops: Counter[str], ref: int, e: Exception, now: float) -> None:
     """A handler failed: that costs the flow it was about, not the process."""
     kind = ref >> 56
-    log.warn_ratelimited(f"fault {kind}", f"Handling an event of type {TYPE_NAMES[kind]} failed: {e!r}", now, 1.0)
+    record(drops, f"an event of type {TYPE_NAMES[kind]}", e)
     if kind in handlers:
         handlers[kind](ref)

@@ -5,6 +5,7 @@
     nothing sent or received for `timeout`   closed by the next sweep                             idle
     more than `limit` flows, or table full   the longest idle sixteenth is closed                 evicted
     no descriptor left (EMFILE, ENFILE)      likewise, and the socket is tried again              evicted
+    a fault of ours                          the flow that it was about is closed                 fault
 
 Where peers can begin flows, too (`foreign`), these make room for each other, as long as there are any, and not at the
 cost of the guest's own. A flow of the guest makes room at the cost of any.
@@ -23,10 +24,11 @@ import socket
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from ..loop.each import each, record
 from ..loop.reactor import EPOLLERR, EPOLLIN, Reactor
 from ..loop.timers import NEVER
 from .context import Context
-from .table import RECENT, Flow, FlowInfo, TableFull, reason_of
+from .table import FREE, RECENT, Flow, FlowInfo, TableFull, reason_of
 
 SWEEP_MIN = 5.0  # s between sweeps, at least
 EVICT_SHARE = 16
@@ -130,16 +132,23 @@ class IdleFlows(Generic[F]):
         self._arm(now + flow.timeout)
 
     def close(self, flow: F, why: str) -> None:
-        """Forget `flow`; its sockets close when the turn ends."""
+        """Forget `flow`; its sockets close when the turn ends. Its place is free in any case."""
         self._remove(flow)
-        for fd, owner in flow.sockets():
-            self._ctx.reactor.retire(fd, owner)
-        self._ctx.flows.free(flow, why)
+        try:
+            for fd, owner in flow.sockets():
+                self._ctx.reactor.retire(fd, owner)
+        finally:
+            self._ctx.flows.free(flow, why)
 
     def close_all(self, why: str) -> None:
         """Close every flow."""
-        for flow in list(self.by_key.values()):
-            self.close(flow, why)
+        each(self.by_key.values(), self.close, self.fault_at, why)
+
+    def fault_at(self, flow: F, e: Exception) -> None:
+        """A walk over flows met a fault at this one: it ends, unless it has, and the walk goes on (`each`)."""
+        record(self._ctx.drops, f"a {flow.kind}", e)
+        if flow.state != FREE:
+            self.close(flow, "fault")
 
     def fault(self, index: int) -> None:
         """Close flow `index`, if it is one of these."""
@@ -150,10 +159,12 @@ class IdleFlows(Generic[F]):
     def close_at_once(self, flow: F, why: str) -> None:
         """Forget `flow` and give its descriptors back now: their numbers go to the sockets that are opened next."""
         self._remove(flow)
-        for fd, owner in flow.sockets():
-            self._ctx.reactor.forget(fd)
-            owner.close()
-        self._ctx.flows.free(flow, why)
+        try:
+            for fd, owner in flow.sockets():
+                self._ctx.reactor.forget(fd)
+                owner.close()
+        finally:
+            self._ctx.flows.free(flow, why)
 
     def _remove(self, flow: F) -> None:
         del self.by_key[flow.key]
@@ -166,21 +177,19 @@ class IdleFlows(Generic[F]):
     def _close_oldest(self, close: Callable[[F, str], None], foreign: bool) -> None:
         """Close the longest idle sixteenth, so that the sorting is paid for by many new flows."""
         by_age = sorted(((foreign and self._foreign) or self.by_key).values(), key=_last)
-        for flow in by_age[: len(by_age) // EVICT_SHARE + 1]:
-            self._ctx.drops[f"{flow.kind}: closed to make room"] += 1
-            close(flow, "evicted")
+        oldest = by_age[: len(by_age) // EVICT_SHARE + 1]
+        each(oldest, self._make_room, self.fault_at, close)
+
+    def _make_room(self, flow: F, close: Callable[[F, str], None]) -> None:
+        self._ctx.drops[f"{flow.kind}: closed to make room"] += 1
+        close(flow, "evicted")
 
     def sweep(self, now: float) -> None:
         """Close what has been idle for too long, and come back when the next flow may be due."""
         self._due = NEVER
-        earliest = NEVER
-        for flow in list(self.by_key.values()):
-            due = flow.last + flow.timeout
-            if due <= now:
-                self.close(flow, "idle")
-            elif due < earliest:
-                earliest = due
+        each([f for f in self.by_key.values() if f.last + f.timeout <= now], self.close, self.fault_at, "idle")
         if self.by_key:
+            earliest = min(f.last + f.timeout for f in self.by_key.values())
             self._arm(max(earliest, now + SWEEP_MIN))
 
     def _arm(self, deadline: float) -> None:

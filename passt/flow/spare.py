@@ -6,6 +6,8 @@ A connection that is not accepted stays in the queue, and would be reported for 
     -----------------------------  -------------------------------------------------------------------------------------
     a descriptor (EMFILE, ENFILE)  a spare one is given up for as long as it takes to accept the client and turn it away
     that one, too, or memory       the listener rests: it is watched again after 100 ms
+
+A listener that cannot be watched again then rests on, and has its next turn a second later; the others do not wait.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from collections.abc import Callable
 
 from ..calls import calls
 from ..linux.syscall import accept, timerfd_create
+from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN
+from ..loop.timers import RETRY
 from .context import Context
 from .idle import NO_DESCRIPTORS
 
@@ -63,15 +67,20 @@ class Spare:
 
     def rest(self, listener: int, now: float) -> None:
         """Do not look at a listener for a moment."""
-        self._ctx.reactor.change(listener, 0)
         if not self._resting:
             self._ctx.timers.services.arm(self._timer, now + REST)
-        self._resting.add(listener)
+        self._resting.add(listener)  # first: what is not watched any more is sure to be watched again
+        self._ctx.reactor.change(listener, 0)
 
     def _resume(self, now: float) -> None:
-        for listener in self._resting:
-            self._ctx.reactor.change(listener, EPOLLIN)
-        self._resting.clear()
+        resting, self._resting = self._resting, set()
+        each(resting, self._ctx.reactor.change, self._fault_at, EPOLLIN)
+        if self._resting:
+            self._ctx.timers.services.arm(self._timer, now + RETRY)
+
+    def _fault_at(self, listener: int, e: Exception) -> None:
+        record(self._ctx.drops, "a listener that has rested", e)
+        self._resting.add(listener)
 
     def forget(self, listener: int) -> None:
         """A listener closes: its number may be somebody else's when the rest is over."""

@@ -11,9 +11,14 @@ from collections.abc import Callable
 
 from ..linux import inotify
 from ..linux.inotify import Event
+from .each import each
 from .reactor import EPOLLIN, TYPE_INOTIFY, Reactor
 
 Taker = Callable[[list[Event], float], None]
+
+
+def _tell(taker: Taker, found: list[Event], now: float) -> None:
+    taker(found, now)
 
 
 class Changes:
@@ -40,14 +45,14 @@ class Changes:
     def tell(self, reactor: Reactor, taker: Taker) -> None:
         """From now on call taker(events, now) with what happens, to watches of others as well."""
         if not self._takers:
+            self._fault_at = reactor.fault_at
             reactor.handle(TYPE_INOTIFY, self._event)
             reactor.watch(self.fd, TYPE_INOTIFY, 0, EPOLLIN)
         self._takers.append(taker)
 
     def _event(self, ref: int, events: int, now: float) -> None:
         found = inotify.read(self.fd)
-        for taker in self._takers:
-            taker(found, now)
+        each(self._takers, _tell, self._fault_at, found, now)
 
     def close(self) -> None:
         """Let go of all watches."""

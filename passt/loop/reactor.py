@@ -19,6 +19,11 @@ a descriptor that is or was watched.
 A turn ends with the `at_turn_end` callbacks (acknowledgements that could ride on no data, batches of frames). What was
 put off until `between_turns` comes last, after descriptors were closed: no event waits then, so that what is retired
 there may be closed before it goes on (`close_retired`).
+
+A fault of a handler, a callback or a close goes to `on_fault(ref, exception, now)`, with the reference 0 where there is
+none, and the turn goes on with the others. If that fails as well, the descriptor is not watched any more: an event that
+is neither handled nor ended would come again for ever.
+
 `now` is `time.monotonic()`, read once after the wait.
 """
 
@@ -32,7 +37,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from .. import log
 from ..calls import calls
+from .each import FAULT_INTERVAL, each
 
 Handler = Callable[[int, int, float], None]
 
@@ -46,7 +53,7 @@ EPOLLET = select.EPOLLET
 
 # Reference types. One line per kind of watched descriptor; TYPE_NAMES is what --trace prints.
 TYPE_NAMES = (
-    "none", "tap", "tcp", "tcp timer", "udp", "ping", "timer", "signal", "netns", "child",
+    "callback", "tap", "tcp", "tcp timer", "udp", "ping", "timer", "signal", "netns", "child",
     "listen", "tcp splice", "udp splice", "guest", "guest listen", "control", "control listen",
     "dns", "inotify",
 )  # fmt: skip
@@ -81,6 +88,14 @@ def ref_data(ref: int) -> int:
 
 def _unhandled(ref: int, events: int, now: float) -> None:
     """Type 0: a descriptor that was retired earlier in this turn."""
+
+
+def _call(callback: Callable[[float], None], now: float) -> None:
+    callback(now)
+
+
+def _close(owner: Closable) -> None:
+    owner.close()
 
 
 class Reactor:
@@ -139,14 +154,13 @@ class Reactor:
         self._ready[:] = [nobody if event[0] == fd else event for event in self._ready]
 
     def between_turns(self, callback: Callable[[float], None]) -> None:
-        """Call callback(now) once, when everything of this turn is handled. It must not raise."""
+        """Call callback(now) once, when everything of this turn is handled."""
         self._put_off.append(callback)
 
     def close_retired(self) -> None:
         """Close what was retired. Only for those who are called between turns."""
-        for owner in self._retired:
-            owner.close()
-        self._retired.clear()
+        retired, self._retired = self._retired, []
+        each(retired, _close, self.fault_at)
 
     def on_signal(self, number: int, callback: Callable[[float], None]) -> None:
         """Call callback(now) from the loop, not from the interrupted code, when signal `number` arrives."""
@@ -163,13 +177,8 @@ class Reactor:
 
     def _signal_handler(self, ref: int, events: int, now: float) -> None:
         # Any signal with a handler in Python wakes up, other people's too
-        for number in self._signals.keys() & os.read(ref_fd(ref), 512):
-            try:
-                self._signals[number](now)
-            except Exception as e:  # or one that ends us would be lost with it
-                if self.on_fault is None:
-                    raise
-                self.on_fault(ref, e, now)
+        came = os.read(ref_fd(ref), 512)
+        each([callback for number, callback in self._signals.items() if number in came], _call, self.fault_at, now)
 
     def stop(self) -> None:
         """Leave `run` after the current turn."""
@@ -192,19 +201,33 @@ class Reactor:
             try:
                 handlers[ref >> 56](ref, events, now)
             except Exception as e:
-                # A fault in one flow ends that flow, never the process; who owns the reference decides.
-                if self.on_fault is None:
-                    raise
-                self.on_fault(ref, e, now)
-        for callback in self.at_turn_end:
-            callback(now)
+                self._failed(ref, e, now)
+        if self.at_turn_end:
+            each(self.at_turn_end, _call, self.fault_at, now)
         if self._retired:
             self.close_retired()
         if self._put_off:
             put_off, self._put_off = self._put_off, []
-            for callback in put_off:
-                callback(now)
+            each(put_off, _call, self.fault_at, now)
             self.close_retired()
+
+    def _failed(self, ref: int, e: Exception, now: float) -> None:
+        """A fault in one flow ends that flow, never the process; the owner of the reference decides."""
+        if self.on_fault is None:
+            raise e
+        try:
+            self.on_fault(ref, e, now)
+        except Exception as again:
+            text = f"Ending what failed was not possible, it is left alone: {again!r}"
+            log.warn_ratelimited(f"fault {ref >> 56} again", text, now, FAULT_INTERVAL)
+            if self._refs[ref_fd(ref)] == ref:
+                self.forget(ref_fd(ref))
+
+    def fault_at(self, what: object, e: Exception) -> None:
+        """A callback failed, or a close: the others go on (`each`)."""
+        if self.on_fault is None:
+            raise e
+        self.on_fault(0, e, time.monotonic())
 
     def abandon(self) -> None:
         """Close every descriptor that is watched, behind the back of its owner: the process ends.

@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from .. import log
+from ..loop.each import each, record
 from .config import Config
 
 Adopt = Callable[[Config], None]
@@ -70,17 +70,15 @@ class Settings:
         self.current = config
         self._replacing = True
         try:
-            for adopt in tuple(self._caches):
-                self._tell(adopt, now, config)
-            for act in tuple(self._acts):
-                self._tell(act, now, former, now)
+            each(self._caches, _tell, self._fault_at, config)
+            each(self._acts, _tell, self._fault_at, former, now)
         finally:
             self._replacing = False
 
-    def _tell(self, subscriber: Callable[..., None], now: float, *args: object) -> None:
-        try:
-            subscriber(*args)
-        except Exception as e:
-            self._drops["fault"] += 1
-            name = getattr(subscriber, "__qualname__", repr(subscriber))
-            log.warn_ratelimited(f"settings {name}", f"{name} failed on a change of the configuration: {e!r}", now, 1.0)
+    def _fault_at(self, subscriber: Callable[..., None], e: Exception) -> None:
+        name = getattr(subscriber, "__qualname__", repr(subscriber))
+        record(self._drops, f"a change of the configuration by {name}", e)
+
+
+def _tell(subscriber: Callable[..., None], *args: object) -> None:
+    subscriber(*args)

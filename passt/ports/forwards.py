@@ -33,9 +33,10 @@ from dataclasses import dataclass, field, replace
 from .. import log
 from ..flow.context import Context
 from ..flow.idle import NO_DESCRIPTORS
+from ..loop.each import each, record
 from ..policy.rule_table import Missing, RuleTable
 from ..policy.rules import Listener, Rule
-from .listen import Listeners
+from .listen import Listeners, close_socket
 from .scan import Scanner
 from .sockets import RESERVE, Failure, Wanted, describe
 
@@ -261,8 +262,7 @@ class Forwards:
             self._check_opened(opened, failures)
             self._watch(opened)
         except BaseException as e:
-            for listener in opened:
-                listener.sock.close()
+            each(opened, close_socket, lambda _, fault: record(self._ctx.drops, "the end of a listener", fault))
             lost = self._restore(early)
             if isinstance(e, Refused):
                 e.lines += lost

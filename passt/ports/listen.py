@@ -34,6 +34,7 @@ from ..flow.spare import Spare
 from ..linux.netns import Namespace
 from ..linux.nspool import new_socket
 from ..linux.syscall import accept
+from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from ..policy.rules import Listener, Rule
 from ..splice.tcp import TcpSplice
@@ -131,10 +132,9 @@ class Listeners:
             for listener in listeners:
                 self._watch(listener)
                 done.append((listener.rule, listener.port))
-        except OSError:
+        except BaseException:
             self.remove_all(dict.fromkeys(done))
-            for listener in listeners:
-                listener.sock.close()
+            each(listeners, close_socket, self._fault_at)
             raise
 
     def remove(self, rule: Rule, port: int) -> None:
@@ -144,19 +144,28 @@ class Listeners:
     def remove_all(self, ports: Iterable[Wanted]) -> None:
         """The same for ports of rules."""
         closed: list[Listener] = []
-        for rule, port in ports:
-            listeners = self._take(rule, port)
-            held = rule.proto, rule.outbound, port
-            for listener in listeners:
-                self._by_index[listener.index] = None
-                self._free.append(listener.index)
-                self._spare.forget(listener.fd)
-                self._ctx.reactor.retire(listener.fd, listener.sock)
-            self._held[held] -= len(listeners)
-            if not self._held[held]:
-                del self._held[held]
-            closed += listeners
+        each(ports, self._remove, self._fault_at, closed)
         self._udp_in.end([listener for listener in closed if listener.rule.proto != PROTO_TCP])
+
+    def _remove(self, wanted: Wanted, closed: list[Listener]) -> None:
+        rule, port = wanted
+        listeners = self._take(rule, port)
+        held = rule.proto, rule.outbound, port
+        self._held[held] -= len(listeners)
+        if not self._held[held]:
+            del self._held[held]
+        closed += listeners
+        each(listeners, self._close_listener, self._fault_at)
+
+    def _close_listener(self, listener: Listener) -> None:
+        self._by_index[listener.index] = None
+        self._free.append(listener.index)
+        self._spare.forget(listener.fd)
+        self._retire(listener)
+
+    def _fault_at(self, what: object, e: Exception) -> None:
+        """A port, or a listener of it, could not be closed or handed over: the others are."""
+        record(self._ctx.drops, "a change of ports", e)
 
     def hand_over(self, ports: Sequence[tuple[Rule, int, Rule]]) -> None:
         """Let heirs, the third of each, which listen in the same way, have ports of rules, without a moment in which
@@ -165,16 +174,17 @@ class Listeners:
         Connections go on. UDP flows end if the port leads elsewhere now.
         """
         handed: list[tuple[Listener, Rule]] = []
-        for rule, port, heir in ports:
-            listeners = self._take(rule, port)
-            self._by_rule.setdefault(heir, {})[port] = listeners
-            handed += [(listener, heir) for listener in listeners]
+        each(ports, self._hand_over, self._fault_at, handed)
         moved = [listener for listener, heir in handed if listener.rule.proto != PROTO_TCP and _moves(listener, heir)]
         self._udp_in.end(moved)
-        for listener, heir in handed:
-            listener.rule, listener.to = heir, heir.target_port(listener.port)
-        for listener in moved:
-            self._udp_in.begin(listener)
+        each(handed, _lead, self._fault_at)
+        each(moved, self._udp_in.begin, self._fault_at)
+
+    def _hand_over(self, what: tuple[Rule, int, Rule], handed: list[tuple[Listener, Rule]]) -> None:
+        rule, port, heir = what
+        listeners = self._take(rule, port)
+        self._by_rule.setdefault(heir, {})[port] = listeners
+        handed += [(listener, heir) for listener in listeners]
 
     def _take(self, rule: Rule, port: int) -> tuple[Listener, ...]:
         """The listeners of a port of `rule`, which has them no more."""
@@ -190,11 +200,13 @@ class Listeners:
 
     def close(self) -> None:
         """Stop listening everywhere."""
-        for listener in filter(None, self._by_index):
-            self._ctx.reactor.retire(listener.fd, listener.sock)
+        each(filter(None, self._by_index), self._retire, self._fault_at)
         for held in (self._by_index, self._by_rule, self._held, self._free):
             held.clear()
         self._spare.close()
+
+    def _retire(self, listener: Listener) -> None:
+        self._ctx.reactor.retire(listener.fd, listener.sock)
 
     def _watch(self, listener: Listener) -> None:
         """Raises OSError, with nothing changed."""
@@ -276,3 +288,14 @@ class Listeners:
 def _moves(listener: Listener, heir: Rule) -> bool:
     """Whether its port leads elsewhere once it is one of `heir`."""
     return (listener.rule.target, listener.to) != (heir.target, heir.target_port(listener.port))
+
+
+def close_socket(listener: Listener) -> None:
+    """Of a listener that is not watched (any more)."""
+    listener.sock.close()
+
+
+def _lead(handed: tuple[Listener, Rule]) -> None:
+    """A listener is one of its heir's from now on."""
+    listener, heir = handed
+    listener.rule, listener.to = heir, heir.target_port(listener.port)

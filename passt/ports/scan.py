@@ -46,6 +46,7 @@ from .. import log
 from ..flow.context import Context
 from ..flow.idle import flow_limit
 from ..linux.ports import Pinned, PortTables
+from ..loop.each import each, record
 from ..policy.config import Config
 from ..policy.rules import Rule
 from ..wire.checksum import PROTO_TCP, PROTO_UDP
@@ -54,6 +55,8 @@ from .sockets import RESERVE, Wanted, sockets
 
 INTERVAL = 0.8  # s
 SHARE = 20  # at most one part in so many of the time
+Found = tuple[list[Rule], dict[int, set[int]], PortTables | None]  # rules of a direction, what is bound, and where
+
 SOCKETS_MAX = 8192  # of automatic rules, in each direction
 DESCRIPTOR_SHARE = 4  # of the descriptors that the process may have, at most one in so many
 
@@ -90,9 +93,8 @@ class Scanner:
         """Ports that no rule wants any more were closed by `forwards.py`, but for those of rules made here."""
         if self._rules is former.forwards:
             return
-        for own in self._own:
-            if replace(own, addr=None, target=None) not in self._outbound:
-                self._close(own, self._listeners.ports(own))
+        gone = [own for own in self._own if replace(own, addr=None, target=None) not in self._outbound]
+        each(gone, self._close_all, self._fault_at)
         self.start(now)
 
     def start(self, now: float) -> None:
@@ -118,25 +120,46 @@ class Scanner:
             self._ctx.timers.services.arm(self._timer, now + max(INTERVAL, SHARE * cost))
 
     def _follow_all(self, now: float, *directions: tuple[list[Rule], PortTables | None]) -> None:
-        """Read all tables, then act: what we cease to listen on stays bound for this turn, and is not ours any more."""
-        found = [(rules, self._bound(rules, tables), tables) for rules, tables in directions if rules]
-        for rules, bound, tables in found:
-            new = self._follow(rules, bound)
-            if rules[0].outbound and tables is not None:
-                new += self._follow_pinned(rules, tables)
-            self._add(rules[0].outbound, self._within_limit(rules[0].outbound, new, now))
+        """Read all tables, then act: what we cease to listen on stays bound for this turn, and is not ours any more.
+
+        A fault of a direction, or of a rule, costs that one this look.
+        """
+        found: list[Found] = []
+        each([d for d in directions if d[0]], self._read, self._fault_at, found)
+        each(found, self._follow_one, self._fault_at, now)
+
+    def _read(self, direction: tuple[list[Rule], PortTables | None], found: list[Found]) -> None:
+        rules, tables = direction
+        found.append((rules, self._bound(rules, tables), tables))
+
+    def _follow_one(self, found: Found, now: float) -> None:
+        """Act for one direction."""
+        rules, bound, tables = found
+        new = self._follow(rules, bound)
+        if rules[0].outbound and tables is not None:
+            new += self._follow_pinned(rules, tables)
+        self._add(rules[0].outbound, self._within_limit(rules[0].outbound, new, now))
+
+    def _fault_at(self, what: object, e: Exception) -> None:
+        """The next look is its next turn."""
+        record(self._ctx.drops, "an automatic rule", e)
 
     def _follow(self, rules: list[Rule], bound: dict[int, set[int]]) -> list[Wanted]:
         """Listen where `rules`, of one direction, lead to a port that is bound; returns what is new."""
-        listeners = self._listeners
         new: list[Wanted] = []
-        for rule in rules:
-            wanted = {p for t in bound[rule.proto] if (p := t - rule.to + rule.first) in rule.ports}
-            wanted -= {port for port in wanted for others in self._others[rule] if port in others}
-            have = listeners.ports(rule)
-            self._close(rule, have - wanted)
-            new += [(rule, p) for p in sorted(wanted - have)]
+        each(rules, self._follow_rule, self._fault_at, bound, new)
         return new
+
+    def _follow_rule(self, rule: Rule, bound: dict[int, set[int]], new: list[Wanted]) -> None:
+        wanted = {p for t in bound[rule.proto] if (p := t - rule.to + rule.first) in rule.ports}
+        wanted -= {port for port in wanted for others in self._others[rule] if port in others}
+        self._close_but(rule, wanted, new)
+
+    def _close_but(self, rule: Rule, wanted: set[int], new: list[Wanted]) -> None:
+        """Close ports of a rule that are not wanted; what is wanted and not there is `new`."""
+        have = self._listeners.ports(rule)
+        self._close(rule, have - wanted)
+        new += [(rule, p) for p in sorted(wanted - have)]
 
     def _follow_pinned(self, rules: list[Rule], tables: PortTables) -> list[Wanted]:
         """The same for servers of the host that are bound to a loopback address of their own."""
@@ -145,19 +168,32 @@ class Scanner:
         tcp: Pinned = set()
         if any(rule.proto == PROTO_TCP for rule in rules):
             tcp = {(a, port) for a, port in tables.pinned(PROTO_TCP) if not ours(PROTO_TCP, False, port)}
-        for rule in rules if self._ctx.config.ip4 is not None else ():
-            for address, bound in tcp if rule.proto == PROTO_TCP else tcp | tables.pinned(PROTO_UDP):
-                port = bound - rule.to + rule.first
-                taken = ours(rule.proto, False, bound) or any(port in others for others in self._others[rule])
-                if rule.addr is None and rule.target is None and port in rule.ports and not taken:
-                    wanted.setdefault(replace(rule, addr=address, target=address), set()).add(port)
+        if self._ctx.config.ip4 is not None:
+            each(rules, self._find_pinned, self._fault_at, tables, tcp, wanted)
         new: list[Wanted] = []
-        for own in self._own | wanted.keys():
-            have = self._listeners.ports(own)
-            self._close(own, have - wanted.get(own, set()))
-            new += [(own, p) for p in sorted(wanted.get(own, set()) - have)]
-        self._own = set(wanted)
+        before, self._own = self._own, set(wanted)
+        each(before | wanted.keys(), self._follow_own, self._fault_at_own, wanted, new)
         return new
+
+    def _find_pinned(self, rule: Rule, tables: PortTables, tcp: Pinned, wanted: dict[Rule, set[int]]) -> None:
+        """Ports of servers that `rule` leads to, by the rule that is made for the address of each."""
+        for address, bound in tcp if rule.proto == PROTO_TCP else tcp | tables.pinned(PROTO_UDP):
+            port = bound - rule.to + rule.first
+            ours = self._listeners.has(rule.proto, False, bound)
+            taken = ours or any(port in others for others in self._others[rule])
+            if rule.addr is None and rule.target is None and port in rule.ports and not taken:
+                wanted.setdefault(replace(rule, addr=address, target=address), set()).add(port)
+
+    def _follow_own(self, own: Rule, wanted: dict[Rule, set[int]], new: list[Wanted]) -> None:
+        self._close_but(own, wanted.get(own, set()), new)
+
+    def _fault_at_own(self, own: Rule, e: Exception) -> None:
+        """It is not forgotten: it may still have ports."""
+        self._own.add(own)
+        self._fault_at(own, e)
+
+    def _close_all(self, own: Rule) -> None:
+        self._close(own, self._listeners.ports(own))
 
     def _close(self, rule: Rule, ports: set[int]) -> None:
         self._listeners.remove_all((rule, port) for port in ports)

@@ -32,13 +32,13 @@ that the guest has no address in; clients for whom there is no socket, for the r
 from __future__ import annotations
 
 import socket
-from collections import deque
 from collections.abc import Container, Iterable
 from typing import Any
 
 from .. import addr
 from ..flow.context import Context
 from ..linux.mmsg import SLOT, AddressReceiver, Envelope
+from ..loop.each import each, record
 from ..policy.rules import Listener
 from ..splice.udp import UdpSplice
 from ..udp import Udp
@@ -91,24 +91,33 @@ class UdpIn:
         for length, envelope in zip(lengths, envelopes, strict=True):
             groups.setdefault(envelope, []).extend((start, start + length, 0))
             start += SLOT
-        for envelope, frames in groups.items():
-            e = Envelope.parse(envelope)
-            self._dispatch(Client(listener, e.peer, e.port, e.local, e.scope), receiver.mv, frames, now)
+        each(groups.items(), self._group, self._fault_at, listener, now)
+
+    def _group(self, group: tuple[bytes, list[int]], listener: Listener, now: float) -> None:
+        """What one client has sent to one address of ours."""
+        envelope, frames = group
+        e = Envelope.parse(envelope)
+        self._dispatch(Client(listener, e.peer, e.port, e.local, e.scope), self._receiver.mv, frames, now)
+
+    def _fault_at(self, what: object, e: Exception) -> None:
+        """Datagrams of one client are lost, or a listener ends; others have theirs delivered."""
+        record(self._ctx.drops, "datagrams at a listener", e)
 
     def _deliver_letters(self, now: float) -> None:
         """Hand out what came to sockets of clients before they were connected."""
-        if not self._letters:
-            return
-        waiting = deque[Letter]()
-        for _ in range(LETTERS_MAX):
-            waiting += self._letters
-            self._letters.clear()
-            if not waiting:
-                return
-            client, payload = waiting.popleft()
-            self._dispatch(client, memoryview(payload), [0, len(payload), 0], now)
-        self._ctx.drops["udp: too much for one event"] += len(waiting) + len(self._letters)
-        self._letters.clear()
+        letters, left = self._letters, LETTERS_MAX
+        while letters and left:
+            some = letters[:left]  # each of them may bring more
+            del letters[:left]
+            left -= len(some)
+            each(some, self._deliver_letter, self._fault_at, now)
+        if letters:
+            self._ctx.drops["udp: too much for one event"] += len(letters)
+            letters.clear()
+
+    def _deliver_letter(self, letter: Letter, now: float) -> None:
+        client, payload = letter
+        self._dispatch(client, memoryview(payload), [0, len(payload), 0], now)
 
     def _dispatch(self, client: Client, mv: memoryview, frames: list[int], now: float) -> None:
         """Datagrams of one client, [start, end, 0]* in `mv`."""
@@ -157,15 +166,17 @@ class UdpIn:
         All at once, since this looks at every flow: a range of ports has as many listeners, and flows are the guest's.
         """
         ending = frozenset(listeners)
-        for listener in ending:
-            leading = self._leading.get(listener.to, [])
-            if listener in leading:
-                leading.remove(listener)
+        each(ending, self._lead_no_more, self._fault_at)
         if ending:
             self.splice.end(ending)
         inbound = frozenset(listener for listener in ending if not listener.rule.outbound)
         if self._udp is not None and inbound:
             self._udp.end(inbound)
+
+    def _lead_no_more(self, listener: Listener) -> None:
+        leading = self._leading.get(listener.to, [])
+        if listener in leading:
+            leading.remove(listener)
 
     def open_socket(self, host: bytes, sport: int, dport: int, now: float) -> Any:
         """A socket connected to `host`, for a flow that the guest begins from port `sport`. Raises OSError."""

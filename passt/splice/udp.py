@@ -45,6 +45,7 @@ from ..flow.idle import IdleFlow, IdleFlows, flow_limit
 from ..flow.table import GUEST, HOST, Endpoints, TableFull, name_of
 from ..linux.mmsg import SLOT, Receiver
 from ..linux.sockopt import probe_udp_gro, probe_udp_segment, read_errors
+from ..loop.each import each
 from ..loop.reactor import EPOLLERR, EPOLLIN, TYPE_UDP_SPLICE, Reactor, ref_data
 from ..policy.rules import Listener
 from ..udp_engine.flow import timeout
@@ -142,7 +143,7 @@ class UdpSplice:
         self._segments = SEGMENTS_MAX if probe_udp_segment() else 1
         self._gro = probe_udp_gro()
         self._to_guest, self._to_host = ctx.stats.spliced["udp"]
-        self._pauses = Pauses(ctx, self._take)
+        self._pauses = Pauses(ctx, self._take, self._flows.fault_at)
         ctx.reactor.handle(TYPE_UDP_SPLICE, self.sock_handler)
 
     # Flows -----------------------------------------------------------------------------------------------------------
@@ -298,8 +299,8 @@ class UdpSplice:
 
     def end(self, listeners: Container[Listener]) -> None:
         """Listeners close: what came by them ends with them, since its sockets keep the port from the next listener."""
-        for flow in [f for f in self._flows.by_key.values() if f.client.listener in listeners]:
-            self._flows.close(flow, "listener gone")
+        ending = [f for f in self._flows.by_key.values() if f.client.listener in listeners]
+        each(ending, self._flows.close, self._flows.fault_at, "listener gone")
 
     def fault(self, ref: int) -> None:
         """A handler failed on the flow of this reference: end that flow, and only that."""

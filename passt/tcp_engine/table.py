@@ -23,7 +23,7 @@ statistics:
     replaced                           the same endpoints begin anew
     no socket, no descriptor           ours ran out
     guest gone                         a virtual machine has disconnected
-    fault                              a handler failed
+    fault                              a handler, or a walk over connections, failed at this one
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import errno
 from collections.abc import Callable
 
 from ..flow.context import Context
-from ..flow.table import reason_of
+from ..flow.table import FREE, reason_of
+from ..loop.each import each, record
 from ..loop.timers import NEVER
 from . import sock
 from .conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, SOCK_FIN_RCVD, TAP_SYN_RCVD, TcpConn, set_event, timeout
@@ -65,8 +66,7 @@ class TcpTable:
 
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another address on the link from now on."""
-        for conn in self.by_key.values():
-            conn.hdr[10:16] = mac
+        each(self.by_key.values(), _set_guest_mac, self.fault_at, mac)
 
     def schedule(self, conn: TcpConn, now: float) -> None:
         """Arm the timer for what happens next if nothing happens. Raises OSError when a new timer cannot be had."""
@@ -81,6 +81,21 @@ class TcpTable:
         self._ctx.timers.at(conn.timer, conn.deadline)
 
     # Ending --------------------------------------------------------------------------------------------------------
+
+    def fault_at(self, conn: TcpConn, e: Exception) -> None:
+        """A walk over connections met a fault at this one: it ends, unless it has, and the walk goes on (`each`)."""
+        record(self._ctx.drops, "a TCP connection", e)
+        self.end_faulty(conn)
+
+    def end_faulty(self, conn: TcpConn) -> None:
+        """Handling it has failed, so that even RST may: nothing is left of it in any case."""
+        try:
+            if conn.state != FREE:
+                self.abort(conn, "fault")
+        except Exception as e:
+            record(self._ctx.drops, "the end of a TCP connection", e)
+            if conn.state != FREE:
+                self.release(conn, "fault")
 
     def abort(self, conn: TcpConn, why: str) -> None:
         """RST to both sides."""
@@ -137,3 +152,7 @@ class TcpTable:
         self._ctx.flows.free(conn, why)
         if self.successors and conn.key in self.successors:
             self._ctx.reactor.between_turns(self.successors.pop(conn.key))
+
+
+def _set_guest_mac(conn: TcpConn, mac: bytes) -> None:
+    conn.hdr[10:16] = mac

@@ -45,6 +45,7 @@ from itertools import count
 
 from ..flow.context import Context
 from ..linux import tcpinfo
+from ..loop.each import each
 from ..loop.reactor import EPOLLOUT
 from ..policy.config import Config
 from .conn import CLOSED, SOCK_ACCEPTED, TAP_FIN_RCVD, WINDOW_MAX, TcpConn
@@ -181,10 +182,7 @@ class TcpAck:
         due = []
         while waiting and waiting[0][0] <= now + TOGETHER:
             due.append(heappop(waiting)[2])
-        for conn in due:
-            conn.queued = False
-            if conn.sock is not None:
-                self._look(conn, now)
+        each(due, self._look, self._table.fault_at, now)
         if waiting:
             self._ctx.timers.services.arm(self._timer, max(waiting[0][0], now + POLL_MIN))
 
@@ -192,6 +190,9 @@ class TcpAck:
         """Send the acknowledgement that found no answer to ride on; look again at one that waits for the peer, and at a
         window that is too small. What the guest has acknowledged is dropped from the socket.
         """
+        conn.queued = False
+        if conn.sock is None:
+            return
         if conn.snd_una != conn.base:
             self._out.consume(conn)
         if conn.rcv_edge - conn.rcv_nxt < conn.rcv_low and not conn.low and not conn.events & TAP_FIN_RCVD:

@@ -52,6 +52,7 @@ import os
 import socket
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 from .. import addr, log
@@ -60,6 +61,7 @@ from ..flow.context import Context
 from ..flow.idle import IdleFlows, flow_limit
 from ..flow.table import ACTIVE, GUEST, Endpoints, TableFull
 from ..linux.sockopt import RECVERR, read_errors, recverr, setting
+from ..loop.each import each
 from ..loop.reactor import EPOLLERR, EPOLLIN, TYPE_DNS, Reactor, ref_data, ref_fd
 from ..policy.config import Config
 from ..policy.forwarding import Forwarding
@@ -375,12 +377,14 @@ class Dns:
     def _overdue(self, now: float) -> None:
         """Queries that have waited for long enough, and when to look again."""
         self._armed = False
-        while self._waiting:
-            question = next(iter(self._waiting))
-            if question.sent + PATIENCE > now:
-                self._arm(question.sent + PATIENCE)
-                return
-            self._wait_on(question, now)
+        each(takewhile(lambda q: q.sent + PATIENCE <= now, self._waiting), self._wait_on, self._fault_at, now)
+        if self._waiting:
+            self._arm(next(iter(self._waiting)).sent + PATIENCE)
+
+    def _fault_at(self, question: Question, e: Exception) -> None:
+        self._flows.fault_at(question.flow, e)
+        if question in self._waiting:
+            self._forget(question)
 
     def _wait_on(self, question: Question, now: float) -> None:
         """Nobody has answered it in time."""
@@ -426,5 +430,4 @@ class Dns:
 
     def set_guest_mac(self, mac: bytes) -> None:
         """The guest has another hardware address."""
-        for flow in self._by_key.values():
-            flow.set_guest_mac(mac)
+        each(self._by_key.values(), UdpFlow.set_guest_mac, self._flows.fault_at, mac)

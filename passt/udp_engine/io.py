@@ -24,6 +24,7 @@ from ..flow.context import Context
 from ..flow.table import ACTIVE, Flow
 from ..linux.mmsg import SLOT, Receiver
 from ..linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT, setting
+from ..loop.each import each
 from ..loop.reactor import EPOLLERR, EPOLLIN
 from .gso_batch import Run, runs
 
@@ -65,12 +66,21 @@ def receive(receiver: Receiver, end: End, gro: bool, segments: int) -> list[Run]
 
 
 class Pauses:
-    """Ends that are not read for PAUSE seconds, then by `take(flow, end, now)`. Their errors are still reported."""
+    """Ends that are not read for PAUSE seconds, then by `take(flow, end, now)`. Their errors are still reported.
 
-    def __init__(self, ctx: Context, take: Callable[[Any, Any, float], None]) -> None:
+    `fault_at(flow, exception)` ends a flow whose turn has failed.
+    """
+
+    def __init__(
+        self,
+        ctx: Context,
+        take: Callable[[Any, Any, float], None],
+        fault_at: Callable[[Any, Exception], None],
+    ) -> None:
         self._reactor = ctx.reactor
         self._timers = ctx.timers.services
         self._take = take
+        self._fault_at = fault_at
         self._paused: list[tuple[Flow, End]] = []
         self._timer = self._timers.new(self._resume)
 
@@ -84,10 +94,13 @@ class Pauses:
 
     def _resume(self, now: float) -> None:
         paused, self._paused = self._paused, []
-        for flow, end in paused:
-            if flow.state == ACTIVE:
-                self._reactor.change(end.fd, EPOLLIN | EPOLLERR)
-                self._take(flow, end, now)
+        each(paused, self._go_on, lambda one, e: self._fault_at(one[0], e), now)
+
+    def _go_on(self, paused: tuple[Flow, End], now: float) -> None:
+        flow, end = paused
+        if flow.state == ACTIVE:
+            self._reactor.change(end.fd, EPOLLIN | EPOLLERR)
+            self._take(flow, end, now)
 
 
 def datagrams(size: int, total: int) -> int:

@@ -124,6 +124,11 @@ class FakeReactor:
             owner.close()
         self.retired.clear()
 
+    def fault_at(self, what: object, e: Exception) -> None:
+        if self.on_fault is None:
+            raise e
+        self.on_fault(0, e, T0)
+
     def on_signal(self, number: int, callback: Callable[[float], None]) -> None:
         self.signals[number] = callback
 
@@ -143,6 +148,22 @@ class FakeReactor:
         for callback in put_off:
             callback(now)
         self.close_retired()
+
+
+class StrictDrops(Counter[str]):
+    """Raises where a fault of ours is counted, or tests and fuzzing would pass over it, unless a test stages one."""
+
+    staged = False
+
+    def __setitem__(self, reason: str, count: int) -> None:
+        assert reason != "fault" or self.staged, "a fault of ours"
+        super().__setitem__(reason, count)
+
+
+def stage_faults(ctx: Context) -> None:
+    """From now on faults are counted, as they are outside of tests."""
+    assert isinstance(ctx.drops, StrictDrops)
+    ctx.drops.staged = True
 
 
 class FakeServiceTimers:
@@ -216,7 +237,7 @@ def make_context(
     config: Config = CONFIG, *, guest: Guest | None = None, pool_size: int = 1 << 17, **overrides: Any
 ) -> Context:
     """A context of fakes around `config`, with fields of it replaced by `overrides`."""
-    drops: Counter[str] = Counter()
+    drops = StrictDrops()
     settings = Settings(replace(config, **overrides), drops)
     return Context(
         settings=settings,

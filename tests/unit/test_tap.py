@@ -54,6 +54,7 @@ from tests.unit.support import (
     make_context,
     reactor,
     reconfigure,
+    stage_faults,
 )
 
 PEER4, PEER6 = addr.packed("198.51.100.7"), addr.packed("2001:db8:ffff::7")
@@ -489,6 +490,7 @@ def test_reassembly_leaves_nothing_behind(tap: FakeTap) -> None:
 
 
 def test_fault_on_a_reassembled_datagram_ends_its_flow(tap: FakeTap) -> None:
+    stage_faults(tap.ctx)
     tap.services["udp"].error = ZeroDivisionError()
     calls = [c for f in pieces(udp(bytes(1500)), True) for c in tap.batch(f)]
     assert [name for name, _ in calls] == ["udp", "udp fault"]
@@ -714,6 +716,7 @@ def test_watched_as_the_tap(tap: FakeTap) -> None:
 
 @pytest.mark.parametrize("name", ["tcp", "udp"])
 def test_a_fault_ends_the_flow_it_was_about(tap: FakeTap, name: str) -> None:
+    stage_faults(tap.ctx)
     build = tcp if name == "tcp" else udp
     service = tap.services[name]
     handler = service.tap_handler
@@ -745,6 +748,7 @@ def test_a_fault_ends_the_flow_it_was_about(tap: FakeTap, name: str) -> None:
     ],
 )
 def test_a_fault_costs_the_frame(tap: FakeTap, name: str, frame: bytes) -> None:
+    stage_faults(tap.ctx)
     tap.services[name].error = ZeroDivisionError("a defect of ours")
     calls = tap.batch(ip4(tcp(b"1")), frame, ip4(tcp(b"2")))
     assert [n for n, _ in calls] == [name, "tcp"]
@@ -753,6 +757,7 @@ def test_a_fault_costs_the_frame(tap: FakeTap, name: str, frame: bytes) -> None:
 
 
 def test_faults_are_told_but_not_without_end(tap: FakeTap, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_faults(tap.ctx)
     lines: list[str] = []
     monkeypatch.setattr("passt.log.say", lambda level, text: lines.append(text))
     monkeypatch.setattr("passt.log._held", {})

@@ -18,7 +18,7 @@ from passt.control.metrics import WIDTH, table
 from passt.flow.context import Context
 from passt.flow.table import LABELS, Flow, FlowInfo
 
-from ..support import make_context, reactor
+from ..support import make_context, reactor, stage_faults
 from ..tcp_support import fake_sockets, open_connection
 
 __all__ = ["fake_sockets"]
@@ -99,6 +99,14 @@ def test_flows_one_by_one() -> None:
     (row,) = json.loads(json.dumps(list(rows)))
     assert (row["index"], row["protocol"], row["guest"]) == (0, "tcp", "192.0.2.2:40000")
     assert list(metrics.flows(talk.ctx, talk.now, 1)) == []
+
+
+def test_a_flow_that_cannot_be_told_of_is_left_out() -> None:
+    talk = open_connection()
+    stage_faults(talk.ctx)
+    talk.ctx.flows.insert(Flow(b""))  # has no `info`
+    (row,) = metrics.flows(talk.ctx, talk.now)
+    assert row["index"] == 0 and talk.ctx.drops["fault"] == 1
 
 
 # Prometheus ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from passt.linux import unix
 from passt.loop.reactor import Reactor
 from passt.loop.timers import TimerPool
 
-from ..support import T0, make_context, no_descriptors, timers
+from ..support import T0, make_context, no_descriptors, stage_faults, timers
 
 
 class Echo:
@@ -212,11 +212,12 @@ def test_garbage_is_told_and_cut_off(rig: Rig) -> None:
 
 
 def test_a_fault_ends_who_asked(rig: Rig) -> None:
+    stage_faults(rig.ctx)
     other = rig.connect()
     assert rig.ask(b"fault\nabc\n").startswith(b"refused: a fault of ours")
     other.send(b"abc\n")
     rig.turn()
-    assert other.recv(10) == b"cba\n" and rig.ctx.drops["control: fault"] == 1
+    assert other.recv(10) == b"cba\n" and rig.ctx.drops["fault"] == 1
 
 
 @pytest.mark.parametrize("end", [b"", b"\n"])
@@ -369,6 +370,7 @@ def test_who_cannot_be_asked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     st.lists(st.sampled_from([b"abc", b"\n", b"garbage", b"fault", b"x" * 999, b"\0\xff", b"much", b" "]), max_size=12)
 )
 def test_nothing_hurts(rig: Rig, pieces: list[bytes]) -> None:
+    stage_faults(rig.ctx)
     client = rig.connect()
     for piece in pieces:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any, cast
@@ -217,7 +218,9 @@ def test_a_fault_goes_to_the_owner_of_the_event(
 
     monkeypatch.setattr(log, "_held", {})
     handlers = {TYPE_TCP: note(0), TYPE_TCP_TIMER: note(0), TYPE_UDP: note(1), TYPE_PING: note(2)}
-    wiring._fault(handlers, make_ref(kind, 5, 7), ZeroDivisionError(), 1.0)
+    drops = Counter[str]()
+    wiring._fault(handlers, drops, make_ref(kind, 5, 7), ZeroDivisionError(), 1.0)
+    assert drops == {"fault": 1}
     owner = {"_tcp": 0, "_udp": 1, "_icmp": 2}
     assert calls == ([(owner[service], make_ref(kind, 5, 7))] if service else [])
 

@@ -364,7 +364,7 @@ def test_a_fault_for_one_signal_leaves_the_others(reactor: Reactor) -> None:
     reactor.on_fault = lambda ref, e, now: faults.append(f"{TYPE_NAMES[ref >> 56]} {e}")
     reactor.turn(5)
     assert sorted(seen) == [signal.SIGUSR1, signal.SIGUSR2]
-    assert sorted(faults) == [f"signal {number:d}" for number in sorted(seen)]
+    assert sorted(faults) == [f"callback {number:d}" for number in sorted(seen)]
 
 
 @pytest.mark.usefixtures("restore")

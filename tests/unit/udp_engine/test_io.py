@@ -141,10 +141,14 @@ def test_what_is_too_big_for_good_is_told(pair: Pair) -> None:
     assert (e.errno, count, len(first)) == (errno.EMSGSIZE, 1, 65520)
 
 
+def no_fault(flow: Flow, e: Exception) -> None:
+    raise e
+
+
 @pytest.mark.parametrize(("count", "paused"), [(1, False), (3, False), (4, True), (31, True), (32, False)])
 def test_pauses(ctx: Context, pair: Pair, count: int, paused: bool) -> None:
     taken: list[Any] = []
-    pauses = Pauses(ctx, lambda *what: taken.append(what))
+    pauses = Pauses(ctx, lambda *what: taken.append(what), no_fault)
     a, _ = pair
     flow = Flow(b"")
     flow.state = ACTIVE
@@ -160,7 +164,7 @@ def test_pauses(ctx: Context, pair: Pair, count: int, paused: bool) -> None:
 
 
 def test_a_pause_that_outlives_its_flow(ctx: Context, pair: Pair) -> None:
-    pauses = Pauses(ctx, lambda *what: pytest.fail("the flow has ended"))
+    pauses = Pauses(ctx, lambda *what: pytest.fail("the flow has ended"), no_fault)
     a, _ = pair
     flow = Flow(b"")
     reactor(ctx).watch(a.fd, 4, 0, EPOLLIN | EPOLLERR)
