@@ -29,6 +29,7 @@ from ..conf.argv import Options
 from ..link.pcap import Pcap
 from ..linux import netns
 from ..log import Fatal
+from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS
 from ..namespace.terminal import Terminal
 from ..sandbox import isolation
@@ -128,24 +129,38 @@ def raise_descriptor_limit() -> None:
 def attach_capture(
     ctx: Context, link: TapLink | PlainLink | StreamLink, tap: Tap, options: Options, file: FileIO | None
 ) -> None:
-    """Attach the pcap file and --trace to both directions."""
+    """Attach the pcap file and --trace to both directions. One that fails ends, and nothing else does."""
     takers: list[Capture] = []
-    if file is not None:
-        pcap = Pcap(file)
-        takers.append(pcap.capture)
-        ctx.reactor.at_turn_end.append(pcap.at_turn_end)
-        log.info(f"Saving packet capture to {options.pcap}")
+
+    def capture(to_guest: bool, data: bytes) -> None:
+        each(takers, _take, fault_at, to_guest, data)
+
+    def fault_at(take: Capture, e: Exception) -> None:
+        record(ctx.drops, "a captured frame", e)
+        end(take)
+
+    def end(take: Capture) -> None:
+        takers.remove(take)
+        if not takers:
+            link.capture = tap.capture = None
+
     if log.trace_on:
         from ..link import trace
 
         takers.append(trace.capture)
-
-    def capture(to_guest: bool, data: bytes) -> None:
-        for take in takers:
-            take(to_guest, data)
-
+    if file is not None:
+        log.info(f"Saving packet capture to {options.pcap}")
+        pcap = Pcap(file, str(options.pcap), ctx.drops)
+        takers.append(pcap.capture)
+        ctx.reactor.at_turn_end.append(pcap.at_turn_end)
+        pcap.on_end = partial(end, pcap.capture)
+        pcap.flush()
     if takers:
         link.capture = tap.capture = capture
+
+
+def _take(take: Capture, to_guest: bool, data: bytes) -> None:
+    take(to_guest, data)
 
 
 # Detach ------------------------------------------------------------------------------------------------------------

@@ -5,14 +5,27 @@ is not saved, and the checksum is completed in the saved copy only, so that what
 super-frame is saved as what it is, one long packet.
 
 Records are written when a turn of the loop ends: one system call for a batch, and nothing is lost to a signal.
+
+    file                                              consequence
+    ------------------------------------------------  --------------------------------------------------------------
+    fails: disk full, quota, a reader that went away  the capture ends, with one line in the log
+    a pipe whose reader is slow                       what it does not take waits, up to BACKLOG bytes; frames beyond
+                                                      are left out, and counted
+
+The network goes on in any case, and waits for nobody.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 import time
+from collections import Counter
+from collections.abc import Callable
 from io import FileIO
 from struct import Struct
 
+from .. import log
 from ..calls import calls
 from ..wire.checksum import ones_sum
 from .tap_device import F_NEEDS_CSUM, VNET
@@ -22,32 +35,59 @@ RECORD = Struct("=IIII")  # seconds, microseconds, saved length, original length
 MAGIC = 0xA1B2C3D4
 SNAPLEN = 262144
 LINKTYPE_ETHERNET = 1
+BACKLOG = 4 << 20  # bytes that wait for a slow reader
 
-CALLS = calls("write")
+CALLS = calls("write", "close")
 
 
 class Pcap:
-    """Writes to an open, empty file."""
+    """Writes to an open, empty file at `path`. `on_end()` is called when the capture ends."""
 
-    def __init__(self, file: FileIO) -> None:
+    def __init__(self, file: FileIO, path: str, drops: Counter[str]) -> None:
         self._file = file
-        self._records: list[bytes] = [FILE_HEADER.pack(MAGIC, 2, 4, 0, 0, SNAPLEN, LINKTYPE_ETHERNET)]
-        self.flush()
+        self._path = path
+        self._drops = drops
+        self.on_end: Callable[[], None] = lambda: None
+        self._records: list[bytes] = []
+        self._size = 0  # bytes in them
+        self._left = memoryview(FILE_HEADER.pack(MAGIC, 2, 4, 0, 0, SNAPLEN, LINKTYPE_ETHERNET))  # written first
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            os.set_blocking(file.fileno(), False)
 
     def capture(self, to_guest: bool, data: bytes) -> None:
         """Take a frame with its vnet header, in either direction."""
+        if self._file.closed:
+            return
+        if len(self._left) + self._size > BACKLOG:
+            self._drops["capture: reader too slow"] += 1
+            return
         frame = complete(data)
         micros = time.time_ns() // 1000
         self._records.append(RECORD.pack(micros // 1_000_000, micros % 1_000_000, len(frame), len(frame)))
         self._records.append(frame)
+        self._size += RECORD.size + len(frame)
 
     def flush(self) -> None:
-        """Write what was taken. Raises OSError."""
-        if self._records:
-            data = memoryview(b"".join(self._records))
-            self._records.clear()
-            while data:
-                data = data[self._file.write(data) :]
+        """Write what was taken, as far as the file takes it. The capture ends if it fails."""
+        try:
+            while self._left or self._records:
+                if not self._left:
+                    self._left = memoryview(b"".join(self._records))
+                    self._records.clear()
+                    self._size = 0
+                taken = self._file.write(self._left)
+                if taken is None:
+                    return  # a pipe is full
+                self._left = self._left[taken:]
+        except OSError as e:
+            self._end(e)
+
+    def _end(self, e: OSError) -> None:
+        log.warn(f"Packet capture to {self._path} ends: {e.strerror}")
+        self._records.clear()
+        self._left = memoryview(b"")
+        self._file.close()
+        self.on_end()
 
     def at_turn_end(self, now: float) -> None:
         """For the loop."""

@@ -220,6 +220,7 @@ SPOKEN = {
     "ports/forwards.py": {"_restore"},
     "icmp.py": {"probe", "_not_allowed"},  # once
     "sandbox/isolation.py": {"map_ids"},
+    "link/pcap.py": {"_end"},  # once
     "linux/netns.py": {"_guarded"},  # a fault of ours, in opening sockets
     "passt.py": {"_say"},  # counts its lines
     "pasta.py": {"_open_directory"},

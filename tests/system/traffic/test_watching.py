@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -62,6 +63,41 @@ def test_capture_has_correct_checksums(lan: Lan, anyone: User, open_dir: Path) -
     assert len(tshark(capture, "-Y", "tcp.flags.syn == 1 && tcp.flags.ack == 1")) == 2
     assert len(tshark(capture, "-Y", "tcp.flags.reset == 1")) >= 2
     assert tshark(capture, "-Y", "tcp.analysis.retransmission") == []
+
+
+def test_a_full_disk_ends_the_capture_and_nothing_else(lan: Lan, anyone: User) -> None:
+    """The log file is there, too: it loses lines."""
+    lan.host.run("mount", "-t", "tmpfs", "-o", "size=64k,mode=1777", "none", "/mnt")
+    try:
+        with lan.pasta(anyone, "--config-net", "-p", "/mnt/pcap", "--log-file", "/mnt/log") as guest:
+            for _ in range(2):
+                converse(guest, lan)
+            said = guest.said()
+        assert said.count("Packet capture") == 1
+        assert "Packet capture to /mnt/pcap ends: No space left on device\n" in said
+    finally:
+        lan.host.run("umount", "/mnt")
+
+
+def test_a_reader_that_stops_and_goes_costs_the_capture_and_nothing_else(
+    lan: Lan, anyone: User, open_dir: Path
+) -> None:
+    fifo = open_dir / "fifo"
+    os.mkfifo(fifo)
+    fifo.chmod(0o666)
+    with (
+        in_thread(os.open, fifo, os.O_RDONLY) as reader,
+        lan.pasta(anyone, "--config-net", "-p", str(fifo)) as guest,
+    ):
+        assert len(os.read(reader(), 24)) == 24, "a capture begins"
+        converse(guest, lan)  # which is more than a pipe takes
+        assert "Packet capture" not in guest.said()
+        os.close(reader())
+        for _ in range(2):
+            converse(guest, lan)
+        said = guest.said()
+        assert said.count("Packet capture") == 1
+        assert f"Packet capture to {fifo} ends: Broken pipe\n" in said
 
 
 def test_trace_has_a_line_for_each_packet(lan: Lan, ordinary_user: User) -> None:

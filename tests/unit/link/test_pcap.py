@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
+from collections import Counter
 from io import FileIO
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 from scapy.utils import rdpcap
 
+from passt import log
 from passt.link.pcap import Pcap, complete
 from passt.link.tap_device import F_NEEDS_CSUM, VNET
 from passt.wire.checksum import pseudo_sum
@@ -72,7 +75,9 @@ def test_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "pcap"
     monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_123_456_789)
     with FileIO(path, "w") as file:
-        capture = Pcap(file)
+        capture = Pcap(file, "pcap", Counter())
+        assert path.stat().st_size == 0  # until it is said that it begins
+        capture.flush()
         assert path.read_bytes() == struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 262144, 1)
         capture.capture(False, PLAIN + b"first")
         capture.capture(True, PLAIN + b"second")
@@ -86,26 +91,80 @@ def test_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert path.stat().st_size == 24 + 32 + 11
 
 
-def test_short_writes_are_continued() -> None:
-    class Slow:
-        def __init__(self) -> None:
-            self.data = b""
+class Pipe:
+    """A pipe with a reader that has read nothing yet."""
 
-        def write(self, data: memoryview) -> int:
-            self.data += bytes(data[:7])
-            return min(7, len(data))
+    def __init__(self) -> None:
+        self.reader, writer = os.pipe()
+        self.file = FileIO(writer, "w")
+        self.drops = Counter[str]()
+        self.ended = 0
+        self.capture = Pcap(self.file, "the pipe", self.drops)
+        self.capture.on_end = self._end
 
-    slow = Slow()
-    capture = Pcap(slow)  # type: ignore[arg-type]
-    capture.capture(False, PLAIN + bytes(range(100)))
-    capture.flush()
-    assert slow.data[24 + 16 :] == bytes(range(100))
+    def _end(self) -> None:
+        self.ended += 1
+
+    def __enter__(self) -> Pipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        os.close(self.reader)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(log, "warn", lines.append)
+    return lines
+
+
+def test_a_slow_reader_gets_whole_records_and_nobody_waits() -> None:
+    frame = bytes(range(250)) * 4
+    with Pipe() as pipe:
+        taken = 0
+        while not pipe.drops:
+            pipe.capture.capture(True, PLAIN + frame)
+            pipe.capture.at_turn_end(0.0)
+            taken += 1
+        assert pipe.drops == {"capture: reader too slow": 1}
+        got = b""
+        while len(got) < 24 + (taken - 1) * (16 + len(frame)):
+            got += os.read(pipe.reader, 1 << 20)
+            pipe.capture.at_turn_end(0.0)
+        os.set_blocking(pipe.reader, False)
+        with pytest.raises(BlockingIOError):
+            os.read(pipe.reader, 1)
+    records = got[24:]
+    assert {records[i + 16 : i + 16 + len(frame)] for i in range(0, len(records), 16 + len(frame))} == {frame}
+
+
+def test_a_reader_that_went_away_ends_the_capture(said: list[str]) -> None:
+    with Pipe() as pipe:
+        pipe.capture.flush()
+        os.close(pipe.reader)
+        for _ in range(3):
+            pipe.capture.capture(True, PLAIN + b"frame")
+            pipe.capture.at_turn_end(0.0)
+        assert pipe.file.closed and pipe.ended == 1
+        pipe.reader = os.open(os.devnull, os.O_RDONLY)
+    assert said == ["Packet capture to the pipe ends: Broken pipe"]
+
+
+def test_a_full_disk_ends_the_capture(said: list[str]) -> None:
+    with FileIO("/dev/full", "w") as file:
+        capture = Pcap(file, "/dev/full", Counter())
+        for _ in range(3):
+            capture.flush()
+            capture.capture(True, PLAIN + b"frame")
+    assert said == ["Packet capture to /dev/full ends: No space left on device"]
 
 
 def test_scapy_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "pcap"
     with FileIO(path, "w") as file:
-        capture = Pcap(file)
+        capture = Pcap(file, "pcap", Counter())
         for packet, csum_offset in PACKETS:
             capture.capture(True, partial(packet, csum_offset))
         capture.flush()
