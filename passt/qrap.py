@@ -45,10 +45,11 @@ TRIES = 50
 INTERVAL = 0.05  # seconds between tries, while a passt is busy
 LENGTH = Struct("!I")
 
-# What the probe claims to be, and asks for: passt answers for every address but its guest's.
+# What the probe claims to be, and asks for. No host has 0.0.0.0 (RFC 1122, 3.2.1.3), so that an answer for it tells no
+# guest that an address is taken; a solicitation with a source is answered for every address.
 MAC = bytes.fromhex("020000000001")
 LINK_LOCAL = bytes.fromhex("fe8000000000000000000000000000ff")
-TARGET4 = bytes((192, 0, 0, 8))  # the dummy address of RFC 7600
+TARGET4 = ANY4
 TARGET6 = bytes.fromhex("fe8000000000000000000000000000fe")
 
 CONFLICTING = ("virtio-net-pci", "virtio-net-ccw", "e1000", "e1000e", "rtl8139")

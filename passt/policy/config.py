@@ -81,3 +81,14 @@ class Config:
     splice_only: bool = False  # there is no tap: loopback connections are all there is
     host_lo_to_ns_lo: bool = False  # they reach the namespace's loopback instead of its own address
     freebind: bool = False  # listen on addresses that the host does not have (yet)
+
+    def ours(self, a: bytes) -> bool:
+        """Whether the guest was told to find us, a resolver or the host at `a`, so that it must not take the address.
+
+        All other addresses are free for the guest to choose, although we answer for them on behalf of the network.
+        """
+        ip = self.ip4 if len(a) == 4 else self.ip6
+        if ip is None or a == ip.addr:
+            return False
+        own = ip.our_addr if isinstance(ip, Ip4) else ip.our_ll
+        return a in (ip.gateway, own, ip.map_host_loopback, ip.map_guest_addr, *ip.dns, *self.dns_match)

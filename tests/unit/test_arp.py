@@ -1,21 +1,27 @@
-"""ARP: who gets an answer, and that it is us."""
+"""ARP: which requests get an answer, that it is us, and that our addresses are defended."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passt.addr import ANY4, packed
-from passt.arp import Arp, ignore
+from passt import log
+from passt.addr import ANY4, BROADCAST4, packed
+from passt.arp import DEFEND_INTERVAL, Arp, conflict, ignore
 from passt.flow.context import Context
 from passt.wire.arp import REPLY, REQUEST, Packet
 from passt.wire.cursor import Malformed
 
 from .oracle import dissect, recomputed
-from .support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, OUR_MAC, T0, link, make_context
+from .support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, IP4, OUR_MAC, T0, link, make_context
 
 OTHER = packed("198.51.100.7")
+NEIGHBOUR = packed("192.0.2.77")  # on the guest's subnet, and free
+LINK_LOCAL = packed("169.254.17.4")
+MAPPED, RESOLVER, FORWARDED = packed("192.0.2.8"), packed("192.0.2.53"), packed("192.0.2.54")
 
 
 def request(target: bytes, sender: bytes = GUEST4, operation: int = REQUEST) -> Packet:
@@ -27,7 +33,7 @@ def request(target: bytes, sender: bytes = GUEST4, operation: int = REQUEST) -> 
     [
         (request(GATEWAY4), False),
         (request(OTHER), False),
-        (request(OTHER, ANY4), False),  # a probe for an address that is not the guest's
+        (request(NEIGHBOUR), False),
         (request(ANY4, ANY4), False),  # what qrap sends
         (request(GUEST4), True),
         (request(GUEST4, ANY4), True),  # the guest's own probe for duplicates must find nobody
@@ -35,10 +41,27 @@ def request(target: bytes, sender: bytes = GUEST4, operation: int = REQUEST) -> 
         (request(OTHER, OTHER), True),  # an announcement
         (request(GATEWAY4, operation=REPLY), True),
         (request(GATEWAY4, operation=3), True),
+        (request(packed("127.0.0.1")), True),
+        (request(packed("224.0.0.1")), True),
+        (request(BROADCAST4), True),
     ],
 )
 def test_ignore(packet: Packet, ignored: bool) -> None:
     assert ignore(packet, CONFIG) is ignored
+
+
+@pytest.mark.parametrize("target", [OTHER, NEIGHBOUR, LINK_LOCAL, GUEST4, MAPPED, RESOLVER, FORWARDED])
+def test_probe_for_a_free_address(target: bytes) -> None:
+    """An answer would be a conflict (RFC 5227, 2.1.1), and the guest would not take the address."""
+    assert ignore(request(target, ANY4), CONFIG)
+
+
+@pytest.mark.parametrize("target", [GATEWAY4, MAPPED, RESOLVER, FORWARDED, packed("192.0.2.9")])
+def test_probe_for_an_address_of_ours(target: bytes) -> None:
+    ip4 = replace(IP4, map_guest_addr=MAPPED, map_host_loopback=packed("192.0.2.9"), dns=(RESOLVER,))
+    config = replace(CONFIG, ip4=ip4, dns_match=(FORWARDED,))
+    assert not ignore(request(target, ANY4), config)
+    assert ignore(request(GUEST4, ANY4), replace(config, dns_match=(GUEST4,))), "what the guest was assigned is its own"
 
 
 def test_family_off() -> None:
@@ -58,6 +81,31 @@ def test_reply_goes_to_who_sent_the_frame(ctx: Context) -> None:
     mac = bytes.fromhex("020000000001")
     Arp(ctx).tap_handler(mac, request(OTHER).emit(), T0)
     assert link(ctx).take_one()[:6] == mac
+
+
+def test_our_addresses_are_defended(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RFC 5227, 2.4 c: an announcement, but not in answer to each packet."""
+    lines: list[str] = []
+    monkeypatch.setattr(log, "_held", {})
+    monkeypatch.setattr(log, "say", lambda level, text: lines.append(text))
+    arp = Arp(ctx)
+    arp.tap_handler(GUEST_MAC, request(GATEWAY4, GATEWAY4).emit(), T0)
+    frame = link(ctx).take_one()
+    assert (frame[:6], frame[6:12]) == (b"\xff" * 6, OUR_MAC)
+    assert Packet.parse(frame[14:]) == Packet(REQUEST, OUR_MAC, GATEWAY4, bytes(6), GATEWAY4)
+    assert lines == ["ARP: the guest uses an address that is not free: 192.0.2.1 at 52:54:00:12:34:56"]
+    arp.tap_handler(GUEST_MAC, request(GATEWAY4, GATEWAY4, REPLY).emit(), T0 + DEFEND_INTERVAL - 0.1)
+    assert link(ctx).take() == []
+    arp.tap_handler(GUEST_MAC, request(OTHER, GATEWAY4).emit(), T0 + DEFEND_INTERVAL)
+    announced, answer = link(ctx).take()
+    assert Packet.parse(announced[14:]).operation == REQUEST
+    assert Packet.parse(answer[14:]).operation == REPLY, "a request is answered all the same"
+
+
+@pytest.mark.parametrize("sender", [GUEST4, NEIGHBOUR, ANY4])
+def test_no_conflict(sender: bytes) -> None:
+    assert not conflict(request(OTHER, sender), CONFIG)
+    assert not conflict(Packet(REPLY, OUR_MAC, GATEWAY4, bytes(6), OTHER), CONFIG), "what we said ourselves"
 
 
 def test_silence(ctx: Context) -> None:
