@@ -3,8 +3,8 @@
     from the guest                  answer                                          not if
     ------------------------------  ----------------------------------------------  ----------------------
     neighbour solicitation          advertisement: our MAC, whatever the target     --no-ndp
-    the same from :: (a probe for   none: the guest may have any address
-      duplicates, RFC 4862, 5.4)
+    the same from ::, a probe for   for an address of ours (`Config.ours`), to all  --no-ndp
+      duplicates (RFC 4862, 5.4)      nodes; none for another: it is free
     router solicitation             router advertisement to who asked               --no-ndp, --no-ra
     advertisements, redirects       none
 
@@ -22,6 +22,9 @@
 A router advertisement carries the /64 of the guest's address for autoconfiguration, our MAC, the MTU, resolvers and
 search list, as many domains of it as the link takes in one packet; all lifetimes are as long as the format allows. Its
 M flag is set where our DHCPv6 has an address to give.
+
+An advertisement for an address of ours overrides what the guest knew; one that we send on behalf of the network, as a
+proxy does (RFC 4861, 7.2.4), does not: a neighbour that has the address itself prevails.
 
 Left out: routers' other duties. No redirects, no duplicate detection for our own link-local address (nobody else is
 on the link), no reachability state: the guest's MAC is that of its last frame.
@@ -42,6 +45,7 @@ from .wire.ndp import NeighbourAdvertisement, NeighbourSolicitation, RouterAdver
 RA_INTERVAL = 200, 599  # s; RFC 4861, 6.2.1: MinRtrAdvInterval and MaxRtrAdvInterval, 600 by default
 ROUTER_LIFETIME = 65535  # s; RFC 8319, 4
 HOP_LIMIT = 255
+SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")  # and the last 3 bytes of an address (RFC 4291, 2.7.1)
 PREFIX_LEN = 64  # what SLAAC takes (RFC 4862, 5.5.3 d, with interface identifiers of 64 bits)
 
 
@@ -51,9 +55,17 @@ def check_source(src: bytes, options: tuple[ndp.Option, ...]) -> None:
         raise Malformed("NDP link-layer address without source")
 
 
-def ignore(src: bytes, config: Config) -> bool:
-    """Whether a neighbour solicitation from `src` gets no answer."""
-    return config.no_ndp or config.ip6 is None or addr.is_unspecified(src)
+def check_destination(src: bytes, dst: bytes, target: bytes) -> None:
+    """A neighbour solicitation without a source goes to the group of nodes with such a target (RFC 4861, 7.1.1)."""
+    if addr.is_unspecified(src) and dst != SOLICITED_NODE + target[13:]:
+        raise Malformed("NDP probe not to solicited-node address")
+
+
+def ignore(src: bytes, target: bytes, config: Config) -> bool:
+    """Whether a neighbour solicitation from `src` for `target` gets no answer."""
+    if config.no_ndp or config.ip6 is None:
+        return True
+    return addr.is_unspecified(src) and not config.ours(target)
 
 
 def advertises(config: Config) -> bool:
@@ -61,11 +73,12 @@ def advertises(config: Config) -> bool:
     return config.ip6 is not None and not config.no_ndp and not config.no_ra
 
 
-def neighbour_advertisement(solicitation: NeighbourSolicitation, config: Config) -> NeighbourAdvertisement:
-    """Our answer: the target is reached at our MAC."""
-    flags = NeighbourAdvertisement.ROUTER | NeighbourAdvertisement.SOLICITED | NeighbourAdvertisement.OVERRIDE
-    target = ndp.LinkAddress(ndp.LinkAddress.TARGET, config.our_mac)
-    return NeighbourAdvertisement(flags, solicitation.target, (target,))
+def neighbour_advertisement(src: bytes, target: bytes, config: Config) -> NeighbourAdvertisement:
+    """Our answer to `src`: the target is reached at our MAC."""
+    flags = NeighbourAdvertisement.ROUTER
+    flags |= NeighbourAdvertisement.OVERRIDE if config.ours(target) else 0
+    flags |= 0 if addr.is_unspecified(src) else NeighbourAdvertisement.SOLICITED
+    return NeighbourAdvertisement(flags, target, (ndp.LinkAddress(ndp.LinkAddress.TARGET, config.our_mac),))
 
 
 def router_advertisement(ip6: Ip6, config: Config, former: Config | None = None) -> RouterAdvertisement:
@@ -123,18 +136,24 @@ class Ndp:
     def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, icmp: bytes, now: float) -> None:
         """An ICMPv6 message of types 133 to 137 from the guest, which came with hop limit 255. Raises Malformed."""
         if icmp[:1] == bytes((ndp.NEIGHBOUR_SOLICITATION,)):
-            self._neighbour(src_mac, src, icmp)
+            self._neighbour(src_mac, src, dst, icmp)
         elif icmp[:1] == bytes((ndp.ROUTER_SOLICITATION,)):
             self._router(src_mac, src, icmp)
 
-    def _neighbour(self, src_mac: bytes, src: bytes, icmp: bytes) -> None:
+    def _neighbour(self, src_mac: bytes, src: bytes, dst: bytes, icmp: bytes) -> None:
         solicitation = NeighbourSolicitation.parse(icmp)
+        target = solicitation.target
         check_source(src, solicitation.options)
+        check_destination(src, dst, target)
         config = self._ctx.config
-        if ignore(src, config):
+        if ignore(src, target, config):
             return
         log.debug("NDP: received NS, sending NA")
-        self._send(src_mac, src, neighbour_advertisement(solicitation, config).emit())
+        answer = neighbour_advertisement(src, target, config).emit()
+        if addr.is_unspecified(src):
+            self._send(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6, answer)
+        else:
+            self._send(src_mac, src, answer)
 
     def _router(self, src_mac: bytes, src: bytes, icmp: bytes) -> None:
         check_source(src, RouterSolicitation.parse(icmp).options)

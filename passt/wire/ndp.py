@@ -4,7 +4,9 @@ Messages are ICMPv6: type, code and checksum come first. `emit` leaves the check
 in. `parse` checks what RFC 4861 (6.1 and 7.1) lets a receiver see in the message itself; what depends on the packet
 around it (hop limit, source, destination) is for the caller.
 
-An option is type, length in units of 8 bytes, value. An option of unknown type is skipped (RFC 4861, 4.6).
+An option is type, length in units of 8 bytes, value. An option is skipped, whatever it holds, where its type is unknown
+(RFC 4861, 4.6) or is not one of those that the message is specified to have (RFC 4861, 6.1 and 7.1). A message of more
+than `OPTIONS_MAX` options is refused, so that a frame of 64 KiB costs no more than another one.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ NEIGHBOUR_ADVERTISEMENT = 136
 REDIRECT = 137
 
 INFINITE = 0xFFFFFFFF  # lifetimes, in seconds
+OPTIONS_MAX = 64  # several times what a router advertisement of 1500 bytes has
 
 _HEAD = Struct("!BBH")  # type, code, checksum
 _RESERVED = Struct("!I")
@@ -146,9 +149,12 @@ class Dnssl:
 
 Option = LinkAddress | Prefix | Mtu | Rdnss | Dnssl
 
-_PARSERS: dict[int, Callable[[Cursor], Option]] = {
-    LinkAddress.SOURCE: lambda c: LinkAddress(LinkAddress.SOURCE, c.take(6)),
-    LinkAddress.TARGET: lambda c: LinkAddress(LinkAddress.TARGET, c.take(6)),
+Parsers = dict[int, Callable[[Cursor], Option]]
+
+_FROM_SOURCE: Parsers = {LinkAddress.SOURCE: lambda c: LinkAddress(LinkAddress.SOURCE, c.take(6))}  # solicitations
+_OF_TARGET: Parsers = {LinkAddress.TARGET: lambda c: LinkAddress(LinkAddress.TARGET, c.take(6))}  # neighbours' answers
+_FROM_ROUTER: Parsers = {
+    **_FROM_SOURCE,
     Prefix.KIND: Prefix.parse,
     Mtu.KIND: Mtu.parse,
     Rdnss.KIND: Rdnss.parse,
@@ -156,17 +162,21 @@ _PARSERS: dict[int, Callable[[Cursor], Option]] = {
 }
 
 
-def _options(c: Cursor) -> tuple[Option, ...]:
-    """All options up to the end of the message that we know."""
-    found = []
-    while c.left:
+def _options(c: Cursor, parsers: Parsers) -> tuple[Option, ...]:
+    """The options up to the end of the message that have one of the parsers."""
+    found: list[Option] = []
+    for _ in range(OPTIONS_MAX):
+        if not c.left:
+            return tuple(found)
         kind, size = c.unpack(_OPTION)
         if size == 0:
             raise Malformed("NDP option of length zero")
         with c.exactly(8 * size - _OPTION.size):
-            if kind in _PARSERS:
-                found.append(_PARSERS[kind](c))
+            if kind in parsers:
+                found.append(parsers[kind](c))
             c.rest()  # a known option may have grown since
+    if c.left:
+        raise Malformed("NDP too many options")
     return tuple(found)
 
 
@@ -201,7 +211,7 @@ class RouterSolicitation:
     def parse(cls, data: bytes) -> RouterSolicitation:
         c = _open(data, ROUTER_SOLICITATION)
         c.unpack(_RESERVED)
-        return cls(_options(c))
+        return cls(_options(c, _FROM_SOURCE))
 
     def emit(self) -> bytes:
         return _join(ROUTER_SOLICITATION, _RESERVED.pack(0), self.options)
@@ -226,7 +236,7 @@ class RouterAdvertisement:
     def parse(cls, data: bytes) -> RouterAdvertisement:
         c = _open(data, ROUTER_ADVERTISEMENT)
         hop_limit, flags, lifetime, reachable, retransmit = c.unpack(cls.LAYOUT)
-        return cls(hop_limit, flags, lifetime, _options(c), reachable, retransmit)
+        return cls(hop_limit, flags, lifetime, _options(c, _FROM_ROUTER), reachable, retransmit)
 
     def emit(self) -> bytes:
         fields = (self.hop_limit, self.flags, self.lifetime, self.reachable, self.retransmit)
@@ -246,7 +256,7 @@ class NeighbourSolicitation:
     def parse(cls, data: bytes) -> NeighbourSolicitation:
         c = _open(data, NEIGHBOUR_SOLICITATION)
         _, target = c.unpack(cls.LAYOUT)
-        return cls(_not_multicast(target), _options(c))
+        return cls(_not_multicast(target), _options(c, _FROM_SOURCE))
 
     def emit(self) -> bytes:
         return _join(NEIGHBOUR_SOLICITATION, self.LAYOUT.pack(0, self.target), self.options)
@@ -269,7 +279,7 @@ class NeighbourAdvertisement:
     def parse(cls, data: bytes) -> NeighbourAdvertisement:
         c = _open(data, NEIGHBOUR_ADVERTISEMENT)
         flags, target = c.unpack(cls.LAYOUT)
-        return cls(flags, _not_multicast(target), _options(c))
+        return cls(flags, _not_multicast(target), _options(c, _OF_TARGET))
 
     def emit(self) -> bytes:
         return _join(NEIGHBOUR_ADVERTISEMENT, self.LAYOUT.pack(self.flags, self.target), self.options)

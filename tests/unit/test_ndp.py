@@ -47,6 +47,7 @@ from .support import (
 ALL_ROUTERS = packed("ff02::2")
 SOURCE = LinkAddress(LinkAddress.SOURCE, GUEST_MAC)
 DNS = packed("2001:db8::53")
+MAPPED = packed("2001:db8::8")
 
 
 def parts(frame: bytes) -> tuple[bytes, bytes, bytes, bytes]:
@@ -59,9 +60,8 @@ def parts(frame: bytes) -> tuple[bytes, bytes, bytes, bytes]:
 
 
 def solicit(ctx: Context, target: bytes, src: bytes = GUEST_LL) -> None:
-    Ndp(ctx).tap_handler(
-        GUEST_MAC, src, target, NeighbourSolicitation(target, (SOURCE,) if any(src) else ()).emit(), T0
-    )
+    dst = target if any(src) else packed("ff02::1:ff00:0")[:13] + target[13:]
+    Ndp(ctx).tap_handler(GUEST_MAC, src, dst, NeighbourSolicitation(target, (SOURCE,) if any(src) else ()).emit(), T0)
 
 
 def ask_for_router(ctx: Context, src: bytes = GUEST_LL) -> None:
@@ -77,22 +77,57 @@ def test_any_neighbour_is_us(ctx: Context, target: bytes, src: bytes) -> None:
     solicit(ctx, target, src)
     dst_mac, source, destination, message = parts(link(ctx).take_one())
     assert (dst_mac, source, destination) == (GUEST_MAC, GATEWAY6, src)
-    flags = NeighbourAdvertisement.ROUTER | NeighbourAdvertisement.SOLICITED | NeighbourAdvertisement.OVERRIDE
+    flags = NeighbourAdvertisement.ROUTER | NeighbourAdvertisement.SOLICITED
+    if target == GATEWAY6:  # for others we are a proxy, which must not override them (RFC 4861, 7.2.4)
+        flags |= NeighbourAdvertisement.OVERRIDE
     ours = LinkAddress(LinkAddress.TARGET, OUR_MAC)
     assert NeighbourAdvertisement.parse(message) == NeighbourAdvertisement(flags, target, (ours,))
 
 
-def test_probe_for_duplicates(ctx: Context) -> None:
-    solicit(ctx, GUEST6, ANY6)
+@pytest.mark.parametrize("target", [GUEST6, GUEST_LL, packed("2001:db8::99"), packed("fe80::99"), DNS, MAPPED])
+def test_probe_for_a_free_address(ctx: Context, target: bytes) -> None:
+    solicit(ctx, target, ANY6)
+    assert link(ctx).take() == []
+
+
+@pytest.mark.parametrize("target", [GATEWAY6, DNS, MAPPED, packed("fe80::2")])
+def test_probe_for_an_address_of_ours(target: bytes) -> None:
+    """All nodes are told, since the guest has no address to answer to (RFC 4861, 7.2.4), and the guest leaves the address to us."""
+    ip6 = replace(IP6, dns=(DNS,), map_guest_addr=MAPPED, our_ll=packed("fe80::2"))
+    ctx = make_context(ip6=ip6)
+    solicit(ctx, target, ANY6)
+    dst_mac, source, destination, message = parts(link(ctx).take_one())
+    assert (dst_mac, source, destination) == (bytes.fromhex("333300000001"), ip6.our_ll, addr.ALL_NODES6)
+    flags = NeighbourAdvertisement.ROUTER | NeighbourAdvertisement.OVERRIDE
+    ours = LinkAddress(LinkAddress.TARGET, OUR_MAC)
+    assert NeighbourAdvertisement.parse(message) == NeighbourAdvertisement(flags, target, (ours,))
+
+
+@pytest.mark.parametrize("dst", [GATEWAY6, addr.ALL_NODES6, packed("ff02::1:ff00:2")])
+def test_probe_that_goes_elsewhere(ctx: Context, dst: bytes) -> None:
+    """RFC 4861, 7.1.1: without a source it goes to the solicited-node address of its target."""
+    with pytest.raises(Malformed, match="solicited-node"):
+        Ndp(ctx).tap_handler(GUEST_MAC, ANY6, dst, NeighbourSolicitation(GATEWAY6).emit(), T0)
     assert link(ctx).take() == []
 
 
 def test_ignore() -> None:
-    assert not ignore(GUEST_LL, CONFIG)
-    assert ignore(ANY6, CONFIG)
-    assert ignore(GUEST_LL, replace(CONFIG, no_ndp=True))
-    assert ignore(GUEST_LL, replace(CONFIG, ip6=None))
-    assert not ignore(GUEST_LL, replace(CONFIG, no_ra=True))
+    assert not ignore(GUEST_LL, GUEST6, CONFIG)
+    assert ignore(ANY6, GUEST6, CONFIG)
+    assert not ignore(ANY6, GATEWAY6, CONFIG)
+    for target in (GUEST6, GATEWAY6):
+        assert ignore(GUEST_LL, target, replace(CONFIG, no_ndp=True))
+        assert ignore(GUEST_LL, target, replace(CONFIG, ip6=None))
+        assert not ignore(GUEST_LL, target, replace(CONFIG, no_ra=True))
+
+
+def test_options_that_a_solicitation_does_not_have(ctx: Context) -> None:
+    """They are ignored, whatever they hold (RFC 4861, 6.1.1 and 7.1.1)."""
+    lies = bytes.fromhex("1f02 0000 ffffffff 4000000000000000 0301 40c0ffffffff")
+    Ndp(ctx).tap_handler(GUEST_MAC, GUEST_LL, GATEWAY6, NeighbourSolicitation(GATEWAY6, (SOURCE,)).emit() + lies, T0)
+    assert len(link(ctx).take()) == 1
+    Ndp(ctx).tap_handler(GUEST_MAC, GUEST_LL, ALL_ROUTERS, RouterSolicitation((SOURCE,)).emit() + lies, T0)
+    assert len(link(ctx).take()) == 1
 
 
 def test_no_ra_leaves_neighbours() -> None:

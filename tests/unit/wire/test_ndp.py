@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from passt.addr import packed
 from passt.wire import ether, ndp
-from passt.wire.cursor import Malformed
+from passt.wire.cursor import Cursor, Malformed
 from passt.wire.ndp import (
     Dnssl,
     LinkAddress,
@@ -29,15 +29,15 @@ TARGET = packed("fe80::1")
 NS = "87000000 00000000 fe800000000000000000000000000001"
 SOURCE_LL = "0101 525400123456"
 TARGET_LL = "0201 9a559a559a55"
+RA = "86000000 40 40 0708 00007530 000003e8"
 PREFIX = "0304 40 c0 ffffffff ffffffff 00000000 20010db8000000000000000000000000"
 MTU = "0501 0000 0000fff0"
 RDNSS = "1903 0000 ffffffff 20010db8000000000000000000000053"
 DNSSL = "1f03 0000 ffffffff 076578616d706c6503636f6d00 000000"
 
 SOURCE = LinkAddress(LinkAddress.SOURCE, GUEST_MAC)
-OPTIONS: dict[str, ndp.Option] = {
+OPTIONS: dict[str, ndp.Option] = {  # of a router advertisement
     SOURCE_LL: SOURCE,
-    TARGET_LL: LinkAddress(LinkAddress.TARGET, MAC),
     PREFIX: Prefix(packed("2001:db8::"), 64),
     MTU: Mtu(65520),
     RDNSS: Rdnss((packed("2001:db8::53"),)),
@@ -50,7 +50,7 @@ MESSAGES = {
     "86000000 ff 80 ffff 00000000 00000000" + "".join(OPTIONS): RouterAdvertisement(
         255, RouterAdvertisement.MANAGED, 65535, tuple(OPTIONS.values())
     ),
-    "86000000 40 40 0708 00007530 000003e8": RouterAdvertisement(64, RouterAdvertisement.OTHER, 1800, (), 30000, 1000),
+    RA: RouterAdvertisement(64, RouterAdvertisement.OTHER, 1800, (), 30000, 1000),
     NS: NeighbourSolicitation(TARGET),
     NS + SOURCE_LL: NeighbourSolicitation(TARGET, (SOURCE,)),
     "88000000 e0000000 fe800000000000000000000000000001" + TARGET_LL: NeighbourAdvertisement(
@@ -145,15 +145,40 @@ def test_too_long_a_list() -> None:
         (NS + "6300", "length zero"),
         (NS + "0102 525400123456", "truncated"),
         (NS + "6302", "truncated"),
-        (NS + "0301 40c0ffffffff", "truncated"),
-        (NS + "1902 0000 ffffffff 0000000000000000", "truncated"),
-        (NS + "1f02 0000 ffffffff 4000000000000000", "label type"),
-        (NS + "1f02 0000 ffffffff 016100c000c00000", "compressed"),
+        (NS + "0e01 010203040506" * 65, "too many options"),
+        (RA + "0301 40c0ffffffff", "truncated"),
+        (RA + "1902 0000 ffffffff 0000000000000000", "truncated"),
+        (RA + "1f02 0000 ffffffff 4000000000000000", "label type"),
+        (RA + "1f02 0000 ffffffff 016100c000c00000", "compressed"),
     ],
 )
 def test_malformed(literal: str, reason: str) -> None:
+    kind = RouterAdvertisement if literal.startswith("86") else NeighbourSolicitation
     with pytest.raises(Malformed, match=reason):
-        NeighbourSolicitation.parse(bytes.fromhex(literal))
+        kind.parse(bytes.fromhex(literal))
+
+
+def test_as_many_options_as_there_may_be() -> None:
+    nonces = bytes.fromhex("0e01 010203040506" * (ndp.OPTIONS_MAX - 1) + SOURCE_LL)
+    assert NeighbourSolicitation.parse(bytes.fromhex(NS) + nonces).options == (SOURCE,)
+
+
+def test_options_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame of 64 KiB full of them is given up after the first few, whatever kind they are."""
+    taken = 0
+    take = Cursor.take
+
+    def counted(c: Cursor, n: int) -> bytes:
+        nonlocal taken
+        taken += 1
+        return take(c, n)
+
+    monkeypatch.setattr(Cursor, "take", counted)
+    for option in (SOURCE_LL, "0e01 010203040506", "1f01 0000 ffffffff"):
+        taken = 0
+        with pytest.raises(Malformed, match="too many options"):
+            NeighbourSolicitation.parse(bytes.fromhex(NS + option * 8000))
+        assert taken < 5 * ndp.OPTIONS_MAX
 
 
 def test_names_are_no_more_than_the_message() -> None:
@@ -164,12 +189,19 @@ def test_names_are_no_more_than_the_message() -> None:
     body += (0xC000 | last).to_bytes(2, "big") * ((2032 - len(body)) // 2) + b"\0"
     option = b"\x1f\xff" + bytes(6) + body
     with pytest.raises(Malformed, match="compressed"):
-        RouterSolicitation.parse(bytes((133,)) + bytes(7) + option * 31)
+        RouterAdvertisement.parse(bytes.fromhex(RA) + option * 31)
+    assert RouterSolicitation.parse(bytes((133,)) + bytes(7) + option * 31) == RouterSolicitation()
 
 
 def test_unknown_options_are_skipped() -> None:
     nonce = "0e01 010203040506"  # RFC 3971, 5.3.2: Linux sends one in its probes for duplicates
     assert NeighbourSolicitation.parse(bytes.fromhex(NS + nonce + SOURCE_LL)).options == (SOURCE,)
+
+
+@pytest.mark.parametrize("option", [TARGET_LL, PREFIX, "1f02 0000 ffffffff 4000000000000000", "0301 40c0ffffffff"])
+def test_options_of_other_messages_are_skipped(option: str) -> None:
+    """Even if they lie (RFC 4861, 7.1.1)."""
+    assert NeighbourSolicitation.parse(bytes.fromhex(NS + option + SOURCE_LL)).options == (SOURCE,)
 
 
 def test_has_link_address() -> None:
