@@ -4,15 +4,28 @@
     ------------------------------  ----------------------------------------------  ------------------------
     DISCOVER                        OFFER                                           --no-dhcp, or no gateway
     DISCOVER with Rapid Commit      ACK with Rapid Commit (RFC 4039)
-    REQUEST, for any address        ACK with the address there is to give
+    REQUEST of our address, or of   ACK
+      none in particular
+    REQUEST of any other address    NAK: the client begins anew (RFC 2131, 4.3.2)
+    INFORM                          ACK without address and lease (4.3.5)
     BOOTP request (no type)         BOOTP reply (RFC 1534, 2)
-    DECLINE, RELEASE, INFORM, ...   none
+    DECLINE, RELEASE                none, a line in the log
+    with the identifier of another  none
+      server, or by a relay agent
+      of another subnet
+    others                          none
 
-There is never a NAK: a client that asks for another address than ours is told ours, and takes it.
+    where the answer goes (RFC 2131, 4.1), the first that holds     address      port  MAC
+    --------------------------------------------------------------  -----------  ----  ----------------------
+    a relay agent forwarded the request                             giaddr       67    sender of the frame
+    NAK                                                             broadcast    68    broadcast
+    the client has an address: ciaddr, or the source of an INFORM   that         68    sender of the frame
+    the client set the broadcast flag                               broadcast    68    broadcast
+    anything else                                                   the offered  68    chaddr
 
-An answer goes to the assigned address at the client's MAC, or to everybody if the client set the broadcast flag.
 Options stand in the order of the client's parameter request list, the rest behind it in ascending order; the message
-type comes first unless the list says where. A gateway outside the assigned subnet (a /32, say) is made reachable by
+type comes first unless the list says where, and the mask before the router (RFC 2132, 3.3). The client's identifier
+comes back (RFC 6842). A gateway outside the assigned subnet (a /32, say) is made reachable by
 classless routes (RFC 3442). A client that tells its name, or asks for it, is told ours for it (--fqdn), and that we
 update no DNS (RFC 4702, 4).
 
@@ -20,7 +33,8 @@ The answer is never longer than the client takes: 300 bytes for BOOTP, 576 for D
 2131, 2; option 57) and the link takes it. What does not fit is left out in the order of `DISPENSABLE`.
 
 Left out: leases in a table, timers, other clients. The guest is one, and keeps what it got; nothing is remembered of
-those who ask, however many they say they are.
+clients, however many they say they are. An address that was declined is offered again, since there is no other.
+docs/services.md has the requirements of the RFCs one by one.
 """
 
 from __future__ import annotations
@@ -31,13 +45,18 @@ from . import addr, log
 from .flow.context import Context
 from .policy.config import MTU_MAX, Config, Ip4
 from .wire import dhcp, domain, ether, ip, udp
+from .wire.cursor import Malformed
 from .wire.dhcp import Fqdn, Message
 
 INFINITE = b"\xff" * 4  # of lease times (RFC 2131, 3.3)
+ETHERNET = 1, 6  # hardware type, length of an address
+PARAMETERS_MAX = 255  # of a request list: there are no more codes
 IP_UDP = ip.HEADER4.size + udp.HEADER.size
 
 # The answer to a message type; None stands for BOOTP, which has no type.
-ANSWERS = {dhcp.DISCOVER: dhcp.OFFER, dhcp.REQUEST: dhcp.ACK, None: None}
+ANSWERS = {dhcp.DISCOVER: dhcp.OFFER, dhcp.REQUEST: dhcp.ACK, dhcp.INFORM: dhcp.ACK, None: None}
+NAMES = {dhcp.REQUEST: "request", dhcp.INFORM: "inform"}
+NOTED = frozenset((dhcp.DECLINE, dhcp.RELEASE))  # what has no answer, but says something
 
 # What a client can do without, first what it needs least; the rest fits into the shortest of messages.
 DISPENSABLE = (dhcp.OPT_SEARCH, dhcp.OPT_FQDN, dhcp.OPT_HOSTNAME, dhcp.OPT_MTU, dhcp.OPT_DNS)
@@ -50,15 +69,31 @@ def message_type(message: Message) -> int | None:
 
 
 def ignore(request: Message, config: Config) -> bool:
-    """Whether `request` gets no answer."""
-    if config.no_dhcp or config.ip4 is None or config.ip4.gateway is None:
+    """Whether `request` gets no answer, and is not noted either. Raises Malformed."""
+    ip4 = config.ip4
+    if config.no_dhcp or ip4 is None or ip4.gateway is None or request.op != dhcp.BOOTREQUEST:
         return True
-    return request.op != dhcp.BOOTREQUEST or message_type(request) not in ANSWERS
+    kind = message_type(request)
+    if kind not in ANSWERS and kind not in NOTED:
+        return True
+    if len(request.options.get(dhcp.OPT_CLIENT_ID, b"")) > dhcp.CLIENT_ID_MAX:
+        raise Malformed("DHCP client identifier length")
+    if request.address(dhcp.OPT_SERVER_ID) not in (None, ip4.gateway):
+        return True  # the client has chosen another server (RFC 2131, 3.1)
+    return any(request.giaddr) and not addr.in_subnet(request.giaddr, ip4.addr, ip4.prefix_len)
 
 
 def rapid(request: Message) -> bool:
     """Whether the client wants to be told at once, without an offer."""
     return message_type(request) == dhcp.DISCOVER and dhcp.OPT_RAPID_COMMIT in request.options
+
+
+def refused(request: Message, assigned: bytes) -> bytes | None:
+    """The address that a REQUEST is about, where that is not `assigned` (RFC 2131, 4.3.2). Raises Malformed."""
+    if message_type(request) != dhcp.REQUEST:
+        return None
+    wanted = request.address(dhcp.OPT_REQUESTED) or addr.ANY4
+    return next((a for a in (wanted, request.ciaddr) if any(a) and a != assigned), None)
 
 
 def configuration(ip4: Ip4, gateway: bytes, config: Config) -> dict[int, bytes]:
@@ -83,8 +118,20 @@ def lease(request: Message, gateway: bytes) -> dict[int, bytes]:
     kind = dhcp.ACK if rapid(request) else ANSWERS[message_type(request)]
     if kind is None:
         return {}
-    options = {dhcp.OPT_TYPE: bytes((kind,)), dhcp.OPT_LEASE: INFINITE, dhcp.OPT_SERVER_ID: gateway}
-    return options | {dhcp.OPT_RAPID_COMMIT: b""} if rapid(request) else options
+    options = identity(request, kind, gateway)
+    if message_type(request) != dhcp.INFORM:
+        options[dhcp.OPT_LEASE] = INFINITE
+    if rapid(request):
+        options[dhcp.OPT_RAPID_COMMIT] = b""
+    return options
+
+
+def identity(request: Message, kind: int, gateway: bytes) -> dict[int, bytes]:
+    """What answer it is, from which server, and to which client (RFC 6842, 3)."""
+    options = {dhcp.OPT_TYPE: bytes((kind,)), dhcp.OPT_SERVER_ID: gateway}
+    if dhcp.OPT_CLIENT_ID in request.options:
+        options[dhcp.OPT_CLIENT_ID] = request.options[dhcp.OPT_CLIENT_ID]
+    return options
 
 
 def full_name(request: Message, name: str) -> bytes | None:
@@ -103,7 +150,10 @@ def full_name(request: Message, name: str) -> bytes | None:
 def ordered(options: dict[int, bytes], wanted: bytes) -> dict[int, bytes]:
     """`options` as the client's parameter request list wants them, then the others ascending."""
     first = wanted if not wanted or dhcp.OPT_TYPE in wanted else bytes((dhcp.OPT_TYPE,)) + wanted
-    codes = dict.fromkeys((*first, *sorted(options)))
+    codes = list(dict.fromkeys((*first, *sorted(options))))
+    if {dhcp.OPT_MASK, dhcp.OPT_ROUTER} <= options.keys() and codes.index(dhcp.OPT_MASK) > codes.index(dhcp.OPT_ROUTER):
+        codes.remove(dhcp.OPT_MASK)
+        codes.insert(codes.index(dhcp.OPT_ROUTER), dhcp.OPT_MASK)
     return {code: options[code] for code in codes if code in options}
 
 
@@ -113,13 +163,14 @@ def reply(request: Message, ip4: Ip4, gateway: bytes, config: Config) -> Message
     name = full_name(request, config.fqdn)
     if name is not None:
         options[dhcp.OPT_FQDN] = name
-    wanted = request.options.get(dhcp.OPT_PARAMETERS, b"")
+    wanted = request.options.get(dhcp.OPT_PARAMETERS, b"")[:PARAMETERS_MAX]
+    inform = message_type(request) == dhcp.INFORM
     answer = Message(
         dhcp.BOOTREPLY,
         request.xid,
         flags=request.flags,
-        ciaddr=request.ciaddr,
-        yiaddr=ip4.addr,
+        ciaddr=addr.ANY4 if message_type(request) == dhcp.DISCOVER else request.ciaddr,
+        yiaddr=addr.ANY4 if inform else ip4.addr,
         siaddr=request.siaddr,
         giaddr=request.giaddr,
         chaddr=request.chaddr,
@@ -130,6 +181,35 @@ def reply(request: Message, ip4: Ip4, gateway: bytes, config: Config) -> Message
         options=ordered(options, wanted),
     )
     return fit(answer, room(request, config), config.dns_search)
+
+
+def nak(request: Message, gateway: bytes) -> Message:
+    """The answer to a request for an address that there is not (RFC 2131, 4.3.1, table 3)."""
+    return Message(
+        dhcp.BOOTREPLY,
+        request.xid,
+        flags=request.flags | (dhcp.BROADCAST if any(request.giaddr) else 0),  # for the relay agent (4.3.2)
+        giaddr=request.giaddr,
+        chaddr=request.chaddr,
+        htype=request.htype,
+        hlen=request.hlen,
+        options=identity(request, dhcp.NAK, gateway) | {dhcp.OPT_MESSAGE: b"not the address of this network"},
+    )
+
+
+def destination(request: Message, answer: Message, src_mac: bytes, src: bytes) -> tuple[bytes, bytes, int]:
+    """MAC, address and port that `answer` goes to (RFC 2131, 4.1). The request came from `src_mac` and `src`."""
+    if any(request.giaddr):
+        return src_mac, request.giaddr, dhcp.SERVER_PORT
+    inform = message_type(request) == dhcp.INFORM
+    known = src if inform and not any(request.ciaddr) else request.ciaddr
+    refusal = message_type(answer) == dhcp.NAK
+    if addr.is_unicast(known) and not addr.is_martian(known) and not refusal:
+        return src_mac, known, dhcp.CLIENT_PORT
+    if request.flags & dhcp.BROADCAST or inform or refusal:
+        return addr.BROADCAST_MAC, addr.BROADCAST4, dhcp.CLIENT_PORT
+    ethernet = (request.htype, request.hlen) == ETHERNET and any(request.chaddr[:6]) and not request.chaddr[0] & 1
+    return request.chaddr[:6] if ethernet else src_mac, answer.yiaddr, dhcp.CLIENT_PORT
 
 
 def room(request: Message, config: Config) -> int:
@@ -161,7 +241,16 @@ def describe(request: Message) -> str:
     kind = message_type(request)
     if kind is None:
         return "BOOTP: ack to request"
-    return "DHCP: offer to discover" if kind == dhcp.DISCOVER else "DHCP: ack to request"
+    return "DHCP: offer to discover" if kind == dhcp.DISCOVER else f"DHCP: ack to {NAMES[kind]}"
+
+
+def note(request: Message, now: float) -> None:
+    """Tell of a client that gives up the address (RFC 2131, 4.3.3 and 4.3.4). Raises Malformed."""
+    if message_type(request) == dhcp.DECLINE:
+        declined = addr.text(request.address(dhcp.OPT_REQUESTED) or addr.ANY4)
+        log.warn_ratelimited("DHCP decline", f"DHCP: the guest declines {declined}: another station uses it", now)
+    else:
+        log.info_ratelimited("DHCP release", f"DHCP: release of {addr.text(request.ciaddr)}", now)
 
 
 class Dhcp:
@@ -177,11 +266,14 @@ class Dhcp:
         ip4 = config.ip4
         if ignore(request, config) or ip4 is None or ip4.gateway is None:
             return
-        answer = reply(request, ip4, ip4.gateway, config).emit()
-        what = describe(request)
-        if log.info_ratelimited(what, what, now):
+        if message_type(request) in NOTED:
+            note(request, now)
+            return
+        wrong = refused(request, ip4.addr)
+        answer = reply(request, ip4, ip4.gateway, config) if wrong is None else nak(request, ip4.gateway)
+        what = describe(request) if wrong is None else "DHCP: nak to request"
+        if log.info_ratelimited(what, what if wrong is None else f"{what} for {addr.text(wrong)}", now):
             log.info(f"    from {addr.mac_text(request.chaddr[:6])}")
-        to = addr.BROADCAST4 if request.flags & dhcp.BROADCAST else ip4.addr
-        source = ip4.our_addr or ip4.gateway
-        ports = dhcp.SERVER_PORT, dhcp.CLIENT_PORT
-        self._ctx.link.send_frame(ether.udp_frame(src_mac, config.our_mac, source, to, *ports, answer))
+        mac, to, port = destination(request, answer, src_mac, src)
+        ends = ip4.our_addr or ip4.gateway, to, dhcp.SERVER_PORT, port
+        self._ctx.link.send_frame(ether.udp_frame(mac, config.our_mac, *ends, answer.emit()))

@@ -2,10 +2,13 @@
 
     op htype hlen hops | xid | secs flags | ciaddr | yiaddr | siaddr | giaddr | chaddr 16 | sname 64 | file 128
     magic cookie | options: code, length, value ... | 255 | zero padding
+
+A message of more than `OPTIONS_MAX` options is refused, so that 64 KiB of them cost no more than another message.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from struct import Struct
@@ -30,12 +33,15 @@ OPT_ROUTER = 3
 OPT_DNS = 6
 OPT_HOSTNAME = 12
 OPT_MTU = 26
+OPT_REQUESTED = 50  # the address that a client would like to have
 OPT_LEASE = 51
 OPT_OVERLOAD = 52
 OPT_TYPE = 53
 OPT_SERVER_ID = 54
 OPT_PARAMETERS = 55
+OPT_MESSAGE = 56  # why there is a NAK, in words
 OPT_MAX_SIZE = 57
+OPT_CLIENT_ID = 61
 OPT_RAPID_COMMIT = 80  # RFC 4039
 OPT_FQDN = 81  # RFC 4702
 OPT_SEARCH = 119  # RFC 3397
@@ -48,17 +54,32 @@ OVERLOAD_SNAME = 2
 OPTIONS_MIN = 60  # cookie and options are never shorter than BOOTP's 64 bytes of vendor information (RFC 951, 3)
 BOOTP_SIZE = 300  # of any BOOTP message (RFC 951, 3)
 SIZE_MIN = 576  # every client takes an IP datagram of this size (RFC 2131, 2)
+OPTIONS_MAX = 512  # there are 254 codes, and a message of 64 KiB can hold 250 full options
+CLIENT_ID_MAX = 255  # bytes of one option
+
+_PADDING = re.compile(rb"\0*")
 
 
-def _parse_options(area: bytes, into: dict[int, bytes]) -> None:
-    """Add the options of `area`; one that comes again is continued (RFC 3396, 5)."""
-    c = Cursor(area, "DHCP option")
-    while c.left:
-        code = c.u8()
+def _parse_options(area: bytes, into: dict[int, bytearray], budget: int) -> int:
+    """Add the options of `area`; one that comes again is continued (RFC 3396, 5). Returns what is left of `budget`."""
+    pos, end = 0, len(area)
+    while pos < end:
+        if not budget:
+            raise Malformed("DHCP too many options")
+        budget -= 1
+        code = area[pos]
+        pos += 1
         if code == OPT_END:
-            return
-        if code != OPT_PAD:
-            into[code] = into.get(code, b"") + c.take(c.u8())
+            break
+        if code == OPT_PAD:
+            pos = _PADDING.match(area, pos).end()  # type: ignore[union-attr]  # it matches the empty string, too
+            continue
+        start = pos + 1
+        if start > end or start + area[pos] > end:
+            raise Malformed("DHCP option truncated")
+        pos = start + area[pos]
+        into.setdefault(code, bytearray()).extend(area[start:pos])
+    return budget
 
 
 def _emit_options(options: Mapping[int, bytes]) -> bytes:
@@ -124,20 +145,29 @@ class Message:
         op, htype, hlen, hops, xid, secs, flags, ci, yi, si, gi, chaddr, sname, file = c.unpack(HEADER)
         if hlen > len(chaddr):
             raise Malformed("DHCP hardware address length")
-        options: dict[int, bytes] = {}
+        options: dict[int, bytearray] = {}
+        budget = OPTIONS_MAX
         if c.left >= len(COOKIE) and c.take(len(COOKIE)) == COOKIE:
-            _parse_options(c.rest(), options)
+            budget = _parse_options(c.rest(), options, budget)
         # Fields that hold options hold no names (RFC 2132, 9.3); `file` is read first. Then the option that says so has
         # served, and means nothing where it comes again.
         overload = int.from_bytes(options.pop(OPT_OVERLOAD, b""), "big")
         if overload & OVERLOAD_FILE:
-            _parse_options(file, options)
+            budget = _parse_options(file, options, budget)
             file = bytes(128)
         if overload & OVERLOAD_SNAME:
-            _parse_options(sname, options)
+            _parse_options(sname, options, budget)
             sname = bytes(64)
         options.pop(OPT_OVERLOAD, None)
-        return cls(op, xid, flags, ci, yi, si, gi, chaddr, sname, file, htype, hlen, hops, secs, options)
+        told = {code: bytes(value) for code, value in options.items()}
+        return cls(op, xid, flags, ci, yi, si, gi, chaddr, sname, file, htype, hlen, hops, secs, told)
+
+    def address(self, code: int) -> bytes | None:
+        """The address in the option `code`, None without it. Raises Malformed."""
+        value = self.options.get(code)
+        if value is not None and len(value) != 4:
+            raise Malformed("DHCP address option length")
+        return value
 
     def emit(self) -> bytes:
         head = (self.op, self.htype, self.hlen, self.hops, self.xid, self.secs, self.flags)

@@ -23,6 +23,9 @@ from .support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, IP4, OUR_MAC, T0, link
 CHADDR = GUEST_MAC + bytes(10)
 MASK = packed("255.255.255.0")
 DNS = packed("192.0.2.53"), packed("198.51.100.53")
+FOREIGN = packed("10.0.0.1")
+RELAY = packed("192.0.2.8")
+EVERYBODY = addr.BROADCAST_MAC, addr.BROADCAST4, 68
 
 
 def request(kind: int | None = dhcp.DISCOVER, flags: int = 0, **options: bytes) -> Message:
@@ -32,9 +35,9 @@ def request(kind: int | None = dhcp.DISCOVER, flags: int = 0, **options: bytes) 
     return Message(dhcp.BOOTREQUEST, 0xDEADBEEF, flags=flags, chaddr=CHADDR, secs=7, options={**typed, **named})
 
 
-def send(ctx: Context, message: Message) -> bytes | None:
+def send(ctx: Context, message: Message, src: bytes = addr.ANY4) -> bytes | None:
     """The frame that answers `message`, checked by scapy."""
-    Dhcp(ctx).tap_handler(GUEST_MAC, addr.ANY4, addr.BROADCAST4, message.emit(), T0)
+    Dhcp(ctx).tap_handler(GUEST_MAC, src, addr.BROADCAST4, message.emit(), T0)
     frames = link(ctx).take()
     if not frames:
         return None
@@ -50,6 +53,12 @@ def ask(ctx: Context, message: Message) -> Message:
     return Message.parse(frame[14 + 20 + 8 :])
 
 
+def goes_to(frame: bytes | None) -> tuple[bytes, bytes, int]:
+    """MAC, address and port that a frame is for."""
+    assert frame is not None
+    return frame[:6], frame[30:34], int.from_bytes(frame[36:38], "big")
+
+
 # Who is answered ---------------------------------------------------------------------------------------------------
 
 
@@ -63,14 +72,14 @@ def ask(ctx: Context, message: Message) -> Message:
         (dhcp.ACK, None),
         (dhcp.NAK, None),
         (dhcp.RELEASE, None),
-        (dhcp.INFORM, None),
+        (dhcp.INFORM, dhcp.ACK),
         (0, None),
         (255, None),
     ],
 )
 def test_message_types(ctx: Context, kind: int | None, answer: int | None) -> None:
     message = request(kind)
-    assert ignore(message, CONFIG) is (answer is None)
+    assert ignore(message, CONFIG) is (answer is None and kind not in (dhcp.DECLINE, dhcp.RELEASE))
     if answer is None:
         assert send(ctx, message) is None
     else:
@@ -142,7 +151,7 @@ def test_fields_of_the_request_come_back(ctx: Context) -> None:
         request(dhcp.REQUEST),
         ciaddr=GUEST4,
         siaddr=packed("192.0.2.9"),
-        giaddr=packed("192.0.2.8"),
+        giaddr=RELAY,
         sname=b"server".ljust(64, b"\0"),
         file=b"boot".ljust(128, b"\0"),
         hops=3,
@@ -188,19 +197,176 @@ def test_name_of_the_guest_that_is_cut_off() -> None:
         ask(make_context(fqdn="vm.example"), request(FQDN=b"\x04\0"))
 
 
-def test_broadcast_flag(ctx: Context) -> None:
-    frame = send(ctx, request(flags=dhcp.BROADCAST))
-    assert frame is not None
-    assert frame[30:34] == addr.BROADCAST4
-    assert frame[:6] == GUEST_MAC
+def test_ciaddr_of_an_offer_is_zero(ctx: Context) -> None:
+    """RFC 2131, 4.3.1, table 3."""
+    assert ask(ctx, replace(request(), ciaddr=FOREIGN)).ciaddr == addr.ANY4
+    assert ask(ctx, replace(request(dhcp.REQUEST), ciaddr=GUEST4)).ciaddr == GUEST4
 
 
-def test_asked_for_another_address(ctx: Context) -> None:
-    """Never a NAK: the client is told what there is."""
-    message = request(dhcp.REQUEST)
-    message = replace(message, options={**message.options, 50: packed("10.0.0.1"), 54: packed("10.0.0.2")})
-    answer = ask(ctx, message)
+# Where answers go (RFC 2131, 4.1) ----------------------------------------------------------------------------------
+
+CHADDR_MAC = bytes.fromhex("020000000009")
+
+
+@pytest.mark.parametrize("kind", [None, dhcp.DISCOVER, dhcp.REQUEST])
+def test_unicast_to_the_hardware_address(ctx: Context, kind: int | None) -> None:
+    """It need not be that of the frame: a bridge may have put its own there."""
+    assert goes_to(send(ctx, request(kind))) == (GUEST_MAC, GUEST4, 68)
+    message = replace(request(kind), chaddr=CHADDR_MAC.ljust(16, b"\0"))
+    assert goes_to(send(ctx, message)) == (CHADDR_MAC, GUEST4, 68)
+
+
+@pytest.mark.parametrize("change", [{"htype": 6}, {"hlen": 16}, {"chaddr": bytes(16)}, {"chaddr": b"\xff" * 16}])
+def test_hardware_address_that_is_none_of_ethernet(ctx: Context, change: dict[str, Any]) -> None:
+    assert goes_to(send(ctx, replace(request(), **change))) == (GUEST_MAC, GUEST4, 68)
+
+
+@pytest.mark.parametrize("kind", [None, dhcp.DISCOVER, dhcp.REQUEST])
+def test_broadcast_flag(ctx: Context, kind: int | None) -> None:
+    assert goes_to(send(ctx, request(kind, flags=dhcp.BROADCAST))) == EVERYBODY
+
+
+def test_client_with_an_address(ctx: Context) -> None:
+    """It has it already (RENEWING): the broadcast flag does not matter then."""
+    message = replace(request(dhcp.REQUEST, flags=dhcp.BROADCAST), ciaddr=GUEST4, chaddr=CHADDR_MAC.ljust(16, b"\0"))
+    assert goes_to(send(ctx, message)) == (GUEST_MAC, GUEST4, 68)
+
+
+@pytest.mark.parametrize("ciaddr", ["127.0.0.1", "224.0.0.1", "255.255.255.255"])
+def test_address_that_no_client_has(ctx: Context, ciaddr: str) -> None:
+    assert goes_to(send(ctx, replace(request(), ciaddr=packed(ciaddr)))) == (GUEST_MAC, GUEST4, 68)
+
+
+def test_relay_agent(ctx: Context) -> None:
+    """The answer goes to the agent's server port, whatever flag and address the client has."""
+    message = replace(request(dhcp.REQUEST, flags=dhcp.BROADCAST), ciaddr=GUEST4, giaddr=RELAY)
+    assert goes_to(send(ctx, message)) == (GUEST_MAC, RELAY, 67)
+
+
+def test_relay_agent_of_another_subnet(ctx: Context) -> None:
+    """RFC 2131, 4.3.1: the address is of the subnet of giaddr; there we have none."""
+    assert send(ctx, replace(request(), giaddr=FOREIGN)) is None
+
+
+# Requests (RFC 2131, 4.3.2) ----------------------------------------------------------------------------------------
+
+
+def states(address: bytes) -> dict[str, Message]:
+    """A REQUEST for `address` in each state of a client."""
+    return {
+        "selecting": request(dhcp.REQUEST, REQUESTED=address, SERVER_ID=GATEWAY4),
+        "init-reboot": request(dhcp.REQUEST, REQUESTED=address),
+        "renewing": replace(request(dhcp.REQUEST), ciaddr=address),
+    }
+
+
+@pytest.mark.parametrize("state", states(GUEST4))
+def test_request_for_our_address(ctx: Context, state: str) -> None:
+    answer = ask(ctx, states(GUEST4)[state])
     assert (answer.yiaddr, answer.options[dhcp.OPT_TYPE]) == (GUEST4, bytes((dhcp.ACK,)))
+
+
+@pytest.mark.parametrize("address", [FOREIGN, packed("192.0.2.3")])
+@pytest.mark.parametrize("state", states(GUEST4))
+def test_request_for_another_address(ctx: Context, state: str, address: bytes) -> None:
+    """A NAK to all, so that the client begins anew; with nothing that table 3 does not allow."""
+    message = replace(states(address)[state], sname=b"s" * 64, file=b"f" * 128, siaddr=RELAY)
+    message = replace(message, options={**message.options, dhcp.OPT_CLIENT_ID: b"\1id"})
+    frame = send(make_context(**FULL), message)
+    assert goes_to(frame) == EVERYBODY
+    answer = Message.parse((frame or b"")[42:])
+    assert (answer.xid, answer.chaddr, answer.ciaddr, answer.yiaddr, answer.siaddr, answer.sname, answer.file) == (
+        *(message.xid, message.chaddr, addr.ANY4, addr.ANY4, addr.ANY4, bytes(64), bytes(128)),
+    )
+    assert answer.options == {
+        dhcp.OPT_TYPE: bytes((dhcp.NAK,)),
+        dhcp.OPT_SERVER_ID: GATEWAY4,
+        dhcp.OPT_CLIENT_ID: b"\1id",
+        dhcp.OPT_MESSAGE: b"not the address of this network",
+    }
+
+
+def test_refusal_by_way_of_a_relay_agent(ctx: Context) -> None:
+    """It has the broadcast flag, for the agent to broadcast it (4.3.2)."""
+    frame = send(ctx, replace(states(FOREIGN)["init-reboot"], giaddr=RELAY))
+    assert goes_to(frame) == (GUEST_MAC, RELAY, 67)
+    answer = Message.parse((frame or b"")[42:])
+    assert (answer.flags, answer.giaddr, answer.options[dhcp.OPT_TYPE]) == (dhcp.BROADCAST, RELAY, bytes((dhcp.NAK,)))
+
+
+def test_no_address_in_particular(ctx: Context) -> None:
+    for message in (request(dhcp.REQUEST), request(dhcp.REQUEST, REQUESTED=addr.ANY4)):
+        assert ask(ctx, message).yiaddr == GUEST4
+
+
+@pytest.mark.parametrize("kind", [dhcp.DISCOVER, dhcp.REQUEST, dhcp.INFORM, dhcp.DECLINE, dhcp.RELEASE])
+def test_identifier_of_another_server(ctx: Context, kind: int) -> None:
+    """The client has chosen that server, and tells us by this (3.1); an answer would be in its way."""
+    assert ignore(request(kind, SERVER_ID=FOREIGN), CONFIG)
+    assert not ignore(request(kind, SERVER_ID=GATEWAY4), CONFIG)
+    assert send(ctx, request(kind, SERVER_ID=FOREIGN, REQUESTED=FOREIGN)) is None
+
+
+@pytest.mark.parametrize("name", ["REQUESTED", "SERVER_ID"])
+def test_address_option_of_another_length(ctx: Context, name: str) -> None:
+    with pytest.raises(Malformed, match="address option length"):
+        send(ctx, request(dhcp.REQUEST, **{name: b"\xc0\0\2"}))
+
+
+# INFORM, DECLINE, RELEASE ------------------------------------------------------------------------------------------
+
+
+def test_inform() -> None:
+    """Parameters for a client that has an address (4.3.5): to that address, with no other and no lease."""
+    frame = send(make_context(**FULL), replace(request(dhcp.INFORM, flags=dhcp.BROADCAST), ciaddr=packed("192.0.2.77")))
+    assert goes_to(frame) == (GUEST_MAC, packed("192.0.2.77"), 68)
+    answer = Message.parse((frame or b"")[42:])
+    assert (answer.ciaddr, answer.yiaddr) == (packed("192.0.2.77"), addr.ANY4)
+    assert answer.options[dhcp.OPT_TYPE] == bytes((dhcp.ACK,))
+    assert answer.options.keys() == {1, 3, 6, 26, 53, 54, 119}, "no lease time"
+
+
+@pytest.mark.parametrize(
+    ("src", "where"),
+    [(packed("192.0.2.77"), (GUEST_MAC, packed("192.0.2.77"), 68)), (addr.ANY4, EVERYBODY)],
+)
+def test_inform_without_ciaddr(ctx: Context, src: bytes, where: tuple[bytes, bytes, int]) -> None:
+    """The source of the packet says as well where the client is."""
+    assert goes_to(send(ctx, request(dhcp.INFORM), src)) == where
+
+
+@pytest.mark.parametrize("ciaddr", ["127.0.0.1", "224.0.0.1"])
+def test_inform_of_an_address_that_no_client_has(ctx: Context, ciaddr: str) -> None:
+    assert goes_to(send(ctx, replace(request(dhcp.INFORM), ciaddr=packed(ciaddr)))) == EVERYBODY
+
+
+def test_decline_and_release(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No answer (4.3.3, 4.3.4); the user is told; the address is offered again, since there is no other."""
+    decline = request(dhcp.DECLINE, REQUESTED=GUEST4, SERVER_ID=GATEWAY4)
+    release = replace(request(dhcp.RELEASE, SERVER_ID=GATEWAY4), ciaddr=GUEST4)
+    lines = heard(monkeypatch, ctx, decline, release, replace(decline, options={53: b"\4"}))
+    assert lines == ["DHCP: the guest declines 192.0.2.2: another station uses it", "DHCP: release of 192.0.2.2"]
+    assert ask(ctx, request()).yiaddr == GUEST4
+
+
+# Identifier of the client (RFC 6842) -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [dhcp.DISCOVER, dhcp.REQUEST, dhcp.INFORM])
+@pytest.mark.parametrize("length", [0, 1, 7, 255])
+def test_client_identifier_comes_back(ctx: Context, kind: int, length: int) -> None:
+    """Even the longest fits, with all that must be told, into the shortest answer."""
+    ip4 = replace(IP4, gateway=FOREIGN, prefix_len=32, dns=DNS)
+    message = request(kind, CLIENT_ID=b"x" * length, RAPID_COMMIT=b"", FQDN=b"\4\0\0")
+    answer = ask(make_context(**{**LONG, "ip4": ip4}), message)
+    assert answer.options[dhcp.OPT_CLIENT_ID] == b"x" * length
+    assert {dhcp.OPT_MASK, dhcp.OPT_ROUTER, dhcp.OPT_ROUTES, dhcp.OPT_SERVER_ID} <= answer.options.keys()
+    assert dhcp.OPT_CLIENT_ID not in ask(ctx, request(kind)).options
+
+
+def test_client_identifier_that_is_too_long(ctx: Context) -> None:
+    with pytest.raises(Malformed, match="client identifier length"):
+        send(ctx, request(CLIENT_ID=bytes(256)))
 
 
 def test_rapid_commit(ctx: Context) -> None:
@@ -274,9 +440,10 @@ def test_gateway_outside_the_subnet(gateway: str, prefix_len: int, routes: str |
     ("wanted", "order"),
     [
         (b"", [1, 3, 26, 51, 53, 54]),
-        (b"\x03\x01", [53, 3, 1, 26, 51, 54]),
-        (b"\x03\x35\x01", [3, 53, 1, 26, 51, 54]),
-        (b"\x36\x03\x03\x36\x0c\xff\x00", [53, 54, 3, 1, 26, 51]),
+        (b"\x1a\x01", [53, 26, 1, 3, 51, 54]),
+        (b"\x03\x01", [53, 1, 3, 26, 51, 54]),  # the mask before the router (RFC 2132, 3.3)
+        (b"\x03\x35\x01", [1, 3, 53, 26, 51, 54]),
+        (b"\x36\x03\x03\x36\x0c\xff\x00", [53, 54, 1, 3, 26, 51]),
     ],
 )
 def test_order(ctx: Context, wanted: bytes, order: list[int]) -> None:
@@ -286,6 +453,12 @@ def test_order(ctx: Context, wanted: bytes, order: list[int]) -> None:
 @given(st.dictionaries(st.integers(1, 254), st.binary(max_size=4)), st.binary(max_size=40))
 def test_order_loses_nothing(options: dict[int, bytes], wanted: bytes) -> None:
     assert ordered(options, wanted) == options
+
+
+def test_order_of_a_list_of_any_length(ctx: Context) -> None:
+    """There are no more than 254 codes; a list of 60 KiB costs no more than one of these."""
+    long = bytes((dhcp.OPT_MTU,)) * 255 + bytes((dhcp.OPT_SERVER_ID,)) * 60000
+    assert list(ask(ctx, request(PARAMETERS=long)).options) == [53, 26, 1, 3, 51, 54]
 
 
 # Size --------------------------------------------------------------------------------------------------------------
@@ -366,6 +539,8 @@ def test_not_longer_than_the_link_takes(mtu: int, longest: int) -> None:
         (request(RAPID_COMMIT=b""), "DHCP: ack to discover (Rapid Commit)"),
         (request(dhcp.REQUEST), "DHCP: ack to request"),
         (request(None), "BOOTP: ack to request"),
+        (request(dhcp.INFORM), "DHCP: ack to inform"),
+        (request(dhcp.REQUEST, REQUESTED=FOREIGN), "DHCP: nak to request for 10.0.0.1"),
     ],
 )
 def test_log(ctx: Context, monkeypatch: pytest.MonkeyPatch, message: Message, line: str) -> None:

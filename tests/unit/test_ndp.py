@@ -92,7 +92,7 @@ def test_probe_for_a_free_address(ctx: Context, target: bytes) -> None:
 
 @pytest.mark.parametrize("target", [GATEWAY6, DNS, MAPPED, packed("fe80::2")])
 def test_probe_for_an_address_of_ours(target: bytes) -> None:
-    """All nodes are told, since the guest has no address to answer to (RFC 4861, 7.2.4), and the guest leaves the address to us."""
+    """All nodes are told, since the guest has no address yet to answer to (RFC 4861, 7.2.4)."""
     ip6 = replace(IP6, dns=(DNS,), map_guest_addr=MAPPED, our_ll=packed("fe80::2"))
     ctx = make_context(ip6=ip6)
     solicit(ctx, target, ANY6)

@@ -113,6 +113,38 @@ def test_overload_counts_once() -> None:
     assert parsed.file == message.file
 
 
+def test_padding_of_any_length() -> None:
+    """It is skipped as one, and does not count as options."""
+    for before in (bytes(60000), b"\0" * 1000 + b"\x0c\1a" + b"\0" * 50000):
+        assert Message.parse(DISCOVER[:240] + before + b"\x35\1\1\xff").options[53] == b"\1"
+
+
+@pytest.mark.parametrize("option", [b"\x37\0", b"\x37\1a", b"\0\x37\1a"])
+def test_options_are_counted(option: bytes) -> None:
+    """64 KiB of options are given up after the first few. A full message of long ones is not too many."""
+    with pytest.raises(Malformed, match="too many options"):
+        Message.parse(DISCOVER[:240] + option * 20000)
+    with pytest.raises(Malformed, match="too many options"):
+        Message.parse(DISCOVER[:240] + b"\x37\0" * dhcp.OPTIONS_MAX + b"\xff")
+    assert Message.parse(DISCOVER[:240] + b"\x37\0" * (dhcp.OPTIONS_MAX - 1) + b"\xff").options == {55: b""}
+    assert len(Message.parse(DISCOVER[:240] + (b"\x37\xff" + bytes(255)) * 250).options[55]) == 250 * 255
+
+
+def test_options_in_fields_are_counted_with_the_others() -> None:
+    full = b"\x34\1\3" + b"\x37\0" * (dhcp.OPTIONS_MAX - 30)
+    fields = DISCOVER[:44] + b"\x37\0" * 32 + b"\x37\0" * 64 + DISCOVER[236:240]
+    with pytest.raises(Malformed, match="too many options"):
+        Message.parse(fields + full + b"\xff")
+
+
+def test_address_of_an_option() -> None:
+    message = Message(1, 1, options={50: b"\xc0\0\2\2", 54: b"abc"})
+    assert message.address(50) == b"\xc0\0\2\2"
+    assert message.address(51) is None
+    with pytest.raises(Malformed, match="address option length"):
+        message.address(54)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
