@@ -1,38 +1,55 @@
-"""The DHCPv6 server of the guest (RFC 8415): one address, the same for whoever asks, and for ever.
+"""The DHCPv6 server of the guest (RFC 8415): one address, the same for all clients, and for ever.
 
-    from the guest       server identifier   answer      not if
-    -------------------  ------------------  ----------  --------------------------------------------------
-    SOLICIT              none                ADVERTISE   --no-dhcpv6, no address, no client identifier,
-    REQUEST, RENEW       ours                REPLY         sent to a unicast address (RFC 8415, 18.4)
-    CONFIRM, REBIND      none                REPLY
-    INFORMATION-REQUEST  ours or none        REPLY       the same, or it has an identity association
-    others               any                 none
+    from the guest             server identifier   answer      not if
+    -------------------------  ------------------  ----------  -----------------------------------------------
+    SOLICIT                    none                ADVERTISE   --no-dhcpv6, no address, no client identifier,
+      with Rapid Commit        none                REPLY         sent to a unicast address
+    CONFIRM                    none                REPLY       the same, or it names no address
+    REBIND                     none                REPLY
+    REQUEST, RENEW             ours                REPLY       --no-dhcpv6, no address, no client identifier
+    RELEASE, DECLINE           ours                REPLY       (to a unicast address: UseMulticast, and no more)
+    INFORMATION-REQUEST        ours or none        REPLY       --no-dhcpv6, no address, sent to a unicast
+                                                                 address, or it has an identity association
+    others                     any                 none
 
-An answer to a REQUEST, RENEW or CONFIRM for any other address than ours has, instead of the address and the DNS
-options, the identity association with status NotOnLink: the client solicits again. REBIND is answered with what is
-right. The association in the answer has the IAID of the client's first one; a client that asked for none is given
-one all the same, since it was told by our router advertisement that addresses are managed here, except in answer to an
-INFORMATION-REQUEST.
+The address goes to one association: the first IA_NA that names it, or else the first IA_NA. The answer has each
+association that the client sent, up to `ASSOCIATIONS_MAX`, and no other:
 
-The server's identifier is a DUID-LLT of our MAC and the time at which we started. Search lists are not compressed. A
-client that tells its name, or asks for it, is told ours for it (--fqdn), and that we update no DNS (RFC 4704, 6).
+    message                    association                        what it holds in the answer
+    -------------------------  ---------------------------------  ---------------------------------------------
+    REQUEST                    names an address of another link   status NotOnLink: the client solicits again
+    SOLICIT, REQUEST, RENEW,   the one with the address           the address, for ever
+      REBIND                   any other IA_NA, or IA_TA          status NoAddrsAvail
+                               IA_PD                              status NoPrefixAvail
+    RENEW, REBIND              names addresses or prefixes that   these with lifetime 0, beside or instead of the
+                                 it does not have                   above: the client stops using them
+    RELEASE, DECLINE           does not have the address          status NoBinding
 
-An answer is no longer than the link takes in one packet: search domains at the end that do not fit, and refused
-associations beyond `REFUSED_MAX`, are left out.
+The whole answer to a CONFIRM is one status: Success where all addresses are on the link, which is the /64 that
+router advertisements have, or else NotOnLink. RELEASE and DECLINE have status Success, too; the address that was given
+up is given again, since there is no other.
 
-Left out: leases and their timers (nothing ends), prefixes, temporary addresses, Rapid Commit, relays, Reconfigure.
+The server's identifier is a DUID-LLT of our MAC and the time at which we started. An ADVERTISE has the highest
+preference, so that the client does not wait for other servers. Search lists are not compressed. A client that tells its
+name, or asks for it, is told ours for it (--fqdn), and that we update no DNS (RFC 4704, 6).
+
+An answer is no longer than the link takes in one packet: search domains at the end that do not fit are left out, as are
+addresses and prefixes to give up beyond `WITHDRAWN_MAX`.
+
+Left out: leases and their timers (nothing ends), prefixes, temporary addresses, relays, Reconfigure. docs/services.md
+has the requirements of the RFC one by one.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from . import addr, log
 from .flow.context import Context
 from .policy.config import MTU_MAX, Config, Ip6
 from .wire import dhcpv6, domain, ether, ip, udp
-from .wire.dhcpv6 import Fqdn, Ia, IaAddress, Message
+from .wire.dhcpv6 import Fqdn, Ia, IaAddress, Message, Prefix
 
 NONE, OURS, EITHER = range(3)  # what the server identifier of a message must be
 
@@ -40,53 +57,120 @@ NONE, OURS, EITHER = range(3)  # what the server identifier of a message must be
 RULES = {
     dhcpv6.SOLICIT: (NONE, dhcpv6.ADVERTISE),
     dhcpv6.REQUEST: (OURS, dhcpv6.REPLY),
-    dhcpv6.RENEW: (OURS, dhcpv6.REPLY),
     dhcpv6.CONFIRM: (NONE, dhcpv6.REPLY),
+    dhcpv6.RENEW: (OURS, dhcpv6.REPLY),
     dhcpv6.REBIND: (NONE, dhcpv6.REPLY),
+    dhcpv6.RELEASE: (OURS, dhcpv6.REPLY),
+    dhcpv6.DECLINE: (OURS, dhcpv6.REPLY),
     dhcpv6.INFORMATION_REQUEST: (EITHER, dhcpv6.REPLY),
 }
-CHECKED = frozenset((dhcpv6.REQUEST, dhcpv6.RENEW, dhcpv6.CONFIRM))  # the addresses in these must be right
-DEFAULT_IAID = 1
-REFUSED_MAX = 16  # associations with status in an answer: they fit into 1280 bytes, whatever the client asks for
+GIVEN_UP = frozenset((dhcpv6.RELEASE, dhcpv6.DECLINE))  # what the client does to the address
+EXTENDED = frozenset((dhcpv6.RENEW, dhcpv6.REBIND))
+LINK_PREFIX = 64  # of the addresses on the link, as router advertisements say
+ASSOCIATIONS_MAX = 8  # that are looked at
+WITHDRAWN_MAX = 8  # so that an answer fits into 1280 bytes, whatever the client asks for
+NOW = b"\xff"  # a preference that ends the client's wait for other servers (RFC 8415, 18.2.1)
 IP_UDP = ip.HEADER6.size + udp.HEADER.size
 
+# Status -> text for it
+TEXTS = {
+    dhcpv6.SUCCESS: "",
+    dhcpv6.NO_ADDRS_AVAIL: "No more addresses.",
+    dhcpv6.NO_BINDING: "No such binding.",
+    dhcpv6.NOT_ON_LINK: "Prefix not appropriate for link.",
+    dhcpv6.USE_MULTICAST: "Unicast not allowed.",
+    dhcpv6.NO_PREFIX_AVAIL: "No prefixes here.",
+}
 
-def associations(message: Message) -> tuple[Ia, ...]:
-    """All identity associations for addresses. Raises Malformed."""
-    return tuple(Ia.parse(o) for o in message.options if o[0] in (dhcpv6.OPT_IA_NA, dhcpv6.OPT_IA_TA))
+
+def status(code: int) -> dhcpv6.Option:
+    """A status, with its text."""
+    return dhcpv6.status(code, TEXTS[code])
 
 
-def ignore(message: Message, dst: bytes, server_id: bytes, config: Config) -> bool:
-    """Whether a message to `dst` gets no answer (RFC 8415, 16)."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An association of a message, with what it names, read once."""
+
+    ia: Ia
+    addresses: tuple[bytes, ...] = ()
+    wrong: bytes | None = None  # the first address that is of another link
+
+
+def associations(message: Message, assigned: bytes) -> tuple[Asked, ...]:
+    """The first ASSOCIATIONS_MAX associations, on the link of `assigned`. Raises Malformed."""
+    found = []
+    for option in [o for o in message.options if o[0] in dhcpv6.IA_CODES][:ASSOCIATIONS_MAX]:
+        ia = Ia.parse(option)
+        addresses = ia.addresses
+        wrong = next((a for a in addresses if not addr.in_subnet(a, assigned, LINK_PREFIX)), None)
+        found.append(Asked(ia, addresses, wrong))
+    return tuple(found)
+
+
+def ignore(message: Message, src: bytes, dst: bytes, server_id: bytes, config: Config) -> bool:
+    """Whether a message from `src` to `dst` gets no answer (RFC 8415, 16)."""
     if config.no_dhcpv6 or config.ip6 is None or config.ip6.addr is None or message.kind not in RULES:
         return True
+    information = message.kind == dhcpv6.INFORMATION_REQUEST
     client_id = dhcpv6.find(message.options, dhcpv6.OPT_CLIENT_ID)
-    if not addr.is_multicast(dst) or client_id is None or len(client_id) > dhcpv6.DUID_MAX:
+    if not (information if client_id is None else 0 < len(client_id) <= dhcpv6.DUID_MAX):
         return True
-    if message.kind == dhcpv6.INFORMATION_REQUEST and associations(message):
+    allowed = RULES[message.kind][0]
+    if not (addr.is_multicast(dst) or allowed == OURS) or not addr.is_unicast(src):
+        return True
+    if information and any(code in dhcpv6.IA_CODES for code, _ in message.options):
         return True
     theirs = dhcpv6.find(message.options, dhcpv6.OPT_SERVER_ID)
-    allowed = {NONE: (None,), OURS: (server_id,), EITHER: (None, server_id)}
-    return theirs not in allowed[RULES[message.kind][0]]
+    return theirs not in {NONE: (None,), OURS: (server_id,), EITHER: (None, server_id)}[allowed]
 
 
-def off_link(message: Message, assigned: bytes) -> tuple[Ia, ...]:
-    """The associations with an address that is not `assigned`, where that is to be refused. Raises Malformed."""
-    if message.kind not in CHECKED:
-        return ()
-    return tuple(ia for ia in associations(message) if any(a != assigned for a in ia.addresses))
+def first_wrong(asked: tuple[Asked, ...]) -> bytes | None:
+    """The first address that is of another link."""
+    return next((a.wrong for a in asked if a.wrong is not None), None)
 
 
-def refused(ia: Ia) -> dhcpv6.Option:
-    """The association in an answer that says: that address is not for this link."""
-    status = dhcpv6.status(dhcpv6.STATUS_NOT_ON_LINK, "Prefix not appropriate for link.")
-    return Ia(ia.iaid, (status,), ia.t1, ia.t2, ia.temporary).emit()
+def refused(asked: Asked, message: Message) -> bool:
+    """Whether a REQUEST has an association that is for another link."""
+    return message.kind == dhcpv6.REQUEST and asked.wrong is not None
 
 
-def granted(message: Message, assigned: bytes) -> dhcpv6.Option:
-    """The association in an answer that gives the address, never to expire."""
-    asked = (ia.iaid for ia in associations(message) if not ia.temporary)
-    return Ia(next(asked, DEFAULT_IAID), (IaAddress(assigned).emit(),)).emit()
+def holder(message: Message, asked: tuple[Asked, ...], assigned: bytes) -> Asked | None:
+    """The association that gets the address."""
+    if message.kind not in (dhcpv6.SOLICIT, dhcpv6.REQUEST, *EXTENDED):
+        return None
+    able = [a for a in asked if a.ia.code == dhcpv6.OPT_IA_NA and not refused(a, message)]
+    return next((a for a in able if assigned in a.addresses), able[0] if able else None)
+
+
+def withdrawn(asked: Asked, kept: bytes | None) -> dhcpv6.Options:
+    """Addresses and prefixes other than `kept`, for the client to give up at once. Raises Malformed."""
+    addresses = (IaAddress(a, 0, 0).emit() for a in asked.addresses if a != kept)
+    prefixes = (Prefix(prefix, prefix_len, 0, 0).emit() for prefix, prefix_len in asked.ia.prefixes)
+    return (*addresses, *prefixes)
+
+
+def answered(message: Message, asked: tuple[Asked, ...], assigned: bytes) -> dhcpv6.Options:
+    """The associations of a message that asks for the address, as they are in the answer. Raises Malformed."""
+    room = WITHDRAWN_MAX
+    chosen = holder(message, asked, assigned)
+    found = []
+    for one in asked:
+        ia = one.ia
+        held = (IaAddress(assigned).emit(),) if one is chosen else ()
+        gone = withdrawn(one, assigned if held else None)[:room] if message.kind in EXTENDED else ()
+        room -= len(gone)
+        none = dhcpv6.NO_PREFIX_AVAIL if ia.code == dhcpv6.OPT_IA_PD else dhcpv6.NO_ADDRS_AVAIL
+        why = dhcpv6.NOT_ON_LINK if refused(one, message) else none
+        life = dhcpv6.INFINITE if held else 0
+        found.append(Ia(ia.iaid, (*held, *gone) or (status(why),), life, life, ia.code).emit())
+    return tuple(found)
+
+
+def unknown(asked: tuple[Asked, ...], assigned: bytes) -> dhcpv6.Options:
+    """The associations that a client gives up without having had them."""
+    others = (a.ia for a in asked if a.ia.code != dhcpv6.OPT_IA_NA or assigned not in a.addresses)
+    return tuple(Ia(ia.iaid, (status(dhcpv6.NO_BINDING),), 0, 0, ia.code).emit() for ia in others)
 
 
 def names(message: Message, ip6: Ip6, config: Config) -> dhcpv6.Options:
@@ -108,24 +192,62 @@ def search(domains: tuple[str, ...], room: int) -> dhcpv6.Options:
     return ((dhcpv6.OPT_SEARCH, domain.encode_list(told)),) if told else ()
 
 
-def reply(message: Message, server_id: bytes, ip6: Ip6, assigned: bytes, config: Config) -> Message:
+def reply(
+    message: Message, asked: tuple[Asked, ...], dst: bytes, server_id: bytes, ip6: Ip6, assigned: bytes, config: Config
+) -> Message:
     """The answer to a message that is not to be ignored. Raises Malformed."""
-    wrong = off_link(message, assigned)[:REFUSED_MAX]
-    if wrong:
-        given: tuple[dhcpv6.Option, ...] = tuple(map(refused, wrong))
-    elif message.kind == dhcpv6.INFORMATION_REQUEST:
-        given = ()
+    client_id = dhcpv6.find(message.options, dhcpv6.OPT_CLIENT_ID)
+    server = (dhcpv6.OPT_SERVER_ID, server_id)
+    client = () if client_id is None else ((dhcpv6.OPT_CLIENT_ID, client_id),)
+    if not addr.is_multicast(dst):
+        return _reply(message, server, *client, status(dhcpv6.USE_MULTICAST))
+    if message.kind in GIVEN_UP:
+        return _reply(message, server, *unknown(asked, assigned), *client, status(dhcpv6.SUCCESS))
+    if message.kind == dhcpv6.CONFIRM:
+        right = first_wrong(asked) is None
+        return _reply(message, server, *client, status(dhcpv6.SUCCESS if right else dhcpv6.NOT_ON_LINK))
+    given = (server, *answered(message, asked, assigned), *client)
+    if rapid(message):
+        answer = _reply(message, *given, (dhcpv6.OPT_RAPID_COMMIT, b""), *names(message, ip6, config))
+    elif message.kind == dhcpv6.SOLICIT:
+        rest = (dhcpv6.OPT_PREFERENCE, NOW), *names(message, ip6, config)
+        answer = Message(dhcpv6.ADVERTISE, message.transaction, (*given, *rest))
     else:
-        given = (granted(message, assigned),)
-    client_id = dhcpv6.find(message.options, dhcpv6.OPT_CLIENT_ID) or b""
-    identities = (dhcpv6.OPT_SERVER_ID, server_id), (dhcpv6.OPT_CLIENT_ID, client_id)
-    rest = () if wrong else names(message, ip6, config)
-    kind = RULES[message.kind][1]
-    answer = Message(kind, message.transaction, (identities[0], *given, identities[1], *rest))
-    if wrong or not config.advertise_search:
+        answer = _reply(message, *given, *names(message, ip6, config))
+    if not config.advertise_search:
         return answer
     room = (config.mtu or MTU_MAX) - IP_UDP - len(answer.emit())
     return replace(answer, options=(*answer.options, *search(config.dns_search, room)))
+
+
+def _reply(message: Message, *options: dhcpv6.Option) -> Message:
+    return Message(dhcpv6.REPLY, message.transaction, options)
+
+
+def rapid(message: Message) -> bool:
+    """Whether the client wants to be given the address at once."""
+    return message.kind == dhcpv6.SOLICIT and dhcpv6.find(message.options, dhcpv6.OPT_RAPID_COMMIT) is not None
+
+
+def has_address(message: Message, asked: tuple[Asked, ...], answer: Message, dst: bytes, assigned: bytes) -> bool:
+    """Whether the guest has the address after this answer."""
+    if answer.kind != dhcpv6.REPLY or not addr.is_multicast(dst):
+        return False
+    if message.kind == dhcpv6.CONFIRM:
+        return first_wrong(asked) is None and any(assigned in a.addresses for a in asked)
+    return holder(message, asked, assigned) is not None
+
+
+def tell(message: Message, asked: tuple[Asked, ...], answer: Message, assigned: bytes, now: float) -> None:
+    """Log a message and its answer."""
+    wrong = None if message.kind == dhcpv6.SOLICIT or message.kind in GIVEN_UP else first_wrong(asked)
+    if wrong is not None:
+        log.info_ratelimited("DHCPv6 link", f"DHCPv6: requested address {addr.text(wrong)} not on link", now)
+    if message.kind == dhcpv6.DECLINE:
+        text = f"DHCPv6: the guest declines {addr.text(assigned)}: another station uses it"
+        log.warn_ratelimited("DHCPv6 decline", text, now)
+    what = f"DHCPv6: received {dhcpv6.NAMES[message.kind]}, sending {dhcpv6.NAMES[answer.kind]}"
+    log.info_ratelimited(what, what, now)
 
 
 class Dhcpv6:
@@ -140,20 +262,19 @@ class Dhcpv6:
     ) -> bytes | None:
         """A UDP payload from the guest to port 547. Raises Malformed.
 
-        Returns the address that the guest was given, None without an answer: it is the guest's from now on, and the
+        Returns the address that the guest was given, None if it was given none: it is the guest's from now on, and the
         caller may take it as seen before the first packet comes from it.
         """
         config = self._ctx.config
         message = Message.parse(payload)
         ip6 = config.ip6
-        if ignore(message, dst, self.server_id, config) or ip6 is None or ip6.addr is None:
+        if ignore(message, src, dst, self.server_id, config) or ip6 is None or ip6.addr is None:
             return None
-        answer = reply(message, self.server_id, ip6, ip6.addr, config)
-        for ia in off_link(message, ip6.addr)[:1]:
-            wrong = next(a for a in ia.addresses if a != ip6.addr)
-            log.info_ratelimited("DHCPv6 link", f"DHCPv6: requested address {addr.text(wrong)} not on link", now)
-        what = f"DHCPv6: received {dhcpv6.NAMES[message.kind]}, sending {dhcpv6.NAMES[answer.kind]}"
-        log.info_ratelimited(what, what, now)
+        asked = associations(message, ip6.addr)
+        if message.kind == dhcpv6.CONFIRM and not any(a.addresses for a in asked):
+            return None  # nothing to confirm (RFC 8415, 18.3.3)
+        answer = reply(message, asked, dst, self.server_id, ip6, ip6.addr, config)
+        tell(message, asked, answer, ip6.addr, now)
         frame = ether.udp_frame(
             src_mac,
             config.our_mac,
@@ -165,4 +286,4 @@ class Dhcpv6:
             flow_label=int.from_bytes(message.transaction, "big"),
         )
         self._ctx.link.send_frame(frame)
-        return ip6.addr
+        return ip6.addr if has_address(message, asked, answer, dst, ip6.addr) else None

@@ -19,7 +19,7 @@ def seeds() -> Iterable[bytes]:
     options = (
         (dhcpv6.OPT_CLIENT_ID, dhcpv6.duid_llt(b"RT\0\x12\x34\x56", 1e9)),
         dhcpv6.Ia(7, (address,)).emit(),
-        dhcpv6.Ia(8, (address,), temporary=True).emit(),
+        dhcpv6.Ia(8, (address,), 0, 0, dhcpv6.OPT_IA_TA).emit(),
         (dhcpv6.OPT_REQUESTED, b"\0\x17\0\x18\0\x27"),
         dhcpv6.Fqdn(1, b"\5guest\0").emit(),
     )
@@ -28,10 +28,11 @@ def seeds() -> Iterable[bytes]:
 
 
 def option(code: int, value: bytes) -> None:
-    if code == dhcpv6.OPT_IA_NA or code == dhcpv6.OPT_IA_TA:
+    if code in dhcpv6.IA_CODES:
         ia = dhcpv6.Ia.parse((code, value))
         assert ia.emit() == (code, value)
         assert all(len(address) == 16 for address in ia.addresses)
+        assert all(len(prefix) == 16 for prefix, _ in ia.prefixes)
     elif code == dhcpv6.OPT_IA_ADDRESS:
         assert dhcpv6.IaAddress.parse(value).emit() == (code, value)
     elif code == dhcpv6.OPT_FQDN:

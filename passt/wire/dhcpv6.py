@@ -2,7 +2,9 @@
 
     msg-type 8 | transaction-id 24 | options: code 16, length 16, value ...
 
-Options stand in a tuple of (code, value) pairs, in their order; options within options likewise.
+Options stand in a tuple of (code, value) pairs, in their order; options within options likewise. More than
+`OPTIONS_MAX` of them in a message, or `NESTED_MAX` in an option, are refused, so that 64 KiB cost no more than a usual
+message.
 """
 
 from __future__ import annotations
@@ -31,14 +33,25 @@ OPT_IA_NA = 3
 OPT_IA_TA = 4
 OPT_IA_ADDRESS = 5
 OPT_REQUESTED = 6  # option codes that the client would like to have (RFC 8415, 21.7)
+OPT_PREFERENCE = 7  # of this server among others (RFC 8415, 21.8)
 OPT_STATUS = 13
+OPT_RAPID_COMMIT = 14
 OPT_DNS = 23  # RFC 3646, 3
 OPT_SEARCH = 24  # RFC 3646, 4
+OPT_IA_PD = 25  # an association for prefixes (RFC 8415, 21.21)
+OPT_IA_PREFIX = 26
 OPT_FQDN = 39  # RFC 4704, 4
 
-STATUS_NOT_ON_LINK = 4
+IA_CODES = frozenset((OPT_IA_NA, OPT_IA_TA, OPT_IA_PD))
+
+# Status codes (RFC 8415, 21.13)
+SUCCESS, UNSPEC_FAIL, NO_ADDRS_AVAIL, NO_BINDING, NOT_ON_LINK, USE_MULTICAST, NO_PREFIX_AVAIL = range(7)
+
 INFINITE = 0xFFFFFFFF
-DUID_MAX = 128  # RFC 8415, 11.1, besides the type
+DUID_MAX = 2 + 128  # RFC 8415, 11.1: the type, and what depends on it
+OPTIONS_MAX = 64  # in a message: clients send about ten
+NESTED_MAX = 16  # in an option: an association has an address or two
+REQUESTED_MAX = 2 * 256  # bytes of an option request that are looked at: there are fewer codes
 
 Option = tuple[int, bytes]
 Options = tuple[Option, ...]
@@ -51,12 +64,16 @@ _HARDWARE_ETHERNET = 1
 EPOCH_2000 = 946684800  # 2000-01-01 00:00 UTC, in Unix time
 
 
-def parse_options(c: Cursor) -> Options:
-    """The options up to the end of the region."""
+def parse_options(c: Cursor, most: int = NESTED_MAX) -> Options:
+    """The options up to the end of the region, no more than `most`. Raises Malformed."""
     options = []
-    while c.left:
+    for _ in range(most):
+        if not c.left:
+            break
         code, length = c.unpack(OPTION)
         options.append((code, c.take(length)))
+    if c.left:
+        raise Malformed("DHCPv6 too many options")
     return tuple(options)
 
 
@@ -71,8 +88,10 @@ def find(options: Options, code: int) -> bytes | None:
 
 def requests(options: Options, code: int) -> bool:
     """Whether the client would like to have the option `code`. Raises Malformed."""
-    c = Cursor(find(options, OPT_REQUESTED) or b"", "DHCPv6 option request")
-    return code in iter(lambda: c.u16() if c.left else None, None)
+    codes = find(options, OPT_REQUESTED) or b""
+    if len(codes) % 2:
+        raise Malformed("DHCPv6 option request truncated")
+    return code in (int.from_bytes(codes[i : i + 2], "big") for i in range(0, min(len(codes), REQUESTED_MAX), 2))
 
 
 def duid_llt(mac: bytes, unix_time: float) -> bytes:
@@ -95,7 +114,7 @@ class Message:
         kind, transaction = c.unpack(_MESSAGE)
         if kind in (RELAY_FORW, RELAY_REPL):
             raise Malformed("DHCPv6 relayed")
-        return cls(kind, transaction, parse_options(c))
+        return cls(kind, transaction, parse_options(c, OPTIONS_MAX))
 
     def emit(self) -> bytes:
         return _MESSAGE.pack(self.kind, self.transaction) + emit_options(self.options)
@@ -123,38 +142,72 @@ class IaAddress:
 
 
 @dataclass(frozen=True, slots=True)
-class Ia:
-    """Identity association for addresses, IA_NA (RFC 8415, 21.4: IAID, T1, T2, options) or IA_TA (21.5: no times)."""
+class Prefix:
+    """IA Prefix option (RFC 8415, 21.22): preferred and valid lifetime in seconds, length, prefix, options."""
 
-    LAYOUT_NA = Struct("!III")
+    LAYOUT = Struct("!IIB16s")
+
+    prefix: bytes
+    prefix_len: int
+    preferred: int = INFINITE
+    valid: int = INFINITE
+    options: Options = ()
+
+    @classmethod
+    def parse(cls, value: bytes) -> Prefix:
+        c = Cursor(value, "DHCPv6 IA prefix")
+        preferred, valid, prefix_len, prefix = c.unpack(cls.LAYOUT)
+        return cls(prefix, prefix_len, preferred, valid, parse_options(c))
+
+    def emit(self) -> Option:
+        fields = self.LAYOUT.pack(self.preferred, self.valid, self.prefix_len, self.prefix)
+        return OPT_IA_PREFIX, fields + emit_options(self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Ia:
+    """Identity association, for addresses or prefixes: IAID, T1, T2, options.
+
+    IA_NA (RFC 8415, 21.4) is for addresses, IA_TA (21.5) for temporary ones, without times, IA_PD (21.21) for prefixes.
+    """
+
+    LAYOUT = Struct("!III")
     LAYOUT_TA = Struct("!I")
 
     iaid: int
     options: Options = ()
     t1: int = INFINITE
     t2: int = INFINITE
-    temporary: bool = False
+    code: int = OPT_IA_NA
 
     @classmethod
     def parse(cls, option: Option) -> Ia:
-        """Of an option whose code is OPT_IA_NA or OPT_IA_TA."""
+        """Of an option whose code is one of IA_CODES. Raises Malformed."""
         code, value = option
         c = Cursor(value, "DHCPv6 IA")
         if code == OPT_IA_TA:
             (iaid,) = c.unpack(cls.LAYOUT_TA)
-            return cls(iaid, parse_options(c), 0, 0, True)
-        iaid, t1, t2 = c.unpack(cls.LAYOUT_NA)
-        return cls(iaid, parse_options(c), t1, t2)
+            return cls(iaid, parse_options(c), 0, 0, code)
+        iaid, t1, t2 = c.unpack(cls.LAYOUT)
+        return cls(iaid, parse_options(c), t1, t2, code)
 
     @property
     def addresses(self) -> tuple[bytes, ...]:
         """The addresses in it. Raises Malformed."""
-        return tuple(IaAddress.parse(value).address for code, value in self.options if code == OPT_IA_ADDRESS)
+        values = (Cursor(value, "DHCPv6 IA address") for code, value in self.options if code == OPT_IA_ADDRESS)
+        return tuple(c.unpack(IaAddress.LAYOUT)[0] for c in values)
+
+    @property
+    def prefixes(self) -> tuple[tuple[bytes, int], ...]:
+        """The prefixes in it, with their lengths. Raises Malformed."""
+        values = (Cursor(value, "DHCPv6 IA prefix") for code, value in self.options if code == OPT_IA_PREFIX)
+        fields = (c.unpack(Prefix.LAYOUT) for c in values)
+        return tuple((prefix, prefix_len) for _, _, prefix_len, prefix in fields)
 
     def emit(self) -> Option:
-        if self.temporary:
-            return OPT_IA_TA, self.LAYOUT_TA.pack(self.iaid) + emit_options(self.options)
-        return OPT_IA_NA, self.LAYOUT_NA.pack(self.iaid, self.t1, self.t2) + emit_options(self.options)
+        times = () if self.code == OPT_IA_TA else (self.t1, self.t2)
+        layout = self.LAYOUT if times else self.LAYOUT_TA
+        return self.code, layout.pack(self.iaid, *times) + emit_options(self.options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,10 @@ from scapy.layers.dhcp6 import (
     DHCP6OptClientFQDN,
     DHCP6OptClientId,
     DHCP6OptIA_NA,
+    DHCP6OptIA_PD,
     DHCP6OptIA_TA,
     DHCP6OptIAAddress,
+    DHCP6OptIAPrefix,
     DHCP6OptServerId,
     DHCP6OptStatusCode,
 )
@@ -20,7 +22,7 @@ from scapy.layers.dhcp6 import (
 from passt.addr import packed
 from passt.wire import dhcpv6
 from passt.wire.cursor import Cursor, Malformed
-from passt.wire.dhcpv6 import Fqdn, Ia, IaAddress, Message
+from passt.wire.dhcpv6 import Fqdn, Ia, IaAddress, Message, Prefix
 
 ADDRESS = packed("2001:db8::2")
 MAC = bytes.fromhex("9a559a559a55")
@@ -31,7 +33,7 @@ IA_TA_LITERAL = "0004 0004 00000009"
 LITERAL = bytes.fromhex("07 123456" + "0001 0004 64756964" + IA_NA_LITERAL + IA_TA_LITERAL)
 
 IA_NA = Ia(7, (IaAddress(ADDRESS).emit(),))
-IA_TA = Ia(9, (), 0, 0, True)
+IA_TA = Ia(9, (), 0, 0, dhcpv6.OPT_IA_TA)
 MESSAGE = Message(dhcpv6.REPLY, b"\x12\x34\x56", ((dhcpv6.OPT_CLIENT_ID, b"duid"), IA_NA.emit(), IA_TA.emit()))
 
 
@@ -59,6 +61,32 @@ def test_address_both_ways() -> None:
     assert IaAddress.parse(with_status.emit()[1]) == with_status
 
 
+def test_prefix_both_ways() -> None:
+    value = bytes.fromhex("00000001 00000002 30 20010db8000000000000000000000000")
+    prefix = Prefix(packed("2001:db8::"), 48, 1, 2)
+    assert Prefix.parse(value) == prefix
+    assert prefix.emit() == (dhcpv6.OPT_IA_PREFIX, value)
+    ia = Ia(8, (prefix.emit(), dhcpv6.status(0, "")), 3, 4, dhcpv6.OPT_IA_PD)
+    assert Ia.parse(ia.emit()) == ia
+    assert (ia.prefixes, ia.addresses) == (((packed("2001:db8::"), 48),), ())
+    with pytest.raises(Malformed, match="IA prefix truncated"):
+        Ia(8, ((dhcpv6.OPT_IA_PREFIX, value[:-1]),)).prefixes  # noqa: B018
+
+
+@pytest.mark.parametrize("option", [(1, b""), (1, b"abc"), IA_TA.emit()])
+def test_options_are_counted(option: dhcpv6.Option) -> None:
+    """64 KiB of them are given up after the first few; and in an option after fewer, since options hold options."""
+    most = (option,) * dhcpv6.OPTIONS_MAX
+    assert len(Message.parse(Message(1, b"abc", most).emit()).options) == dhcpv6.OPTIONS_MAX
+    for many in (most + most[:1], (option,) * 8000):
+        with pytest.raises(Malformed, match="too many options"):
+            Message.parse(Message(1, b"abc", many).emit())
+    nested = (option,) * dhcpv6.NESTED_MAX
+    assert Ia.parse(Ia(7, nested).emit()).options == nested
+    with pytest.raises(Malformed, match="too many options"):
+        Ia.parse(Ia(7, nested + nested[:1]).emit())
+
+
 def test_duid() -> None:
     """One second after the turn of the century, in the time that RFC 8415, 11.2 counts."""
     literal = bytes.fromhex("0001 0001 00000001") + MAC
@@ -83,6 +111,9 @@ def test_scapy_agrees() -> None:
             ianaopts=[DHCP6OptIAAddress(addr="2001:db8::2", preflft=0xFFFFFFFF, validlft=0xFFFFFFFF)],
         )
         / DHCP6OptIA_TA(iaid=9, iataopts=[DHCP6OptStatusCode(statuscode=4, statusmsg=b"no")])
+        / DHCP6OptIA_PD(
+            iaid=8, T1=0, T2=0, iapdopt=[DHCP6OptIAPrefix(prefix="2001:db8::", plen=48, preflft=1, validlft=2)]
+        )
         / DHCP6OptClientId(duid=DUID_LLT(timeval=2, lladdr="52:54:00:12:34:56"))
     )
     ours = Message(
@@ -91,7 +122,8 @@ def test_scapy_agrees() -> None:
         (
             (dhcpv6.OPT_SERVER_ID, dhcpv6.duid_llt(MAC, dhcpv6.EPOCH_2000 + 1)),
             IA_NA.emit(),
-            Ia(9, (dhcpv6.status(dhcpv6.STATUS_NOT_ON_LINK, "no"),), temporary=True).emit(),
+            Ia(9, (dhcpv6.status(dhcpv6.NOT_ON_LINK, "no"),), code=dhcpv6.OPT_IA_TA).emit(),
+            Ia(8, (Prefix(packed("2001:db8::"), 48, 1, 2).emit(),), 0, 0, dhcpv6.OPT_IA_PD).emit(),
             (dhcpv6.OPT_CLIENT_ID, dhcpv6.duid_llt(bytes.fromhex("525400123456"), dhcpv6.EPOCH_2000 + 2)),
         ),
     )
@@ -143,6 +175,9 @@ def test_requested() -> None:
     assert dhcpv6.requests(options, dhcpv6.OPT_FQDN)
     assert not dhcpv6.requests(options, dhcpv6.OPT_SEARCH)
     assert not dhcpv6.requests((), dhcpv6.OPT_FQDN)
+    many = b"\0\x17" * 255 + b"\0\x27"
+    assert dhcpv6.requests(((dhcpv6.OPT_REQUESTED, many),), dhcpv6.OPT_FQDN)
+    assert not dhcpv6.requests(((dhcpv6.OPT_REQUESTED, b"\0\x17" + many),), dhcpv6.OPT_FQDN), "no more is looked at"
     with pytest.raises(Malformed, match="option request truncated"):
         dhcpv6.requests(((dhcpv6.OPT_REQUESTED, b"\0\x17\0"),), dhcpv6.OPT_FQDN)
 
@@ -156,15 +191,15 @@ def test_parses_or_malformed(data: bytes) -> None:
     assert message.emit() == data
 
 
-@given(st.sampled_from([dhcpv6.OPT_IA_NA, dhcpv6.OPT_IA_TA]), st.binary(max_size=64))
+@given(st.sampled_from(sorted(dhcpv6.IA_CODES)), st.binary(max_size=64))
 def test_associations_parse_or_malformed(code: int, value: bytes) -> None:
     try:
         ia = Ia.parse((code, value))
-        addresses = ia.addresses
+        addresses, prefixes = ia.addresses, ia.prefixes
     except Malformed:
         return
     assert ia.emit() == (code, value)
-    assert all(len(a) == 16 for a in addresses)
+    assert all(len(a) == 16 for a in (*addresses, *(prefix for prefix, _ in prefixes)))
 
 
 @given(st.lists(st.tuples(st.integers(0, 65535), st.binary(max_size=20)), max_size=6))
