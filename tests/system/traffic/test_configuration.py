@@ -37,6 +37,8 @@ esac
 }
 PRIVATE = 'mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && mkdir -p /var/lib/dhcpcd && exec "$@"'
 Client = Callable[..., None]
+FREE = HOST.rpartition(".")[0] + ".77"  # on the guest's subnet, and nobody's
+FREE6 = HOST6.rpartition(":")[0] + ":77"
 
 
 @pytest.fixture
@@ -82,8 +84,10 @@ def mtu(guest: Guest) -> int:
     return link["mtu"]
 
 
-def test_udhcpc(bare_guest: Guest, lan: Lan, open_dir: Path) -> None:
-    flags = ("-i", interface(bare_guest), "-f", "-q", "-n", "-t", "5", "-T", "1", "-O", "mtu")
+@pytest.mark.parametrize("more", [(), ("-B",), ("-a",), ("-r", "10.9.9.9")], ids=" ".join)
+def test_udhcpc(bare_guest: Guest, lan: Lan, open_dir: Path, more: tuple[str, ...]) -> None:
+    """As it is; with the broadcast flag; with a probe for the address; with the wish for another one."""
+    flags = ("-i", interface(bare_guest), "-f", "-q", "-n", "-t", "5", "-T", "1", "-O", "mtu", *more)
     bare_guest.run("busybox", "udhcpc", *flags, "-s", script(open_dir, "udhcpc"))
     check_ipv4(bare_guest, lan)
     assert mtu(bare_guest) == 65520
@@ -94,6 +98,22 @@ def test_dhclient(bare_guest: Guest, lan: Lan, open_dir: Path) -> None:
     with bare_guest.popen("dhclient", "-4", "-d", "-1", *files, interface(bare_guest)):
         check_ipv4(bare_guest, lan)
         assert mtu(bare_guest) == 65520
+
+
+def test_dhclient_with_a_lease_from_elsewhere(bare_guest: Guest, lan: Lan, open_dir: Path) -> None:
+    """It asks for that address (INIT-REBOOT), has a NAK at once, and begins anew."""
+    name = interface(bare_guest)
+    times = "renew never; rebind never; expire never;"
+    lease = f'lease {{ interface "{name}"; fixed-address 10.9.9.9; option subnet-mask 255.0.0.0; {times} }}\n'
+    (open_dir / "leases").write_text(lease)
+    files = ("-lf", f"{open_dir}/leases", "-pf", f"{open_dir}/pid", "-sf", script(open_dir, "dhclient"))
+    with (
+        (open_dir / "said").open("w") as said,
+        bare_guest.popen("dhclient", "-4", "-d", "-1", *files, name, stderr=said),
+    ):
+        check_ipv4(bare_guest, lan)
+    text = (open_dir / "said").read_text()
+    assert re.search(r"DHCPREQUEST for 10\.9\.9\.9.*\n.*DHCPNAK from [^\n]*\n.*DHCPDISCOVER", text, re.S), text
 
 
 def test_dhclient_for_ipv6(bare_guest: Guest, open_dir: Path) -> None:
@@ -110,6 +130,52 @@ def test_dhcpcd(bare_guest: Guest, lan: Lan) -> None:
     command = ("unshare", "--mount", "sh", "-c", PRIVATE, "sh", "dhcpcd", *flags, interface(bare_guest))
     with bare_guest.popen(*command):
         check_ipv4(bare_guest, lan)
+
+
+def test_static_address_by_dhcpcd(bare_guest: Guest) -> None:
+    """It probes for the address first, and takes it only if no other station answers (RFC 5227)."""
+    flags = ("-B", "-4", "-f", "/dev/null", "-c", "/bin/true", "--noipv4ll", "-S", f"ip_address={FREE}/24")
+    command = ("unshare", "--mount", "sh", "-c", PRIVATE, "sh", "dhcpcd", *flags, interface(bare_guest))
+    with bare_guest.popen(*command):
+        wait_for(lambda: f"{FREE}/24" in addresses(bare_guest, "-4"), "the client takes the address")
+
+
+def test_inform_by_dhcpcd(bare_guest: Guest) -> None:
+    """A client with an address asks for the rest: the router is what only the answer can tell."""
+    flags = ("-B", "-4", "-f", "/dev/null", "-c", "/bin/true", "--noipv4ll", f"--inform={FREE}/24")
+    command = ("unshare", "--mount", "sh", "-c", PRIVATE, "sh", "dhcpcd", *flags, interface(bare_guest))
+    with bare_guest.popen(*command):
+        wait_for(lambda: [r for r in bare_guest.show("route") if r.get("gateway") == GATEWAY], "a route")
+        assert addresses(bare_guest, "-4") == [f"{FREE}/24"]
+
+
+def test_arping(bare_guest: Guest) -> None:
+    """Duplicate address detection: free addresses are free, the gateway's is not, nor is any for other requests."""
+    arping = ("busybox", "arping", "-I", interface(bare_guest), "-c", "2", "-w", "3")
+    for address in (FREE, HOST, "169.254.3.4"):
+        assert "Received 0 " in bare_guest.run(*arping, "-D", address, check=False).stdout
+    assert "Received 0 " not in bare_guest.run(*arping, "-D", GATEWAY, check=False).stdout
+    bare_guest.run("ip", "address", "add", f"{FREE}/24", "dev", interface(bare_guest))
+    for address in (GATEWAY, "198.51.100.200"):
+        assert "Received 0 " not in bare_guest.run(*arping, address, check=False).stdout
+
+
+def test_duplicate_address_detection(bare_guest: Guest) -> None:
+    """The kernel's own: an address that is free becomes one of the guest, that of the gateway does not."""
+    name = interface(bare_guest)
+    free = FREE6 + "/64"
+    bare_guest.run("ip", "address", "add", free, "dev", name)
+    bare_guest.run("ip", "address", "add", f"{GATEWAY6}/64", "dev", name)
+    flags = {free: "tentative", f"{GATEWAY6}/64": "tentative"}
+
+    def settled() -> bool:
+        (link,) = bare_guest.show("-6", "address", "show", "dev", name)
+        for a in link["addr_info"]:
+            flags[f"{a['local']}/{a['prefixlen']}"] = next((f for f in ("dadfailed", "tentative") if a.get(f)), "")
+        return "tentative" not in flags.values()
+
+    wait_for(settled, "the kernel has found out")
+    assert (flags[free], flags[f"{GATEWAY6}/64"]) == ("", "dadfailed")
 
 
 def test_router_solicitation(lan: Lan, anyone: User) -> None:
