@@ -117,6 +117,37 @@ def test_targets_of_make_exist(path: Path) -> None:
     assert set(named) <= targets
 
 
+# Requirements of RFCs ----------------------------------------------------------------------------------------------
+
+SERVICES = REPOSITORY / "docs" / "services.md"
+
+
+def tables(text: str) -> dict[str, str]:
+    """The parts of a document by their headings of the second level."""
+    return {part.partition("\n")[0]: part for part in re.split(r"^## ", text, flags=re.M)[1:]}
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of each row of a part's table, from below its heading."""
+    found = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in found[2:]]
+
+
+@pytest.mark.parametrize("part", tables(SERVICES.read_text()))
+def test_requirements_have_tests_that_exist(part: str) -> None:
+    """Each row names a test in one of the files that stand above the table, or says that something is left out."""
+    text = tables(SERVICES.read_text())[part]
+    files = [REPOSITORY / name for name in re.findall(r"`(tests/[\w/]+\.py)`", text)]
+    tests = {name for file in files for name in re.findall(r"^def (test_\w+)\(", file.read_text(), re.M)}
+    assert len(rows(text)) > 5
+    for row in rows(text):
+        section, _, done, named = row
+        assert re.match(r"RFC \d+", section), row
+        found = set(re.findall(r"`(test_\w+)`", named))
+        assert found or done.startswith("left out: "), row
+        assert found <= tests, row
+
+
 # Words -------------------------------------------------------------------------------------------------------------
 
 
