@@ -124,6 +124,15 @@ def test_dhclient_for_ipv6(bare_guest: Guest, open_dir: Path) -> None:
         wait_for(lambda: f"{HOST6}/128" in addresses(guest, "-6"), "an address by DHCPv6")
 
 
+def test_dhclient_for_a_prefix_as_well(bare_guest: Guest, open_dir: Path) -> None:
+    """There is none, which does not keep the client from its address."""
+    guest = bare_guest
+    wait_for(lambda: "tentative" not in guest.run("ip", "-6", "address").stdout, "link-local address")
+    files = ("-lf", f"{open_dir}/leases", "-pf", f"{open_dir}/pid", "-sf", script(open_dir, "dhclient"))
+    with guest.popen("dhclient", "-6", "-N", "-P", "-d", "-1", *files, interface(guest)):
+        wait_for(lambda: f"{HOST6}/128" in addresses(guest, "-6"), "an address by DHCPv6")
+
+
 def test_dhcpcd(bare_guest: Guest, lan: Lan) -> None:
     """Both families by one client; its drop of privileges needs users that a guest of one user does not have."""
     flags = ("-B", "-f", "/dev/null", "-c", "/bin/true", "--noipv4ll", "--option", "interface_mtu")
