@@ -19,11 +19,8 @@ install-system-packages: ## Only the Debian packages of the tests: installs them
 run: ## A login shell in a new namespace with network
 	scripts/run
 
-check: setup ## ruff, mypy and the unit tests
-	.venv/bin/ruff check .
-	.venv/bin/mypy
-	.venv/bin/mypy --strict bench fuzz tests/system/traffic tests/system/vm tests/system/clients
-	$(PYTHON) -m pytest -q tests/unit tests/test_layers.py
+check: ## ruff, mypy and the unit tests
+	scripts/check
 
 test: ## Everything that CI runs
 	scripts/test

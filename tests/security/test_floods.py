@@ -12,6 +12,8 @@ from ..system.traffic.support import GATEWAY, Lan, new_lan, refused, root_user
 from .floods import DESCRIPTORS_LEFT, KINDS, MEMORY_LEFT, MEMORY_MAX, SECONDS, SYN_RETRIES, Result, run
 from .machine_flood import MACHINE_KINDS, run_machine
 
+pytestmark = pytest.mark.alone
+
 FEW = 128  # descriptors
 FRAMES_MIN = 1000  # that make a flood, however slow the machine
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -16,21 +20,40 @@ TUN = "/dev/net/tun"
 
 
 @contextlib.contextmanager
-def tun_for_all() -> Iterator[None]:
-    """/dev/net/tun with the mode that udev gives it."""
+def tun_for_all(notes: Path | None = None) -> Iterator[None]:
+    """/dev/net/tun with the mode that udev gives it. In `notes`, the processes of one run count themselves: the first
+    changes the mode, and the last restores it.
+    """
     if os.geteuid() != 0:
         yield
         return
-    mode = stat.S_IMODE(os.stat(TUN).st_mode)
-    os.chmod(TUN, 0o666)
-    yield
-    os.chmod(TUN, mode)
+    with open(notes, "a+") if notes else tempfile.TemporaryFile("w+") as file:
+        _count(file, 1)
+        try:
+            yield
+        finally:
+            _count(file, -1)
+
+
+def _count(file: IO[str], change: int) -> None:
+    """Add to the processes that need the device; `file` has their number, and the mode that there was."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.seek(0)
+    users, mode = map(int, file.read().split() or (0, stat.S_IMODE(os.stat(TUN).st_mode)))
+    users += change
+    os.chmod(TUN, 0o666 if users else mode)
+    file.truncate(0)
+    if users:
+        file.write(f"{users} {mode}")
+        file.flush()
+    fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tun_device() -> Iterator[None]:
+def tun_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The same, for as long as the tests run."""
-    with tun_for_all():
+    beside = "PYTEST_XDIST_WORKER" in os.environ  # the directory above is that of all workers then
+    with tun_for_all(tmp_path_factory.getbasetemp().parent / "tun" if beside else None):
         yield
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -359,11 +360,9 @@ def test_splice_only(hosted: Runner, on_host: Place) -> None:
 # Without descriptors --------------------------------------------------------------------------------------------------
 
 
-def test_without_descriptors_connections_are_refused_and_none_is_harmed(
-    hosted: Runner, on_host: Place, tmp_path: Path
-) -> None:
+def test_without_descriptors_connections_are_refused_and_none_is_harmed(hosted: Runner, on_host: Place) -> None:
     target = hosted.namespace()
-    limited_daemon(hosted, 400, tmp_path, "--config-net", *options(t="8000"), str(target))
+    limited_daemon(hosted, 400, "--config-net", *options(t="8000"), str(target))
     with guest(target) as place:
         server = place.server(8000)
         client = on_host.client(8000)
@@ -381,14 +380,12 @@ def test_without_descriptors_connections_are_refused_and_none_is_harmed(
         wait_for(lambda: served(on_host, server), "a connection when there is room again")
 
 
-def test_a_guest_that_binds_ports_does_not_take_all_descriptors(
-    hosted: Runner, on_host: Place, tmp_path: Path
-) -> None:
+def test_a_guest_that_binds_ports_does_not_take_all_descriptors(hosted: Runner, on_host: Place) -> None:
     """They are followed up to a quarter of them; beyond, as soon as others vanish."""
     target = hosted.namespace()
     with guest(target) as place:
         servers = [place.server(port) for port in range(9000, 9150)]
-        pid = limited_daemon(hosted, 400, tmp_path, "--config-net", *options(t="auto", u="auto"), str(target))
+        pid = limited_daemon(hosted, 400, "--config-net", *options(t="auto", u="auto"), str(target))
         assert len(os.listdir(f"/proc/{pid}/fd")) < 250
         assert on_host.listening(9099) and not on_host.listening(9100)
         servers[0].close()
@@ -397,16 +394,14 @@ def test_a_guest_that_binds_ports_does_not_take_all_descriptors(
         talk(servers[50], on_host.client(9050))
 
 
-def limited_daemon(pasta: Runner, descriptors: int, directory: Path, *args: str) -> int:
+def limited_daemon(pasta: Runner, descriptors: int, *args: str) -> int:
     """The PID of pasta ARGS that may have only so many."""
-    pid_file = directory / "pid"
-    pid_file.touch()
-    pid_file.chmod(0o666)
-    for above in (directory, *directory.parents[:2]):
-        above.chmod(0o755)
-    done = limited(pasta, descriptors, "-P", str(pid_file), *args)
-    assert done.returncode == 0, done.stderr
-    pasta.daemons.append(int(pid_file.read_text()))
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o777)
+        pid_file = Path(directory, "pid")
+        done = limited(pasta, descriptors, "-P", str(pid_file), *args)
+        assert done.returncode == 0, done.stderr
+        pasta.daemons.append(int(pid_file.read_text()))
     return pasta.daemons[-1]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -269,6 +270,28 @@ def no_descriptors() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def free_ports(count: int = 1) -> int:
+    """The first of `count` consecutive ports that nobody has, outside those that the kernel gives away. Tests that run
+    beside these look for theirs elsewhere.
+    """
+    for first in range(10000 + os.getpid() % 200 * 100, 32000, count):
+        found = []
+        try:
+            for port in range(first, first + count):
+                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                    s = socket.socket(socket.AF_INET6, kind)
+                    found.append(s)
+                    s.bind(("::", port))
+        except OSError:
+            continue
+        else:
+            return first
+        finally:
+            for s in found:
+                s.close()
+    raise AssertionError("no free ports")
 
 
 def link(ctx: Context) -> FakeLink:

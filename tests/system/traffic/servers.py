@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.server
+import itertools
 import socket
 import socketserver
 import subprocess
@@ -16,6 +18,7 @@ from ..support import wait_for
 from .support import Namespace
 
 CHUNK = 1 << 20
+_PORTS = itertools.cycle(range(2000, 9000))
 _NOISE = hashlib.shake_256(b"passt").digest(CHUNK - 8)
 
 
@@ -95,9 +98,17 @@ def _wait_for_port(where: Namespace, server: subprocess.Popen[str], address: str
 
 
 def _free_port(where: Namespace, address: str) -> int:
-    with where.listen(address) as listener:
-        port: int = listener.getsockname()[1]
-    return port
+    """One that nobody has, and that no client gets meanwhile: it is none of those that the kernel gives away."""
+    while True:
+        port = next(_PORTS)
+        with where.make_socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+            try:
+                sock.bind((address, port))
+            except OSError as e:
+                if e.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 @contextlib.contextmanager

@@ -7,12 +7,11 @@ import hashlib
 import random
 import socket
 import struct
-import time
 from collections.abc import Iterator
 
 import pytest
 
-from ..support import User
+from ..support import User, wait_for
 from .support import GATEWAY, GATEWAY6, PEER, PEER6, Guest, Lan, Namespace, in_thread, read_all, refused
 
 # The server's namespace, the address it binds, the address that the guest connects to.
@@ -132,16 +131,22 @@ def test_reset_while_data_is_under_way(pair: Pair) -> None:
         server.sendall(bytes(1 << 30))
 
 
+def probed(sock: socket.socket) -> int:
+    """How often the kernel has probed the zero window of the socket's peer (tcpi_backoff)."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[4]
+
+
 @pytest.mark.parametrize("slow", ["guest", "host"])
 def test_slow_reader_loses_nothing(pair: Pair, slow: str) -> None:
-    """The reader stops twice for some seconds, long enough for zero windows and their probes."""
+    """The reader stops twice, until the writer has met a zero window and probed it."""
     reader, writer = pair if slow == "guest" else pair[::-1]
-    content = data(24_000_000)
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)  # which does not grow then
+    content = data(32_000_000)  # more than all buffers on the way take
     with in_thread(send_and_end, writer, content):
         received = bytearray()
         for _ in range(2):
-            time.sleep(3)
-            while len(chunk := reader.recv(1 << 16)) and len(received) < 8_000_000:
+            wait_for(lambda: probed(writer) >= 2, "probes of a zero window")
+            while len(chunk := reader.recv(1 << 16)) and len(received) < 2_000_000:
                 received += chunk
             received += chunk
         received += read_all(reader)

@@ -39,7 +39,7 @@ from passt.policy.rules import Rule
 from passt.ports.sockets import NOTHING, open_side
 from passt.tap import Tap
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
-from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST_MAC, OUR_MAC
+from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST_MAC, OUR_MAC, free_ports
 
 
 class Decision:
@@ -255,9 +255,7 @@ def test_a_fault_of_a_listener_is_handed_to_it(monkeypatch: pytest.MonkeyPatch) 
     """It stays, and is not looked at for a moment."""
     monkeypatch.setattr(log, "_held", {})
     monkeypatch.setattr(log, "_write", lambda level, text: None)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports()
 
     class Config:
         config = replace(CONFIG, forwards=(Rule("-t x", PROTO_TCP, False, port, port, port),))

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from passt.linux.ports import DiagTables, Pinned, PortTables, ProcTables, open_tables, parse, parse_diag
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
+from ..support import free_ports
+
 HEADER = b"  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
 TCP = HEADER + (
     b"   0: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 638 1 0 100 0 0 10 0\n"
@@ -202,8 +204,8 @@ def test_against_the_kernel(kind: Callable[[], PortTables], family: int, address
     tables = kind()
     udp_kind = socket.SOCK_DGRAM
     with socket.socket(family) as t, socket.socket(family, udp_kind) as u, socket.socket(family, udp_kind) as c:
-        for s in (t, u, c):
-            s.bind((address, 0))
+        for port, s in enumerate((t, u, c), free_ports(3)):
+            s.bind((address, port))
         tcp, udp, connected = (s.getsockname()[1] for s in (t, u, c))
         assert tcp not in tables.bound(PROTO_TCP)
         t.listen()
@@ -231,9 +233,9 @@ def test_many_ports(kind: Callable[[], PortTables]) -> None:
 def test_loopback_addresses_of_their_own(kind: Callable[[], PortTables]) -> None:
     """A port counts as bound if it is bound anywhere else, too."""
     tables = kind()
-    with socket.create_server(("127.0.0.53", 0)) as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        port = tcp.getsockname()[1]
-        udp.bind(("127.0.0.53", 0))
+    port = free_ports(2)
+    with socket.create_server(("127.0.0.53", port)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.bind(("127.0.0.53", port + 1))
         assert port not in tables.bound(PROTO_TCP)
         assert (bytes((127, 0, 0, 53)), port) in tables.pinned(PROTO_TCP)
         assert udp.getsockname()[1] not in tables.bound(PROTO_UDP)

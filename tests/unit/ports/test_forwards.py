@@ -21,9 +21,8 @@ from passt.ports.scan import INTERVAL, Scanner
 from passt.ports.sockets import Failure, Wanted, open_ports
 from passt.wire.checksum import PROTO_UDP
 
-from ..support import T0, make_context, reactor, timers
+from ..support import T0, free_ports, make_context, reactor, timers
 from .test_listen import Taker
-from .test_sockets import free_ports
 
 
 def rules(text: str) -> tuple[Rule, ...]:

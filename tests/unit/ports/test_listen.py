@@ -26,8 +26,8 @@ from passt.ports.sockets import open_ports
 from passt.tcp_engine.sock import reset
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
-from ..support import T0, make_context, reactor, timers
-from .test_sockets import free_ports, rule
+from ..support import T0, free_ports, make_context, reactor, timers
+from .test_sockets import rule
 
 PEER = addr.packed("198.51.100.9")
 

@@ -23,7 +23,7 @@ from passt.ports import sockets as port_sockets
 from passt.ports.sockets import Failure, check_limit, describe, open_port, open_side
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
-from ..support import CONFIG
+from ..support import CONFIG, free_ports
 
 V4_ONLY = replace(CONFIG, ip6=None)
 V6_ONLY = replace(CONFIG, ip4=None)
@@ -32,26 +32,6 @@ V6_ONLY = replace(CONFIG, ip4=None)
 def rule(first: int, last: int | None = None, option: str = "-t x", proto: int = PROTO_TCP, **more: Any) -> Rule:
     more.setdefault("outbound", False)
     return Rule(option, proto, first=first, last=first if last is None else last, to=first, **more)
-
-
-def free_ports(count: int = 1) -> int:
-    """The first of `count` consecutive ports that nobody has, outside those that the kernel gives away."""
-    for first in range(10000 + os.getpid() % 200 * 100, 32000, count):
-        found = []
-        try:
-            for port in range(first, first + count):
-                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-                    s = socket.socket(socket.AF_INET6, kind)
-                    found.append(s)
-                    s.bind(("::", port))
-        except OSError:
-            continue
-        else:
-            return first
-        finally:
-            for s in found:
-                s.close()
-    raise AssertionError("no free ports")
 
 
 @pytest.fixture

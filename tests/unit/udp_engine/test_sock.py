@@ -23,7 +23,7 @@ from passt.policy.settings import Settings
 from passt.udp_engine.sock import BUFFER_FIRST, STRANGERS_MAX, Client, Shared, open_client, open_socket, opener
 from passt.wire.checksum import PROTO_UDP
 
-from ..support import CONFIG, GUEST4, IP4, make_context
+from ..support import CONFIG, GUEST4, IP4, free_ports, make_context
 from ..udp_support import REUSE, Between, PlainSockets, second_bind
 
 PEER4 = addr.packed("198.51.100.9")
@@ -43,17 +43,11 @@ def port_of(s: socket.socket) -> int:
     return port
 
 
-def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.bind(("", 0))
-        return port_of(s)
-
-
 FWD = Forwarding(Settings(CONFIG))
 
 
 def test_the_socket_has_the_guests_port_and_its_peer(server: socket.socket) -> None:
-    port = free_port()
+    port = free_ports()
     with open_socket(FWD, addr.LOOPBACK4, port, port_of(server)) as s:
         assert s.getsockname() == ("127.0.0.1", port)
         assert s.getpeername() == server.getsockname()
@@ -71,7 +65,7 @@ def test_ipv6_sockets_leave_ipv4_alone() -> None:
 
 
 def test_one_guest_port_to_several_peers(server: socket.socket) -> None:
-    port = free_port()
+    port = free_ports()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(("127.0.0.1", 0))
         with (
@@ -86,7 +80,7 @@ def test_one_guest_port_to_several_peers(server: socket.socket) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 def test_no_other_user_gets_at_a_flows_port(server: socket.socket) -> None:
-    with open_socket(FWD, addr.LOOPBACK4, free_port(), port_of(server)) as s:
+    with open_socket(FWD, addr.LOOPBACK4, free_ports(), port_of(server)) as s:
         for options in REUSE:
             for host in ("", "127.0.0.1"):
                 with pytest.raises(OSError, match="in use"):
@@ -136,16 +130,16 @@ def test_a_port_that_is_forbidden_is_replaced(server: socket.socket, monkeypatch
 
 
 def test_a_socket_never_talks_to_itself() -> None:
-    port = free_port()
+    port = free_ports()
     with open_socket(FWD, addr.LOOPBACK4, port, port) as s:
         assert s.getpeername() == ("127.0.0.1", port)
         assert port_of(s) != port
 
 
 def test_broadcast_is_allowed_when_it_turns_out_to_be_one(server: socket.socket) -> None:
-    with open_socket(FWD, addr.packed("127.255.255.255"), free_port(), port_of(server)) as s:
+    with open_socket(FWD, addr.packed("127.255.255.255"), free_ports(), port_of(server)) as s:
         assert s.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST) == 1
-    with open_socket(FWD, addr.LOOPBACK4, free_port(), port_of(server)) as s:
+    with open_socket(FWD, addr.LOOPBACK4, free_ports(), port_of(server)) as s:
         assert s.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST) == 0
 
 
@@ -163,7 +157,7 @@ class Stranger(socket.socket):
 
 def test_what_strangers_sent_is_thrown_away(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "socket", Stranger)
-    with open_socket(FWD, addr.LOOPBACK4, free_port(), port_of(server)) as s, pytest.raises(BlockingIOError):
+    with open_socket(FWD, addr.LOOPBACK4, free_ports(), port_of(server)) as s, pytest.raises(BlockingIOError):
         s.recv(10)
 
 
