@@ -244,7 +244,7 @@ class Forwards:
         given_up += [(rule, port) for rule in rules if rule.auto for port in self._listeners.ports(rule)]
         return [
             (rule, port)
-            for rule, port in given_up
+            for rule, port in dict.fromkeys(given_up)  # an automatic rule may be deleted and added in one request
             if any(rule.overlaps(other) for other in wanted.get((rule.proto, rule.outbound, port), ()))
         ]
 

@@ -442,6 +442,15 @@ def test_automatic_rules_leave_ports_to_others(rig: Make, port: int) -> None:
     assert r.open() == [f"-t {port}:{port}", f"-t {port + 1}:{port + 1}"], "it is automatic again"
 
 
+def test_an_automatic_rule_that_is_asked_for_anew_beside_one_that_takes_its_port(rig: Make, port: int) -> None:
+    r = rig("-t auto")
+    r.ns.ports |= {port, port + 1}
+    r.scanner.start(T0)
+    r.change(delete("-t auto"), add("-t auto"), add(f"-t {port}"))
+    assert list(r.shown().values()) == ["-t auto", f"-t {port}"]
+    assert r.open() == [f"-t {port}:{port}", f"-t {port + 1}:{port + 1}"]
+
+
 def test_automatic_rules_come_back_after_failure(rig: Make, port: int) -> None:
     r = rig("-t auto")
     r.ns.ports = {port}
