@@ -56,6 +56,10 @@ def refuse(peer: bytes, port: int) -> str | None:
     return None if port else "udp: source port 0"
 
 
+def _one_address(listener: Listener) -> bool:
+    return listener.rule.addr is not None and not addr.is_unspecified(listener.rule.addr)
+
+
 class UdpIn:
     """What listeners get. `udp` is None if there is no tap."""
 
@@ -158,7 +162,9 @@ class UdpIn:
         """A listener opens."""
         rule = listener.rule
         if not rule.outbound and rule.target is None and rule.ifname is None:
-            self._leading.setdefault(listener.to, []).append(listener)
+            leading = self._leading.setdefault(listener.to, [])
+            leading.append(listener)
+            leading.sort(key=_one_address)  # any peer of the guest reaches those of all addresses
 
     def end(self, listeners: Iterable[Listener]) -> None:
         """Listeners close: what came by them ends with them, since its sockets keep the port from the next listener.

@@ -432,6 +432,17 @@ def test_the_guest_is_seen_with_the_port_that_leads_to_it(local: Start, bound: s
     assert not lab.ctx.drops
 
 
+def test_a_port_of_all_addresses_is_preferred_to_one_of_a_single_address(local: Start) -> None:
+    """At the other one, who writes to the port that the guest is seen with might find nobody."""
+    lab = local(no_splice=True)
+    lab.listen("127.0.0.1", to=TO, addr=addr.LOOPBACK4)
+    everywhere = lab.listen("0.0.0.0", to=TO)
+    lab.listen("127.0.0.2", to=TO, addr=addr.packed("127.0.0.2"))
+    peer = lab.socket()
+    guest_sends(lab, guest_key(peer, TO), b"hello")
+    assert peer.recvfrom(9)[1][1] == everywhere.port
+
+
 def test_other_ports_of_the_guest_are_kept_as_they_are(local: Start) -> None:
     lab = local(no_splice=True)
     lab.listen(to=TO)
