@@ -140,7 +140,7 @@ class Tcp:
                     if seq in (rcv_nxt & _MASK, conn.rcv_acked & _MASK):
                         self._table.reset_by_guest(conn)
                         return
-                    if (seq - conn.rcv_acked) & _MASK <= conn.rcv_edge - conn.rcv_acked:
+                    if (seq - conn.rcv_acked) & _MASK < conn.rcv_edge - conn.rcv_acked:
                         must_ack = True  # challenge
                     self._ctx.drops["tcp reset out of window"] += 1
                 elif bits & SYN:
@@ -242,7 +242,7 @@ class Tcp:
         except BlockingIOError:
             pass  # the send buffer is full; what was taken before counts
         except OSError as e:
-            self._broken(conn, e.errno or errno.EIO, now)
+            self._table.broken(conn, e.errno or errno.EIO)
             return
         conn.rcv_nxt += taken
         conn.t_rx = now
@@ -268,7 +268,7 @@ class Tcp:
         try:
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError as e:
-            self._broken(conn, e.errno or errno.EIO, now)
+            self._table.broken(conn, e.errno or errno.EIO)
             return
         set_event(conn, SOCK_FIN_SENT)
         if not conn.near:
@@ -290,7 +290,7 @@ class Tcp:
         if events & EPOLLERR:  # EPOLLRDHUP beside it is that of any socket whose connection is over
             error = conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
-                self._broken(conn, error, now)
+                self._table.broken(conn, error)
                 return
         if events & EPOLLRDHUP and not conn.events & SOCK_FIN_RCVD:
             set_event(conn, SOCK_FIN_RCVD)
@@ -320,7 +320,7 @@ class Tcp:
         try:
             self._out.data(conn)
         except OSError as e:
-            self._broken(conn, e.errno or errno.EIO, now)
+            self._table.broken(conn, e.errno or errno.EIO)
             return
         if conn.snd_nxt != before and conn.pingpong < PINGPONG_MAX and (due or now - conn.t_rx < ACK_DELAY):
             conn.pingpong += 1
@@ -364,7 +364,7 @@ class Tcp:
             self._out.again(conn)
         if not conn.drained:
             self._to_tap(conn, now, progress)
-        elif conn.snd_nxt == una and window and not conn.retries:
+        elif conn.snd_nxt == una and window:
             conn.deadline = now + KEEPALIVE_IDLE  # as `_schedule` would; the timer, armed for earlier, finds it there
         elif progress or conn.snd_nxt == una:
             self._schedule(conn, now)
@@ -413,13 +413,6 @@ class Tcp:
         self._schedule(conn, now)
 
     # Ending --------------------------------------------------------------------------------------------------------
-
-    def _broken(self, conn: TcpConn, error: int, now: float) -> None:
-        """The host socket failed with `error`."""
-        if conn.events == TAP_SYN_RCVD:
-            self.opening.connect_failed(conn, error, now)
-        else:
-            self._table.broken(conn, error)
 
     def fault(self, ref: int) -> None:
         """A handler failed on flow ref_data(ref): end that flow, and only that. A timer of the pool may have none."""

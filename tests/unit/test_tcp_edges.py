@@ -1,0 +1,500 @@
+"""Borders of conditions, counts and reasons in `tcp.py`: what a mutant of it changes and conversations leave open."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from passt.loop.reactor import EPOLLERR, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from passt.tcp import CONSUME, LAZY_MAX
+from passt.tcp_engine.conn import RTO_INIT, TcpConn
+from passt.tcp_engine.window import ACK_DELAY, PINGPONG_MAX
+from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN
+
+from .support import link, reactor
+from .tcp_support import FakeSocket, Talk, fake_sockets, open_connection
+
+__all__ = ["fake_sockets"]
+
+HALF = 1 << 31
+
+
+def conn_of(talk: Talk) -> TcpConn:
+    (conn,) = talk.tcp._conns.values()
+    return conn
+
+
+def reasons(talk: Talk) -> list[str]:
+    """Why connections ended."""
+    return [why for (_, why), n in talk.ctx.flows.closed.items() for _ in range(n)]
+
+
+def hear(talk: Talk) -> list[tuple[int, int, bytes]]:
+    """What went to the guest: flags, relative sequence number, payload."""
+    return [(s.flags, s.seq, s.payload) for s in talk.taken()]
+
+
+# Segments that are not plain -----------------------------------------------------------------------------------------
+
+
+def test_reserved_bits_of_the_header_are_no_part_of_its_length() -> None:
+    talk = open_connection()
+    for bits in 0x400, 0x200, 0x100:
+        talk.guest(ACK | bits, b"abcd")
+        talk.guest(ACK | FIN | bits, b"", seq=HALF)
+    assert talk.sock.sent == b"abcd" * 3
+
+
+def test_bad_segments_are_counted_one_by_one_and_those_behind_them_are_heard() -> None:
+    talk = open_connection()
+    buf = talk.ctx.pool.buf
+    for _ in range(2):
+        buf[64:84] = HEADER.pack(40000, 80, 3, 4, 4 << 12 | ACK, 5, 0, 0)
+        flags, seq, ack, payload, window, _options = talk.segment(ACK, b"good")
+        good = HEADER.pack(40000, 80, seq & 0xFFFFFFFF, ack & 0xFFFFFFFF, 5 << 12 | flags, window, 0, 0) + payload
+        buf[84 : 84 + len(good)] = good
+        talk.tcp.tap_handler(talk.key, [64, 84, 84, 84 + len(good)], talk.now)
+    assert talk.ctx.drops == {"tcp header length": 2}
+    assert talk.sock.sent == b"goodgood"
+
+
+def test_resets_out_of_window_are_counted_and_what_is_behind_them_is_heard() -> None:
+    talk = open_connection()
+    for _ in range(2):
+        bad = RST | ACK, *talk.segment(ACK, seq=HALF)[1:]
+        talk.put(bad, talk.segment(ACK, b"good"))
+    assert talk.ctx.drops == {"tcp reset out of window": 2}
+    assert talk.sock.sent == b"goodgood"
+    talk.taken()
+
+
+def test_a_syn_is_challenged_and_what_is_behind_it_is_heard() -> None:
+    talk = open_connection()
+    talk.put(talk.segment(SYN, seq=5), talk.segment(ACK, b"good"))
+    assert talk.sock.sent == b"good"
+    assert [f for f, _, _ in hear(talk)] == [ACK]
+
+
+def test_a_reset_where_the_last_acknowledgement_points_is_believed() -> None:
+    """The guest cannot know what we have taken since (RFC 5961, 3.2)."""
+    talk = open_connection()
+    conn = conn_of(talk)
+    conn.poll = 1.0  # the peer was looked at
+    conn.pingpong = PINGPONG_MAX
+    talk.guest(ACK | PSH, b"question")
+    assert conn.rcv_acked == conn.rcv_nxt - 8, "not acknowledged yet"
+    talk.guest(RST, seq=1)
+    assert reasons(talk) == ["reset by guest"]
+    assert talk.sock.resets_on_close
+
+
+@pytest.mark.parametrize(("behind", "challenged"), [(0, True), (1, False)])
+def test_resets_are_challenged_up_to_the_edge_of_the_window(behind: int, challenged: bool) -> None:
+    talk = open_connection()
+    conn = conn_of(talk)
+    last = conn.rcv_edge - conn.isn_tap - 1
+    talk.guest(RST, seq=last + behind)
+    assert [f for f, _, _ in hear(talk)] == [ACK] * challenged
+    assert not reasons(talk)
+
+
+def test_acknowledgements_of_what_was_never_sent_are_ignored() -> None:
+    talk = open_connection()
+    talk.host(b"x" * 100)
+    talk.taken()
+    conn = conn_of(talk)
+    talk.guest(ACK, ack=102)
+    assert conn.snd_una == conn.isn + 1
+    talk.put(talk.segment(ACK, ack=51), talk.segment(ACK, ack=151))
+    assert conn.snd_una == conn.isn + 51
+    assert conn.snd_wnd == talk.window << 7
+
+
+def test_a_segment_half_the_space_away_is_old() -> None:
+    talk = open_connection()
+    talk.guest(ACK, b"x", seq=1 + HALF)
+    talk.expect(ACK, b"", ack=1)
+    assert not talk.ctx.drops
+
+
+def test_a_bare_acknowledgement_from_ahead_asks_for_nothing() -> None:
+    talk = open_connection()
+    talk.put(talk.segment(ACK, seq=5), talk.segment(ACK, seq=6))
+    talk.expect_nothing()
+
+
+@pytest.mark.parametrize(("old", "on"), [(b"", True), (b"a", True), (b"ab", False)])
+def test_what_is_a_keepalive(old: bytes, on: bool) -> None:
+    """A probe has the byte before the next one, or none; two bytes are something sent again, and something new."""
+    talk = open_connection()
+    talk.guest(ACK, b"a")
+    talk.taken()
+    talk.guest(ACK, old, seq=1)
+    assert conn_of(talk).keepalive == on
+    assert bool(talk.sock.options.get((socket.SOL_SOCKET, socket.SO_KEEPALIVE))) == on
+    assert talk.sock.sent == b"ab"[: max(len(old), 1)]
+
+
+def test_a_byte_from_farther_back_is_no_keepalive() -> None:
+    talk = open_connection()
+    talk.guest(ACK, b"abc")
+    talk.guest(ACK, b"b", seq=2)
+    assert not conn_of(talk).keepalive
+    talk.guest(ACK, b"c", seq=3)
+    assert conn_of(talk).keepalive
+
+
+def test_what_was_sent_again_and_brings_nothing_new_does_not_reach_the_socket() -> None:
+    talk = open_connection()
+    talk.guest(ACK, b"abc")
+    talk.taken()
+    talk.sock.error = errno.ECONNRESET  # of the next call
+    talk.put(talk.segment(ACK, b"bc", seq=2), talk.segment(ACK, seq=1))
+    talk.expect(ACK, b"")
+
+
+def test_segments_that_change_places_are_no_loss() -> None:
+    talk = open_connection()
+    third, second, first = (talk.segment(ACK, data, seq=at) for at, data in ((7, b"ghi"), (4, b"def"), (1, b"abc")))
+    talk.put(third, second, first)
+    assert talk.sock.sent == b"abcdefghi"
+    talk.expect_nothing()
+
+
+def test_the_same_segment_twice_beyond_a_hole() -> None:
+    talk = open_connection()
+    later = talk.segment(ACK, b"def", seq=4)
+    talk.put(later, later, later)
+    talk.taken()
+    talk.guest(ACK, b"abc")
+    assert talk.sock.sent == b"abcdef"
+
+
+def test_an_end_with_data_beyond_a_hole() -> None:
+    talk = open_connection()
+    talk.guest(ACK | FIN, b"def", seq=4)
+    talk.taken()
+    talk.guest(ACK, b"abc")
+    assert talk.sock.sent == b"abcdef" and talk.sock.shut
+
+
+# To the socket -------------------------------------------------------------------------------------------------------
+
+
+def test_more_segments_than_one_call_takes() -> None:
+    talk = open_connection()
+    talk.put(*(talk.segment(ACK, b"%04d" % i) for i in range(2100)))
+    assert talk.sock.sent == b"".join(b"%04d" % i for i in range(2100))
+    assert not talk.ctx.drops and not conn_of(talk).lost
+
+
+def test_what_the_socket_does_not_take_is_counted() -> None:
+    talk = open_connection()
+    for _ in range(2):
+        talk.sock.room = 1
+        talk.guest(ACK, b"abc", seq=1 + len(talk.sock.sent))
+    assert talk.ctx.drops == {"tcp send buffer full": 2}
+
+
+def test_something_sent_again_is_acknowledged_at_once_in_a_dialogue() -> None:
+    """Where an acknowledgement would wait for an answer otherwise."""
+    talk = open_connection()
+    conn = conn_of(talk)
+    conn.near, conn.pingpong = True, PINGPONG_MAX
+    talk.guest(ACK, b"abc")
+    talk.expect_nothing()
+    talk.put(talk.segment(ACK, b"abc", seq=1), talk.segment(ACK, b"def"))
+    talk.expect(ACK, b"", ack=7)
+
+
+def send_fails(talk: Talk) -> None:
+    talk.sock.error = errno.EHOSTUNREACH
+    talk.guest(ACK, b"abc")
+
+
+def shutdown_fails(talk: Talk) -> None:
+    def fail(how: int) -> None:
+        raise OSError(errno.EHOSTUNREACH, "no route")
+
+    talk.sock.shutdown = fail  # type: ignore[method-assign]
+    talk.guest(ACK | FIN)
+
+
+def peek_fails(talk: Talk) -> None:
+    talk.sock.error = errno.EHOSTUNREACH
+    reactor(talk.ctx).fire(talk.sock.fd, EPOLLIN, talk.now)
+
+
+def event_says_so(talk: Talk) -> None:
+    talk.sock.error = errno.EHOSTUNREACH
+    reactor(talk.ctx).fire(talk.sock.fd, EPOLLERR, talk.now)
+
+
+@pytest.mark.parametrize("fail", [send_fails, shutdown_fails, peek_fails, event_says_so])
+def test_the_socket_fails(fail: Callable[[Talk], None]) -> None:
+    talk = open_connection()
+    fail(talk)
+    assert talk.taken()[-1].flags == RST | ACK
+    assert reasons(talk) == ["no route"]
+    assert talk.gone
+
+
+# Reasons -------------------------------------------------------------------------------------------------------------
+
+
+def silent_guest(talk: Talk) -> None:
+    talk.accept("198.51.100.7")
+    talk.wait(20)
+
+
+def no_acknowledgement(talk: Talk) -> None:
+    _open(talk)
+    talk.host(b"x")
+    talk.wait(300)
+
+
+def no_answer_to_keepalive(talk: Talk) -> None:
+    _open(talk)
+    talk.wait(9000)
+
+
+def fault_of_the_socket(talk: Talk) -> None:
+    _open(talk)
+    talk.tcp.fault(reactor(talk.ctx).refs[talk.sock.fd])
+
+
+def fault_of_segments(talk: Talk) -> None:
+    _open(talk)
+    talk.tcp.fault_key(talk.key)
+
+
+def guest_gone(talk: Talk) -> None:
+    _open(talk)
+    talk.tcp.forget()
+
+
+def _open(talk: Talk) -> None:
+    talk.syn()
+    talk.expect(SYN | ACK)
+    talk.guest(ACK)
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (silent_guest, "no answer of the guest"),
+        (no_acknowledgement, "no acknowledgement"),
+        (no_answer_to_keepalive, "no answer to keep-alive"),
+        (fault_of_the_socket, "fault"),
+        (fault_of_segments, "fault"),
+        (guest_gone, "guest gone"),
+    ],
+)
+def test_reasons(end: Callable[[Talk], None], reason: str) -> None:
+    talk = Talk()
+    end(talk)
+    assert reasons(talk) == [reason]
+    assert talk.gone and talk.sock.resets_on_close
+
+
+# Events of the socket ------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_connects_speaks_and_ends_in_one_event() -> None:
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    talk = Talk()
+    talk.syn()
+    talk.expect_nothing()
+    talk.sock.incoming += b"greeting"
+    talk.sock.ended = True
+    reactor(talk.ctx).fire(talk.sock.fd, EPOLLOUT | EPOLLIN | EPOLLRDHUP, talk.now)
+    talk.expect(SYN | ACK)
+    talk.guest(ACK)
+    talk.expect(FIN | PSH | ACK, b"greeting")
+
+
+def test_an_event_that_tells_of_no_data_is_no_reason_to_look() -> None:
+    talk = open_connection()
+    before = talk.sock.peeks
+    talk.writable()
+    assert talk.sock.peeks == before and conn_of(talk).drained
+
+
+def test_data_does_not_open_the_window_of_a_full_buffer() -> None:
+    talk = open_connection()
+    talk.sock.wmem = talk.sock.sndbuf * 3 // 4
+    conn = conn_of(talk)
+    talk.tcp._acks.open_window(conn, talk.now)
+    assert conn.low
+    talk.host(b"x")
+    assert conn.low, "only EPOLLOUT says so"
+    talk.taken()
+    talk.writable()
+    assert talk.taken()[-1].flags == ACK
+
+
+def test_a_small_buffer_is_looked_at_again() -> None:
+    talk = open_connection()
+    conn = conn_of(talk)
+    talk.sock.sndbuf, talk.sock.wmem = 2000, 1000
+    conn.low, conn.rcv_edge = True, conn.rcv_nxt
+    talk.writable()
+    assert conn.queued and not conn.low
+    talk.sock.wmem = 0
+    before = conn.rcv_edge
+    talk.wait(ACK_DELAY)
+    assert conn.rcv_edge > before
+
+
+def test_nothing_goes_to_the_guest_before_it_is_there_but_the_reset() -> None:
+    talk = Talk()
+    talk.accept("198.51.100.7")
+    talk.expect(SYN)
+    talk.host(b"early")
+    talk.host(error=errno.ECONNRESET)
+    talk.expect(RST, b"")
+
+
+def test_a_link_that_takes_frames_again_gets_what_waits() -> None:
+    talk = open_connection()
+    link(talk.ctx).full = True
+    talk.host(b"waits")
+    talk.expect_nothing()
+    link(talk.ctx).full = False
+    talk.tcp.resume(talk.now)
+    talk.expect(PSH | ACK, b"waits")
+
+
+def test_a_connection_that_ends_while_it_waits_for_the_link() -> None:
+    talk = open_connection()
+    link(talk.ctx).full = True
+    talk.host(b"waits")
+    talk.guest(RST)
+    link(talk.ctx).full = False
+    talk.tcp.resume(talk.now)
+    talk.expect_nothing()
+
+
+# Dialogues, dropping, recovery ---------------------------------------------------------------------------------------
+
+
+def test_answers_in_time_make_a_dialogue_and_late_ones_do_not() -> None:
+    talk = open_connection()
+    conn = conn_of(talk)
+    conn.near = True
+    for _ in range(PINGPONG_MAX + 2):
+        talk.guest(ACK, b"question")
+        talk.wait(2 * ACK_DELAY)
+        talk.host(b"late")
+        assert conn.pingpong == 0
+        _all_acknowledged(talk)
+    for i in range(PINGPONG_MAX + 2):
+        talk.guest(ACK, b"question")
+        reactor(talk.ctx).fire(talk.sock.fd, EPOLLIN, talk.now)  # and nothing there
+        assert conn.pingpong == min(i, PINGPONG_MAX)
+        talk.host(b"answer")
+        assert conn.pingpong == min(i + 1, PINGPONG_MAX)
+        _all_acknowledged(talk)
+
+
+def _all_acknowledged(talk: Talk) -> None:
+    conn = conn_of(talk)
+    talk.ack = conn.snd_nxt - conn.isn
+    talk.taken()
+    talk.guest(ACK)
+
+
+@pytest.mark.parametrize(("n", "dropped"), [(CONSUME, True), (CONSUME - 2, False)])
+def test_much_is_dropped_from_the_socket_at_once_and_what_follows_it(n: int, dropped: bool) -> None:
+    talk = open_connection()
+    talk.host(b"x" * (n + 1))
+    talk.taken()
+    talk.guest(ACK, ack=1 + n)
+    assert len(talk.sock.incoming) == (1 if dropped else n + 1)
+    talk.guest(ACK, ack=2 + n)
+    assert bool(talk.sock.incoming) != dropped
+
+
+def test_few_bytes_are_dropped_after_so_many_acknowledgements() -> None:
+    talk = open_connection()
+    talk.host(b"x" * 100)
+    talk.taken()
+    for i in range(1, 2 * (LAZY_MAX + 1) + 1):
+        talk.guest(ACK, ack=1 + i)
+        assert len(talk.sock.incoming) == 100 - i // (LAZY_MAX + 1) * (LAZY_MAX + 1)
+
+
+def lost_and_repaired(talk: Talk) -> None:
+    """Two segments, the first of which gets lost; a duplicate has it sent again, and then all is acknowledged."""
+    conn = conn_of(talk)
+    una = conn.snd_una - conn.isn
+    talk.host(b"a" * 10)
+    talk.host(b"b" * 10)
+    talk.taken()
+    talk.guest(ACK, ack=una)
+    assert [(seq, len(data)) for _, seq, data in hear(talk)] == [(una, 20)]
+    talk.guest(ACK, ack=una + 20)
+    talk.expect_nothing()
+
+
+def test_one_loss_after_another_is_repaired() -> None:
+    talk = open_connection()
+    for _ in range(3):
+        lost_and_repaired(talk)
+
+
+def test_a_loss_after_a_timeout_is_repaired() -> None:
+    talk = open_connection()
+    conn = conn_of(talk)
+    talk.host(b"x")
+    talk.wait(RTO_INIT)
+    talk.taken()
+    talk.guest(ACK, ack=2)
+    assert not conn.recover
+    lost_and_repaired(talk)
+
+
+def test_recovery_ends_with_what_was_in_flight_when_it_began() -> None:
+    talk = open_connection()
+    talk.host(b"a" * 10)
+    talk.taken()
+    talk.guest(ACK, ack=1)
+    talk.taken()
+    talk.host(b"b" * 10)
+    talk.taken()
+    talk.guest(ACK, ack=11)
+    talk.expect_nothing()
+
+
+def test_an_acknowledgement_restarts_the_timer_while_more_waits() -> None:
+    talk = open_connection()
+    talk.window = 2
+    talk.guest(ACK)
+    talk.host(b"x" * 1000)
+    talk.taken()
+    conn = conn_of(talk)
+    assert conn.snd_nxt - conn.snd_una == 256 and not conn.drained
+    talk.wait(0.9)
+    talk.guest(ACK, ack=2)
+    assert conn.deadline == pytest.approx(talk.now + RTO_INIT)
+    talk.taken()
+    talk.wait(0.9)
+    talk.expect_nothing()
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+def test_timers_of_what_is_not_there() -> None:
+    """A timer may fire in the turn in which its connection ends, and its index may be another flow's by then."""
+    talk = open_connection()
+    conn = conn_of(talk)
+    talk.guest(RST)
+    talk.tcp.timer_handler(conn.index, talk.now)
+    other: Any = object()
+    talk.ctx.flows.by_index[conn.index] = other
+    talk.tcp.timer_handler(conn.index, talk.now)
