@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 RESULTS = bench/results/latest.json
 
 .DEFAULT_GOAL = help
-.PHONY: docs-seccomp help setup install-system-packages run check test fuzz fuzz-long security bench bench-quick bench-plot demo demo-vm completions clean
+.PHONY: docs-seccomp help setup install-system-packages run check test fuzz fuzz-long mutants security bench bench-quick bench-plot demo demo-vm completions clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ fuzz: ## Fuzzing: each target for a minute (docs/fuzzing.md)
 
 fuzz-long: ## Fuzzing up to ten million executions of each target, recorded in docs/fuzzing.md (hours)
 	scripts/fuzz --runs 10000000 --jobs 2 --record
+
+mutants: ## Change one thing at a time in MODULES="tcp udp_engine ...": does a test fail? (docs/testing.md; all: hours)
+	scripts/mutants $(MODULES)
 
 security: ## Floods from the guest at full length, written to docs/floods.md (about 20 minutes)
 	scripts/security
