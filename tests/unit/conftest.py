@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from passt.flow.context import Context
 
 from . import support
 from .machine_link import MachineLink
 from .support import FakeLink, make_context
+
+# Others have the processors, too: that an example took long says nothing
+settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("beside others")
 
 # Modules whose conversations a namespace has, and a virtual machine
 CONVERSATIONS = ("test_tcp", *(f"tcp_engine.test_{part}" for part in ("opening", "table", "window")))
