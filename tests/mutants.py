@@ -100,7 +100,7 @@ def tests_of(module: Path) -> list[str]:
 
 
 def mutate(module: Path, only: Sequence[str], children: int) -> Counter[str]:
-    """Run all mutants of a module; returns how many there are of each fate."""
+    """Run all mutants of a module; returns how many there are of each fate. Raises RuntimeError."""
     place = WORK / name_of(module)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -117,7 +117,7 @@ def mutate(module: Path, only: Sequence[str], children: int) -> Counter[str]:
             command, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
         )
     if done.returncode:
-        sys.exit(f"{module}: mutmut ended with {done.returncode}, see {place / 'log'}")
+        raise RuntimeError(f"mutmut ended with {done.returncode}, see {place / 'log'}")
 
     def ask(*words: str) -> str:
         return subprocess.run([*mutmut, *words], cwd=place, env=env, check=True, capture_output=True, text=True).stdout
@@ -139,11 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="mutants of such names only")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at the same time")
     asked = parser.parse_args(argv)
+    failed = 0
     for module in modules(asked.modules):
-        fates = mutate(module, asked.only, asked.jobs)
-        rest = ", ".join(f"{n} {fate}" for fate, n in sorted(fates.items()) if fate != "not checked")
-        print(f"{module}: {rest}", flush=True)
-    return 0
+        try:
+            fates = mutate(module, asked.only, asked.jobs)
+            said = ", ".join(f"{n} {fate}" for fate, n in sorted(fates.items()) if fate != "not checked")
+        except RuntimeError as e:  # the next one may be better
+            failed, said = 1, str(e)
+        print(f"{module}: {said}", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
