@@ -182,7 +182,7 @@ class Udp:
             self._drops[f"udp: no flow: {reason(e) if isinstance(e, OSError) else 'table full'}"] += count
             return e
         flow.segments = self._segments
-        flow.cook(ctx.guest.mac, self._our_mac, self._mtu)
+        flow.build_header(ctx.guest.mac, self._our_mac, self._mtu)
         return None
 
     def _refused(self, e: OSError, key: bytes, src: bytes, dst: bytes, payload: memoryview, now: float) -> None:

@@ -287,7 +287,7 @@ class World:
         assert told <= sock.sent + (1 if talk.wild or sock.sent in talk.fins else 0), "acknowledged, but not taken"
         assert told >= talk.acked, "took an acknowledgement back"
         talk.acked = told
-        scale = self.tcp._conns[talk.key].ws_to
+        scale = self.tcp._conns[talk.key].rcv_wscale
         edge = told + (window << scale)
         assert edge > talk.window - (1 << scale), "the window moved left"
         talk.window = max(talk.window, edge)
@@ -539,7 +539,7 @@ def answer(world: World, talk: Talk) -> None:
     conn, sock = world.tcp._conns[talk.key], talk.sock
     assert sock is not None
     # In a batch it may have acknowledged what was sent while that was handled, and lost: it will not get that again.
-    una = conn.snd_una - conn.isn - 1
+    una = conn.snd_una - conn.iss - 1
     talk.got, talk.ended = max(talk.got, min(una, sock.avail)), talk.ended or (sock.ended and una > sock.avail)
     ack = talk.ours + 1 + talk.got + talk.ended
     talk.edge = max(talk.edge, talk.got + (65535 << 7))

@@ -1,4 +1,4 @@
-"""Opening of TCP connections, from either side: everything before ESTABLISHED.
+"""TCP handshakes, from either side: everything before ESTABLISHED.
 
 The guest connects                                     A host client connects
 
@@ -12,48 +12,48 @@ The guest connects                                     A host client connects
       |--------------->|                |                    |   ACK, data    |                 |
       |                |                |                    |<---------------|                 |
 
-The kernel has accepted a host client before the guest is asked, so the client believes that it is connected. What it
-sends waits in its socket; if the guest refuses or does not answer, it is reset.
+The kernel accepts a host client before the guest is asked, so the client believes that it is connected. Its data waits
+in the socket. If the guest refuses or does not answer, the client is reset.
 
-A guest's connection is refused by RST, and counted, when there is no room for it: OPENING_MAX of its own are not
-established yet, or one in OPENING_SHARE of descriptors ("tcp: too many half open"; the host's kernel may try for two
-minutes to connect); the table of flows is full ("flow table full"); no descriptor or no memory is left ("tcp socket").
+A guest's connection is refused by RST, and counted, when there is no room for it. "tcp: too many half open":
+OPENING_MAX of its connections are not established, or one in OPENING_SHARE of descriptors (connect(2) on the host may
+take two minutes). "flow table full". "tcp socket": no descriptor or no memory is left.
 
     host client's connection                                                     counted as
     ---------------------------------------------------------------------------  -------------------------------
     TCP is off                                                                   tcp disabled
-    HALF_OPEN_MAX wait for the guest, or one in HALF_OPEN_SHARE of descriptors   tcp inbound: too many half open
-    nobody is connected to us, or has not shown its MAC address yet              tcp inbound: no guest
-    no address of the guest, or none that it could answer to                     tcp inbound: no address
-    the guest has a connection between the same endpoints, that is not over      tcp inbound: endpoints in use
+    HALF_OPEN_MAX half-open connections, or one in HALF_OPEN_SHARE descriptors   tcp inbound: too many half open
+    no guest is connected, or its MAC address is not known yet                   tcp inbound: no guest
+    the guest has no address, or none that it could answer to                    tcp inbound: no address
+    the guest has a connection between the same endpoints, and it is not over    tcp inbound: endpoints in use
     for the host (see below)
     the table of flows is full                                                   flow table full
     no descriptor for its timer                                                  tcp inbound: no descriptor
 
-Whoever is on the host's loopback is seen by the guest under another address anyway, so its address family does not
-matter: when the guest refuses one, the other is tried before the client is reset. A server that listens on IPv4 only
-is found by a client that resolved `localhost` to ::1, and the other way round.
+The guest sees a client on the host's loopback under another address anyway, so the client's address family does not
+matter. When the guest refuses one family, the other is tried before the client is reset. So a client that resolved
+`localhost` to ::1 reaches a server that listens on IPv4 only, and the other way round.
 
-A client may come back from the same port at once, as soon as its kernel and ours agree that the former connection is
-over (RFC 9293, 3.6.1; RFC 6191). The guest may not know yet: the last bytes and FIN are on their way to it. The new
-connection waits until the guest has acknowledged those, and SYN follows. A guest that leaves them unacknowledged for
-SUCCESSOR_RETRIES retransmissions is sent RST instead. A former connection that was reset makes room at once.
+A successor is a connection from the same client port, opened when the former connection is over for the client's kernel
+and the host's (RFC 9293, 3.6.1; RFC 6191). For the guest it may not be over: the last bytes and FIN are in flight. SYN
+of the successor waits until the guest has acknowledged these. After SUCCESSOR_RETRIES retransmissions without that, the
+former connection is reset. A former connection that the client has reset makes room at once.
 
-Answers to our SYN (RFC 9293, 3.10.7.3)
+Segments in SYN-SENT, after our SYN to the guest (RFC 9293, 3.10.7.3)
 
     segment                              answer
     -----------------------------------  -----------------------------------------------------------------------------
-    SYN,ACK of our SYN                   ACK, on which data of the client may ride
-    RST,ACK of our SYN                   other family, or RST to the client
-    ACK of something else                RST; and SYN again at once, since what was in its way may be gone
-    RST that acknowledges nothing of us  ignored: anybody could have sent it
-    SYN alone: both connect at once      nothing: the guest answers our SYN by SYN,ACK, as we would its
-    anything else                        nothing: SYN,ACK comes first, or again
+    SYN,ACK of our SYN                   ACK, with data of the client if there is any
+    RST,ACK of our SYN                   SYN in the other family, or RST to the client
+    ACK of something else                RST, and SYN once more at once: an old connection was in its way, and is gone
+    RST that does not acknowledge SYN    ignored: it may be forged
+    SYN alone: simultaneous open         nothing: the guest answers our SYN by SYN,ACK
+    anything else                        nothing: SYN,ACK comes first, or is retransmitted
 
-Of several resolvers (`policy/resolvers.py`) that one address of the guest's stands for, the next one is tried when
-connecting to one fails, before the guest hears anything.
+One address in the guest may stand for several resolvers (`policy/resolvers.py`). When connecting to one fails, the next
+one is tried before the guest gets an answer.
 
-SYN and SYN,ACK are repeated after 1, 2, 4 s; after 10 s both sides are reset.
+SYN and SYN,ACK are retransmitted after 1, 2, 4 s; after 10 s both sides are reset.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ from .sock import INTEREST
 from .table import TcpTable
 from .window import TcpAck
 
-HALF_OPEN_MAX = 4096  # connections of host clients that wait for the guest
+HALF_OPEN_MAX = 4096  # connections of host clients that the guest has not answered
 HALF_OPEN_SHARE = 8
-OPENING_MAX = 8192  # connections of the guest on their way to being established
+OPENING_MAX = 8192  # connections of the guest that are not established
 OPENING_SHARE = 4
 REFUSED = frozenset((errno.ECONNREFUSED, errno.ECONNRESET))
 
@@ -114,7 +114,7 @@ class TcpOpen:
         self._acks = acks
         self._table = table
         self._secret = os.urandom(16)  # RFC 6528: new at each start
-        self._replaced = 0  # connections whose client came back
+        self._replaced = 0  # connections that gave way to a successor
         self.half_open_max = flow_limit(HALF_OPEN_MAX, HALF_OPEN_SHARE)
         self.opening_max = flow_limit(OPENING_MAX, OPENING_SHARE)
         ctx.settings.subscribe(self._adopt)
@@ -125,7 +125,7 @@ class TcpOpen:
     def segments(self, conn: TcpConn | None, key: bytes, segments: list[int], now: float) -> TcpConn | None:
         """Handle segments before ESTABLISHED.
 
-        Returns the connection when it has become that, with what is left to handle in `segments`.
+        Returns a connection that has become established, with the rest of its segments in `segments`.
         """
         if self._disabled:
             self._ctx.drops["tcp disabled"] += len(segments) // 2
@@ -138,20 +138,20 @@ class TcpOpen:
                 self._ctx.drops["tcp header length"] += 1
                 continue
             if conn is not None and conn.events & TAP_SYN_SENT:
-                if self._answered(conn, offset, data, numbers, now):
+                if self._in_syn_sent(conn, offset, data, numbers, now):
                     del segments[: i + 2]
                     return conn
-                conn = self._table.by_key.get(key)  # gone, or it went on to the other family
+                conn = self._table.by_key.get(key)  # it ended, or has the key of the other family
                 continue
             flags = bits & (SYN | RST | ACK)
-            if conn is not None and flags == SYN and seq != conn.isn_tap:
-                self._table.abort(conn, "replaced")  # the guest gave up the old attempt and reuses the port
+            if conn is not None and flags == SYN and seq != conn.irs:
+                self._table.abort(conn, "replaced")  # a new attempt of the guest from the same port
                 conn = None
             if conn is None:
                 conn = self._no_connection(key, offset, data, end, now)
             elif flags == SYN:
                 if conn.events & TAP_SYN_ACK_SENT:
-                    self.again(conn)
+                    self.retransmit_syn(conn)
             elif bits & RST:
                 self._table.reset_by_guest(conn)
                 return None
@@ -165,7 +165,7 @@ class TcpOpen:
         return None
 
     def _no_connection(self, key: bytes, offset: int, data: int, end: int, now: float) -> TcpConn | None:
-        """A segment of no connection: SYN opens one, anything but RST is answered by RST."""
+        """A segment of no connection: SYN opens one, and RST is ignored. RST answers everything else."""
         seq, ack, bits, win = self._pool.unpack(SEQ_TO_WINDOW, offset + 4, end)
         if bits & RST:
             return None
@@ -185,61 +185,61 @@ class TcpOpen:
         self._out.refuse(key, seq, ack, bits, length)
         return None
 
-    def again(self, conn: TcpConn) -> None:
-        """SYN or SYN,ACK was lost, or may have been."""
+    def retransmit_syn(self, conn: TcpConn) -> None:
+        """Send SYN or SYN,ACK once more."""
         conn.resent += 1
         if conn.events & TAP_SYN_SENT:
             self._out.syn(conn)
         else:
-            self._out.syn_ack(conn, conn.ws_to != 0)
+            self._out.syn_ack(conn, conn.rcv_wscale != 0)
 
     def isn(self, key: bytes, now: float) -> int:
-        """Our initial sequence number, RFC 6528: a keyed hash of the endpoints plus a clock of 4 us.
+        """An initial sequence number, RFC 6528: a keyed hash of the endpoints plus a clock of 4 us.
 
-        A connection may be replaced in the turn in which it began, at the same time: so that an answer to the first
-        SYN does not look like one to the second, each replacement is a tick of the clock, too.
+        A connection may be replaced in the turn in which it began, at the same time. Each replacement advances the
+        clock, too, so that an answer to the first SYN is none to the second.
         """
         h = siphash24(self._secret, key)
         return ((h >> 32 ^ h) + int(now * 250_000) + self._replaced) & _MASK
 
-    def _number(self, conn: TcpConn, now: float) -> None:
-        """Choose where our sequence begins: nothing is sent yet, and the first byte comes after SYN."""
-        conn.isn = conn.snd_una = conn.snd_nxt = self.isn(conn.key, now)
+    def _choose_iss(self, conn: TcpConn, now: float) -> None:
+        """Choose our initial sequence number. Nothing is sent yet; the first byte follows SYN."""
+        conn.iss = conn.snd_una = conn.snd_nxt = self.isn(conn.key, now)
         conn.base = conn.snd_una + 1
 
     def _established(self, conn: TcpConn, numbers: tuple[int, ...]) -> None:
-        """The guest acknowledged our SYN. A window in a SYN is not scaled (RFC 7323, 2.2)."""
+        """The guest acknowledged our SYN. The window of a SYN is not scaled (RFC 7323, 2.2)."""
         _, _, bits, win = numbers
         conn.snd_una = conn.snd_nxt
-        conn.snd_wnd = conn.snd_wnd_max = win if bits & SYN else win << conn.ws_from
+        conn.snd_wnd = conn.snd_wnd_max = win if bits & SYN else win << conn.snd_wscale
         conn.retries = 0
         set_event(conn, ESTABLISHED)
 
     # The guest connects --------------------------------------------------------------------------------------------
 
     def _open(self, key: bytes, isn: int, window: int, options: tcp.SynOptions, now: float) -> TcpConn | None:
-        """The guest connects: so do we, on the host."""
+        """The guest connects: connect on the host."""
         if self._table.opening >= self.opening_max:
             self._no_room(key, isn, "tcp: too many half open")
             return None
         conn = TcpConn(key)
-        conn.isn_tap = isn
+        conn.irs = isn
         conn.rcv_nxt = conn.rcv_acked = conn.rcv_edge = isn + 1
-        _agree(conn, options)
+        _apply_syn_options(conn, options)
         conn.snd_wnd = window
-        tcp_sock.aim(self._ctx, conn, now)
+        tcp_sock.choose_host(self._ctx, conn, now)
         try:
             self._table.add(conn)
         except TableFull:
             self._no_room(key, isn, "flow table full")
             return None
-        self._number(conn, now)
-        self._out.cook(conn)
+        self._choose_iss(conn, now)
+        self._out.build_header(conn)
         set_event(conn, TAP_SYN_RCVD)
         self._table.opening += 1
         try:
             error = tcp_sock.connect(self._ctx, self._features, conn)
-        except OSError as e:  # no descriptor, no memory: ours to answer for, so RST
+        except OSError as e:  # no descriptor, no memory
             self._no_socket(conn, e, now)
             return None
         if error != errno.EINPROGRESS:
@@ -252,38 +252,38 @@ class TcpOpen:
         self._out.refuse(key, isn, 0, SYN, 1)
 
     def _no_socket(self, conn: TcpConn, e: OSError, now: float) -> None:
-        """Likewise, one that has its place already."""
+        """Refuse a connection that is in the table already."""
         log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
-        self._no_room(conn.key, conn.isn_tap, "tcp socket")
+        self._no_room(conn.key, conn.irs, "tcp socket")
         self._table.reset_by_guest(conn, "no socket")
 
     def connected(self, conn: TcpConn, error: int, now: float) -> None:
-        """The host socket is connected, or `error` says why it is not: tell the guest."""
-        if error and conn.tried:
+        """The host socket is connected, or failed with `error`: answer the guest."""
+        if error and conn.resolvers_tried:
             error = tcp_sock.connect_next(self._ctx, self._features, conn, error, now)
             if error == errno.EINPROGRESS:
                 return
         if error:
             self.connect_failed(conn, error, now)
             return
-        if conn.tried:
-            self._ctx.resolvers.answered(conn.tried[-1], now)
-            conn.tried = ()
-            tcp_sock.be_patient(conn.sock)
+        if conn.resolvers_tried:
+            self._ctx.resolvers.answered(conn.resolvers_tried[-1], now)
+            conn.resolvers_tried = ()
+            tcp_sock.clear_user_timeout(conn.sock)
         set_event(conn, TAP_SYN_ACK_SENT)
         try:
-            self._table.schedule(conn, now)  # which may take a descriptor, the last one of a connection
+            self._table.schedule(conn, now)  # this may take a descriptor
         except OSError as e:
             self._no_socket(conn, e, now)
             return
         self._ctx.flows.activate(conn)
         self._acks.open_window(conn, now)
-        self._out.syn_ack(conn, conn.ws_to != 0)
+        self._out.syn_ack(conn, conn.rcv_wscale != 0)
         conn.snd_nxt = conn.snd_una + 1
         conn.t_rx = now
 
     def connect_failed(self, conn: TcpConn, error: int, now: float) -> None:
-        """RST for a refused connection, an ICMP error for an unreachable peer; a time-out stays one."""
+        """Answer a refused connection by RST, an unreachable peer by an ICMP error, a timeout not at all."""
         if error in REFUSED:
             self._out.reset(conn)
         elif error != errno.ETIMEDOUT:
@@ -295,7 +295,7 @@ class TcpOpen:
     def accepted(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> None:
         """Ask the guest for a connection from `peer` to the port that `listener` leads to, or reset the client.
 
-        `sock` is ours from here on, non-blocking; the listener was prepared by `sock.prepare_listener`. Raises nothing.
+        `sock` is non-blocking, of a listener that `sock.prepare_listener` set up. Takes it over, and raises nothing.
         """
         reason = self._accept(listener, sock, peer, peer_port, now)
         if reason:
@@ -304,12 +304,12 @@ class TcpOpen:
             self._ctx.reactor.retire(sock.fileno(), sock)
 
     def _accept(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> str:
-        """Send SYN to the guest; returns why not, if so, with nothing kept."""
+        """Send SYN to the guest; otherwise returns the reason, with nothing kept."""
         table = self._table
         if self._disabled:
             return "tcp disabled"
         if self._ctx.guest.mac == addr.BROADCAST_MAC:
-            return "tcp inbound: no guest"  # or it is still booting: rather a refusal than 10 s of silence
+            return "tcp inbound: no guest"  # or it boots: a refusal is better than 10 s of silence
         if table.half_open + len(table.successors) >= self.half_open_max:
             log.warn_ratelimited("half open", f"The guest leaves {table.half_open} connections unanswered", now)
             return "tcp inbound: too many half open"
@@ -317,12 +317,13 @@ class TcpOpen:
         if not keys:
             return "tcp inbound: no address"
         free = [key for key in keys if self._is_free(key)]
-        if keys[0] not in free and self._wait(keys[0], partial(self.accepted, listener, sock, peer, peer_port)):
+        retry = partial(self.accepted, listener, sock, peer, peer_port)
+        if keys[0] not in free and self._queue_successor(keys[0], retry):
             return ""
         if not free:
             return "tcp inbound: endpoints in use"
         conn = TcpConn(free[0])
-        conn.other = free[1] if len(free) > 1 else b""
+        conn.fallback_key = free[1] if len(free) > 1 else b""
         conn.host = peer, peer_port
         set_event(conn, SOCK_ACCEPTED)
         try:
@@ -343,8 +344,8 @@ class TcpOpen:
         return ""
 
     def _is_free(self, key: bytes) -> bool:
-        """Whether there is no connection between these endpoints; one that was reset gives way, although we have not
-        heard of its end yet.
+        """Whether no connection has these endpoints. One that the host peer reset gives way, although its event is
+        still to come.
         """
         conn = self._table.by_key.get(key)
         if conn is not None and not conn.events & SOCK_FIN_SENT and tcpinfo.is_closed(conn.sock):
@@ -353,8 +354,8 @@ class TcpOpen:
             return True
         return conn is None
 
-    def _wait(self, key: bytes, accept: Callable[[float], None]) -> bool:
-        """Call accept(now) when the connection `key` ends; False if that is not over for the host, or awaited."""
+    def _queue_successor(self, key: bytes, accept: Callable[[float], None]) -> bool:
+        """Call accept(now) when the connection `key` ends; False if the host's end is open, or a successor waits."""
         conn = self._table.by_key[key]
         if key in self._table.successors or not tcpinfo.is_closed(conn.sock):
             return False
@@ -362,7 +363,7 @@ class TcpOpen:
         return True
 
     def _keys(self, listener: Listener, peer: bytes, peer_port: int) -> list[bytes]:
-        """Between which endpoints the guest may see the connection: first choice first, none if it cannot."""
+        """Endpoints between which the guest may see the connection, the first choice first."""
         peers = [peer]
         if addr.is_loopback(peer):
             peers.append(addr.LOOPBACK6 if len(peer) == 4 else addr.LOOPBACK4)
@@ -377,18 +378,18 @@ class TcpOpen:
         return keys
 
     def _syn(self, conn: TcpConn, now: float) -> None:
-        """Begin the handshake with the guest. Raises OSError, with nothing sent."""
-        self._number(conn, now)
-        conn.rcv_edge = WINDOW_DEFAULT  # the numbers of the guest begin at 0 until it tells
-        self._out.cook(conn)
+        """Start the handshake with the guest. Raises OSError, with nothing sent."""
+        self._choose_iss(conn, now)
+        conn.rcv_edge = WINDOW_DEFAULT  # the guest's sequence numbers count from 0 until SYN,ACK tells IRS
+        self._out.build_header(conn)
         conn.snd_nxt += 1
         conn.retries = 0
         self._table.schedule(conn, now)
         self._out.syn(conn)
         set_event(conn, TAP_SYN_SENT)
 
-    def _answered(self, conn: TcpConn, offset: int, data: int, numbers: tuple[int, ...], now: float) -> bool:
-        """A segment after our SYN, as in the table above; returns whether the connection is established."""
+    def _in_syn_sent(self, conn: TcpConn, offset: int, data: int, numbers: tuple[int, ...], now: float) -> bool:
+        """Handle a segment in SYN-SENT, as in the table above; returns whether the connection is established."""
         seq, ack, bits, _ = numbers
         ours = bits & ACK and ack == conn.snd_nxt & _MASK
         if bits & RST:
@@ -402,11 +403,11 @@ class TcpOpen:
             except Malformed as e:
                 self._ctx.drops[e.reason] += 1
                 return False
-            _agree(conn, options)
-            self._out.fit(conn)
-            conn.isn_tap = seq
+            _apply_syn_options(conn, options)
+            self._out.limit_mss(conn)
+            conn.irs = seq
             conn.rcv_nxt = conn.rcv_acked = seq + 1
-            conn.rcv_max, conn.rcv_low = WINDOW_DEFAULT, WINDOW_DEFAULT // 2
+            conn.rcv_wnd_max, conn.rcv_wnd_low = WINDOW_DEFAULT, WINDOW_DEFAULT // 2
             conn.rcv_edge = conn.rcv_nxt + WINDOW_DEFAULT
             conn.t_rx = now
             self._table.half_open -= 1
@@ -417,28 +418,28 @@ class TcpOpen:
             self._out.refuse(conn.key, seq, ack, bits, 0)
             if not conn.retries:
                 conn.retries = 1
-                self.again(conn)
+                self.retransmit_syn(conn)
                 self._table.schedule(conn, now)
         return False
 
     def _refused(self, conn: TcpConn, now: float) -> None:
-        """The guest has no server there; of the other family, perhaps."""
-        if not conn.other or conn.other in self._table.by_key:
+        """The guest has no server at this address: try the other family."""
+        if not conn.fallback_key or conn.fallback_key in self._table.by_key:
             self._table.reset_by_guest(conn, "refused by guest")
             return
-        self._table.rekey(conn, conn.other)
-        conn.other = b""
+        self._table.rekey(conn, conn.fallback_key)
+        conn.fallback_key = b""
         if log.debug_on:
             log.debug(f"Flow {conn.index} (TCP connection): refused, now {conn.endpoints()}")
         self._syn(conn, now)
 
 
-def _agree(conn: TcpConn, options: tcp.SynOptions) -> None:
-    """Take over what the guest's SYN says: its MSS, and whether windows are scaled."""
+def _apply_syn_options(conn: TcpConn, options: tcp.SynOptions) -> None:
+    """Take the MSS and the window scale from the guest's SYN."""
     default = tcp.MSS_DEFAULT if len(conn.key) == 12 else tcp.MSS_DEFAULT6
     conn.mss = max(options.mss or default, tcp.MSS_MIN)
     if options.ws is not None:
-        conn.ws_from, conn.ws_to = options.ws, WS_OFFERED
+        conn.snd_wscale, conn.rcv_wscale = options.ws, WS_OFFERED
 
 
 def _may_connect(a: bytes) -> bool:

@@ -1,21 +1,21 @@
-"""Segments of guests that came before one that is missing: kept, so that only that one must be sent again.
+"""The out-of-order queue: segments of the guest behind a hole, kept so that it only retransmits what is missing.
 
-The link to the guest keeps the order, and loses frames only when it is overrun. But then it loses many at a time, and
-without SACK the guest sends again what it believes lost, one window after each time-out, with what is new behind it. If
-all that came early were thrown away, each round would lose what the next one repairs: an upload beside a flood stood
-still for minutes after it.
+The link to the guest keeps the order, and loses frames only in an overrun. An overrun loses many of them, and without
+SACK the guest retransmits what it believes lost, one window per timeout, with new data behind it. If everything behind
+a hole were dropped, each round would lose what the next one repairs: an upload beside a flood would stand still for
+minutes after it.
 
-    [ in the host socket | missing | kept | missing | kept ]
-                  rcv_nxt                                 rcv_edge
+    [ in the host socket | missing | queued | missing | queued ]
+                      rcv_nxt                                     rcv_edge
 
-    limit                  value          beyond it
-    ---------------------  -------------  ---------------------------------------------
-    bytes of a connection  EARLY_MAX      dropped, counted "tcp early: no room"
-    bytes of all           EARLY_TOTAL    likewise
-    what was promised      rcv_edge       likewise
+    limit                   value               beyond it
+    ----------------------  ------------------  ---------------------------------------------
+    bytes of a connection   OUT_OF_ORDER_MAX    dropped, counted "tcp early: no room"
+    bytes of all            OUT_OF_ORDER_TOTAL  likewise
+    window advertised       rcv_edge            likewise
 
-Pieces are copies, sorted and disjoint, except that one may begin before its predecessor ends. A connection without any
-has an empty tuple.
+Pieces are copies, sorted by sequence number. They do not overlap, except that a piece may begin before its predecessor
+ends. The queue of most connections is an empty tuple.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from operator import itemgetter
 
 from .conn import TAP_FIN_RCVD, TcpConn
 
-EARLY_MAX = 2 << 20  # bytes
-EARLY_TOTAL = 16 << 20
-OVERHEAD = 1024  # bytes that a piece counts beside its payload: more than it takes, since each costs time as well
+OUT_OF_ORDER_MAX = 2 << 20  # bytes
+OUT_OF_ORDER_TOTAL = 16 << 20
+OVERHEAD = 1024  # bytes that a piece counts beside its payload: more than it takes, since it costs time as well
 
 Piece = tuple[int, memoryview, int]  # sequence number, payload, FIN bit
 
 
-class TcpEarly:
-    """What is kept for all connections; `total` is its cost in bytes."""
+class OutOfOrder:
+    """The queues of all connections; `total` is their cost in bytes."""
 
     def __init__(self, drops: Counter[str]) -> None:
         self._drops = drops
@@ -49,12 +49,12 @@ class TcpEarly:
         payload: list[memoryview],
         fin: bool,
     ) -> tuple[int, bool, bool]:
-        """Append to `payload` what follows without a hole of what came early, now or before, and keep the rest.
+        """Append to `payload` what follows rcv_nxt without a hole, from `later` and from the queue; queue the rest.
 
-        `later` is (sequence number, start, end, FIN bit) of what came now, in `mv`. Returns (rcv_nxt, fin, hole).
+        `later` has (sequence number, start, end, FIN bit) of new segments in `mv`. Returns (rcv_nxt, fin, hole).
         """
         pieces = [(seq, mv[data:end], fin_bit) for seq, data, end, fin_bit in later]
-        if conn.early:
+        if conn.out_of_order:
             pieces += self.take(conn)
         pieces.sort(key=itemgetter(0))
         for i, (seq, data, fin_bit) in enumerate(pieces):
@@ -71,27 +71,27 @@ class TcpEarly:
         return rcv_nxt, fin, False
 
     def take(self, conn: TcpConn) -> tuple[Piece, ...]:
-        """What is kept for `conn`, which has nothing any more."""
-        pieces, conn.early = conn.early, ()
+        """Empty the queue of `conn`; returns its pieces."""
+        pieces, conn.out_of_order = conn.out_of_order, ()
         self.total -= _cost(pieces)
         return pieces
 
     def keep(self, conn: TcpConn, pieces: Iterable[Piece]) -> None:
-        """Keep copies of `pieces`, sorted, as far as there is room. Nothing is kept for `conn` yet."""
+        """Queue copies of `pieces`, which are sorted, as far as there is room. The queue of `conn` is empty."""
         kept: list[Piece] = []
-        left = min(EARLY_MAX, EARLY_TOTAL - self.total)
+        left = min(OUT_OF_ORDER_MAX, OUT_OF_ORDER_TOTAL - self.total)
         end = -1
         for seq, data, fin in pieces:
             if seq + len(data) + fin <= end:
-                continue  # sent twice
+                continue  # a duplicate
             left -= len(data) + OVERHEAD
             if left < 0 or seq + len(data) > conn.rcv_edge:
                 self._drops["tcp early: no room"] += 1
                 break
             end = seq + len(data) + fin
-            kept.append((seq, data if data.readonly else memoryview(bytes(data)), fin))  # once copied is enough
-        conn.early = tuple(kept)
-        self.total += _cost(conn.early)
+            kept.append((seq, data if data.readonly else memoryview(bytes(data)), fin))  # read-only: copied before
+        conn.out_of_order = tuple(kept)
+        self.total += _cost(conn.out_of_order)
 
 
 def _cost(pieces: tuple[Piece, ...]) -> int:

@@ -1,29 +1,34 @@
-"""TCP segments to the guest: everything that writes a frame of a TCP connection, and the peeking behind it.
+"""TCP segments to the guest: every frame of a TCP connection is written here, and the payload peeked.
 
-Payload is never kept. It stays in the host socket until the guest acknowledges it, and is read by MSG_PEEK into one
-buffer that all connections share, cut into frames by views, and forgotten. A frame is the connection's pre-cooked
-header and a view, handed to the link together; only lengths, checksums, sequence numbers and the window are written.
+The module keeps no payload. Payload stays in the host socket until the guest acknowledges it. MSG_PEEK reads it into
+one buffer that all connections share; views of that buffer become frames. A frame is the connection's pre-cooked header
+and a view, handed to the link together. Only lengths, checksums, sequence numbers and the window are written per frame.
 
     host socket    base            snd_una          snd_nxt
-    receive queue  |  acknowledged |  sent          |  not sent yet
-                   '- dropped late, by MSG_TRUNC    '- SO_PEEK_OFF points here
+    receive queue  |  acknowledged |  in flight     |  not sent yet
+                   '- consumed late, by MSG_TRUNC   '- SO_PEEK_OFF points here
 
-Acknowledged bytes cost nothing while they lie in the socket, but they pin the kernel's buffers: a few bytes left of a
-large one can close the receive window, and then nothing happens any more. So large amounts, and the rest that follows
-them, are dropped at once; small ones may add up for as long as an acknowledgement may be delayed.
+Acknowledged bytes cost nothing while they stay in the socket, but they pin the kernel's buffers: a few bytes left of a
+large buffer can close the receive window, and then no event comes any more. So a large amount is consumed at once, and
+so is the rest that follows it. Small amounts add up for as long as an acknowledgement may be delayed.
 
-SO_PEEK_OFF (TCP: kernel 6.9) lets the kernel keep the offset of the next peek. Without it every peek starts at `base`,
-and what was sent already lands in a buffer nobody reads.
+With SO_PEEK_OFF (TCP: kernel 6.9) the kernel keeps the offset of the next peek. Without it every peek starts at `base`,
+and what is in flight already is read into a buffer that nothing reads.
 
-A segment below the MSS goes out beside others in flight when it is all that is queued, or when it fills half of the
-largest window that the guest has opened (RFC 9293, 3.8.6.2.1). Otherwise it waits for the window to open further: a
-guest with two segments in flight acknowledges at once, so the socket is not even asked then. At an MTU of 65520 the
+Silly window avoidance (RFC 9293, 3.8.6.2.1). A segment below the MSS is sent beside others in flight if it is all that
+the socket has, or if it fills half of the largest window of the guest. Otherwise it waits for the window to open: a
+guest with two segments in flight acknowledges at once, so the socket is not even read then. At an MTU of 65520 the
 window of a guest is often not much more than one segment, and an answer in two writes depends on this rule.
 
-A short peek means that the queue is empty (`drained`), so the question "is there more?" is not asked again until the
-socket reports an event; urgent data also cuts a peek short, so a connection that has seen any always asks twice, and
-without SO_PEEK_OFF waits for the guest to acknowledge what is before the mark.
-If the peer's FIN was reported before the peek, a short one ends the stream, and our FIN rides on the last segment.
+A short peek means that the receive queue is empty (`drained`): the next peek follows an event of the socket. Urgent
+data makes a peek short as well, so a connection that has seen any always peeks twice. Without SO_PEEK_OFF it waits
+until the guest has acknowledged everything before the mark.
+
+If the peer's FIN was reported before a short peek, the peek ends the stream, and our FIN rides on the last segment.
+
+Loss. A duplicate acknowledgement causes a fast retransmit of one frame, and each partial acknowledgement one more
+(`fast_retransmit`, RFC 6582). A timeout sets snd_nxt back to snd_una, and everything is sent again (`go_back_n`). An
+acknowledgement beyond the new snd_nxt skips what the guest has already (`skip_acknowledged`).
 """
 
 from __future__ import annotations
@@ -51,14 +56,14 @@ from .conn import (
     TTL,
     WS_OFFERED,
     TcpConn,
-    cook,
-    fit,
+    build_header,
+    limit_mss,
     set_event,
     set_segmentation,
 )
 
 PEEK_MAX = 1 << 18  # bytes in one peek: four super-frames, small enough for the second-level cache
-DISCARD_MAX = 1 << 22  # bytes in flight to the guest without SO_PEEK_OFF; also the most dropped in one call
+DISCARD_MAX = 1 << 22  # bytes in flight to the guest without SO_PEEK_OFF; also the most consumed in one call
 _TCP_VARIABLE = Struct("!IIHHH")  # seq, ack, offset and flags, window, checksum: at offset 4
 _IP4_VARIABLE = Struct("!HHHHH")  # total length, id, fragment, TTL and protocol, checksum: at offset 2
 _U16 = Struct("!H")
@@ -72,7 +77,7 @@ CALLS = (*setting((socket.SOL_SOCKET, SO_PEEK_OFF)), *calls("recvmsg", "recvfrom
 
 
 class TcpOut:
-    """Sends to the guest. One per process; connections are its arguments."""
+    """The sender of all connections."""
 
     def __init__(self, ctx: Context, features: Features, *, tso: bool) -> None:
         self._link = ctx.link
@@ -80,28 +85,28 @@ class TcpOut:
         self._errors = Errors(ctx)
         self._tso = tso
         self._peek_off = features.peek_off
-        self.stalled: dict[int, TcpConn] = {}  # connections whose data waits until the link takes frames, by index
+        self.stalled: dict[int, TcpConn] = {}  # by index: connections that wait for the link to take frames
         self._buf = memoryview(bytearray(PEEK_MAX))
-        # With MSG_TRUNC the kernel writes nothing, with SO_PEEK_OFF nobody peeks into it: memory that is never touched.
+        # With MSG_TRUNC the kernel writes nothing, and with SO_PEEK_OFF no peek uses it: memory that is never touched.
         self._discard = memoryview(mmap.mmap(-1, DISCARD_MAX))
         ctx.settings.subscribe(self._adopt)
 
     def _adopt(self, config: Config) -> None:
         self._our_mac, self._mtu = config.our_mac, config.mtu
 
-    def cook(self, conn: TcpConn) -> None:
+    def build_header(self, conn: TcpConn) -> None:
         """Prepare the header of a new connection."""
-        cook(conn, self._guest.mac, self._our_mac, self._mtu, tso=self._tso)
+        build_header(conn, self._guest.mac, self._our_mac, self._mtu, tso=self._tso)
 
-    def fit(self, conn: TcpConn) -> None:
-        """The guest told its MSS: limit it, and the length of frames by it."""
-        fit(conn, self._mtu, tso=self._tso)
+    def limit_mss(self, conn: TcpConn) -> None:
+        """Limit the MSS that the guest announced, and the length of frames by it."""
+        limit_mss(conn, self._mtu, tso=self._tso)
 
     def header(self, conn: TcpConn, seq: int, flags: int, length: int, options: int = 0) -> None:
-        """Write what changes into the pre-cooked header: `length` bytes of payload, `options` bytes of options."""
+        """Write the fields that change into the pre-cooked header: `length` and `options` are in bytes."""
         l4 = conn.l4
         length += 20 + options
-        window = conn.rcv_edge - conn.rcv_acked >> conn.ws_to
+        window = conn.rcv_edge - conn.rcv_acked >> conn.rcv_wscale
         s = conn.tcp_sum + length
         _TCP_VARIABLE.pack_into(
             conn.hdr,
@@ -134,15 +139,15 @@ class TcpOut:
         self.bare(conn, tcp.ACK, conn.snd_nxt)
 
     def reset(self, conn: TcpConn) -> None:
-        """Send RST. It carries ACK, which a peer in SYN-SENT insists on (RFC 9293, 3.10.7.3).
+        """Send RST. It carries ACK, which a guest in SYN-SENT requires (RFC 9293, 3.10.7.3).
 
-        A guest that answers our SYN is in SYN-RECEIVED, and we have nothing to acknowledge yet.
+        Before the guest's SYN,ACK there is nothing to acknowledge.
         """
         begun = conn.events & (TAP_SYN_SENT | ESTABLISHED) == TAP_SYN_SENT
         self.bare(conn, tcp.RST if begun else tcp.RST | tcp.ACK, conn.snd_nxt)
 
     def syn(self, conn: TcpConn) -> None:
-        """Send SYN, with rcv_edge as its window."""
+        """Send SYN; its window is `rcv_edge`."""
         self._syn(conn, tcp.SYN, WS_OFFERED)
 
     def syn_ack(self, conn: TcpConn, offered_ws: bool) -> None:
@@ -150,19 +155,19 @@ class TcpOut:
         self._syn(conn, tcp.SYN | tcp.ACK, WS_OFFERED if offered_ws else None)
 
     def _syn(self, conn: TcpConn, flags: int, ws: int | None) -> None:
-        """The window in it is never scaled (RFC 7323, 2.2)."""
+        """The window of a SYN is never scaled (RFC 7323, 2.2)."""
         overhead = conn.l4 - L3 + tcp.HEADER_LEN
         mss = (self._mtu or 1500) - overhead
         options = tcp.SynOptions(mss, ws).emit()
-        scale, conn.ws_to = conn.ws_to, 0
+        scale, conn.rcv_wscale = conn.rcv_wscale, 0
         self.header(conn, conn.snd_una, flags, 0, len(options))
-        conn.ws_to = scale
+        conn.rcv_wscale = scale
         self._link.send_payload((conn.hdr, options))
 
     def refuse(self, key: bytes, seq: int, ack: int, flags: int, length: int) -> None:
         """Answer a segment that belongs to no connection with RST (RFC 9293, 3.10.7.1); `length` counts SYN and FIN."""
         stray = TcpConn(key)
-        self.cook(stray)
+        self.build_header(stray)
         if flags & tcp.ACK:
             self.bare(stray, tcp.RST, ack)
         else:
@@ -170,16 +175,16 @@ class TcpOut:
             self.bare(stray, tcp.RST | tcp.ACK, 0)
 
     def unreachable(self, conn: TcpConn, error: int, now: float) -> None:
-        """Tell the guest by ICMP that its SYN went nowhere, so that its connect() fails with the errno of ours."""
+        """Answer SYN by an ICMP error, so that connect(2) in the guest fails with the errno of the host's."""
         n = (len(conn.key) - 4) // 2
         guest, peer, ports = conn.key[:n], conn.key[n : 2 * n], conn.key[2 * n :]
-        syn = icmp.quote(guest, peer, PROTO_TCP, ports + conn.isn_tap.to_bytes(4, "big") + bytes(12))
+        syn = icmp.quote(guest, peer, PROTO_TCP, ports + conn.irs.to_bytes(4, "big") + bytes(12))
         self._errors.refused(error, guest, peer, syn, now)
 
-    def data(self, conn: TcpConn, *, reset: bool = False) -> None:
+    def send_data(self, conn: TcpConn, *, reset: bool = False) -> None:
         """Send what the socket has and the guest's window takes, and FIN after the last byte. Raises OSError.
 
-        `reset`: the host peer has reset the connection, so that an empty queue is not the end of its stream.
+        `reset`: the host peer has reset the connection, so an empty receive queue is not the end of its stream.
         """
         while not conn.events & TAP_FIN_SENT:
             if self._link.full:
@@ -204,7 +209,7 @@ class TcpOut:
             if not n and not reset:
                 set_event(conn, SOCK_FIN_RCVD)
             n = max(n, 0)
-            # Short at an urgent mark, perhaps. A peek that begins before the mark does not get beyond it.
+            # Perhaps short at an urgent mark: a peek that begins before the mark ends there.
             cut = n < want and conn.urgent and (n or (not self._peek_off and conn.snd_nxt != conn.base))
             if silly and n == want and not cut:
                 self._seek(conn, conn.snd_nxt)
@@ -222,10 +227,10 @@ class TcpOut:
                 conn.drained = True
                 return
             if not n:
-                return  # what comes after the mark can be seen when the guest has what is before it
+                return  # the bytes after the mark can be peeked when the guest has acknowledged those before it
 
     def _peek(self, conn: TcpConn, want: int) -> int:
-        """Read up to `want` bytes at snd_nxt without taking them; 0: the stream ends there, -1: no bytes for now."""
+        """Read up to `want` bytes at snd_nxt and leave them in the socket; 0: end of stream, -1: no bytes now."""
         try:
             if self._peek_off:
                 n: int = conn.sock.recv_into(self._buf, want, MSG_PEEK)
@@ -233,14 +238,14 @@ class TcpOut:
                 sent = conn.snd_nxt - conn.base
                 n = conn.sock.recvmsg_into((self._discard[:sent], self._buf[:want]), 0, MSG_PEEK)[0]
                 if sent:
-                    # With unacknowledged bytes in the queue an end cannot be told from a pause: EPOLLRDHUP tells it.
+                    # With bytes in flight in the queue, a peek cannot tell an end from a pause: EPOLLRDHUP does.
                     return n - sent if n > sent else -1
         except BlockingIOError:
             return -1
         return n
 
     def _segments(self, conn: TcpConn, n: int, last_flags: int) -> None:
-        """Send the first `n` bytes of the peek buffer as segments from snd_nxt on; the last one gets PSH."""
+        """Send the first `n` bytes of the peek buffer as segments at snd_nxt; the last segment has PSH."""
         hdr, chunk, mss, seq = conn.hdr, conn.chunk, conn.mss, conn.snd_nxt
         buf, send = self._buf, self._link.send_payload
         conn.ack_due = False
@@ -258,8 +263,8 @@ class TcpOut:
             send((hdr, buf[offset:end]))
             offset = end
 
-    def again(self, conn: TcpConn) -> None:
-        """Resend one frame from snd_una, whatever else is in flight (fast retransmit, RFC 6582)."""
+    def fast_retransmit(self, conn: TcpConn) -> None:
+        """Retransmit one frame at snd_una, whatever else is in flight (RFC 6582)."""
         conn.resent += 1
         in_flight = conn.snd_nxt - conn.snd_una
         if conn.events & TAP_FIN_SENT and in_flight == 1:
@@ -274,40 +279,40 @@ class TcpOut:
         conn.snd_nxt = nxt
         self._seek(conn, nxt - fin)
 
-    def rewind(self, conn: TcpConn) -> None:
-        """Forget that anything after snd_una was sent: the next `data` sends it again."""
+    def go_back_n(self, conn: TcpConn) -> None:
+        """Set snd_nxt back to snd_una: the next `send_data` retransmits everything in flight."""
         conn.resent += 1
-        conn.rewound = max(conn.rewound, conn.snd_nxt)
-        conn.fin_rewound = conn.fin_rewound or bool(conn.events & TAP_FIN_SENT)
+        conn.snd_max = max(conn.snd_max, conn.snd_nxt)
+        conn.snd_max_fin = conn.snd_max_fin or bool(conn.events & TAP_FIN_SENT)
         conn.snd_nxt = conn.snd_una
         conn.drained = False
         set_event(conn, 0, clear=TAP_FIN_SENT)
         self._seek(conn, conn.snd_una)
 
-    def catch_up(self, conn: TcpConn) -> None:
-        """The guest acknowledged what was forgotten: it is not sent again. FIN was behind the last byte, if it was."""
+    def skip_acknowledged(self, conn: TcpConn) -> None:
+        """The guest acknowledged bytes at or after snd_nxt, sent before `go_back_n`: do not retransmit these."""
         conn.snd_nxt = conn.snd_una
         fin = 0
-        if conn.snd_una == conn.rewound and conn.fin_rewound:
+        if conn.snd_una == conn.snd_max and conn.snd_max_fin:
             set_event(conn, TAP_FIN_SENT)
             fin = 1
         self._seek(conn, conn.snd_una - fin)
 
     def consume(self, conn: TcpConn) -> None:
-        """Take what the guest acknowledged out of the socket, without copying it. The peek offset follows."""
+        """Take what the guest acknowledged out of the socket, without a copy. The kernel adjusts the peek offset."""
         left = conn.snd_una - conn.base - (1 if conn.events & TAP_FIN_ACKED else 0)
         while left > 0:
             try:
                 n = conn.sock.recv_into(self._discard, min(left, DISCARD_MAX), MSG_TRUNC)
             except OSError:
-                return  # the host peer reset the connection: its error event ends it
+                return  # the host peer reset the connection: the error event ends it
             left -= n
             conn.base += n
             if not n:
-                return  # likewise
+                return  # the same
 
     def _seek(self, conn: TcpConn, seq: int) -> None:
-        """Point the next peek at the byte with sequence number `seq`."""
+        """Set the offset of the next peek to sequence number `seq`."""
         if self._peek_off:
             conn.sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, seq - conn.base)
 

@@ -1,16 +1,16 @@
-"""Host sockets of TCP connections: opened, set up, connected; or inherited from a listening one.
+"""Host sockets of TCP connections: connecting ones are opened here; accepted ones inherit from their listener.
 
-    option            why
+    option            purpose
     ----------------  -------------------------------------------------------------------------------------------
     SO_PEEK_OFF       each peek goes on where the last one ended (kernel 6.9; `output.py` has the other way)
-    TCP_NODELAY       the guest has cut its stream already; waiting for more would only delay it
-    SO_OOBINLINE      the urgent byte is one of the stream, here as on the guest's side
-    TCP_USER_TIMEOUT  while connecting to one of several resolvers: if it keeps silent, the next one is tried
-    SO_KEEPALIVE      once the guest probes the connection, after the same time without data
-    SO_LINGER         on, 0 s: close() sends RST instead of FIN, when the guest did
+    TCP_NODELAY       the guest's kernel has applied Nagle's algorithm already; a second delay would only add to it
+    SO_OOBINLINE      the urgent byte stays in the stream, as on the guest's side
+    TCP_USER_TIMEOUT  while connecting to one of several resolvers: without an answer, the next resolver is tried
+    SO_KEEPALIVE      on from the guest's first keep-alive probe, after the same idle time
+    SO_LINGER         on, 0 s: close(2) sends RST instead of FIN, as the guest did
 
-The first three pass from a listening socket to those that it accepts, so there they are set once (`prepare_listener`).
-The guest's port is not kept: it may be in use here, and no peer may rely on it.
+Accepted sockets inherit the first three from the listening socket, so `prepare_listener` sets them there once. The
+guest's source port is not kept: it may be in use on the host, and no peer may rely on it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ..loop.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, TYP
 from ..policy.forwarding import Forwarding, SockAddr
 from .conn import TcpConn
 
-INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET  # of a connected socket, as long as its send buffer is not low
-RESOLVER_PATIENCE = 1500  # ms that SYN may stay unanswered (RFC 5482; Linux counts it while connecting, too)
+INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET  # of a connected socket with room in its send buffer
+RESOLVER_TIMEOUT = 1500  # ms without an answer to SYN (RFC 5482; Linux applies it while connecting, too)
 KEEPIDLE_MAX = 32767  # s, MAX_TCP_KEEPIDLE of Linux
 _RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
 
@@ -47,45 +47,45 @@ CALLS = (
 )
 
 
-def aim(ctx: Context, conn: TcpConn, now: float) -> None:
-    """Find out whom the guest means: of several resolvers, the best one."""
+def choose_host(ctx: Context, conn: TcpConn, now: float) -> None:
+    """Set `conn.host` to the target of the guest's connection: of several resolvers, the best one."""
     key = conn.key
     n = (len(key) - 4) // 2
     peer, port = key[n : 2 * n], int.from_bytes(key[2 * n + 2 :], "big")
-    if not ctx.resolvers.serve(peer, port) or not aim_at_resolver(ctx, conn, now):
+    if not ctx.resolvers.serve(peer, port) or not choose_resolver(ctx, conn, now):
         conn.host = ctx.fwd.outbound(peer), port
 
 
-def aim_at_resolver(ctx: Context, conn: TcpConn, now: float) -> bool:
-    """Choose the best resolver that was not tried yet; False if all were."""
+def choose_resolver(ctx: Context, conn: TcpConn, now: float) -> bool:
+    """Set `conn.host` to the best resolver that was not tried yet; False if all were tried."""
     key = conn.key
-    resolver = ctx.resolvers.pick(len(key) > 12, now, conn.tried)
+    resolver = ctx.resolvers.pick(len(key) > 12, now, conn.resolvers_tried)
     if resolver is None:
         return False
-    conn.tried += (resolver,)
+    conn.resolvers_tried += (resolver,)
     conn.host = resolver.addr, int.from_bytes(key[-2:], "big")
     return True
 
 
 def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
-    """Open the host socket and start connecting to `conn.host`; returns 0, EINPROGRESS, or what failed.
+    """Open the host socket and start to connect to `conn.host`; returns 0, EINPROGRESS or another errno.
 
-    Raises OSError when no socket can be had; that a host has no IPv6 only rules a resolver out.
+    Raises OSError when no socket can be opened. A host without IPv6 only rules a resolver out.
     """
     try:
         return _connect(ctx, features, conn)
     except OSError as e:
-        if not conn.tried or e.errno != errno.EAFNOSUPPORT:
+        if not conn.resolvers_tried or e.errno != errno.EAFNOSUPPORT:
             raise
         return errno.EAFNOSUPPORT
 
 
 def connect_next(ctx: Context, features: Features, conn: TcpConn, error: int, now: float) -> int:
-    """The resolver that was tried last failed with `error`: try the next one, and so on; returns as `connect`."""
+    """The resolver tried last failed with `error`: try the next ones in turn. Returns the same as `connect`."""
     while error not in (0, errno.EINPROGRESS):
         ctx.drops[f"dns: resolver failed: {errno.errorcode.get(error, error)}"] += 1
-        ctx.resolvers.failed(conn.tried[-1], os.strerror(error), now)
-        if not aim_at_resolver(ctx, conn, now):
+        ctx.resolvers.failed(conn.resolvers_tried[-1], os.strerror(error), now)
+        if not choose_resolver(ctx, conn, now):
             ctx.drops["dns: all resolvers failed"] += 1
             ctx.resolvers.exhausted(now, now)
             break
@@ -100,14 +100,14 @@ def connect_next(ctx: Context, features: Features, conn: TcpConn, error: int, no
 
 
 def _connect(ctx: Context, features: Features, conn: TcpConn) -> int:
-    """A resolver that is not the last one to be tried must be quick."""
+    """Only the last resolver to be tried has the kernel's own timeout."""
     fwd, dst = ctx.fwd, conn.host[0]
     sockaddr = fwd.sockaddr(*conn.host)
     sock: Any = new_socket(addr.family(dst), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     conn.sock, conn.fd = sock, sock.fileno()
     _prepare(sock, features)
-    if conn.tried and len(conn.tried) < len(ctx.resolvers.hosts):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, RESOLVER_PATIENCE)
+    if conn.resolvers_tried and len(conn.resolvers_tried) < len(ctx.resolvers.hosts):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, RESOLVER_TIMEOUT)
     conn.near = is_near(fwd, features, dst)
     _bind(ctx, conn, dst)
     error = connect_local(sock, sockaddr) if conn.near else sock.connect_ex(sockaddr)
@@ -118,9 +118,9 @@ def _connect(ctx: Context, features: Features, conn: TcpConn) -> int:
 
 
 def connect_local(sock: Any, sockaddr: SockAddr) -> int:
-    """Connect to somebody on this host; returns 0, EINPROGRESS, or what failed.
+    """Connect to a server on this host; returns 0, EINPROGRESS or another errno.
 
-    Over loopback the handshake is over before connect(2) returns, which still says EINPROGRESS: ask again.
+    Over loopback the handshake is complete before connect(2) returns, yet it returns EINPROGRESS. A second call tells.
     """
     error: int = sock.connect_ex(sockaddr)
     if error == errno.EINPROGRESS:
@@ -131,7 +131,7 @@ def connect_local(sock: Any, sockaddr: SockAddr) -> int:
 
 
 def prepare_listener(sock: Any, features: Features) -> None:
-    """Set up a listening socket so that each connection it accepts has the options above. Raises OSError."""
+    """Set the options that accepted sockets inherit. Raises OSError."""
     _prepare(sock, features)
 
 
@@ -143,13 +143,13 @@ def _prepare(sock: Any, features: Features) -> None:
 
 
 def is_near(fwd: Forwarding, features: Features, peer: bytes) -> bool:
-    """Whether what a socket takes for `peer` counts as acknowledged: it is on this host, or nothing could tell."""
+    """Whether data that a socket takes for `peer` counts as acknowledged: it is on this host, or TCP_INFO lacks it."""
     ip = fwd.family(peer)
     return addr.is_loopback(peer) or not features.bytes_acked or (ip is not None and peer == ip.addr)
 
 
 def _bind(ctx: Context, conn: TcpConn, dst: bytes) -> None:
-    """Apply the configured outbound address and interface; the connection goes on without what is refused."""
+    """Apply the configured outbound address and interface; the connection goes on where the kernel refuses."""
     source, interface = ctx.fwd.source(dst)
     try:
         if source is not None:
@@ -160,23 +160,23 @@ def _bind(ctx: Context, conn: TcpConn, dst: bytes) -> None:
         log.debug(f"Flow {conn.index} (TCP connection): cannot bind: {e.strerror}")
 
 
-def be_patient(sock: Any) -> None:
-    """Connected: how long a resolver may take to answer is the guest's affair."""
+def clear_user_timeout(sock: Any) -> None:
+    """The resolver is connected: from here on the guest decides how long to wait."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
 
 
 def keep_alive(sock: Any, idle: float) -> None:
-    """Have the kernel probe the host peer after `idle` seconds without data (RFC 9293, 3.8.4; tcp(7))."""
+    """Let the kernel probe the host peer after `idle` seconds without data (RFC 9293, 3.8.4; tcp(7))."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, min(max(int(idle), 1), KEEPIDLE_MAX))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def reset_on_close(sock: Any) -> None:
-    """Have close() send RST."""
+    """Let close(2) send RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
 
 
 def reset(sock: Any) -> None:
-    """Close a socket that was never watched, with RST."""
+    """Close a socket that is not watched, with RST."""
     reset_on_close(sock)
     sock.close()

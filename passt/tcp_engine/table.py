@@ -1,27 +1,26 @@
-"""The TCP connections through the tap: by key, their timers, and the ways in which they end.
+"""The TCP connections through the tap: by key, their timers, and the ways to end them.
 
-    way              when                                            guest    host peer
-    ---------------  ----------------------------------------------  -------  -------------------------
-    close            both directions are done, or none ever began    -        FIN, sent already
-    reset_by_guest   the guest sent RST, or refused a connection     -        RST
-    abort            nobody answers, or a fault of ours              RST      RST
-    broken           the host socket failed                          data,    its error was the end
+    way              condition                                       guest       host peer
+    ---------------  ----------------------------------------------  ----------  -------------------------
+    close            both directions are done, or none ever began    -           FIN, sent already
+    reset_by_guest   the guest sent RST, or refused a connection     -           RST
+    abort            a timeout, or a fault of this program           RST         RST
+    broken           the host socket failed                          data, then  its error was the end
                                                                      RST
-    reset_by_host    likewise, and it holds nothing for the guest    RST      likewise
+    reset_by_host    the same, and it holds nothing for the guest    RST         the same
 
-All of them end in `release`, after which nothing of a connection is left. Each is told why, for the log and the
-statistics:
+All ways lead to `release`, after which a connection holds nothing. The log and the statistics get a reason:
 
-    both ended                         FIN both ways, all acknowledged
+    both ended                         FIN both ways, both acknowledged
     reset by guest, reset by peer      RST
-    refused                            by the host peer: nobody listens there
-    refused by guest                   likewise, for a host client
-    no route, timed out, ...           the host's kernel says so
+    refused                            by the host peer: no server listens there
+    refused by guest                   the same in the guest, for a host client
+    no route, timed out, ...           an errno of the host's kernel
     no answer of the guest             to SYN or SYN,ACK
-    no acknowledgement                 of data, for two minutes
-    no answer to keep-alive            after two hours
-    replaced                           the same endpoints begin anew
-    no socket, no descriptor           ours ran out
+    no acknowledgement                 of data or FIN, for three minutes
+    no answer to keep-alive            after two hours and eight probes
+    replaced                           a new connection has the same endpoints
+    no socket, no descriptor           the process ran out of them
     guest gone                         a virtual machine has disconnected
     fault                              a handler, or a walk over connections, failed at this one
 """
@@ -37,7 +36,7 @@ from ..loop.each import each, record
 from ..loop.timers import NEVER
 from . import sock
 from .conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, SOCK_FIN_RCVD, TAP_SYN_RCVD, TcpConn, set_event, timeout
-from .out_of_order import TcpEarly
+from .out_of_order import OutOfOrder
 from .output import TcpOut
 
 
@@ -47,30 +46,30 @@ class TcpTable:
     def __init__(self, ctx: Context, out: TcpOut) -> None:
         self._ctx = ctx
         self._out = out
-        self.early = TcpEarly(ctx.drops)
+        self.out_of_order = OutOfOrder(ctx.drops)
         self.by_key: dict[bytes, TcpConn] = {}
-        self.successors: dict[bytes, Callable[[float], None]] = {}  # called when the connection of the key has ended
-        self.half_open = 0  # connections of host clients that the guest has not answered yet
-        self.opening = 0  # connections that the guest began and that are not established yet
+        self.successors: dict[bytes, Callable[[float], None]] = {}  # by key: called when that connection has ended
+        self.half_open = 0  # connections of host clients that the guest has not answered
+        self.opening = 0  # connections of the guest that are not established
 
     def add(self, conn: TcpConn) -> None:
-        """Take a new connection in. Raises TableFull."""
+        """Add a new connection. Raises TableFull."""
         self._ctx.flows.insert(conn)
         self.by_key[conn.key] = conn
 
     def rekey(self, conn: TcpConn, key: bytes) -> None:
-        """The connection goes on between other endpoints."""
+        """Change the endpoints of a connection."""
         del self.by_key[conn.key]
         conn.key = key
         self.by_key[key] = conn
 
     def set_guest_mac(self, mac: bytes) -> None:
-        """The guest has another address on the link from now on."""
+        """Write the guest's new MAC address into all headers."""
         each(self.by_key.values(), _set_guest_mac, self.fault_at, mac)
 
     def schedule(self, conn: TcpConn, now: float) -> None:
-        """Arm the timer for what happens next if nothing happens. Raises OSError when a new timer cannot be had."""
-        # Data in flight for the first time is what nearly every call is about.
+        """Set the deadline of a connection, and arm its timer. Raises OSError when no timerfd can be opened."""
+        # Nearly every call is about data that was sent once.
         delay = timeout(conn) if conn.retries or conn.snd_nxt == conn.snd_una else RTO_INIT
         if delay == NEVER:
             conn.deadline = NEVER
@@ -88,7 +87,7 @@ class TcpTable:
         self.end_faulty(conn)
 
     def end_faulty(self, conn: TcpConn) -> None:
-        """Handling it has failed, so that even RST may: nothing is left of it in any case."""
+        """End a connection whose handler failed. Even RST may fail now, and the connection is released all the same."""
         try:
             if conn.state != FREE:
                 self.abort(conn, "fault")
@@ -98,44 +97,44 @@ class TcpTable:
                 self.release(conn, "fault")
 
     def abort(self, conn: TcpConn, why: str) -> None:
-        """RST to both sides."""
+        """Send RST to both sides."""
         self._out.reset(conn)
         self.reset_by_guest(conn, why)
 
     def reset_by_guest(self, conn: TcpConn, why: str = "reset by guest") -> None:
-        """The guest is done with this connection: RST to the host peer."""
+        """The guest ended this connection: send RST to the host peer."""
         if conn.sock is not None:
             sock.reset_on_close(conn.sock)
         self.release(conn, why)
 
     def reset_by_host(self, conn: TcpConn, why: str) -> None:
-        """The host socket failed: RST to the guest."""
+        """The host socket failed: send RST to the guest."""
         self._out.reset(conn)
         self.release(conn, why)
 
     def broken(self, conn: TcpConn, error: int) -> None:
-        """The host socket failed with `error`: what it still holds goes to the guest, as far as the window lets it, and
-        then RST.
+        """The host socket failed with `error`. The data that it still holds goes to the guest, as far as the window
+        allows, and then RST.
 
-        EPIPE is the error of a peer that had sent FIN before its RST (tcp_reset() in CLOSE-WAIT): the guest gets both.
+        EPIPE is the error of a peer that sent FIN before RST (tcp_reset() in CLOSE-WAIT): the guest gets both.
         """
         if error == errno.EPIPE and not conn.events & SOCK_FIN_RCVD:
             set_event(conn, SOCK_FIN_RCVD)
         if conn.events & ESTABLISHED:
             try:
-                self._out.data(conn, reset=True)
+                self._out.send_data(conn, reset=True)
             except OSError:
-                pass  # nothing is left in the socket: RST tells the guest all there is
+                pass  # nothing is left in the socket: RST follows
         self.reset_by_host(conn, reason_of(error))
 
     def close(self, conn: TcpConn, why: str = "both ended") -> None:
-        """Both directions are done. Unread bytes would turn close() into RST, so they are taken out first."""
+        """Both directions are done. Bytes left in the socket would make close(2) send RST, so they are consumed."""
         if conn.sock is not None and conn.events & ESTABLISHED:
             self._out.consume(conn)
         self.release(conn, why)
 
     def release(self, conn: TcpConn, why: str) -> None:
-        """Give back everything a connection holds."""
+        """Remove a connection, and give back everything that it holds."""
         del self.by_key[conn.key]
         if not conn.events & ESTABLISHED:
             self.half_open -= conn.events & SOCK_ACCEPTED != 0
@@ -146,8 +145,8 @@ class TcpTable:
         if conn.sock is not None:
             self._ctx.reactor.retire(conn.fd, conn.sock)
             conn.sock = None
-        if conn.early:
-            self.early.take(conn)
+        if conn.out_of_order:
+            self.out_of_order.take(conn)
         conn.ack_due = False
         self._ctx.flows.free(conn, why)
         if self.successors and conn.key in self.successors:

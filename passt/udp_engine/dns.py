@@ -230,7 +230,7 @@ class Dns:
         except TableFull:
             self._drops["dns: no flow: table full"] += count
             return None
-        flow.cook(self._ctx.guest.mac, self._our_mac, self._mtu)
+        flow.build_header(self._ctx.guest.mac, self._our_mac, self._mtu)
         return flow
 
     def _question(self, flow: DnsFlow, payload: bytes, now: float) -> None:

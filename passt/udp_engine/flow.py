@@ -91,7 +91,7 @@ class UdpFlow(IdleFlow):
         guest, peer = addr.host_port(self.src, self.sport), addr.host_port(self.dst, self.dport)
         return Endpoints(GUEST if self.origin is None else HOST, guest, peer, addr.host_port(self.host, self.dport))
 
-    def cook(self, guest_mac: bytes, our_mac: bytes, mtu: int) -> None:
+    def build_header(self, guest_mac: bytes, our_mac: bytes, mtu: int) -> None:
         """Write the header: from `dst` to the guest, with the ports swapped. Needs the flow's index for its label."""
         sport, dport = self.key[-4:-2], self.key[-2:]
         v4 = len(self.src) == 4

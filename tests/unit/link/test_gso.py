@@ -19,7 +19,7 @@ from passt.link import gso
 from passt.link.gso import Gso
 from passt.link.tap_device import GSO_NONE, GSO_TCPV4, GSO_TCPV6, NO_OFFLOAD, VNET, Buffer
 from passt.linux.tcpinfo import Features
-from passt.tcp_engine.conn import TcpConn, cook, set_segmentation
+from passt.tcp_engine.conn import TcpConn, build_header, set_segmentation
 from passt.tcp_engine.output import TcpOut
 from passt.udp_engine.flow import UdpFlow
 from passt.wire.checksum import ones_sum, pseudo_sum
@@ -73,7 +73,7 @@ def tcp(case: Case, payload: Buffer, flags: int, seq: int) -> tuple[Buffer, ...]
     conn = TcpConn(KEYS[case.version])
     conn.index = 0
     conn.mss = case.size
-    cook(conn, GUEST_MAC, OUR_MAC, 0, tso=True)
+    build_header(conn, GUEST_MAC, OUR_MAC, 0, tso=True)
     if len(payload) > case.size:
         set_segmentation(conn, GSO_TCPV4 if case.version == 4 else GSO_TCPV6)
     TcpOut(make_context(), Features(), tso=True).header(conn, seq, flags, len(payload))
@@ -83,7 +83,7 @@ def tcp(case: Case, payload: Buffer, flags: int, seq: int) -> tuple[Buffer, ...]
 def udp(case: Case, payload: Buffer, flags: int, seq: int) -> tuple[Buffer, ...]:
     flow = UdpFlow(KEYS[case.version], b"", 0.0)
     flow.index = 0
-    flow.cook(GUEST_MAC, OUR_MAC, 0)
+    flow.build_header(GUEST_MAC, OUR_MAC, 0)
     return flow.header(len(payload), min(case.size, len(payload))), payload
 
 
@@ -253,7 +253,7 @@ def test_payload_in_pieces_of_odd_length() -> None:
 def test_options_after_the_header() -> None:
     options = SynOptions(1460, 8).emit()
     conn = TcpConn(KEYS[6])
-    cook(conn, GUEST_MAC, OUR_MAC, 1500, tso=True)
+    build_header(conn, GUEST_MAC, OUR_MAC, 1500, tso=True)
     TcpOut(make_context(), Features(), tso=True).header(conn, 1, SYN, 0, len(options))
     (frame,) = written((conn.hdr, options))
     verify(frame, Case("tcp", 6, 1440))

@@ -27,7 +27,7 @@ from passt.tcp_engine.conn import (
     TAP_SYN_ACK_SENT,
     TAP_SYN_RCVD,
     TcpConn,
-    cook,
+    build_header,
     event_text,
     set_event,
     set_segmentation,
@@ -132,7 +132,7 @@ def test_timeout(case: Case) -> None:
 @pytest.mark.parametrize("v4", [True, False])
 def test_cooked_header(v4: bool) -> None:
     conn = new(v4, index=41)
-    cook(conn, GUEST_MAC, OUR_MAC, 1500, tso=True)
+    build_header(conn, GUEST_MAC, OUR_MAC, 1500, tso=True)
     assert VNET.unpack_from(conn.hdr) == (F_NEEDS_CSUM, GSO_NONE, 0, 0, 34 if v4 else 54, 16)
     frame = Ether(bytes(conn.hdr[L2:]))
     assert (frame.dst, frame.src) == (addr.mac_text(GUEST_MAC), addr.mac_text(OUR_MAC))
@@ -152,7 +152,7 @@ def test_cooked_header(v4: bool) -> None:
 @pytest.mark.parametrize(("index", "label"), [(0, 1), (0xFFFFE, 0xFFFFF), (0xFFFFF, 1), (0x100000, 1)])
 def test_flow_label_is_never_zero(index: int, label: int) -> None:
     conn = new(False, index=index)
-    cook(conn, GUEST_MAC, OUR_MAC, 1500, tso=True)
+    build_header(conn, GUEST_MAC, OUR_MAC, 1500, tso=True)
     assert IPv6(bytes(conn.hdr[L2 + 14 :])).fl == label
 
 
@@ -160,7 +160,7 @@ def test_flow_label_is_never_zero(index: int, label: int) -> None:
 def test_what_a_frame_may_carry(v4: bool, mss: int, mtu: int, tso: bool) -> None:
     """At most the guest's MSS and the MTU per segment, a whole number of segments, within an IP length field."""
     conn = new(v4, mss=mss)
-    cook(conn, GUEST_MAC, OUR_MAC, mtu, tso=tso)
+    build_header(conn, GUEST_MAC, OUR_MAC, mtu, tso=tso)
     headers = 40 if v4 else 60
     assert 0 < conn.mss <= mss
     assert not mtu or conn.mss + headers <= mtu
@@ -176,7 +176,7 @@ def test_what_a_frame_may_carry(v4: bool, mss: int, mtu: int, tso: bool) -> None
 @pytest.mark.parametrize(("v4", "gso_type", "hdr_len"), [(True, GSO_TCPV4, 54), (False, GSO_TCPV6, 74)])
 def test_segmentation_on_and_off(v4: bool, gso_type: int, hdr_len: int) -> None:
     conn = new(v4, mss=1000)
-    cook(conn, GUEST_MAC, OUR_MAC, 1500, tso=True)
+    build_header(conn, GUEST_MAC, OUR_MAC, 1500, tso=True)
     plain = bytes(conn.hdr)
     set_segmentation(conn, gso_type)
     assert conn.gso

@@ -78,7 +78,7 @@ def test_the_next_one_is_tried_if_one_fails(immediately: bool) -> None:
     assert talk.ctx.resolvers.hosts[0].held > talk.now
     assert not talk.ctx.resolvers.hosts[1].held
     conn = talk.tcp._conns[talk.key]
-    assert conn.tried == ()
+    assert conn.resolvers_tried == ()
     assert conn.endpoints().host == f"[{C}]:53"
 
 

@@ -31,8 +31,8 @@ def talk_of(*pieces: bytes, fin: bool = False) -> tuple[Talk, list[Put]]:
 
 
 def kept(talk: Talk) -> int:
-    total = talk.tcp._table.early.total
-    assert total == sum(len(data) + OVERHEAD for c in talk.tcp._conns.values() for _, data, _ in c.early)
+    total = talk.tcp._table.out_of_order.total
+    assert total == sum(len(data) + OVERHEAD for c in talk.tcp._conns.values() for _, data, _ in c.out_of_order)
     return total
 
 
@@ -97,7 +97,7 @@ def test_a_copy_is_kept_not_a_view() -> None:
     assert talk.sock.sent == b"abbbb"
 
 
-@pytest.mark.parametrize("limit", ["EARLY_MAX", "EARLY_TOTAL"])
+@pytest.mark.parametrize("limit", ["OUT_OF_ORDER_MAX", "OUT_OF_ORDER_TOTAL"])
 def test_beyond_the_limit_it_is_dropped_and_asked_for_again(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(out_of_order, limit, 2 * (OVERHEAD + 1))
     talk, (a, b, c, d) = talk_of(b"a", b"b", b"c", b"d")
@@ -124,7 +124,7 @@ def test_nothing_is_left_of_a_connection_that_ends() -> None:
     talk.put(b)
     assert kept(talk)
     talk.guest(RST, seq=1)
-    assert talk.gone and talk.tcp._table.early.total == 0
+    assert talk.gone and talk.tcp._table.out_of_order.total == 0
 
 
 @settings(max_examples=60, deadline=None)

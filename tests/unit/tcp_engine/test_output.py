@@ -34,7 +34,7 @@ def out_and_conn(v4: bool = True, **config: Any) -> tuple[TcpOut, TcpConn, Any]:
     out = TcpOut(ctx, ALL, tso=True)
     conn = TcpConn(KEYS[v4])
     conn.index = 0
-    out.cook(conn)
+    out.build_header(conn)
     return out, conn, link(ctx)
 
 
@@ -58,7 +58,7 @@ def completed(frame: bytes, l4: int) -> bytes:
 )
 def test_header_is_what_scapy_computes(v4: bool, seq: int, ack: int, window: int, data: bytes, flags: int) -> None:
     out, conn, fake = out_and_conn(v4)
-    conn.rcv_acked, conn.rcv_edge, conn.ws_to = ack, ack + window, 8
+    conn.rcv_acked, conn.rcv_edge, conn.rcv_wscale = ack, ack + window, 8
     out.header(conn, seq, flags, len(data))
     fake.send_payload((conn.hdr, data))
     frame = completed(fake.take_one(), 34 if v4 else 54)
@@ -82,9 +82,9 @@ def test_header_of_the_longest_frames() -> None:
 def test_syn_ack_offers_what_the_link_carries(mtu: int, mss4: int, mss6: int) -> None:
     for v4, mss in ((True, mss4), (False, mss6)):
         out, conn, fake = out_and_conn(v4, mtu=mtu)
-        conn.ws_to, conn.rcv_edge = 8, 40000
+        conn.rcv_wscale, conn.rcv_edge = 8, 40000
         out.syn_ack(conn, True)
-        assert conn.ws_to == 8
+        assert conn.rcv_wscale == 8
         frame = completed(fake.take_one(), 34 if v4 else 54)
         assert recomputed(frame) == frame
         segment = Ether(frame)[TCP]
@@ -164,9 +164,9 @@ def test_rewound_connection_sends_the_same_again() -> None:
     talk.host(data, end=True)
     before = talk.taken()
     conn = talk.tcp._conns[talk.key]
-    talk.tcp._out.rewind(conn)
+    talk.tcp._out.go_back_n(conn)
     assert conn.snd_nxt == conn.snd_una and not conn.events & TAP_FIN_SENT
-    talk.tcp._out.data(conn)
+    talk.tcp._out.send_data(conn)
     again = talk.taken()
     assert [(s.seq, s.payload, s.flags) for s in again] == [(s.seq, s.payload, s.flags) for s in before]
 
@@ -227,7 +227,7 @@ def test_consume() -> None:
 
 def test_unreachable_quotes_the_syn() -> None:
     out, conn, fake = out_and_conn()
-    conn.isn_tap = 0xDEADBEEF
+    conn.irs = 0xDEADBEEF
     out.unreachable(conn, 113, 1000.0)
     packet = Ether(fake.take_one())
     assert (packet[IP].src, packet[IP].dst) == (addr.text(PEER4), addr.text(GUEST4))

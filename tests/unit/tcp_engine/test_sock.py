@@ -29,7 +29,7 @@ def connected(peer: bytes, *, features: Any = ALL, **config: Any) -> tuple[TcpCo
     guest = GUEST4 if len(peer) == 4 else GUEST6
     conn = TcpConn(guest + peer + bytes.fromhex("9c40 0050"))
     ctx.flows.insert(conn)
-    tcp_sock.aim(ctx, conn, T0)
+    tcp_sock.choose_host(ctx, conn, T0)
     error = tcp_sock.connect(ctx, features, conn)
     assert error == FakeSocket.connect_results[-1]
     return conn, FakeSocket.made[-1], reactor(ctx).events.get(conn.fd)
@@ -147,7 +147,7 @@ def test_loopback_that_takes_its_time() -> None:
     ctx = make_context()
     conn = TcpConn(GUEST4 + GATEWAY4 + bytes.fromhex("9c40 0050"))
     ctx.flows.insert(conn)
-    tcp_sock.aim(ctx, conn, T0)
+    tcp_sock.choose_host(ctx, conn, T0)
     assert tcp_sock.connect(ctx, ALL, conn) == errno.EINPROGRESS
     assert reactor(ctx).events[conn.fd] & EPOLLOUT
 

@@ -215,7 +215,7 @@ def test_what_is_said_meanwhile_does_not_end_the_following(how: str) -> None:
     talk.taken()
     talk.now += 0.001
     if how == "room":
-        talk.tcp._conns[talk.key].low = True
+        talk.tcp._conns[talk.key].wait_writable = True
         talk.writable()
     elif how == "answer":
         talk.host(b"so far so good")
@@ -393,11 +393,11 @@ def test_low_buffer_is_waited_for_and_then_promised() -> None:
     talk.taken()
     talk.guest(ACK, bytes(60000))
     talk.taken()
-    assert conn.low
+    assert conn.wait_writable
     assert reactor(talk.ctx).events[talk.sock.fd] & EPOLLOUT
     talk.sock.wmem = 0
     talk.writable()
-    assert not conn.low
+    assert not conn.wait_writable
     assert edge(talk) == 1 + len(talk.sock.sent) + (1 << 20)
 
 
@@ -442,7 +442,7 @@ def small_window() -> Talk:
     conn = talk.tcp._conns[talk.key]
     while conn.rcv_edge - conn.rcv_nxt > 40_000:
         talk.guest(ACK, bytes(10_000))
-    assert edge(talk) - conn.rcv_nxt + conn.isn_tap <= 40_000 and not conn.low
+    assert edge(talk) - conn.rcv_nxt + conn.irs <= 40_000 and not conn.wait_writable
     return talk
 
 
@@ -463,7 +463,7 @@ def test_no_window_that_only_scaling_makes_too_small() -> None:
     talk = near()
     talk.sock.sndbuf, talk.sock.wmem = 69_120, 0
     conn = talk.tcp._conns[talk.key]
-    conn.rcv_max, conn.rcv_edge = 0, conn.rcv_nxt  # as if the buffer had never been larger
+    conn.rcv_wnd_max, conn.rcv_edge = 0, conn.rcv_nxt  # as if the buffer had never been larger
     talk.tcp._acks.open_window(conn, talk.now)
     seen: list[int] = []
     for _ in range(20):

@@ -28,7 +28,7 @@ def cooked(v4: bool, mtu: int = 65520, index: int = 4) -> UdpFlow:
     src, dst = (GUEST4, PEER4) if v4 else (GUEST6, PEER6)
     flow = UdpFlow(flow_key(src, dst, 5000, 9000), dst, T0)
     flow.index = index
-    flow.cook(GUEST_MAC, OUR_MAC, mtu)
+    flow.build_header(GUEST_MAC, OUR_MAC, mtu)
     return flow
 
 
