@@ -1,37 +1,37 @@
-"""UDP: datagrams between the guest and connected sockets of the host, in runs of equal size wherever a kernel allows.
+"""UDP: datagrams between the guest and connected sockets of the host, in GSO batches wherever a kernel allows.
 
 Guest -> host (`tap_handler`, once per flow and batch)
-    The key finds the flow, or makes one: host address by the forwarding rules, a socket connected to it. The datagrams
-    of the batch are joined to runs (`udp_engine/gso_batch.py`) and each run is one write with UDP_SEGMENT
-    (`udp_engine/io.py`). The host sees the guest's port, or the one that leads to it (`UdpIn.open_socket`), if it can
-    be had.
+    The key finds the flow, or begins one: the forwarding rules give the host address, and a socket connects to it. The
+    datagrams of a batch become GSO batches (`udp_engine/gso_batch.py`), and each is one write with UDP_SEGMENT
+    (`udp_engine/io.py`). The host sees the guest's port if it is free, or the port of a listener that leads to the
+    guest's (`UdpIn.open_socket`).
 
 Host -> guest (`sock_handler`, on EPOLLIN)
-    If the guest has sent since we last received, one datagram is likely and one plain receive takes it. Everything else
-    is recvmmsg, with UDP_GRO once a flow gets several at once. Runs go to the guest as UDP super-frames if it takes
-    them, else frame by frame. What is longer than the guest's MTU is fragmented, with its checksum complete
-    (`_send_fragments`).
+    If the guest has sent since the last receive, one reply is likely, and one plain receive takes it. Everything else
+    is recvmmsg, with UDP_GRO once a flow gets several datagrams at once. GSO batches go to the guest as UDP
+    super-frames if it takes them, else frame by frame. Datagrams above the guest's MTU are fragmented, with their
+    checksum complete (`_send_fragments`).
 
 Queries to an address that stands for the host's resolvers (port 53) are flows of another kind: `udp_engine/dns.py`.
 
-Host first (`inbound`, from `ports/udp_in.py`)
-    A client's first datagrams, which a listener got, and a socket connected to that client make a flow of the same
-    kind: its key is what the guest's answers will have. Two clients with the same key (one port, and two addresses that
-    the guest sees as one; one client, and two of our addresses or ports; or the guest began it, and the peer now comes
-    by a listener) cannot both have it. The one heard last has, so each gets the answers to what it asks.
+Clients of the host (`inbound`, from `ports/udp_in.py`)
+    The first datagrams of a client, which a listener received, and a socket connected to that client make a flow of the
+    same kind. Its key is that of the guest's answers. Two clients may have the same key: they have the same port, and
+    two addresses that the guest sees as one; one client wrote to two addresses or ports here; or the guest began the
+    flow, and its peer now comes by a listener. The flow of the last one to send stays, so each gets its answers.
 
-Errors (EPOLLERR, or a send or receive that reports what an earlier datagram met)
-    The error queue is emptied; each ICMP error goes on to the guest, quoting its own datagram. What the
-    kernel refuses by itself (no route, prohibited) is told to the guest in the same way.
+Errors (EPOLLERR, or a send or receive that reports the error of an earlier datagram)
+    The error queue is emptied. Each ICMP error goes on to the guest, and quotes the guest's datagram. Errors of the
+    host's own kernel (no route, prohibited) reach the guest in the same way.
 
     time    condition                              consequence
     ------  -------------------------------------  -------------------------
     180 s   nothing sent or received               the flow ends
-    30 s    the same, one of the ports is 53       the flow ends
+    30 s    the same, and one port is 53           the flow ends
     100 us  a receive brought 4 to 31 datagrams    the socket is read again
 
-What is left out: datagrams to the guest's flows from anybody but the peer it wrote to (so answers to multicast queries
-that come from single hosts), unless the port is forwarded; send queues: a full socket buffer is a drop, as on any link.
+Left out: datagrams to flows of the guest from any but the peer that it wrote to (so also answers of single hosts to
+multicast queries), unless the port is forwarded; send queues, since a full socket buffer is a drop, as on any link.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ from .policy.resolvers import DNS_PORT
 from .policy.rules import Listener
 from .udp_engine.dns import Dns
 from .udp_engine.flow import UdpFlow
-from .udp_engine.gso_batch import SEGMENTS_MAX, Run, runs
-from .udp_engine.io import CONGESTED, Pauses, datagrams, reason, receive, send_again, transmit
+from .udp_engine.gso_batch import SEGMENTS_MAX, GsoBatch, gso_batches
+from .udp_engine.io import CONGESTED, Pauses, datagram_count, reason, receive, retry_send, transmit
 from .udp_engine.sock import Client, open_socket
 from .wire import ether, icmp, udp
 from .wire.checksum import PROTO_UDP
 from .wire.fragment import fragments
 
 UDP_FLOWS_MAX = 16384
-DESCRIPTOR_SHARE = 2  # of the descriptors that the process may have, at most one in so many
+DESCRIPTOR_SHARE = 2  # at most one in so many of the descriptors that the process may have
 
 
 def refuse(src: bytes, dst: bytes, key: bytes) -> str | None:
-    """Why a datagram of the guest cannot begin a flow, None if it can."""
+    """The reason why a datagram of the guest cannot begin a flow, None if it can."""
     if not addr.is_unicast(src) or addr.is_unspecified(dst):
         return "udp: no address to answer or to send to"
     if addr.is_martian(src) or addr.is_martian(dst):
@@ -90,7 +90,7 @@ class Udp:
         self._by_key = self._flows.by_key
         self._errors = Errors(ctx)
         self._receiver = Receiver()
-        self._ident = random.getrandbits(32)  # of the next fragmented datagram
+        self._ident = random.getrandbits(32)  # identification of the next fragmented datagram
         self._segments = SEGMENTS_MAX if probe_udp_segment() else 1
         self._gro = probe_udp_gro()
         log.debug(f"UDP: UDP_SEGMENT {'on' if self._segments > 1 else 'off'}, UDP_GRO {'on' if self._gro else 'off'}")
@@ -99,7 +99,7 @@ class Udp:
         self.opener: Callable[[bytes, int, int, float], Any] = lambda host, sport, dport, now: open_socket(
             ctx.fwd, host, sport, dport
         )
-        self.dns = Dns(ctx, self._to_guest, self._tell)
+        self.dns = Dns(ctx, self._to_guest, self._query_refused)
         self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now), self._flows.fault_at)
         ctx.reactor.handle(TYPE_UDP, self.sock_handler)
         ctx.settings.subscribe(self._adopt)
@@ -118,29 +118,29 @@ class Udp:
         if flow is None:
             return
         flow.last = now
-        flow.asked = True
+        flow.reply_expected = True
         if hops and hops != flow.hops:
             flow.set_hops(hops)
         if len(frames) == 3 and not frames[2]:
             size = frames[1] - frames[0]
             self._send(flow, size, size, [self._mv[frames[0] : frames[1]]], now)
             return
-        for size, total, views in runs(self._mv, frames, flow.segments):
+        for size, total, views in gso_batches(self._mv, frames, flow.gso_max_segs):
             self._send(flow, size, total, views, now)
 
     def _send(self, flow: UdpFlow, size: int, total: int, views: list[memoryview], now: float) -> None:
-        """Send one run, and see to what comes of it."""
+        """Send one GSO batch, and handle its errors."""
         try:
             transmit(flow, size, total, views)
             flow.to_host += total
         except OSError as e:
-            for why, count, first in send_again(flow, size, total, views, e, partial(self._report, flow, now)):
+            for why, count, first in retry_send(flow, size, total, views, e, partial(self._report, flow, now)):
                 self._drops[f"udp: send: {reason(why)}"] += count
                 if why.errno not in CONGESTED:
                     self._refused(why, flow.key, flow.src, flow.dst, first, now)
 
     def _new_flow(self, key: bytes, frames: list[int], now: float) -> UdpFlow | None:
-        """A flow for `key`; None, counted and told to the guest, if there can be none."""
+        """A flow for `key`; None if there can be none, which is counted and reported to the guest."""
         ctx = self._ctx
         half = (len(key) - 4) // 2
         src, dst = key[:half], key[half : 2 * half]
@@ -165,7 +165,7 @@ class Udp:
         return flow if e is None else None
 
     def _open(self, flow: UdpFlow, make: Callable[[], Any], count: int, now: float) -> OSError | TableFull | None:
-        """Give `flow` its socket and its place; else why not, with `count` drops counted."""
+        """Open the socket of `flow` and add it to the table; returns the error otherwise, and counts `count` drops."""
         ctx = self._ctx
         try:
             sock = self._flows.open(make, foreign=flow.foreign)
@@ -181,23 +181,23 @@ class Udp:
             sock.close()
             self._drops[f"udp: no flow: {reason(e) if isinstance(e, OSError) else 'table full'}"] += count
             return e
-        flow.segments = self._segments
+        flow.gso_max_segs = self._segments
         flow.build_header(ctx.guest.mac, self._our_mac, self._mtu)
         return None
 
     def _refused(self, e: OSError, key: bytes, src: bytes, dst: bytes, payload: memoryview, now: float) -> None:
-        """Tell the guest what the host's kernel said to one of its datagrams."""
+        """Report an error of the host's kernel to the guest, for one of its datagrams."""
         if addr.is_unicast(dst):
             self._errors.refused(e.errno or 0, src, dst, _quote(key, src, dst, payload[: icmp.QUOTE_MAX6]), now)
 
-    def _tell(self, flow: UdpFlow, e: OSError, payload: bytes, now: float) -> None:
-        """The same for one that `udp_engine/dns.py` could not send anywhere."""
+    def _query_refused(self, flow: UdpFlow, e: OSError, payload: bytes, now: float) -> None:
+        """The same for a query that no resolver takes (`udp_engine/dns.py`)."""
         self._refused(e, flow.key, flow.src, flow.dst, memoryview(payload), now)
 
     # Host -> guest ---------------------------------------------------------------------------------------------------
 
     def sock_handler(self, ref: int, events: int, now: float) -> None:
-        """Errors first: they are about datagrams sent before what can be read. May be called for nothing."""
+        """Errors first: they are about earlier datagrams. The event may be stale."""
         flow: UdpFlow = self._by_index[ref & 0xFFFFFFFF]
         if events & EPOLLERR:
             self._report(flow, now)
@@ -205,16 +205,16 @@ class Udp:
             self._take(flow, now)
 
     def _take(self, flow: UdpFlow, now: float) -> None:
-        """Receive what there is, and let a stream gather for a moment."""
+        """Receive, and let a stream gather for a moment."""
         try:
-            if flow.asked and not flow.gro:
-                flow.asked = False
+            if flow.reply_expected and not flow.gro:
+                flow.reply_expected = False
                 self._receive_one(flow)
             else:
                 self._pauses.after(self._receive(flow), flow, flow, now)
             flow.last = now
         except BlockingIOError:
-            pass  # the event was meant for an earlier owner of the descriptor, or the pause brought nothing
+            pass  # the event was about an earlier owner of the descriptor, or nothing came during the pause
         except OSError:
             self._report(flow, now)
 
@@ -228,7 +228,7 @@ class Udp:
             self._ctx.link.send_payload((flow.header(n, n), receiver.mv[:n]))
 
     def _to_guest(self, flow: UdpFlow, payload: memoryview) -> None:
-        """One datagram of a flow, also one of `udp_engine/dns.py`."""
+        """Send one datagram of a flow to the guest, also one of `udp_engine/dns.py`."""
         n = len(payload)
         flow.to_guest += n
         if n > flow.payload_max:
@@ -237,24 +237,24 @@ class Udp:
             self._ctx.link.send_payload((flow.header(n, n), payload))
 
     def _receive(self, flow: UdpFlow) -> int:
-        """A batch; returns how many datagrams it had. Raises BlockingIOError, OSError."""
+        """Receive a batch; returns its number of datagrams. Raises BlockingIOError, OSError."""
         return self._deliver(flow, receive(self._receiver, flow, self._gro, SEGMENTS_MAX if self._ctx.link.uso else 1))
 
-    def _deliver(self, flow: UdpFlow, received: list[Run]) -> int:
-        """Runs to the guest; returns how many datagrams they have."""
+    def _deliver(self, flow: UdpFlow, received: list[GsoBatch]) -> int:
+        """Send GSO batches to the guest; returns their number of datagrams."""
         link = self._ctx.link
         count = 0
         for size, total, views in received:
-            count += datagrams(size, total)
+            count += datagram_count(size, total)
             flow.to_guest += total
             if size > flow.payload_max:
-                self._fragment_run(flow, size, views)
+                self._send_datagrams(flow, size, views)
             else:
                 link.send_payload((flow.header(total, size), *views))
         return count
 
-    def _fragment_run(self, flow: UdpFlow, size: int, views: list[memoryview]) -> None:
-        """Each datagram of a run in fragments, as far as it needs them."""
+    def _send_datagrams(self, flow: UdpFlow, size: int, views: list[memoryview]) -> None:
+        """Send each datagram of a GSO batch by itself, in fragments where it needs them."""
         joined = memoryview(b"".join(views))
         for start in range(0, len(joined), size):
             payload = joined[start : start + size]
@@ -264,7 +264,7 @@ class Udp:
                 self._ctx.link.send_payload((flow.header(len(payload), len(payload)), payload))
 
     def _send_fragments(self, flow: UdpFlow, payload: memoryview) -> None:
-        """A datagram that is longer than the MTU that the guest had when the flow began."""
+        """Send a datagram that is longer than the MTU that the guest had when the flow began."""
         message = udp.datagram(flow.dst, flow.src, flow.dport, flow.sport, bytes(payload))
         ip_at = VNET.size + ether.HEADER.size
         ether_header = bytes(flow.hdr[VNET.size : ip_at])
@@ -276,39 +276,39 @@ class Udp:
     def inbound(
         self, key: bytes, client: Client, make: Callable[[], Any], mv: memoryview, frames: list[int], now: float
     ) -> None:
-        """Datagrams that came to a listener from `client`, [start, end, 0]* in `mv`, on to the guest as those of `key`.
+        """Send datagrams that a listener received from `client`, [start, end, 0]* in `mv`, to the guest under `key`.
 
-        Those that follow are expected at a socket that `make` opens, unless there is one. Another peer that the guest
-        would see as the same one loses its flow: the answers go to whom the guest has heard last.
+        `make` opens the socket for those that follow, unless there is one. Another client with the same key loses its
+        flow: answers go to the one that sent last.
         """
         flow = self._by_key.get(key)
-        if flow is None or flow.origin != client:
+        if flow is None or flow.client != client:
             host = client.peer
             flow = UdpFlow(key, host, now, self._hops[len(host)], client)
             if self._open(flow, make, len(frames) // 3, now) is not None:
                 return
         flow.last = now
-        self._deliver(flow, runs(mv, frames, SEGMENTS_MAX if self._ctx.link.uso else 1))
+        self._deliver(flow, gso_batches(mv, frames, SEGMENTS_MAX if self._ctx.link.uso else 1))
 
     def end(self, listeners: Collection[Listener]) -> None:
-        """Listeners in the host close: what may use their ports ends, or the next ones could not have these."""
+        """Listeners on the host close: flows that may use their ports end, and the ports are free for others."""
         ports = {listener.to for listener in listeners}
         ending = [
             flow
             for flow in self._by_key.values()
-            if (flow.sport in ports if flow.origin is None else flow.origin.listener in listeners)
+            if (flow.sport in ports if flow.client is None else flow.client.listener in listeners)
         ]
         each(ending, self._flows.close, self._flows.fault_at, "listener gone")
 
-    def make_way(self, ports: Container[int]) -> None:
-        """Somebody is about to listen on `ports`, which flows that the guest began may have: they begin again."""
-        in_the_way = [f for f in self._by_key.values() if f.origin is None and f.sport in ports]
-        each(in_the_way, self._flows.close_at_once, self._flows.fault_at, "made way for a listener")
+    def free_ports(self, ports: Container[int]) -> None:
+        """Close flows of the guest that may have `ports`, for listeners about to open. They begin again."""
+        conflicting = [f for f in self._by_key.values() if f.client is None and f.sport in ports]
+        each(conflicting, self._flows.close_at_once, self._flows.fault_at, "made way for a listener")
 
     # Errors, and the guest's hardware address ------------------------------------------------------------------------
 
     def _report(self, flow: UdpFlow, now: float) -> None:
-        """Hand what is in the flow's error queue to the guest."""
+        """Report what is in the flow's error queue to the guest."""
         for error, quoted in read_errors(flow.sock):
             if log.debug_on:
                 log.debug(f"Flow {flow.index} (UDP flow): error on socket {flow.fd}: {error}")
@@ -317,11 +317,11 @@ class Udp:
                 self._errors.reported(error, flow.src, flow.dst, flow.host, packet, now)
 
     def fault(self, ref: int) -> None:
-        """A handler failed on flow ref_data(ref): end that flow, and only that."""
+        """A handler failed on flow ref_data(ref): end only that flow."""
         self._flows.fault(ref_data(ref))
 
     def fault_key(self, key: bytes) -> None:
-        """Likewise, when it failed on datagrams from the guest."""
+        """The same, for a handler that failed on datagrams of the guest."""
         flow = self._by_key.get(key)
         if flow is not None:
             self._flows.close(flow, "fault")
@@ -333,7 +333,7 @@ class Udp:
         self.dns.forget()
 
     def set_guest_mac(self, mac: bytes) -> None:
-        """The guest has another hardware address: all pre-cooked headers get it."""
+        """Write the guest's new MAC address into all headers."""
         each(self._by_key.values(), UdpFlow.set_guest_mac, self._flows.fault_at, mac)
         self.dns.set_guest_mac(mac)
 

@@ -45,7 +45,7 @@ class Sock:
         self.fd = world.next_fd
         world.next_fd += 1
         world.socks[self.fd] = self
-        self.segment = 0
+        self.gso_size = 0
         self.gro = False
         self.failing: list[int] = []
         self.errors: list[int] = []
@@ -57,7 +57,7 @@ class Sock:
 
     def setsockopt(self, level: int, option: int, value: Any) -> None:
         if (level, option) == (SOL_UDP, UDP_SEGMENT):
-            self.segment = value
+            self.gso_size = value
         elif (level, option) == (SOL_UDP, UDP_GRO):
             self.gro = bool(value)
 
@@ -68,7 +68,7 @@ class Sock:
         if self.failing:
             error = self.failing.pop()
             raise OSError(error, os.strerror(error))
-        whole, size = bytes(data), self.segment
+        whole, size = bytes(data), self.gso_size
         pieces = [whole]
         if size and len(whole) > size:
             assert len(whole) <= 65535 and -(-len(whole) // size) <= 64, "more than a kernel cuts"

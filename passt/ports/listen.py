@@ -114,7 +114,7 @@ class Listeners:
         if not outbound:
             udp = {port for rule, port in wanted if rule.proto != PROTO_TCP}
             if udp:
-                self._udp_in.make_way(udp)
+                self._udp_in.free_ports(udp)
             return listeners, open_ports(config, wanted, listeners)
         assert self._namespace is not None, "a virtual machine has no outbound rules"
         try:

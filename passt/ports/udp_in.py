@@ -18,12 +18,12 @@ number of batches. Only then those datagrams have their turn that came to a new 
 own client or of others, who may get sockets in turn. What comes later to a new socket is read in a later turn.
 
 A datagram to a group or a broadcast address always comes by the listener, and goes to the flow of its client. So does
-all of it if the client cannot have a socket because we may not bind the port (`udp_engine.sock.Shared`).
+all of it if the client cannot have a socket because we may not bind the port (`udp_engine.sock.SharedSocket`).
 
 The guest's own flows. From a guest port that a listener leads to, it is seen as coming from the listener's port: who
 answers there, and who writes there first, finds the same program. So the sockets of those flows are bound beside the
 listener, too (`open_socket`). Flows that were there before the listener, as is usual with `auto`, have the port that it
-wants, and begin again (`make_way`).
+wants, and begin again (`free_ports`).
 
 Dropped and counted: sources that nobody can answer to (multicast, broadcast, unspecified, port 0); clients of a family
 that the guest has no address in; clients for whom there is no socket, for the reason that the kernel gives.
@@ -43,10 +43,10 @@ from ..policy.rules import Listener
 from ..splice.udp import UdpSplice
 from ..udp import Udp
 from ..udp_engine.io import reason
-from ..udp_engine.sock import Client, Letter, Shared, hears_itself, open_client, open_socket, opener
+from ..udp_engine.sock import Client, Misdelivered, SharedSocket, is_self_connected, open_client, open_socket, opener
 
 BATCHES_MAX = 8  # for one event
-LETTERS_MAX = 1024  # handled for one event
+MISDELIVERED_MAX = 1024  # handled for one event
 
 
 def refuse(peer: bytes, port: int) -> str | None:
@@ -68,8 +68,8 @@ class UdpIn:
         self._udp = udp
         self.splice = UdpSplice(ctx)
         self._receiver = AddressReceiver()
-        self._letters: list[Letter] = []
-        self._timer = ctx.timers.services.new(self._deliver_letters)
+        self._misdelivered: list[Misdelivered] = []
+        self._timer = ctx.timers.services.new(self._deliver_misdelivered)
         self._leading: dict[int, list[Listener]] = {}  # to a port of the guest
         if udp is not None:
             udp.opener = self.open_socket
@@ -84,7 +84,7 @@ class UdpIn:
             except OSError as e:
                 self._ctx.drops[f"udp: receive: {reason(e)}"] += 1
                 break
-        self._deliver_letters(now)
+        self._deliver_misdelivered(now)
 
     def _receive(self, listener: Listener, now: float) -> None:
         """A batch. Raises BlockingIOError, OSError."""
@@ -98,29 +98,29 @@ class UdpIn:
         each(groups.items(), self._group, self._fault_at, listener, now)
 
     def _group(self, group: tuple[bytes, list[int]], listener: Listener, now: float) -> None:
-        """What one client has sent to one address of ours."""
+        """Hand on the datagrams of one client to one local address."""
         envelope, frames = group
         e = Envelope.parse(envelope)
         self._dispatch(Client(listener, e.peer, e.port, e.local, e.scope), self._receiver.mv, frames, now)
 
     def _fault_at(self, what: object, e: Exception) -> None:
-        """Datagrams of one client are lost, or a listener ends; others have theirs delivered."""
+        """Datagrams of one client are lost, or a listener ends; the others go on."""
         record(self._ctx.drops, "datagrams at a listener", e)
 
-    def _deliver_letters(self, now: float) -> None:
+    def _deliver_misdelivered(self, now: float) -> None:
         """Hand out what came to sockets of clients before they were connected."""
-        letters, left = self._letters, LETTERS_MAX
-        while letters and left:
-            some = letters[:left]  # each of them may bring more
-            del letters[:left]
+        misdelivered, left = self._misdelivered, MISDELIVERED_MAX
+        while misdelivered and left:
+            some = misdelivered[:left]  # each of them may add others
+            del misdelivered[:left]
             left -= len(some)
-            each(some, self._deliver_letter, self._fault_at, now)
-        if letters:
-            self._ctx.drops["udp: too much for one event"] += len(letters)
-            letters.clear()
+            each(some, self._deliver_one, self._fault_at, now)
+        if misdelivered:
+            self._ctx.drops["udp: too much for one event"] += len(misdelivered)
+            misdelivered.clear()
 
-    def _deliver_letter(self, letter: Letter, now: float) -> None:
-        client, payload = letter
+    def _deliver_one(self, datagram: Misdelivered, now: float) -> None:
+        client, payload = datagram
         self._dispatch(client, memoryview(payload), [0, len(payload), 0], now)
 
     def _dispatch(self, client: Client, mv: memoryview, frames: list[int], now: float) -> None:
@@ -149,14 +149,14 @@ class UdpIn:
     def _open(self, client: Client) -> Any:
         """The client's socket, on the side that the listener is on. Raises OSError."""
         make = opener(self._ctx, client.listener.rule.outbound)
-        return open_client(lambda: make(addr.family(client.peer), socket.SOCK_DGRAM), client, self._letters)
+        return open_client(lambda: make(addr.family(client.peer), socket.SOCK_DGRAM), client, self._misdelivered)
 
     # Ports -----------------------------------------------------------------------------------------------------------
 
-    def make_way(self, ports: Container[int]) -> None:
+    def free_ports(self, ports: Container[int]) -> None:
         """Somebody is about to listen on `ports` of the host."""
         if self._udp is not None:
-            self._udp.make_way(ports)
+            self._udp.free_ports(ports)
 
     def begin(self, listener: Listener) -> None:
         """A listener opens."""
@@ -194,9 +194,9 @@ class UdpIn:
                 sock = self._open(client)
             except OSError:
                 continue  # the port as such cannot be had for this
-            if self._letters:
+            if self._misdelivered:
                 self._ctx.timers.services.arm(self._timer, now)
-            if isinstance(sock, Shared) or hears_itself(sock, client.sockaddr(host, dport)):
+            if isinstance(sock, SharedSocket) or is_self_connected(sock, client.sockaddr(host, dport)):
                 sock.close()  # it would tell of no errors; it would hear itself
                 continue
             return sock

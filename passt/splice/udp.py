@@ -1,34 +1,34 @@
-"""Spliced UDP: datagrams between loopbacks, from one connected socket to another, without a frame.
+"""Spliced UDP: datagrams between loopbacks, from one connected socket to another, without the tap.
 
                      client's end                         server's end
     ---------------  -----------------------------------  ----------------------------------------------------------
-    inbound rule     the host: beside the listener,       the namespace: its own address or its loopback
+    inbound rule     the host: on the listener's port,    the namespace: its own address or its loopback
                      connected to the client
     outbound rule    the namespace: likewise              the host: its loopback
     address          the one that the client wrote to     the client's if both are loopback, else the kernel's choice
-    port             the listener's                       the client's if it can be had
+    port             the listener's                       the client's if it is free
 
-Both directions are alike: an event on one end is a receive there and a send at the other. If the other end was sent to
-since the last receive, one datagram, the answer, is likely: one plain receive, one plain write. Everything else is
-up to 64 messages for one system call, and runs with UDP_SEGMENT (`udp_engine/io.py`). Either end joins datagrams
-(UDP_GRO) as soon as several come at once.
+Both directions are alike: an event at one end is a receive there and a send at the other. If an end has sent since its
+last receive, one reply is likely: one plain receive, one plain write. Everything else is up to 64 messages per system
+call, and GSO batches with UDP_SEGMENT (`udp_engine/io.py`). Either end turns UDP_GRO on once several datagrams come at
+once.
 
-The server. A rule names it, or it may be listening in one family only while the client comes by the other: the targets
-are tried in their order. A target that cannot be connected to is passed over. One that refuses (ECONNREFUSED, which an
-earlier datagram met) is replaced by the next, and the first datagram of the last batch is sent again there, if it is
-short enough to have been kept. When every target has refused it, the next batch begins with the first target again; so
-a server that starts late is found in either family. Once something answers, nothing is kept any more until that server
-refuses. The client cannot be told: UDP has no refusal that a socket could send.
+The server. A rule names one address, or the server may listen in one family only while the client comes by the other.
+The targets are tried in order. A target to which connect(2) fails is skipped. A target that refuses (ECONNREFUSED, for
+an earlier datagram) is replaced by the next, which also gets the first datagram of the last batch, if that is short
+enough to be kept. When every target has refused, the next batch begins with the first target again, so a server that
+starts late is found in either family. After a reply nothing is kept until that server refuses. The client gets no
+error: a UDP socket cannot send one.
 
-Errors are counted, and the error queue emptied. A full socket buffer is a drop, as on any link.
+Errors are counted, and the error queue is emptied. A full socket buffer is a drop, as on any link.
 
     time    condition                              consequence
     ------  -------------------------------------  -------------------------
     180 s   nothing sent or received               the flow ends
-    30 s    the same, one of the ports is 53       the flow ends
+    30 s    the same, and one port is 53           the flow ends
     100 us  a receive brought 4 to 31 datagrams    the end is read again
 
-What is left out: the client's TTL, and what ICMP says to either side.
+Left out: the client's TTL, and ICMP errors to either side.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from ..loop.each import each
 from ..loop.reactor import EPOLLERR, EPOLLIN, TYPE_UDP_SPLICE, Reactor, ref_data
 from ..policy.rules import Listener
 from ..udp_engine.flow import timeout
-from ..udp_engine.gso_batch import SEGMENTS_MAX, Run, runs
-from ..udp_engine.io import Pauses, datagrams, reason, receive, send_again, transmit
+from ..udp_engine.gso_batch import SEGMENTS_MAX, GsoBatch, gso_batches
+from ..udp_engine.io import Pauses, datagram_count, reason, receive, retry_send, transmit
 from ..udp_engine.sock import Client, open_target, opener
 
 FLOWS_MAX = 8192
 DESCRIPTOR_SHARE = 8  # flows of two sockets take a quarter of the descriptors that the process may have, at most
-KEPT_MAX = 2048  # bytes of a datagram that is sent again if the server refuses it
+KEPT_MAX = 2048  # bytes of a datagram that is retransmitted if the server refuses it
 
 CLIENT, SERVER = range(2)
 
@@ -63,28 +63,28 @@ CLIENT, SERVER = range(2)
 class End:
     """One socket of a flow, and the other one."""
 
-    __slots__ = ("asked", "fd", "gro", "other", "segment", "segments", "side", "sock")
+    __slots__ = ("fd", "gro", "gso_max_segs", "gso_size", "other", "reply_expected", "side", "sock")
     other: End
 
     def __init__(self, side: int, segments: int) -> None:
         self.side = side
-        self.segments = segments
-        self.asked = False  # sent to since the last receive: one datagram, the answer, is likely
+        self.gso_max_segs = segments
+        self.reply_expected = False  # it has sent since the last receive: one datagram, the reply, is likely
         self.fd = -1
         self.sock: Any = None
 
     def attach(self, sock: Any) -> None:
-        """Use `sock`, which is fresh, from now on."""
+        """Use `sock`, which is new, from now on."""
         self.sock, self.fd = sock, sock.fileno()
         self.gro = False
-        self.segment = 0
+        self.gso_size = 0
 
 
 class SpliceFlow(IdleFlow):
-    """A client and its server. Events of the client's end are those of the flow's first socket.
+    """A client and its server. The client's end is the flow's first socket.
 
-    `targets` are the server's addresses, of which `at` is the one in use. `kept` is the datagram to send again if that
-    refuses, to `left` more of them; None while something answers.
+    `targets` are the server's addresses, and `targets[at]` is in use. `kept` is the datagram to retransmit if that one
+    refuses, to `left` more targets; None while the server replies.
     """
 
     __slots__ = ("answered", "at", "client", "ends", "kept", "left", "targets")
@@ -97,7 +97,7 @@ class SpliceFlow(IdleFlow):
         self.client = client
         self.targets = targets
         self.at = 0
-        self.answered = len(targets) == 1  # with one target there is nothing to find out
+        self.answered = len(targets) == 1  # with one target there is no choice
         self.kept: bytes | None = None
         self.left = 0
         self.ends = End(CLIENT, segments), End(SERVER, segments)
@@ -149,20 +149,20 @@ class UdpSplice:
     # Flows -----------------------------------------------------------------------------------------------------------
 
     def inbound(self, client: Client, make: Callable[[], Any], mv: memoryview, frames: list[int], now: float) -> None:
-        """Datagrams that came to a listener from `client`, [start, end, 0]* in `mv`, on to its server.
+        """Send datagrams that a listener received from `client`, [start, end, 0]* in `mv`, to its server.
 
-        Those that follow are expected at a socket that `make` opens, unless there is one.
+        `make` opens the socket for those that follow, unless there is one.
         """
         key = _key(client)
         flow = self._flows.by_key.get(key) or self._new_flow(key, client, make, len(frames) // 3, now)
         if flow is not None:
             flow.last = now
-            self._forward(flow, flow.ends[CLIENT], runs(mv, frames, flow.ends[SERVER].segments), now)
+            self._forward(flow, flow.ends[CLIENT], gso_batches(mv, frames, flow.ends[SERVER].gso_max_segs), now)
 
     def _new_flow(
         self, key: bytes, client: Client, make: Callable[[], Any], count: int, now: float
     ) -> SpliceFlow | None:
-        """A flow for `client`; None, with `count` drops counted, if there can be none."""
+        """A flow for `client`; None if there can be none, and `count` drops are counted."""
         ctx = self._ctx
         targets = ctx.fwd.splice_targets(len(client.peer) == 16, client.listener.rule, ctx.guest)
         if not targets:
@@ -181,7 +181,7 @@ class UdpSplice:
         return flow
 
     def _connect(self, flow: SpliceFlow) -> Any:
-        """A socket connected to the target in use, or to the next one that can be connected to. Raises OSError."""
+        """A socket connected to the target in use, or to the next one to which connect(2) succeeds. Raises OSError."""
         first = flow.at
         while True:
             try:
@@ -192,7 +192,7 @@ class UdpSplice:
                     raise
 
     def _open(self, client: Client, target: bytes) -> Any:
-        """A socket on the other side than the listener's, connected to `target`. Raises OSError."""
+        """A socket on the side opposite to the listener, connected to `target`. Raises OSError."""
         ctx, listener = self._ctx, client.listener
         make = opener(ctx, not listener.rule.outbound)
         source, interface = ctx.fwd.source(target) if listener.rule.outbound else (None, None)
@@ -206,7 +206,7 @@ class UdpSplice:
     # Datagrams -------------------------------------------------------------------------------------------------------
 
     def sock_handler(self, ref: int, events: int, now: float) -> None:
-        """Errors first: they are about datagrams sent before what can be read. May be called for nothing."""
+        """Errors first: they are about earlier datagrams. The event may be stale."""
         flow: SpliceFlow = self._by_index[(ref & 0xFFFFFFFF) >> 1]
         end = flow.ends[ref & 1]
         if events & EPOLLERR:
@@ -215,35 +215,35 @@ class UdpSplice:
             self._take(flow, end, now)
 
     def _take(self, flow: SpliceFlow, end: End, now: float) -> None:
-        """Move what there is from `end` to the other one, and let a stream gather for a moment."""
+        """Receive at `end` and send at the other one, and let a stream gather for a moment."""
         try:
-            if end.asked and not end.gro:
-                end.asked = False
+            if end.reply_expected and not end.gro:
+                end.reply_expected = False
                 view = self._receiver.mv[: end.sock.recv_into(self._receiver.mv, SLOT)]
                 self._forward(flow, end, [(len(view), len(view), [view])], now)
             else:
-                received = receive(self._receiver, end, self._gro, end.other.segments)
+                received = receive(self._receiver, end, self._gro, end.other.gso_max_segs)
                 self._pauses.after(self._forward(flow, end, received, now), flow, end, now)
             flow.last = now
         except BlockingIOError:
-            pass  # the event was meant for an earlier owner of the descriptor, or the pause brought nothing
+            pass  # the event was about an earlier owner of the descriptor, or nothing came during the pause
         except OSError:
             self._report(flow, end, now)
 
-    def _forward(self, flow: SpliceFlow, end: End, received: list[Run], now: float) -> int:
-        """Send what came to `end` from the other one; returns how many datagrams that were."""
+    def _forward(self, flow: SpliceFlow, end: End, received: list[GsoBatch], now: float) -> int:
+        """Send what `end` received at the other end; returns the number of datagrams."""
         other = end.other
         count = moved = 0
         for size, total, views in received:
-            count += datagrams(size, total)
+            count += datagram_count(size, total)
             moved += total
             try:
                 transmit(other, size, total, views)
             except OSError as e:
                 report = partial(self._report, flow, other, now)
-                for why, lost, _ in send_again(other, size, total, views, e, report):
+                for why, lost, _ in retry_send(other, size, total, views, e, report):
                     self._drops[f"udp splice: send: {reason(why)}"] += lost
-        other.asked = True
+        other.reply_expected = True
         if (end.side == SERVER) == flow.client.listener.rule.outbound:
             flow.to_guest += moved
             self._to_guest.bytes += moved
@@ -259,14 +259,14 @@ class UdpSplice:
 
     # The server ------------------------------------------------------------------------------------------------------
 
-    def _keep(self, flow: SpliceFlow, received: list[Run]) -> None:
-        """Nothing has answered yet: keep the first datagram, in case its target refuses it."""
+    def _keep(self, flow: SpliceFlow, received: list[GsoBatch]) -> None:
+        """No reply has come: keep the first datagram, in case the target refuses it."""
         size, _, views = received[0]
         flow.kept = bytes(views[0][:size]) if size <= KEPT_MAX else None
         flow.left = len(flow.targets) - 1
 
     def _report(self, flow: SpliceFlow, end: End, now: float) -> None:
-        """Empty the error queue of `end`; see to a server that refuses."""
+        """Empty the error queue of `end`; replace a server that refuses."""
         refused = False
         for error, _ in read_errors(end.sock):
             if log.debug_on:
@@ -277,7 +277,7 @@ class UdpSplice:
             self._next_target(flow, now)
 
     def _next_target(self, flow: SpliceFlow, now: float) -> None:
-        """The server refused: try the next one, with the datagram that was kept unless all have refused it."""
+        """The server refused: try the next target, with the datagram that was kept unless all have refused it."""
         server = flow.ends[SERVER]
         flow.answered = False
         flow.at = (flow.at + 1) % len(flow.targets)
@@ -298,16 +298,16 @@ class UdpSplice:
                 self._drops[f"udp splice: send: {reason(e)}"] += 1
 
     def end(self, listeners: Container[Listener]) -> None:
-        """Listeners close: what came by them ends with them, since its sockets keep the port from the next listener."""
+        """Listeners close: their flows end, whose sockets would keep the port from the next listener."""
         ending = [f for f in self._flows.by_key.values() if f.client.listener in listeners]
         each(ending, self._flows.close, self._flows.fault_at, "listener gone")
 
     def fault(self, ref: int) -> None:
-        """A handler failed on the flow of this reference: end that flow, and only that."""
+        """A handler failed on the flow of this reference: end only that flow."""
         self._flows.fault(ref_data(ref) >> 1)
 
 
 def _key(client: Client) -> bytes:
-    """The listener's side and port, and both addresses: one client, one flow."""
+    """Key of a client's flow: the listener's side and port, and both addresses."""
     ports = client.port.to_bytes(2, "big") + client.listener.port.to_bytes(2, "big")
     return bytes((client.listener.rule.outbound,)) + client.peer + client.local + ports

@@ -1,17 +1,17 @@
-"""Queries of the guest by UDP to an address that stands for the host's resolvers: one is asked; if need be, the next.
+"""DNS queries of the guest by UDP to an address that stands for the host's resolvers: to one, then to the next.
 
     guest                        here                                     resolvers (policy/resolvers.py)
       |  query 7, query 8          |                                          A            B
       |--------------------------->|  query 7, query 8                        |            |
       |                            |----------------------------------------->|            |
-      |                            |  no answer to 7 for PATIENCE seconds     |            |
+      |                            |  no response to 7 for QUERY_TIMEOUT      |            |
       |                            |------------------------------------------------------>|
-      |  answer 7                  |  the first answer that comes to 7, also if it is A's  |
+      |  response to 7             |  the first response to 7, also if it is A's           |
       |<---------------------------|<------------------------------------------------------|
 
-A flow is what comes from one port of the guest. It has a socket for each resolver that it asked, connected to it, from
-a port of the kernel's choice: a stranger would have to guess that port and the identifier of the query. Queries go on
-as they are. Of a message nothing is read but its identifier and whether it is a query or an answer (RFC 1035, 4.1.1):
+A flow has the queries from one port of the guest. It has a socket for each resolver that got one of them, connected to
+it, from a port of the kernel's choice: an attacker would have to guess that port and the identifier of the query.
+Queries are forwarded as they are. Of a message, only the identifier and the QR bit are read (RFC 1035, 4.1.1):
 
      0                15  16 17
     +------------------+--+--------
@@ -20,29 +20,29 @@ as they are. Of a message nothing is read but its identifier and whether it is a
 
     event                                                consequence
     ---------------------------------------------------  ---------------------------------------------------------------
-    query                                                to the best resolver; kept until its answer comes
-    query that waits already                             sent again to whom has it; if all were tried, another round
-    answer, of a resolver that this query was sent to    to the guest; the query is done
-    any other answer                                     dropped, counted
-    error (ICMP, or the kernel's own)                    the resolver is held; its queries go to the next one at once
-    no answer for PATIENCE seconds                       the resolver is held; the query goes to the next one
-    all resolvers reported errors                        the guest gets the last one as an ICMP message, at once
-    ... some kept silent                                 nothing: a late answer is still an answer
-    no answer for GIVE_UP seconds                        the query is forgotten
+    query                                                to the best resolver; kept until its response comes
+    query that waits already                             again to the same resolver; after all were tried, another round
+    response of a resolver that got this query           to the guest; the query is done
+    any other response                                   dropped, counted
+    error (ICMP, or of the host's kernel)                the resolver is held; its queries go to the next one at once
+    no response for QUERY_TIMEOUT seconds                the resolver is held; the query goes to the next one
+    all resolvers reported errors                        the last error goes to the guest as an ICMP message, at once
+    ... or some did not respond                          nothing: a late response is still one
+    no response for QUERY_LIFETIME seconds               the query is dropped
 
     limit               value                                       beyond it
     ------------------  ------------------------------------------  -----------------------------------
-    queries that wait   QUESTIONS_MAX in all                        the one that waits longest is forgotten
-    a query's length    QUESTION_SIZE bytes                         dropped, counted
-    flows               DNS_FLOWS_MAX, and a share of descriptors   the longest idle go (flow/idle.py)
-    a flow's silence    30 s                                        it ends
+    queries that wait   QUERIES_MAX in all                          the one that waits longest is dropped
+    a query's length    QUERY_SIZE_MAX bytes                        dropped, counted
+    flows               DNS_FLOWS_MAX, and a share of descriptors   the longest idle end (flow/idle.py)
+    a flow's idle time  30 s                                        it ends
 
-One timer serves all queries; it is armed only while some wait. What is longer than the guest's MTU goes to it in
-fragments, like any datagram (`deliver`).
+One timer serves all queries; it is armed only while some wait. Responses above the guest's MTU are fragmented, like any
+datagram (`deliver`).
 
-Left out: what answers say. A failure to resolve (SERVFAIL, REFUSED) is an answer: asking another resolver would undo
-the verdict of one that validates. Queries to port 853 (DTLS, QUIC) have a state that no other resolver knows: they are
-flows of `udp.py` to the best one. Names are not cached.
+Left out: the contents of responses. A failure to resolve (SERVFAIL, REFUSED) is a response: a query to another resolver
+would override the verdict of one that validates. Queries to port 853 (DTLS, QUIC) have a state that no other resolver
+knows, so they are flows of `udp.py` to the best one. There is no cache.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ from ..policy.resolvers import DNS_PORT, Resolver, Tried
 from .flow import UdpFlow
 from .io import CONGESTED, reason
 
-PATIENCE = 1.5  # s; a resolver's own retries are done, and glibc waits for another 3.5
-GIVE_UP = 12.0  # s; BIND answers SERVFAIL after 10
-QUESTIONS_MAX = 2048
-QUESTION_SIZE = 4096  # bytes
+QUERY_TIMEOUT = 1.5  # s; the resolver's own retries are over, and glibc waits for another 3.5
+QUERY_LIFETIME = 12.0  # s; BIND answers SERVFAIL after 10
+QUERIES_MAX = 2048
+QUERY_SIZE_MAX = 4096  # bytes
 DNS_FLOWS_MAX = 4096
-DESCRIPTOR_SHARE = 8  # of the descriptors that the process may have, at most one flow in so many
-ANSWERS_PER_EVENT = 32
+DESCRIPTOR_SHARE = 8  # at most one flow for so many descriptors that the process may have
+RESPONSES_PER_EVENT = 32
 
 CALLS = (
     *setting(*RECVERR, (socket.SOL_SOCKET, socket.SO_BINDTODEVICE)),
@@ -87,13 +87,13 @@ _QR = 0x80
 _SIZE_MAX = 65535
 
 
-def question_id(message: bytes) -> int:
+def query_id(message: bytes) -> int:
     """The identifier of a query, -1 if `message` is none."""
     return _ident(message) if len(message) >= _HEADER_SIZE and not message[2] & _QR else -1
 
 
-def answer_id(message: bytes | memoryview) -> int:
-    """The identifier of an answer, -1 if `message` is none."""
+def response_id(message: bytes | memoryview) -> int:
+    """The identifier of a response, -1 if `message` is none."""
     return _ident(message) if len(message) >= _HEADER_SIZE and message[2] & _QR else -1
 
 
@@ -101,27 +101,27 @@ def _ident(message: bytes | memoryview) -> int:
     return message[0] << 8 | message[1]
 
 
-class Question:
-    """A query that waits for its answer."""
+class Query:
+    """A query that waits for its response."""
 
-    __slots__ = ("asked", "begun", "error", "exhausted", "flow", "ident", "payload", "sent", "silent", "tried")
+    __slots__ = ("error", "exhausted", "flow", "ident", "payload", "received", "sent", "sent_to", "silent", "tried")
 
     def __init__(self, flow: DnsFlow, ident: int, payload: bytes, now: float) -> None:
         self.flow = flow
         self.ident = ident
         self.payload = payload
-        self.begun = self.sent = now
+        self.received = self.sent = now
         self.tried: Tried = ()  # in this round
-        self.asked: Tried = ()  # ever: those whose answer is taken
+        self.sent_to: Tried = ()  # in all rounds: their responses count
         self.error: OSError | None = None
-        self.silent = False  # one of them has not refused, and may still answer
-        self.exhausted = False  # nobody is left to be tried in this round
+        self.silent = False  # a resolver has reported no error, and may still respond
+        self.exhausted = False  # all resolvers were tried in this round
 
 
 class DnsFlow(UdpFlow):
-    """A port of the guest. `ends`: socket by resolver; `by_fd`: resolver by descriptor; `questions`: by identifier."""
+    """A port of the guest. `ends`: socket by resolver; `by_fd`: resolver by descriptor; `queries`: by identifier."""
 
-    __slots__ = ("by_fd", "ends", "questions")
+    __slots__ = ("by_fd", "ends", "queries")
     kind = "DNS flow"
     label = "dns"
 
@@ -129,30 +129,30 @@ class DnsFlow(UdpFlow):
         super().__init__(key, b"", now)
         self.ends: dict[Resolver, Any] = {}
         self.by_fd: dict[int, Resolver] = {}
-        self.questions: dict[int, Question] = {}
+        self.queries: dict[int, Query] = {}
 
     def endpoints(self) -> Endpoints:
-        """The host's end is the resolver that was asked last, if one was."""
+        """The host's end is the resolver that the last socket leads to."""
         guest, peer = addr.host_port(self.src, self.sport), addr.host_port(self.dst, self.dport)
         hosts = [addr.host_port(resolver.addr, DNS_PORT) for resolver in self.ends]
         return Endpoints(GUEST, guest, peer, hosts[-1] if hosts else "")
 
     def watch(self, reactor: Reactor, kind: int) -> None:
-        """Sockets are opened, and watched, when a resolver is asked."""
+        """Sockets are opened and watched with the first query to a resolver."""
 
     def sockets(self) -> tuple[tuple[int, Any], ...]:
         return tuple((sock.fileno(), sock) for sock in self.ends.values())
 
 
 class _NoSocket:
-    """What a flow has before it has asked anybody."""
+    """The socket of a flow without queries."""
 
     def fileno(self) -> int:
         return -1
 
 
-class Unasked(Exception):
-    """The flow ended while a socket for it was opened: descriptors ran out."""
+class FlowEvicted(Exception):
+    """Descriptors ran out while a socket was opened for the flow, and the flow itself was evicted."""
 
 
 def open_socket(fwd: Forwarding, host: bytes) -> Any:
@@ -175,8 +175,7 @@ def open_socket(fwd: Forwarding, host: bytes) -> Any:
 class Dns:
     """All flows of queries.
 
-    `deliver(flow, payload)` sends a datagram to the guest, `refuse(flow, error, payload)` tells it that the one it sent
-    met an error.
+    `deliver(flow, payload)` sends a datagram to the guest; `refuse(flow, error, payload, now)` reports an error to it.
     """
 
     def __init__(
@@ -194,8 +193,8 @@ class Dns:
         self._refuse = refuse
         self._flows: IdleFlows[DnsFlow] = IdleFlows(ctx, TYPE_DNS, flow_limit(DNS_FLOWS_MAX, DESCRIPTOR_SHARE))
         self._by_key = self._flows.by_key
-        self._waiting: OrderedDict[Question, None] = OrderedDict()  # in the order in which they were last sent
-        self._timer = ctx.timers.services.new(self._overdue)
+        self._waiting: OrderedDict[Query, None] = OrderedDict()  # the one sent first comes first
+        self._timer = ctx.timers.services.new(self.timer_handler)
         self._armed = False
         self._answer = memoryview(bytearray(_SIZE_MAX))
         self.opener: Callable[[bytes], Any] = lambda host: open_socket(ctx.fwd, host)
@@ -219,7 +218,7 @@ class Dns:
                 self._drops["dns: not a query"] += 1
                 continue
             for at in range(start, max(end, start + 1), size or end - start or 1):
-                self._question(flow, bytes(self._mv[at : min(at + size, end) if size else end]), now)
+                self._query(flow, bytes(self._mv[at : min(at + size, end) if size else end]), now)
                 if flow.state != ACTIVE:
                     return
 
@@ -233,70 +232,70 @@ class Dns:
         flow.build_header(self._ctx.guest.mac, self._our_mac, self._mtu)
         return flow
 
-    def _question(self, flow: DnsFlow, payload: bytes, now: float) -> None:
-        """One datagram of the guest."""
-        ident = question_id(payload)
-        if ident < 0 or len(payload) > QUESTION_SIZE:
+    def _query(self, flow: DnsFlow, payload: bytes, now: float) -> None:
+        """Handle one datagram of the guest."""
+        ident = query_id(payload)
+        if ident < 0 or len(payload) > QUERY_SIZE_MAX:
             self._drops["dns: not a query" if ident < 0 else "dns: query too long"] += 1
             return
-        question = flow.questions.get(ident)
-        if question is not None and question.payload == payload and not question.exhausted:
-            self._repeat(question)  # the time of the resolver that has it runs on
+        query = flow.queries.get(ident)
+        if query is not None and query.payload == payload and not query.exhausted:
+            self._resend(query)  # the resolver's timeout stays as it is
             return
-        fresh = Question(flow, ident, payload, now)
-        if question is not None:
-            fresh.asked = question.asked if question.payload == payload else ()
-            self._forget(question)
-        elif len(self._waiting) >= QUESTIONS_MAX:
+        new = Query(flow, ident, payload, now)
+        if query is not None:
+            new.sent_to = query.sent_to if query.payload == payload else ()
+            self._remove(query)
+        elif len(self._waiting) >= QUERIES_MAX:
             self._drops["dns: too many queries"] += 1
-            self._forget(next(iter(self._waiting)))
-        flow.questions[ident] = fresh
-        self._waiting[fresh] = None
-        self._ask(fresh, now)
+            self._remove(next(iter(self._waiting)))
+        flow.queries[ident] = new
+        self._waiting[new] = None
+        self._try_next(new, now)
         if not self._armed and self._waiting:
-            self._arm(now + PATIENCE)
+            self._arm(now + QUERY_TIMEOUT)
 
-    def _repeat(self, question: Question) -> None:
-        """The guest asks again what waits already."""
+    def _resend(self, query: Query) -> None:
+        """The guest retransmits a query that waits: send it to the same resolver."""
         try:
-            self._send(question.flow, question.tried[-1], question.payload)
-        except (OSError, Unasked):
-            self._drops["dns: query not repeated"] += 1  # its time-out will see to it
+            self._send(query.flow, query.tried[-1], query.payload)
+        except (OSError, FlowEvicted):
+            self._drops["dns: query not repeated"] += 1  # its timeout stays
 
-    def _ask(self, question: Question, now: float) -> None:
-        """Send it to the best resolver that was not tried yet; tell the guest if there is none."""
-        flow = question.flow
-        while resolver := self._resolvers.pick(len(flow.src) == 16, now, question.tried):
-            question.tried += (resolver,)
-            question.asked = question.asked if resolver in question.asked else (*question.asked, resolver)
+    def _try_next(self, query: Query, now: float) -> None:
+        """Send a query to the best resolver that was not tried yet; report an error to the guest if all failed."""
+        flow = query.flow
+        while resolver := self._resolvers.pick(len(flow.src) == 16, now, query.tried):
+            query.tried += (resolver,)
+            query.sent_to = query.sent_to if resolver in query.sent_to else (*query.sent_to, resolver)
             try:
-                self._send(flow, resolver, question.payload)
-            except Unasked:
+                self._send(flow, resolver, query.payload)
+            except FlowEvicted:
                 return
             except OSError as e:
                 if e.errno not in CONGESTED:
-                    question.error = e
+                    query.error = e
                     self._failed(resolver, e, now)
                     continue
                 self._drops[f"dns: send: {reason(e)}"] += 1  # lost, as on any link
-            question.sent = now
-            self._waiting.move_to_end(question)
+            query.sent = now
+            self._waiting.move_to_end(query)
             return
-        question.exhausted = True
-        question.sent = now
-        self._waiting.move_to_end(question)
-        if question.error is not None and not question.silent:
-            self._forget(question)
+        query.exhausted = True
+        query.sent = now
+        self._waiting.move_to_end(query)
+        if query.error is not None and not query.silent:
+            self._remove(query)
             self._drops["dns: all resolvers failed"] += 1
-            self._resolvers.exhausted(question.begun, now)
-            self._refuse(flow, question.error, question.payload, now)
+            self._resolvers.exhausted(query.received, now)
+            self._refuse(flow, query.error, query.payload, now)
 
     def _failed(self, resolver: Resolver, e: OSError, now: float) -> None:
         self._drops[f"dns: resolver failed: {reason(e)}"] += 1
         self._resolvers.failed(resolver, e.strerror or reason(e), now)
 
     def _send(self, flow: DnsFlow, resolver: Resolver, payload: bytes) -> None:
-        """Raises OSError, Unasked."""
+        """Raises OSError, FlowEvicted."""
         sock = flow.ends.get(resolver) or self._open(flow, resolver)
         flow.to_host += len(payload)
         try:
@@ -304,16 +303,16 @@ class Dns:
         except OSError as e:
             if e.errno in CONGESTED:
                 raise
-            read_errors(sock)  # it may have been an earlier query's
+            read_errors(sock)  # the error may be about an earlier query
             sock.send(payload)
 
     def _open(self, flow: DnsFlow, resolver: Resolver) -> Any:
-        """The socket of `flow` towards `resolver`, watched. Raises OSError, Unasked."""
+        """The socket of `flow` towards `resolver`, watched. Raises OSError, FlowEvicted."""
         sock = self._flows.open(lambda: self.opener(resolver.addr))
-        if flow.state != ACTIVE:  # it was the one that gave its descriptors up
+        if flow.state != ACTIVE:  # evicted, to free descriptors
             sock.close()
             self._drops["dns: no descriptor"] += 1
-            raise Unasked
+            raise FlowEvicted
         fd = sock.fileno()
         try:
             self._ctx.reactor.watch(fd, TYPE_DNS, flow.index, EPOLLIN | EPOLLERR)
@@ -323,13 +322,13 @@ class Dns:
         flow.ends[resolver] = sock
         flow.by_fd[fd] = resolver
         if log.debug_on:
-            log.debug(f"Flow {flow.index} (DNS flow): asks {addr.text(resolver.addr)}")
+            log.debug(f"Flow {flow.index} (DNS flow): queries {addr.text(resolver.addr)}")
         return sock
 
     # Resolvers -> guest ----------------------------------------------------------------------------------------------
 
     def sock_handler(self, ref: int, events: int, now: float) -> None:
-        """Errors first, as they are about what was sent before. May be called for nothing."""
+        """Errors first: they are about earlier queries. The event may be stale."""
         flow: DnsFlow = self._by_index[ref_data(ref)]
         resolver = flow.by_fd.get(ref_fd(ref))
         if resolver is None:
@@ -341,7 +340,7 @@ class Dns:
 
     def _receive(self, flow: DnsFlow, resolver: Resolver, now: float) -> None:
         sock = flow.ends[resolver]
-        for _ in range(ANSWERS_PER_EVENT):
+        for _ in range(RESPONSES_PER_EVENT):
             try:
                 answer = self._answer[: sock.recv_into(self._answer)]
             except BlockingIOError:
@@ -349,64 +348,64 @@ class Dns:
             except OSError:
                 self._report(flow, resolver, now)
                 return
-            ident = answer_id(answer)
-            question = flow.questions.get(ident)
-            if question is None or resolver not in question.asked:
+            ident = response_id(answer)
+            query = flow.queries.get(ident)
+            if query is None or resolver not in query.sent_to:
                 self._drops["dns: not an answer" if ident < 0 else "dns: answer to no query"] += 1
                 continue
             self._resolvers.answered(resolver, now)
             flow.last = now
-            self._forget(question)
+            self._remove(query)
             self._deliver(flow, answer)
 
     def _report(self, flow: DnsFlow, resolver: Resolver, now: float) -> None:
-        """Errors met what was sent to `resolver`: those queries go to the next one."""
-        # A link on the way that is too small for it is nothing that the resolver can be blamed for
+        """Errors came back from `resolver`: its queries go to the next one."""
+        # A path whose MTU is too small is no fault of the resolver
         errors = [e for e, _ in read_errors(flow.ends[resolver]) if e.errno != errno.EMSGSIZE]
         if not errors:
             return
         failure = OSError(errors[-1].errno, os.strerror(errors[-1].errno))
         self._failed(resolver, failure, now)
-        for question in list(flow.questions.values()):
-            if question.tried[-1:] == (resolver,):
-                question.error = failure
-                self._ask(question, now)
+        for query in list(flow.queries.values()):
+            if query.tried[-1:] == (resolver,):
+                query.error = failure
+                self._try_next(query, now)
 
     # Time ------------------------------------------------------------------------------------------------------------
 
-    def _overdue(self, now: float) -> None:
-        """Queries that have waited for long enough, and when to look again."""
+    def timer_handler(self, now: float) -> None:
+        """Handle queries without a response for QUERY_TIMEOUT, and arm the timer for the next one."""
         self._armed = False
-        each(takewhile(lambda q: q.sent + PATIENCE <= now, self._waiting), self._wait_on, self._fault_at, now)
+        each(takewhile(lambda q: q.sent + QUERY_TIMEOUT <= now, self._waiting), self._timed_out, self._fault_at, now)
         if self._waiting:
-            self._arm(next(iter(self._waiting)).sent + PATIENCE)
+            self._arm(next(iter(self._waiting)).sent + QUERY_TIMEOUT)
 
-    def _fault_at(self, question: Question, e: Exception) -> None:
-        self._flows.fault_at(question.flow, e)
-        if question in self._waiting:
-            self._forget(question)
+    def _fault_at(self, query: Query, e: Exception) -> None:
+        self._flows.fault_at(query.flow, e)
+        if query in self._waiting:
+            self._remove(query)
 
-    def _wait_on(self, question: Question, now: float) -> None:
-        """Nobody has answered it in time."""
-        if question.flow.state != ACTIVE:
-            self._forget(question)
+    def _timed_out(self, query: Query, now: float) -> None:
+        """No response came in time."""
+        if query.flow.state != ACTIVE:
+            self._remove(query)
             return
-        question.silent = True
-        if not question.exhausted and self._resolvers.silent(question.tried[-1], question.sent, now):
+        query.silent = True
+        if not query.exhausted and self._resolvers.silent(query.tried[-1], query.sent, now):
             self._drops["dns: resolver failed: no answer"] += 1
-        if now - question.begun >= GIVE_UP:
-            self._forget(question)
+        if now - query.received >= QUERY_LIFETIME:
+            self._remove(query)
             self._drops["dns: no answer"] += 1
-            self._resolvers.exhausted(question.begun, now)
+            self._resolvers.exhausted(query.received, now)
             return
-        self._ask(question, now)
+        self._try_next(query, now)
 
-    def _forget(self, question: Question) -> None:
-        """It is answered, or will not be."""
-        del self._waiting[question]
-        questions = question.flow.questions
-        if questions.get(question.ident) is question:
-            del questions[question.ident]
+    def _remove(self, query: Query) -> None:
+        """Drop a query: it has its response, or gets none."""
+        del self._waiting[query]
+        queries = query.flow.queries
+        if queries.get(query.ident) is query:
+            del queries[query.ident]
 
     def _arm(self, deadline: float) -> None:
         self._armed = True
@@ -415,11 +414,11 @@ class Dns:
     # The guest -------------------------------------------------------------------------------------------------------
 
     def fault(self, ref: int) -> None:
-        """A handler failed on flow ref_data(ref): end that flow, and only that."""
+        """A handler failed on flow ref_data(ref): end only that flow."""
         self._flows.fault(ref_data(ref))
 
     def fault_key(self, key: bytes) -> None:
-        """Likewise, when it failed on datagrams from the guest."""
+        """The same, for a handler that failed on datagrams of the guest."""
         flow = self._by_key.get(key)
         if flow is not None:
             self._flows.close(flow, "fault")
@@ -429,5 +428,5 @@ class Dns:
         self._flows.close_all("guest gone")
 
     def set_guest_mac(self, mac: bytes) -> None:
-        """The guest has another hardware address."""
+        """Write the guest's new MAC address into all headers."""
         each(self._by_key.values(), UdpFlow.set_guest_mac, self._flows.fault_at, mac)

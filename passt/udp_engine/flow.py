@@ -1,18 +1,18 @@
-"""A UDP flow: its socket on the host's side, its pre-cooked header towards the guest, and what both remember.
+"""A UDP flow: its socket on the host, and its pre-cooked header towards the guest.
 
     +----------+-------------+------------+--------+
-    | vnet  10 | Ethernet 14 | IP 20 / 40 | UDP 8  |  `hdr`, written when the flow is made
+    | vnet  10 | Ethernet 14 | IP 20 / 40 | UDP 8  |  `hdr`, written when the flow begins
     +----------+-------------+------------+--------+
 
-Only lengths, the segment size and two checksums depend on the datagram, and a stream of equal datagrams leaves even
-those alone: `header` compares with what the header says already.
+Only lengths, gso_size and two checksums depend on the datagram. A stream of equal datagrams leaves these alone, too:
+`header` compares with the values that the header has.
 
-The UDP checksum field holds the sum of the pseudo-header; the guest's kernel completes it, or never needs to
-(VIRTIO_NET_HDR_F_NEEDS_CSUM). A super-frame says GSO_UDP_L4 and the size of its datagrams, and its length fields are
-those of the whole, as the kernel's software segmentation expects them.
+The UDP checksum field holds the sum of the pseudo-header. The guest's kernel completes it where it needs one
+(VIRTIO_NET_HDR_F_NEEDS_CSUM). A super-frame has GSO_UDP_L4 and the size of its datagrams; its length fields count all
+of it, as the kernel's software segmentation expects.
 
-Who began it makes no difference here: the key is that of a packet from the guest, so the guest is the source, and the
-peer is whom it answers. `origin` is the client of a flow that came by a listener, None if the guest began it.
+Both kinds of flows are alike here, those of the guest and those of clients of a listener. The key is that of a packet
+from the guest, so the guest is the source. `client` is the client of a listener, None if the guest began the flow.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..wire.checksum import PROTO_UDP, fold, ones_sum, pseudo_sum
 from .sock import Client
 
 FLOW_TIMEOUT = 180.0  # s
-DNS_TIMEOUT = 30.0  # s; a query from a port of its own has one answer, and resolvers give up before
+DNS_TIMEOUT = 30.0  # s; a query from a port of its own has one response, and resolvers give up before
 DNS_PORT = 53
 
 CALLS = setting(*HOPS)
@@ -41,12 +41,12 @@ _LENGTH_CSUM = Struct("!HH")
 
 
 def timeout(*ports: int) -> float:
-    """How long a flow between these ports may be silent, in seconds."""
+    """Idle time after which a flow between these ports ends, in seconds."""
     return DNS_TIMEOUT if DNS_PORT in ports else FLOW_TIMEOUT
 
 
 class UdpFlow(IdleFlow):
-    """`gro`: its socket joins datagrams. `segment`: its UDP_SEGMENT, 0 is off. `segments`: how many a send may hold."""
+    """`gro`: UDP_GRO is on. `gso_size`: of UDP_SEGMENT, 0 is off. `gso_max_segs`: most datagrams in a send."""
 
     __slots__ = (
         "_csum_at",
@@ -55,41 +55,41 @@ class UdpFlow(IdleFlow):
         "_size",
         "_total",
         "_udp_at",
-        "asked",
+        "client",
         "dst",
         "gro",
+        "gso_max_segs",
+        "gso_size",
         "hdr",
         "hops",
         "host",
-        "origin",
         "payload_max",
-        "segment",
-        "segments",
+        "reply_expected",
         "src",
     )
     kind = "UDP flow"
     label = "udp"
 
-    def __init__(self, key: bytes, host: bytes, now: float, hops: int = 0, origin: Client | None = None) -> None:
+    def __init__(self, key: bytes, host: bytes, now: float, hops: int = 0, client: Client | None = None) -> None:
         half = (len(key) - 4) // 2
         super().__init__(key, timeout(int.from_bytes(key[-4:-2], "big"), int.from_bytes(key[-2:], "big")), now)
         self.src = key[:half]  # the guest
-        self.dst = key[half : 2 * half]  # whom the guest believes to talk to
-        self.host = host  # whom its socket is connected to
-        self.origin = origin
+        self.dst = key[half : 2 * half]  # the peer, as the guest knows it
+        self.host = host  # the peer that the socket is connected to
+        self.client = client
         self.gro = False
-        self.asked = False  # the guest has sent since we last received: one datagram, the answer, is likely
-        self.segment = 0
-        self.segments = 1
-        self.hops = hops  # TTL or hop limit that its socket sends with, 0: not known
+        self.reply_expected = False  # the guest sent since the last receive: one datagram, the reply, is likely
+        self.gso_size = 0
+        self.gso_max_segs = 1
+        self.hops = hops  # TTL or hop limit of the socket, 0: not known
 
     @property
     def foreign(self) -> bool:
-        return self.origin is not None
+        return self.client is not None
 
     def endpoints(self) -> Endpoints:
         guest, peer = addr.host_port(self.src, self.sport), addr.host_port(self.dst, self.dport)
-        return Endpoints(GUEST if self.origin is None else HOST, guest, peer, addr.host_port(self.host, self.dport))
+        return Endpoints(GUEST if self.client is None else HOST, guest, peer, addr.host_port(self.host, self.dport))
 
     def build_header(self, guest_mac: bytes, our_mac: bytes, mtu: int) -> None:
         """Write the header: from `dst` to the guest, with the ports swapped. Needs the flow's index for its label."""

@@ -1,12 +1,12 @@
-"""Runs: neighbouring datagrams of equal size, which a kernel moves as one piece.
+"""GSO batches: neighbouring datagrams of equal size, which a kernel moves as one buffer.
 
-Both directions know datagrams as a flat list [start, end, size]*, offsets into some memory. `size` is 0 for a single
-datagram; otherwise [start, end) holds several of `size` bytes, of which the last may be shorter: what the guest's
-kernel left uncut (a USO super-frame), or what the host's kernel joined (UDP_GRO).
+Both directions pass datagrams as a flat list [start, end, size]*, with offsets into some memory. `size` is 0 for a
+single datagram. Otherwise [start, end) holds several datagrams of `size` bytes, and the last may be shorter: a USO
+super-frame, which the guest's kernel left unsegmented, or datagrams that the host's kernel joined (UDP_GRO).
 
-A run is what one UDP_SEGMENT send, or one UDP GSO frame to the guest, may carry: datagrams of one size, the last one
-possibly shorter, at most `segments` of them and RUN_MAX bytes. An empty datagram always stands alone, since a kernel
-that cuts by size cannot make one.
+A GSO batch is what one UDP_SEGMENT send, or one UDP GSO frame to the guest, may carry: datagrams of one size, the last
+one possibly shorter, at most `segments` of them and GSO_BATCH_MAX bytes. An empty datagram is a batch by itself: a
+kernel that segments by size cannot make one.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from collections.abc import Sequence
 
 # UDP_MAX_SEGMENTS of Linux before 6.9; twice as much since
 SEGMENTS_MAX = 64
-# A network device takes less than 64 KiB with its headers (gso_max_size) or its driver's work is done in software.
+# A network device takes less than 64 KiB with headers (gso_max_size); beyond that the kernel segments in software.
 # Ethernet 14, IPv6 40, UDP 8.
-RUN_MAX = 65535 - 14 - 40 - 8
+GSO_BATCH_MAX = 65535 - 14 - 40 - 8
 
-Run = tuple[int, int, list[memoryview]]  # size of the datagrams, bytes in all, where they lie
+GsoBatch = tuple[int, int, list[memoryview]]  # size of the datagrams, bytes in all, their memory
 
 
-def runs(mv: memoryview, frames: Sequence[int], segments: int = SEGMENTS_MAX) -> list[Run]:
-    """The runs in `frames`, in order. With `segments` 1, each datagram by itself.
+def gso_batches(mv: memoryview, frames: Sequence[int], segments: int = SEGMENTS_MAX) -> list[GsoBatch]:
+    """The batches in `frames`, in order. With `segments` 1, each datagram is one.
 
-    What comes in one piece goes on in one piece, even beyond RUN_MAX, unless it has more than `segments` datagrams.
+    An entry that holds several datagrams stays in one batch, even beyond GSO_BATCH_MAX, unless it has more than
+    `segments` of them.
     """
-    out: list[Run] = []
+    out: list[GsoBatch] = []
     views: list[memoryview] = []
     size = total = room = 0
     triples = iter(frames)
@@ -47,7 +48,7 @@ def runs(mv: memoryview, frames: Sequence[int], segments: int = SEGMENTS_MAX) ->
             n -= most
         views = [mv[end - n : end]]
         size, total = min(s, n), n
-        room = min(most, RUN_MAX) - n if n and n % s == 0 else 0
+        room = min(most, GSO_BATCH_MAX) - n if n and n % s == 0 else 0
     if views:
         out.append((size, total, views))
     return out

@@ -1,15 +1,15 @@
-"""Datagrams between a socket and memory, many for one system call: what all UDP flows do alike.
+"""Datagrams between a socket and memory, many per system call: common to all UDP flows.
 
-    receive     one recvmmsg for up to 64 messages; a socket that gets several at once has UDP_GRO turned on, and then
-                each message may itself be a run of datagrams
-    transmit    one write for a run, with UDP_SEGMENT: an option of the socket, set only when the size must change
+    receive     one recvmmsg for up to 64 messages. A socket that gets several at once has UDP_GRO turned on; then each
+                message may itself hold several datagrams
+    transmit    one write per GSO batch, with UDP_SEGMENT: an option of the socket, set only when the size changes
 
-A kernel or a path that refuses segmentation (no UDP_SEGMENT, datagrams above the path's MTU, IPsec) gets single
-datagrams from then on, through that socket. A failed send is tried once more, since the errno may have been that of
-an earlier datagram (`send_again`). There are no send queues: a full socket buffer is a drop, as on any link.
+A kernel or a path may refuse segmentation (no UDP_SEGMENT, datagrams above the path's MTU, IPsec). From then on that
+socket sends single datagrams. A failed send is tried once more, since its errno may be that of an earlier datagram
+(`retry_send`). There are no send queues: a full socket buffer is a drop, as on any link.
 
-A stream whose receives bring few datagrams costs a wake-up for each handful, and the receiver at the other side, too.
-It is left to gather for a moment (`Pauses`); one that brings many at once, and single datagrams, are read as they come.
+A stream whose receives bring few datagrams costs a wake-up for each handful, here and at the receiver. Such a stream
+gathers for a moment (`Pauses`). A stream with many datagrams per receive, and single datagrams, are read at once.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from ..linux.mmsg import SLOT, Receiver
 from ..linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT, setting
 from ..loop.each import each
 from ..loop.reactor import EPOLLERR, EPOLLIN
-from .gso_batch import Run, runs
+from .gso_batch import GsoBatch, gso_batches
 
-GRO_WORTH = 4  # datagrams in one receive that make a socket worth a system call to have them joined
-BATCH_WORTH = 32  # datagrams in one receive that are enough: a stream that brings them is read as it comes
+GRO_MIN = 4  # datagrams in one receive for which UDP_GRO is worth a system call
+BATCH_FULL = 32  # datagrams in one receive from which on a stream is read without pauses
 PAUSE = 100e-6  # s; at 350 k datagrams per second a super-frame of 1400-byte ones gathers
 
 CONGESTED = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM))
-# What a kernel says to a segmented send that it cannot do: sizes, transformations, checksums
+# Errors of segmented sends that the kernel cannot do: sizes, transformations, checksums
 _NO_SEGMENTS = frozenset((errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.ENOPROTOOPT, errno.EOPNOTSUPP))
 
-Failure = tuple[OSError, int, memoryview]  # why, how many datagrams, the first of them
+Failure = tuple[OSError, int, memoryview]  # error, number of datagrams, the first of them
 
 CALLS = (*setting((SOL_UDP, UDP_GRO), (SOL_UDP, UDP_SEGMENT)), *calls("writev", "sendto"))
 
 
 class End(Protocol):
-    """A connected socket, and what we know of its options."""
+    """A connected socket, and the state of its options."""
 
-    fd: int  # -1: `sock` is a `Shared`
+    fd: int  # -1: `sock` is a `SharedSocket`
     sock: Any
-    gro: bool  # it joins datagrams
-    segment: int  # its UDP_SEGMENT, 0 is off
-    segments: int  # how many datagrams a send may hold
+    gro: bool  # UDP_GRO is on
+    gso_size: int  # of UDP_SEGMENT; 0: off
+    gso_max_segs: int  # most datagrams in a send
 
 
-def receive(receiver: Receiver, end: End, gro: bool, segments: int) -> list[Run]:
-    """What waits at `end`, a batch, in runs of up to `segments` datagrams. Raises BlockingIOError, OSError."""
+def receive(receiver: Receiver, end: End, gro: bool, segments: int) -> list[GsoBatch]:
+    """Receive at `end`, as GSO batches of up to `segments` datagrams. Raises BlockingIOError, OSError."""
     lengths, sizes = receiver.receive(end.fd)
-    if gro and not end.gro and len(lengths) >= GRO_WORTH:
+    if gro and not end.gro and len(lengths) >= GRO_MIN:
         end.sock.setsockopt(SOL_UDP, UDP_GRO, 1)
         end.gro = True
     frames: list[int] = []
@@ -62,11 +62,11 @@ def receive(receiver: Receiver, end: End, gro: bool, segments: int) -> list[Run]
     for length, size in zip(lengths, sizes, strict=True):
         frames += (start, start + length, size)
         start += SLOT
-    return runs(receiver.mv, frames, segments)
+    return gso_batches(receiver.mv, frames, segments)
 
 
 class Pauses:
-    """Ends that are not read for PAUSE seconds, then by `take(flow, end, now)`. Their errors are still reported.
+    """Ends that are left alone for PAUSE seconds, then read by `take(flow, end, now)`. Errors are still reported.
 
     `fault_at(flow, exception)` ends a flow whose turn has failed.
     """
@@ -85,8 +85,8 @@ class Pauses:
         self._timer = self._timers.new(self._resume)
 
     def after(self, count: int, flow: Flow, end: End, now: float) -> None:
-        """A receive brought `count` datagrams: pause if that makes a stream, and one that should gather."""
-        if GRO_WORTH <= count < BATCH_WORTH:
+        """A receive brought `count` datagrams: pause if that is a stream that should gather."""
+        if GRO_MIN <= count < BATCH_FULL:
             self._reactor.change(end.fd, EPOLLERR)
             if not self._paused:
                 self._timers.arm(self._timer, now + PAUSE)
@@ -103,38 +103,38 @@ class Pauses:
             self._take(flow, end, now)
 
 
-def datagrams(size: int, total: int) -> int:
-    """How many datagrams a run has."""
+def datagram_count(size: int, total: int) -> int:
+    """Number of datagrams in a GSO batch."""
     return -(-total // size) if size else 1
 
 
-def set_segment(end: End, size: int) -> None:
-    """Let the kernel cut what is sent into datagrams of `size` bytes; 0: not at all. Raises OSError."""
+def set_gso_size(end: End, size: int) -> None:
+    """Let the kernel segment sends into datagrams of `size` bytes; 0: not at all. Raises OSError."""
     end.sock.setsockopt(SOL_UDP, UDP_SEGMENT, size)
-    end.segment = size
+    end.gso_size = size
 
 
 def transmit(end: End, size: int, total: int, views: list[memoryview]) -> None:
-    """Send `total` bytes as datagrams of `size`. The option does not cut what is not longer. Raises OSError."""
+    """Send `total` bytes as datagrams of `size`. The option leaves alone what is no longer than it. Raises OSError."""
     if total > size:
-        if size != end.segment:
-            set_segment(end, size)
-    elif size > end.segment and end.segment:
-        set_segment(end, 0)
+        if size != end.gso_size:
+            set_gso_size(end, size)
+    elif size > end.gso_size and end.gso_size:
+        set_gso_size(end, 0)
     if not total:
-        end.sock.send(b"")  # writev of nothing does nothing
+        end.sock.send(b"")  # writev(2) without bytes sends nothing
     elif end.fd >= 0:
         os.writev(end.fd, views)
     else:
         end.sock.write(views)
 
 
-def send_again(
+def retry_send(
     end: End, size: int, total: int, views: list[memoryview], e: OSError, report: Callable[[], object]
 ) -> Iterator[Failure]:
-    """`transmit` failed with `e`: because of its buffer, of an earlier datagram, of segmentation, or for good.
+    """`transmit` failed with `e`, which may be about the buffer, an earlier datagram, segmentation, or this datagram.
 
-    `report` sees to the socket's error queue. What cannot be sent is yielded.
+    `report` reads the socket's error queue. Yields what cannot be sent.
     """
     if e.errno not in CONGESTED:
         report()
@@ -143,20 +143,20 @@ def send_again(
             return
         except OSError as again:
             e = again
-    if e.errno in _NO_SEGMENTS and (end.segment or total > size):
-        end.segments = 1
-        set_segment(end, 0)
+    if e.errno in _NO_SEGMENTS and (end.gso_size or total > size):
+        end.gso_max_segs = 1
+        set_gso_size(end, 0)
         joined = memoryview(b"".join(views))
         for start in range(0, max(total, 1), size or 1):
             one = joined[start : start + size]
             try:
                 transmit(end, len(one), len(one), [one])
             except OSError as failed:
-                yield from send_again(end, len(one), len(one), [one], failed, report)
+                yield from retry_send(end, len(one), len(one), [one], failed, report)
         return
-    yield e, datagrams(size, total), views[0]
+    yield e, datagram_count(size, total), views[0]
 
 
 def reason(e: OSError) -> str:
-    """EPERM, for the name of a drop."""
+    """Name of the errno of `e`, for a drop reason: EPERM."""
     return errno.errorcode.get(e.errno or 0, str(e.errno))

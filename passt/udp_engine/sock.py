@@ -1,36 +1,36 @@
-"""Sockets of UDP flows: all of them connected, so that they take datagrams from one peer only.
+"""Sockets of UDP flows. All are connected, so each receives from one peer only.
 
     socket               bound to                              connected to
     -------------------  ------------------------------------  ----------------------------------------
-    open_socket          the guest's port if it can be had     the host that the guest writes to
-    open_target          the client's port if it can be had    the server that a spliced client talks to
+    open_socket          the guest's port if it is free        the host that the guest writes to
+    open_target          the client's port if it is free       the server that a spliced client writes to
     open_client          the address and port of a listener    the client that wrote there
                          that the client's datagram went to
 
-A guest or a client talks to many peers from one port, and many clients write to one listener, and each pair is a socket
-of ours. Sockets share a port if all have SO_REUSEADDR, which anybody may set, or all have SO_REUSEPORT and belong to
-the same user. So:
+A guest or a client writes to many peers from one port, many clients write to one listener, and each pair has a socket
+here. Sockets share a port if all have SO_REUSEADDR, which any user may set, or if all have SO_REUSEPORT and belong to
+the same user. Hence:
 
     socket                          SO_REUSEADDR                     SO_REUSEPORT
     ------------------------------  -------------------------------  -----------------------------------------------
     towards a host or a server      off                              on
-    listener                        off                              while a client's socket is bound beside it
-    client's, listener anywhere     on: whoever wants the port       while it is bound
-                                    meets the listener, too
-    client's, listener at an        off: the guest's own flows from  on
+    listener                        off                              while a client's socket is bound to its port
+    client's, listener at any       on: another program that wants   during bind(2)
+    address                         the port meets the listener, too
+    client's, listener at one       off: flows of the guest from     on
     address                         there have other addresses
 
-The user is who we were when the socket was opened, so listeners that root opens are given to whom it becomes
-(`ports.sockets.open_side`). Not even that user's other programs have part of the traffic of a port that is forwarded at
-all addresses, but for the moment in which a client's socket is bound.
+A socket belongs to the user that opened it, so listeners that root opens are given to the user that root becomes
+(`ports.sockets.open_side`). A port that is forwarded at all addresses is not shared with other programs of that user,
+either, except during the bind(2) of a client's socket.
 
-A socket that is bound and not yet connected gets what anybody sends to its port. Towards a host or a server that is
-nothing that was meant for us, and thrown away. Beside a listener it is the listener's traffic: first datagrams of
-other clients, which are handed back to whoever asked for the socket. Until that is done the receive buffer is small,
-so that a bounded number of receives takes all that can have come before connect().
+A socket that is bound and not yet connected receives what any peer sends to its port. Towards a host or a server these
+datagrams are discarded. Beside a listener they are misdelivered: first datagrams of other clients, which belong to the
+listener. The caller gets them back. The receive buffer is small until connect(2), so a bounded number of receives
+takes all of them.
 
-A port below 1024 was bound with rights that we may have given up since (EACCES). Its clients have no sockets of their
-own: what they send keeps coming by the listener, which is also what answers them (`Shared`).
+A port below 1024 was bound with capabilities that the process may have given up (EACCES). Clients of such a port have
+no sockets of their own: their datagrams keep coming by the listener, which also answers them (`SharedSocket`).
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ from ..linux.sockopt import FREEBIND, IP_PKTINFO, RECVERR, SOL_UDP, UDP_SEGMENT,
 from ..policy.forwarding import Forwarding, SockAddr
 from ..policy.rules import Listener
 
-BUFFER_SIZE = 4 << 20  # asked for; net.core.[rw]mem_max decide
-BUFFER_FIRST = 64 << 10  # of a client's socket until it is connected; the kernel doubles it
-# sk_buff and skb_shared_info of an empty datagram take 576 bytes of a buffer, or more
-STRANGERS_MAX = 2 * BUFFER_FIRST // 576 + 1
+BUFFER_SIZE = 4 << 20  # requested; net.core.[rw]mem_max limit it
+BUFFER_FIRST = 64 << 10  # of a client's socket before connect(2); the kernel doubles it
+# Datagrams before connect(2): sk_buff and skb_shared_info of an empty one take at least 576 bytes of the buffer
+UNCONNECTED_MAX = 2 * BUFFER_FIRST // 576 + 1
 SIZE_MAX = 65535  # of a datagram
 BUSY_PORT = frozenset((errno.EACCES, errno.EADDRINUSE))
 
 _SEGMENT = Struct("=H")
 _SHARED = socket.SOL_SOCKET, socket.SO_REUSEPORT
 
-Letter = tuple["Client", bytes]  # a datagram that came to another socket
+Misdelivered = tuple["Client", bytes]  # a datagram that a socket received before it was connected
 
 CALLS = (
     *setting(*RECVERR, *FREEBIND, (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)),
@@ -82,7 +82,7 @@ CALLS = (
 
 
 class Client(NamedTuple):
-    """Who writes to a listener, and to which address of ours. Packed, 4 bytes also for IPv4 on a dual-stack socket."""
+    """A peer of a listener, and the local address it writes to. IPv4 takes 4 bytes on dual-stack sockets, too."""
 
     listener: Listener
     peer: bytes
@@ -100,12 +100,12 @@ class Client(NamedTuple):
 
 
 def opener(ctx: Context, namespace: bool) -> Callable[[int, int], Any]:
-    """What opens sockets of a family and a type: in the namespace, or here."""
+    """The function that opens sockets of a family and a type, in the namespace or on the host."""
     return ctx.ns.take if namespace and ctx.ns is not None else nspool.open_socket
 
 
-def hears_itself(sock: Any, peer: SockAddr) -> bool:
-    """Whether `sock`, connected to `peer`, is at that address and port itself."""
+def is_self_connected(sock: Any, peer: SockAddr) -> bool:
+    """Whether `sock`, connected to `peer`, has that address and port itself."""
     own: SockAddr = sock.getsockname()
     return own[:2] == peer[:2]
 
@@ -114,7 +114,7 @@ def hears_itself(sock: Any, peer: SockAddr) -> bool:
 
 
 def open_socket(fwd: Forwarding, host: bytes, sport: int, dport: int) -> socket.socket:
-    """A non-blocking UDP socket connected to `host`, from port `sport` if it can be had. Raises OSError."""
+    """A non-blocking UDP socket connected to `host`, from port `sport` if it is free. Raises OSError."""
     source, interface = fwd.source(host)
 
     def make() -> socket.socket:
@@ -150,15 +150,15 @@ def open_target(
         return sock
 
     sock = opened(sport)
-    if sport == dport and hears_itself(sock, peer):
-        # An address of the same host, and the port is the peer's: the socket would hear itself.
+    if sport == dport and is_self_connected(sock, peer):
+        # An address of the same host, and the peer's port: the socket would receive what it sends.
         sock.close()
         sock = opened(0)
     return sock
 
 
 def _prepare(sock: Any, v6: bool, interface: str | None) -> None:
-    """Options that all have."""
+    """Set the options that all have."""
     sock.setsockopt(*recverr(socket.AF_INET6 if v6 else socket.AF_INET), 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)
     if v6:
@@ -168,7 +168,7 @@ def _prepare(sock: Any, v6: bool, interface: str | None) -> None:
 
 
 def _bind(sock: Any, wanted: SockAddr, any_port: SockAddr) -> None:
-    """Bind the port wanted, or any if the system keeps that one for others: better another port than no traffic."""
+    """Bind the port wanted, or any other if it is in use or reserved."""
     if wanted != any_port:
         try:
             sock.setsockopt(*_SHARED, 1)
@@ -177,12 +177,12 @@ def _bind(sock: Any, wanted: SockAddr, any_port: SockAddr) -> None:
         except OSError as e:
             if e.errno not in BUSY_PORT:
                 raise
-            sock.setsockopt(*_SHARED, 0)  # or the kernel's pick might be the port of another socket of ours
+            sock.setsockopt(*_SHARED, 0)  # otherwise the kernel might choose the port of another flow
     sock.bind(any_port)
 
 
 def _connect(sock: Any, target: SockAddr) -> None:
-    """Connect, with leave to broadcast if that is what `target` turns out to be, and forget what strangers sent."""
+    """Connect, with SO_BROADCAST where `target` needs it, and discard what was received before."""
     try:
         sock.connect(target)
     except PermissionError as e:
@@ -194,17 +194,17 @@ def _connect(sock: Any, target: SockAddr) -> None:
         while True:
             sock.recv(1)
     except BlockingIOError:
-        pass  # nothing is left that came before the socket had its peer
+        pass  # nothing is left from before connect(2)
 
 
 # Towards a client ----------------------------------------------------------------------------------------------------
 
 
-def open_client(make: Callable[[], Any], client: Client, letters: list[Letter]) -> Any:
-    """A socket of `make` that gets what `client` sends from now on, and answers from the address it sent to.
+def open_client(make: Callable[[], Any], client: Client, misdelivered: list[Misdelivered]) -> Any:
+    """A socket of `make` that receives from `client` from now on, and sends from the address that it wrote to.
 
-    `letters` is extended by what it received before that, from whomever. Where the port must not be bound, a `Shared`
-    that only answers. Raises OSError.
+    Appends what the socket received before connect(2) to `misdelivered`. Returns a `SharedSocket`, which only sends,
+    where bind(2) is not permitted. Raises OSError.
     """
     rule = client.listener.rule
     sock = make()
@@ -212,14 +212,14 @@ def open_client(make: Callable[[], Any], client: Client, letters: list[Letter]) 
         _prepare(sock, len(client.peer) == 16, rule.ifname)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_FIRST)
         try:
-            _bind_beside(sock, client)
+            _bind_to_listener_port(sock, client)
         except PermissionError as e:
             if e.errno != errno.EACCES:
                 raise
             sock.close()
-            return Shared(client)
+            return SharedSocket(client)
         sock.connect(client.sockaddr(client.peer, client.port))
-        letters += _strangers(sock, client)
+        misdelivered += _drain_misdelivered(sock, client)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
     except BaseException:
         sock.close()
@@ -227,8 +227,8 @@ def open_client(make: Callable[[], Any], client: Client, letters: list[Letter]) 
     return sock
 
 
-def _bind_beside(sock: Any, client: Client) -> None:
-    """Bind to the port that the listener has, which shares it with our user's sockets for the moment."""
+def _bind_to_listener_port(sock: Any, client: Client) -> None:
+    """Bind to the listener's port; during bind(2) the listener shares it with sockets of the same user."""
     listener = client.listener
     here = client.sockaddr(client.local, listener.port)
     anywhere = listener.rule.addr is None or addr.is_unspecified(listener.rule.addr)
@@ -241,7 +241,7 @@ def _bind_beside(sock: Any, client: Client) -> None:
         except OSError as e:
             if e.errno != errno.EADDRNOTAVAIL:
                 raise
-            # Datagrams get to the listener for an address that is on no interface: a route of type `local`
+            # The address is on no interface: datagrams arrive by a route of type `local`
             sock.setsockopt(*freebind(addr.family(client.local)), 1)
             sock.bind(here)
     finally:
@@ -250,8 +250,8 @@ def _bind_beside(sock: Any, client: Client) -> None:
         sock.setsockopt(*_SHARED, 0)
 
 
-class Shared:
-    """What looks like a socket towards a client, and is the listener's: no descriptor, nothing to receive, no errors.
+class SharedSocket:
+    """A socket towards a client that sends by the listener's: no descriptor, nothing to receive, no errors.
 
     TTL and hop limit are the listener's.
     """
@@ -275,7 +275,7 @@ class Shared:
         """The listener stays."""
 
     def setsockopt(self, level: int, option: int, value: int) -> None:
-        """UDP_SEGMENT is a matter of each send; others are not for one client to set."""
+        """UDP_SEGMENT applies to each send. Other options would apply to all clients, and are ignored."""
         if (level, option) == (SOL_UDP, UDP_SEGMENT):
             self._segment = value
 
@@ -289,18 +289,18 @@ class Shared:
         self.write([memoryview(data)])
 
     def write(self, views: list[memoryview]) -> None:
-        """Send a run. Raises OSError."""
+        """Send a GSO batch. Raises OSError."""
         control = [self._from]
         if self._segment:
             control.append((SOL_UDP, UDP_SEGMENT, _SEGMENT.pack(self._segment)))
         self._sock.sendmsg(views, control, 0, self._to)
 
 
-def _strangers(sock: Any, client: Client) -> list[Letter]:
-    """What waits at a socket that has just been connected to `client`."""
-    found: list[Letter] = []
+def _drain_misdelivered(sock: Any, client: Client) -> list[Misdelivered]:
+    """Receive what arrived at a socket before it was connected to `client`."""
+    found: list[Misdelivered] = []
     try:
-        for _ in range(STRANGERS_MAX):
+        for _ in range(UNCONNECTED_MAX):
             payload, (host, port, *more) = sock.recvfrom(SIZE_MAX)
             scope = more[1] if more else 0
             found.append(

@@ -181,12 +181,12 @@ def test_all_sizes_in_one_batch_stay_in_order(talk: Talk) -> None:
 
 def test_the_segment_size_is_set_only_when_it_must(talk: Talk) -> None:
     talk.sends(b"x" * 100, b"x" * 100)
-    assert talk.flow.segment == 100
+    assert talk.flow.gso_size == 100
     talk.sends(b"x" * 50)
     talk.sends(b"x" * 100)
-    assert talk.flow.segment == 100
+    assert talk.flow.gso_size == 100
     talk.sends(b"x" * 101)
-    assert talk.flow.segment == 0
+    assert talk.flow.gso_size == 0
     assert talk.flow.sock.getsockopt(SOL_UDP, UDP_SEGMENT) == 0
     assert [len(d) for d in talk.arrived(5)] == [100, 100, 50, 100, 101]
 
@@ -202,7 +202,7 @@ def test_a_path_that_refuses_segments_gets_single_datagrams_for_good(
     talk.sends((b"y" * 250, 100), b"z")
     assert talk.arrived(8) == [*sent, b"y" * 100, b"y" * 100, b"y" * 50, b"z"]
     assert writes.lengths == [1000, 1000, 1000, 10, 100, 100, 50, 1]
-    assert talk.flow.segment == 0
+    assert talk.flow.gso_size == 0
 
 
 def test_a_single_datagram_that_a_segment_size_keeps_back(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +365,7 @@ def test_the_first_answer_is_received_alone_the_rest_together(talk: Talk) -> Non
 def test_a_burst_is_one_super_frame(talk: Talk) -> None:
     talk.sends(b"?")
     sent = [os.urandom(1400) for _ in range(40)] + [os.urandom(99)]
-    talk.flow.asked = False
+    talk.flow.reply_expected = False
     talk.answers(*sent)
     talk.event()
     assert len(talk.link.frames) == 1
@@ -375,7 +375,7 @@ def test_a_burst_is_one_super_frame(talk: Talk) -> None:
 def test_a_guest_without_super_frames(talk: Talk) -> None:
     talk.link.uso = False
     talk.sends(b"?")
-    talk.flow.asked = False
+    talk.flow.reply_expected = False
     sent = [os.urandom(1400) for _ in range(10)]
     talk.answers(*sent)
     talk.event()
@@ -387,7 +387,7 @@ def test_a_stream_gathers_for_a_moment(talk: Talk) -> None:
     """Small batches in a row would cost the guest's receiver a wake-up each."""
     watched, timers_ = reactor(talk.ctx).events, timers(talk.ctx).services
     talk.sends(b"?")
-    talk.flow.asked = False
+    talk.flow.reply_expected = False
     talk.answers(*[b"x"] * 8)
     talk.event()
     assert len(talk.payloads()) == 8
@@ -407,7 +407,7 @@ def test_a_stream_gathers_for_a_moment(talk: Talk) -> None:
 def test_a_pause_that_brings_nothing_and_one_that_outlives_its_flow(talk: Talk) -> None:
     timers_ = timers(talk.ctx).services
     talk.sends(b"?")
-    talk.flow.asked = False
+    talk.flow.reply_expected = False
     talk.answers(*[b"x"] * 8)
     talk.event()
     talk.link.take()
@@ -431,8 +431,8 @@ def gro_burst(talk: Talk, data: bytes, size: int) -> None:
 
 def test_bursts_turn_joining_on(talk: Talk) -> None:
     talk.sends(b"?")
-    talk.flow.asked = False
-    talk.answers(*[b"x"] * udp_io.GRO_WORTH)
+    talk.flow.reply_expected = False
+    talk.answers(*[b"x"] * udp_io.GRO_MIN)
     talk.event()
     assert talk.flow.gro
     assert talk.flow.sock.getsockopt(SOL_UDP, UDP_GRO) == 1
@@ -460,7 +460,7 @@ def test_a_kernel_that_joins_nothing(start: Start, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(udp, "probe_udp_gro", lambda: False)
     talk = start()
     talk.sends(b"?")
-    talk.flow.asked = False
+    talk.flow.reply_expected = False
     talk.answers(*[b"x"] * 10)
     talk.event()
     assert not talk.flow.gro
@@ -472,7 +472,7 @@ def test_a_kernel_that_joins_nothing(start: Start, monkeypatch: pytest.MonkeyPat
 def test_what_exceeds_the_mtu_goes_in_fragments(start: Start, mtu: int, asked: bool) -> None:
     talk = start(mtu=mtu)
     talk.sends(b"?")
-    talk.flow.asked = asked
+    talk.flow.reply_expected = asked
     data = os.urandom(65507)
     talk.answers(data)
     talk.event()
@@ -512,7 +512,7 @@ def test_udp_is_switched_off_and_on(talk: Talk) -> None:
 def test_ipv6_fragments_and_their_neighbours(start: Start) -> None:
     talk = start(v4=False, mtu=1280)
     talk.sends(b"?")
-    talk.flow.asked = False
+    talk.flow.reply_expected = False
     sent = [os.urandom(2000), os.urandom(2000), os.urandom(100)]
     talk.answers(*sent)
     talk.event()
@@ -527,7 +527,7 @@ def test_ipv6_fragments_and_their_neighbours(start: Start) -> None:
 def test_fragmented_datagrams_differ_in_their_identification(start: Start) -> None:
     talk = start(mtu=1500)
     talk.sends(b"?")
-    talk.flow.asked = False
+    talk.flow.reply_expected = False
     talk.answers(b"x" * 2000, b"x" * 2000)
     talk.event()
     idents = [Ether(f)[IP].id for f in talk.link.take()]

@@ -119,7 +119,7 @@ PLAIN = {
         "passt.ports.udp_in.UdpIn.open_socket over self._leading.get(sport, ()) if interface is None else ()",
     ),
     "all of them are of one flow, whose end a fault is": (
-        "passt.udp_engine.dns.Dns._report over list(flow.questions.values())",
+        "passt.udp_engine.dns.Dns._report over list(flow.queries.values())",
     ),
     "it is a generator, which has its own `try` for each (tests/unit/control/test_metrics.py)": (
         "passt.control.metrics.flows over index < len(by_index)",

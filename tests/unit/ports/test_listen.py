@@ -49,7 +49,7 @@ class Taker:
     def sock_handler(self, listener: Listener, now: float) -> None:
         self.got.append((listener.port, now))
 
-    def make_way(self, ports: Collection[int]) -> None:
+    def free_ports(self, ports: Collection[int]) -> None:
         self.looks += 1
         self.ports += [(port, "make way") for port in sorted(ports)]
 

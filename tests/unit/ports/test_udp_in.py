@@ -316,7 +316,7 @@ def test_what_the_listener_has_is_older(start: Start, between: Any) -> None:
 
 
 def test_strangers_bring_strangers_up_to_a_limit(start: Start, between: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udp_in, "LETTERS_MAX", 5)
+    monkeypatch.setattr(udp_in, "MISDELIVERED_MAX", 5)
     lab = start()
     listener = lab.listen("0.0.0.0")
 
@@ -531,7 +531,7 @@ def test_flows_of_the_guest_make_way_for_a_listener(local: Start) -> None:
     assert peer.recvfrom(9)[1][1] == port
     with pytest.raises(OSError, match="in use"):
         lab.listen("::", port)
-    lab.udp_in.make_way({port})
+    lab.udp_in.free_ports({port})
     assert lab.flows == []
     listener = lab.listen("::", port)
     guest_sends(lab, key, b"later")
@@ -786,7 +786,7 @@ def test_listening_again_on_the_same_port(start: Start) -> None:
         lab.client(one).send(b"?")
     lab.until(lambda: len(lab.flows) == 2)
     lab.stop(listener)
-    assert lab.flow.origin.listener is other
+    assert lab.flow.client.listener is other
     again = lab.listen(port=listener.port)
     lab.link.take()
     lab.client(again).send(b"!")
@@ -816,4 +816,4 @@ def test_loopback_goes_to_the_splice(local: Start) -> None:
 
 
 def test_the_strangers_buffer_bounds_the_receives() -> None:
-    assert 2 * udp_sock.BUFFER_FIRST // 576 < udp_sock.STRANGERS_MAX <= 1024
+    assert 2 * udp_sock.BUFFER_FIRST // 576 < udp_sock.UNCONNECTED_MAX <= 1024

@@ -141,9 +141,9 @@ def test_all_sizes_in_one_batch_stay_in_order(talk: Talk) -> None:
 
 def test_runs_that_the_client_sends_are_joined(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     talk.begin()
-    for _ in range(udp_io.GRO_WORTH):
+    for _ in range(udp_io.GRO_MIN):
         talk.client.send(b"x")
-    assert [talk.lab.recv(talk.server) for _ in range(udp_io.GRO_WORTH)] == [b"x"] * udp_io.GRO_WORTH
+    assert [talk.lab.recv(talk.server) for _ in range(udp_io.GRO_MIN)] == [b"x"] * udp_io.GRO_MIN
     assert talk.flow.ends[CLIENT].sock.getsockopt(SOL_UDP, UDP_GRO) == 1
     writes: list[int] = []
     writev = os.writev
@@ -163,13 +163,13 @@ def test_a_kernel_without_offloads(start: Start, monkeypatch: pytest.MonkeyPatch
     for i in range(40):
         talk.client.send(b"%d" % i)
     assert [talk.lab.recv(talk.server) for _ in range(40)] == [b"%d" % i for i in range(40)]
-    assert not any(end.gro or end.segment for end in talk.flow.ends)
+    assert not any(end.gro or end.gso_size for end in talk.flow.ends)
 
 
 def test_a_stream_gathers_for_a_moment(talk: Talk) -> None:
     talk.begin()
     fd = talk.flow.ends[CLIENT].fd
-    for _ in range(udp_io.GRO_WORTH):
+    for _ in range(udp_io.GRO_MIN):
         talk.client.send(b"x")
     talk.lab.turn()
     assert reactor(talk.lab.ctx).events[fd] == EPOLLERR
@@ -554,7 +554,7 @@ def test_a_path_that_refuses_segments_gets_single_datagrams(talk: Talk, monkeypa
     for i in range(5):
         talk.client.send(b"%d" % i)
     assert [talk.lab.recv(talk.server) for _ in range(5)] == [b"%d" % i for i in range(5)]
-    assert talk.flow.ends[SERVER].segments == 1
+    assert talk.flow.ends[SERVER].gso_max_segs == 1
     assert not talk.lab.ctx.drops
 
 

@@ -22,7 +22,7 @@ from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.policy.resolvers import HOLD
 from passt.udp import Udp
 from passt.udp_engine import dns
-from passt.udp_engine.dns import GIVE_UP, PATIENCE, DnsFlow, answer_id, question_id
+from passt.udp_engine.dns import QUERY_LIFETIME, QUERY_TIMEOUT, DnsFlow, query_id, response_id
 
 from ..support import GUEST4, GUEST6, T0, link, make_context, reactor, reconfigure, timers
 
@@ -122,7 +122,7 @@ class Talk:
 
     def asked(self) -> list[tuple[str, int]]:
         """(resolver, identifier) of what went out since the last call."""
-        found = [(s.host, question_id(data)) for s in self.sockets for data in s.sent]
+        found = [(s.host, query_id(data)) for s in self.sockets for data in s.sent]
         for s in self.sockets:
             s.sent.clear()
         return found
@@ -161,7 +161,7 @@ class Talk:
         """Queries that are remembered."""
         flows = [f for f in self.ctx.flows.by_index if isinstance(f, DnsFlow)]
         kept = len(self.udp.dns._waiting)
-        assert kept >= sum(len(f.questions) for f in flows)
+        assert kept >= sum(len(f.queries) for f in flows)
         return kept
 
 
@@ -256,7 +256,7 @@ def test_a_resolver_that_refuses() -> None:
 def test_a_resolver_that_keeps_silent() -> None:
     talk = Talk(A, B)
     talk.asks(query(7))
-    talk.waits(PATIENCE - 0.1)
+    talk.waits(QUERY_TIMEOUT - 0.1)
     assert talk.asked() == [(A, 7)]
     talk.waits(0.1)
     assert talk.asked() == [(B, 7)]
@@ -269,7 +269,7 @@ def test_a_resolver_that_keeps_silent() -> None:
 def test_a_silent_resolver_is_asked_again_later_by_one_query() -> None:
     talk = Talk(A, B)
     talk.asks(query(1))
-    talk.waits(PATIENCE)
+    talk.waits(QUERY_TIMEOUT)
     talk.answers(B, answer(1))
     talk.waits(HOLD)
     talk.asked()
@@ -287,7 +287,7 @@ def test_slow_names_are_no_failure_of_a_resolver_that_answers_others() -> None:
     talk.asks(query(2))
     talk.answers(A, answer(2))
     talk.asked()
-    talk.waits(PATIENCE - 0.5)
+    talk.waits(QUERY_TIMEOUT - 0.5)
     assert talk.asked() == [(B, 1)]
     talk.asks(query(3))
     assert talk.asked() == [(A, 3)]
@@ -296,7 +296,7 @@ def test_slow_names_are_no_failure_of_a_resolver_that_answers_others() -> None:
 def test_a_late_answer_is_an_answer_and_the_other_one_is_dropped() -> None:
     talk = Talk(A, B)
     talk.asks(query(7))
-    talk.waits(PATIENCE + 0.1)
+    talk.waits(QUERY_TIMEOUT + 0.1)
     assert talk.answers(A, answer(7)) == [7]
     assert talk.answers(B, answer(7)) == []
     assert talk.drops["dns: answer to no query"] == 1
@@ -349,7 +349,7 @@ def test_a_full_send_buffer_is_a_loss_like_any_other() -> None:
     talk.asks(query(2))
     assert talk.asked() == []
     assert talk.drops == {"dns: send: EAGAIN": 1}
-    talk.waits(PATIENCE)
+    talk.waits(QUERY_TIMEOUT)
     assert talk.asked() == [(B, 2)]
 
 
@@ -385,7 +385,7 @@ def test_the_guest_is_told_when_all_refuse(v6: bool, monkeypatch: pytest.MonkeyP
 def test_who_kept_silent_may_still_answer_when_the_others_refuse() -> None:
     talk = Talk(A, B)
     talk.asks(query(7))
-    talk.waits(PATIENCE)
+    talk.waits(QUERY_TIMEOUT)
     talk.fails(B)
     assert talk.guest_got() == []
     assert talk.answers(A, answer(7)) == [7]
@@ -396,10 +396,10 @@ def test_all_keep_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "warn_ratelimited", lambda key, text, *_: said.append(text))
     talk = Talk(A, B)
     talk.asks(query(7))
-    talk.waits(GIVE_UP)
+    talk.waits(QUERY_LIFETIME)
     assert talk.asked() == [(A, 7), (B, 7)]
     assert talk.guest_got() == []
-    talk.waits(PATIENCE)
+    talk.waits(QUERY_TIMEOUT)
     assert talk.waiting == 0
     assert talk.drops == {"dns: resolver failed: no answer": 2, "dns: no answer": 1}
     assert len(said) == 1
@@ -417,7 +417,7 @@ def test_a_query_again_goes_to_whom_has_it() -> None:
     talk.waits(1)
     talk.asks(query(7))
     assert talk.asked() == [(A, 7), (A, 7)]
-    talk.waits(PATIENCE - 1)
+    talk.waits(QUERY_TIMEOUT - 1)
     assert talk.asked() == [(B, 7)]
     assert talk.answers(B, answer(7)) == [7]
 
@@ -437,7 +437,7 @@ def test_a_query_again_when_all_were_tried_is_another_round() -> None:
 def test_another_query_with_the_same_identifier_takes_its_place() -> None:
     talk = Talk(A, B)
     talk.asks(query(7))
-    talk.waits(PATIENCE)
+    talk.waits(QUERY_TIMEOUT)
     talk.asked()
     talk.asks(query(7, "other.test"))
     assert talk.asked() == [(B, 7)]
@@ -462,7 +462,7 @@ def test_what_is_no_answer_goes_nowhere() -> None:
 
 
 def test_a_guest_cannot_make_us_remember_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dns, "QUESTIONS_MAX", 50)
+    monkeypatch.setattr(dns, "QUERIES_MAX", 50)
     talk = Talk(A)
     for i in range(120):
         talk.asks(query(i), port=40000 + i % 7)
@@ -477,7 +477,7 @@ def test_queries_of_a_flow_that_ends_are_forgotten() -> None:
     talk.udp.forget()
     reactor(talk.ctx).end_turn(T0)
     assert talk.sockets[0].closed
-    talk.waits(PATIENCE)
+    talk.waits(QUERY_TIMEOUT)
     assert talk.waiting == 0
     assert talk.asked() == [(A, 7)]
 
@@ -535,7 +535,7 @@ def test_new_resolvers_are_used_at_once() -> None:
     talk.asks(query(7))
     talk.asked()
     reconfigure(talk.ctx, dns_match=(FORWARDED4,), dns_hosts=(addr.packed(B),))
-    talk.waits(PATIENCE)
+    talk.waits(QUERY_TIMEOUT)
     assert talk.asked() == [(B, 7)]
     talk.asks(query(8))
     assert talk.asked() == [(B, 8)]
@@ -564,13 +564,13 @@ def test_real_sockets() -> None:
 
 
 def test_identifiers() -> None:
-    assert question_id(query(0xABCD)) == answer_id(answer(0xABCD)) == 0xABCD
-    assert question_id(answer(1)) == answer_id(query(1)) == -1
+    assert query_id(query(0xABCD)) == response_id(answer(0xABCD)) == 0xABCD
+    assert query_id(answer(1)) == response_id(query(1)) == -1
 
 
 @given(st.binary(max_size=40))
 def test_any_message_is_a_query_or_an_answer_or_neither(message: bytes) -> None:
-    found = question_id(message), answer_id(message)
+    found = query_id(message), response_id(message)
     if len(message) < 12:
         assert found == (-1, -1)
     else:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passt.udp_engine.gso_batch import RUN_MAX, SEGMENTS_MAX, Run, runs
+from passt.udp_engine.gso_batch import GSO_BATCH_MAX, SEGMENTS_MAX, GsoBatch, gso_batches
 
 MEMORY = memoryview(bytes(i % 251 for i in range(1 << 18)))
 
@@ -20,7 +20,7 @@ def frames(*pieces: int | tuple[int, int]) -> list[int]:
     return flat
 
 
-def shape(found: list[Run]) -> list[tuple[int, int, int]]:
+def shape(found: list[GsoBatch]) -> list[tuple[int, int, int]]:
     return [(size, total, len(views)) for size, total, views in found]
 
 
@@ -47,25 +47,25 @@ def shape(found: list[Run]) -> list[tuple[int, int, int]]:
     ],
 )
 def test_what_is_joined(pieces: tuple[int | tuple[int, int], ...], expected: list[tuple[int, int, int]]) -> None:
-    assert shape(runs(MEMORY, frames(*pieces))) == expected
+    assert shape(gso_batches(MEMORY, frames(*pieces))) == expected
 
 
 def test_no_more_datagrams_than_a_kernel_cuts() -> None:
-    assert shape(runs(MEMORY, frames(*[10] * (SEGMENTS_MAX + 1)))) == [(10, 10 * SEGMENTS_MAX, 64), (10, 10, 1)]
-    assert shape(runs(MEMORY, frames((10 * 100 + 5, 10)))) == [(10, 640, 1), (10, 365, 1)]
+    assert shape(gso_batches(MEMORY, frames(*[10] * (SEGMENTS_MAX + 1)))) == [(10, 10 * SEGMENTS_MAX, 64), (10, 10, 1)]
+    assert shape(gso_batches(MEMORY, frames((10 * 100 + 5, 10)))) == [(10, 640, 1), (10, 365, 1)]
 
 
 def test_no_more_bytes_than_a_device_takes() -> None:
-    n = RUN_MAX // 1400
-    assert shape(runs(MEMORY, frames(*[1400] * (n + 1)))) == [(1400, 1400 * n, n), (1400, 1400, 1)]
+    n = GSO_BATCH_MAX // 1400
+    assert shape(gso_batches(MEMORY, frames(*[1400] * (n + 1)))) == [(1400, 1400 * n, n), (1400, 1400, 1)]
 
 
 def test_a_super_frame_is_not_cut_for_being_long() -> None:
-    assert shape(runs(MEMORY, frames((65507, 1400)))) == [(1400, 65507, 1)]
+    assert shape(gso_batches(MEMORY, frames((65507, 1400)))) == [(1400, 65507, 1)]
 
 
 def test_without_segments_each_goes_alone() -> None:
-    assert shape(runs(MEMORY, frames(100, 100, (250, 100), 0), 1)) == [
+    assert shape(gso_batches(MEMORY, frames(100, 100, (250, 100), 0), 1)) == [
         (100, 100, 1),
         (100, 100, 1),
         (100, 100, 1),
@@ -92,11 +92,11 @@ def test_the_same_datagrams_in_the_same_order(pieces: list[int | tuple[int, int]
         data = bytes(MEMORY[flat[at] : flat[at + 1]])
         sent += datagrams(flat[at + 2] or len(data), data)
     got: list[bytes] = []
-    for size, total, views in runs(MEMORY, flat, segments):
+    for size, total, views in gso_batches(MEMORY, flat, segments):
         data = b"".join(views)
         assert len(data) == total
         made = datagrams(size, data)
         assert len(made) <= segments
-        assert total <= RUN_MAX or len(views) == 1
+        assert total <= GSO_BATCH_MAX or len(views) == 1
         got += made
     assert got == sent

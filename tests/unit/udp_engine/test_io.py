@@ -16,7 +16,7 @@ from passt.linux.mmsg import Receiver
 from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
 from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.udp_engine import io as udp_io
-from passt.udp_engine.io import Pauses, datagrams, reason, receive, send_again, set_segment, transmit
+from passt.udp_engine.io import Pauses, datagram_count, reason, receive, retry_send, set_gso_size, transmit
 
 from ..support import T0, reactor, timers
 
@@ -28,8 +28,8 @@ class End:
         self.sock = sock
         self.fd: int = sock.fileno()
         self.gro = False
-        self.segment = 0
-        self.segments = segments
+        self.gso_size = 0
+        self.gso_max_segs = segments
 
 
 Pair = tuple[End, End]
@@ -53,19 +53,19 @@ def views(*data: bytes) -> list[memoryview]:
 
 def test_transmit_changes_the_segment_size_only_when_it_must(pair: Pair) -> None:
     a, b = pair
-    set_segment(b, 700)
-    assert b.sock.getsockopt(SOL_UDP, UDP_SEGMENT) == b.segment == 700
+    set_gso_size(b, 700)
+    assert b.sock.getsockopt(SOL_UDP, UDP_SEGMENT) == b.gso_size == 700
     for sizes, segment in (((500,), 700), ((), 700), ((300, 300, 9), 300), ((400,), 0), ((100, 100), 100)):
         sent = [os.urandom(n) for n in sizes]
         transmit(b, sizes[0] if sizes else 0, sum(sizes), views(*sent))
         assert [a.sock.recv(65536) for _ in sizes or (0,)] == (sent or [b""])
-        assert b.sock.getsockopt(SOL_UDP, UDP_SEGMENT) == b.segment == segment
+        assert b.sock.getsockopt(SOL_UDP, UDP_SEGMENT) == b.gso_size == segment
 
 
 def test_receive_joins_as_soon_as_several_come_at_once(pair: Pair) -> None:
     a, b = pair
     receiver = Receiver()
-    for count, gro in ((udp_io.GRO_WORTH - 1, False), (udp_io.GRO_WORTH, True)):
+    for count, gro in ((udp_io.GRO_MIN - 1, False), (udp_io.GRO_MIN, True)):
         for _ in range(count):
             b.sock.send(b"abc")
         assert [(size, total) for size, total, _ in receive(receiver, a, True, 64)] == [(3, 3 * count)]
@@ -88,7 +88,7 @@ def test_receive_for_one_who_takes_single_datagrams_only(pair: Pair) -> None:
 
 @pytest.mark.parametrize(("size", "total", "count"), [(0, 0, 1), (5, 5, 1), (5, 10, 2), (5, 11, 3)])
 def test_datagrams_in_a_run(size: int, total: int, count: int) -> None:
-    assert datagrams(size, total) == count
+    assert datagram_count(size, total) == count
 
 
 def test_reasons() -> None:
@@ -104,7 +104,7 @@ def test_an_error_of_an_earlier_datagram_is_reported_and_the_run_sent(pair: Pair
     a, b = pair
     reported: list[bool] = []
     e = failure(errno.ECONNREFUSED)
-    assert list(send_again(b, 3, 6, views(b"abcdef"), e, lambda: reported.append(True))) == []
+    assert list(retry_send(b, 3, 6, views(b"abcdef"), e, lambda: reported.append(True))) == []
     assert [a.sock.recv(9), a.sock.recv(9)] == [b"abc", b"def"]
     assert reported == [True]
 
@@ -112,7 +112,7 @@ def test_an_error_of_an_earlier_datagram_is_reported_and_the_run_sent(pair: Pair
 def test_a_full_buffer_is_a_drop(pair: Pair) -> None:
     a, b = pair
     a.sock.setblocking(False)
-    failures = list(send_again(b, 3, 8, views(b"abcdefgh"), failure(errno.ENOBUFS), lambda: pytest.fail("no error")))
+    failures = list(retry_send(b, 3, 8, views(b"abcdefgh"), failure(errno.ENOBUFS), lambda: pytest.fail("no error")))
     assert [(e.errno, count, bytes(first)) for e, count, first in failures] == [(errno.ENOBUFS, 3, b"abcdefgh")]
     with pytest.raises(BlockingIOError):
         a.sock.recv(9)
@@ -120,24 +120,24 @@ def test_a_full_buffer_is_a_drop(pair: Pair) -> None:
 
 def test_what_cannot_be_segmented_is_sent_singly_from_then_on(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair
-    set_segment(b, 3)
+    set_gso_size(b, 3)
     writev = os.writev
 
     def unsegmented(fd: int, buffers: list[memoryview]) -> int:
-        if b.segment:
+        if b.gso_size:
             raise failure(errno.EIO)
         return writev(fd, buffers)
 
     monkeypatch.setattr(os, "writev", unsegmented)
-    assert list(send_again(b, 3, 8, views(b"abc", b"def", b"gh"), failure(errno.EIO), lambda: None)) == []
+    assert list(retry_send(b, 3, 8, views(b"abc", b"def", b"gh"), failure(errno.EIO), lambda: None)) == []
     assert [a.sock.recv(9) for _ in range(3)] == [b"abc", b"def", b"gh"]
-    assert (b.segments, b.segment) == (1, 0)
+    assert (b.gso_max_segs, b.gso_size) == (1, 0)
 
 
 def test_what_is_too_big_for_good_is_told(pair: Pair) -> None:
     _, b = pair
     data = bytes(65520)
-    ((e, count, first),) = send_again(b, len(data), len(data), views(data), failure(errno.EMSGSIZE), lambda: None)
+    ((e, count, first),) = retry_send(b, len(data), len(data), views(data), failure(errno.EMSGSIZE), lambda: None)
     assert (e.errno, count, len(first)) == (errno.EMSGSIZE, 1, 65520)
 
 

@@ -20,7 +20,7 @@ from passt.policy.config import Ip4
 from passt.policy.forwarding import Forwarding
 from passt.policy.rules import Listener, Rule
 from passt.policy.settings import Settings
-from passt.udp_engine.sock import BUFFER_FIRST, STRANGERS_MAX, Client, Shared, open_client, open_socket, opener
+from passt.udp_engine.sock import BUFFER_FIRST, UNCONNECTED_MAX, Client, SharedSocket, open_client, open_socket, opener
 from passt.wire.checksum import PROTO_UDP
 
 from ..support import CONFIG, GUEST4, IP4, free_ports, make_context
@@ -252,8 +252,8 @@ ALONE = False, False
 
 
 def test_a_clients_socket(listener: Listener, peer: socket.socket) -> None:
-    letters: list[Any] = []
-    with open_client(plain, client_of(listener, peer), letters) as s:
+    misdelivered: list[Any] = []
+    with open_client(plain, client_of(listener, peer), misdelivered) as s:
         assert s.getsockname() == ("127.0.0.5", listener.port)
         assert s.getpeername() == peer.getsockname()
         assert shares(s) == (True, False) and shares(listener.sock) == ALONE
@@ -263,7 +263,7 @@ def test_a_clients_socket(listener: Listener, peer: socket.socket) -> None:
         assert s.recv(9) == b"?"
         s.send(b"!")
         assert peer.recvfrom(9) == (b"!", ("127.0.0.5", listener.port))
-    assert letters == []
+    assert misdelivered == []
 
 
 def test_clients_share_the_port_with_each_other_and_nobody_else(listener: Listener, peer: socket.socket) -> None:
@@ -393,12 +393,12 @@ def test_letters_of_strangers(listener: Listener, peer: socket.socket) -> None:
             peer.sendto(b"client", where)
 
         Between.happens = meanwhile
-        letters: list[tuple[Client, bytes]] = []
+        misdelivered: list[tuple[Client, bytes]] = []
         client = client_of(listener, peer)
         make = partial(Between, socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        with open_client(make, client, letters) as s:
+        with open_client(make, client, misdelivered) as s:
             other = client_of(listener, stranger)
-            assert letters == [(other, b"stranger"), (other, b""), (client, b"client")]
+            assert misdelivered == [(other, b"stranger"), (other, b""), (client, b"client")]
             stranger.sendto(b"late", s.getsockname())
             with pytest.raises(BlockingIOError):
                 s.recv(9)
@@ -410,15 +410,15 @@ def test_no_flood_leaves_a_strangers_datagram_behind(listener: Listener, peer: s
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
 
         def flood(where: tuple[str, int]) -> None:
-            for _ in range(2 * STRANGERS_MAX):
+            for _ in range(2 * UNCONNECTED_MAX):
                 stranger.sendto(b"", where)
 
         Between.happens = flood
-        letters: list[tuple[Client, bytes]] = []
+        misdelivered: list[tuple[Client, bytes]] = []
         make = partial(Between, socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        with open_client(make, client_of(listener, peer), letters) as s, pytest.raises(BlockingIOError):
+        with open_client(make, client_of(listener, peer), misdelivered) as s, pytest.raises(BlockingIOError):
             s.recv(9)
-        assert 10 < len(letters) < STRANGERS_MAX
+        assert 10 < len(misdelivered) < UNCONNECTED_MAX
 
 
 class Journal(socket.socket):
@@ -502,7 +502,7 @@ def test_a_port_that_must_not_be_bound_is_shared(listener: Listener, peer: socke
         return made[-1]
 
     shared = open_client(make, client_of(listener, peer), [])
-    assert isinstance(shared, Shared)
+    assert isinstance(shared, SharedSocket)
     assert (made[0].fileno(), shared.fileno(), shares(listener.sock)) == (-1, -1, ALONE)
     assert read_errors(cast(Any, shared)) == []
     shared.send(b"!")
