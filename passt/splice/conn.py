@@ -1,4 +1,4 @@
-"""A TCP connection between loopbacks, its two halves, and what it tells of itself."""
+"""A spliced TCP connection, its two halves, and its statistics."""
 
 from __future__ import annotations
 
@@ -16,8 +16,22 @@ class Half:
     """One direction: from `src` to `dst`."""
 
     __slots__ = (
-        "bulk", "dst", "dst_fd", "ending", "eof", "fin", "held", "moved", "pending", "pipe", "polled", "src", "src_fd",
-        "tally", "tuned", "urgent",
+        "bulk",
+        "dst",
+        "dst_fd",
+        "eof",
+        "eof_announced",
+        "epollout",
+        "fin",
+        "held",
+        "moved",
+        "pending",
+        "pipe",
+        "src",
+        "src_fd",
+        "tally",
+        "tuned",
+        "urgent",
     )  # fmt: skip
 
     def __init__(self, src: Any, dst: Any, tally: Tally) -> None:
@@ -29,18 +43,18 @@ class Half:
         self.held = 0  # bytes in the pipe
         self.pending = b""  # bytes received that `dst` did not take
         self.bulk = False
-        self.urgent = False  # `src` has seen urgent data: a short receive may have stopped at its mark
-        self.ending = False  # the end of `src` was announced: no further event will tell of it
-        self.eof = False  # `src` will send no more
-        self.fin = False  # ... and `dst` was told
-        self.tuned = False  # buffers were set
-        self.polled = False  # EPOLLOUT of `dst` is asked for
+        self.urgent = False  # `src` has seen urgent data: a receive may stop at its mark
+        self.eof_announced = False  # EPOLLRDHUP of `src` was seen: no further event reports its end
+        self.eof = False  # the end of `src` was received
+        self.fin = False  # ... and sent to `dst`
+        self.tuned = False  # the buffer sizes were set
+        self.epollout = False  # EPOLLOUT of `dst` is requested
 
 
 class SpliceConn(Flow):
-    """A connection. `sock` is the client's; `key` is empty, since nobody looks for it."""
+    """A connection. `sock` is the client's; `key` is empty, since no look-up needs one."""
 
-    __slots__ = ("early", "halves", "inbound", "other", "peer", "peer_port", "port", "server", "targets")
+    __slots__ = ("events_before", "halves", "inbound", "peer", "peer_port", "port", "server", "server_sock", "targets")
     kind = "spliced TCP connection"
     label = "tcp_splice"
 
@@ -50,17 +64,18 @@ class SpliceConn(Flow):
         self.peer, self.peer_port = peer, peer_port
         self.server, self.port = targets[0] if targets else b"", listener.to
         self.inbound = not listener.rule.outbound
-        self.targets = targets  # addresses that were not tried yet
-        self.other: Any = None  # the socket towards the server
-        self.early = 0  # events of the client before the server was connected
+        self.targets = targets  # addresses not tried yet
+        self.server_sock: Any = None  # connected to the server
+        self.events_before = 0  # the client's, before the server is connected
         self.halves: tuple[Half, ...] = ()  # none before the server is connected
 
     def endpoints(self) -> Endpoints:
-        """The server is the one that was tried last; before that, the one that will be tried first."""
+        """The server is the one tried last; before that, the first target."""
         client = addr.host_port(self.peer, self.peer_port)
         server = addr.host_port(self.server, self.port) if self.server else ""
         if self.inbound:
-            return Endpoints(HOST, server, name_of(self.other.getsockname) if self.other is not None else "", client)
+            own = name_of(self.server_sock.getsockname) if self.server_sock is not None else ""
+            return Endpoints(HOST, server, own, client)
         return Endpoints(GUEST, client, name_of(self.sock.getsockname), server)
 
     def traffic(self) -> tuple[int, int]:
@@ -70,7 +85,7 @@ class SpliceConn(Flow):
         return (first, second) if self.inbound else (second, first)
 
     def info(self, now: float) -> FlowInfo:
-        socks = (self.sock, self.other) if self.inbound else (self.other, self.sock)
+        socks = (self.sock, self.server_sock) if self.inbound else (self.server_sock, self.sock)
         host, guest = (tcpinfo.details(sock) if sock is not None else None for sock in socks)
         tcp_info = TcpInfo(
             rtt=host.rtt if host else None,
@@ -92,7 +107,7 @@ class SpliceConn(Flow):
 
 
 def _on_the_way(src: tcpinfo.Details | None, dst: tcpinfo.Details | None) -> int | None:
-    """Bytes that came to one socket and that the peer of the other does not have, give or take SYN and FIN."""
+    """Bytes that one socket received and the other's peer has not acknowledged, give or take SYN and FIN."""
     if src is None or dst is None or src.received is None or dst.acked is None:
         return None
     return max(src.received - dst.acked, 0)

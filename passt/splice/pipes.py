@@ -1,9 +1,9 @@
-"""Pipes to splice through, kept for the next user.
+"""A pool of pipes for splice(2).
 
-A pipe is borrowed only while bytes may lie in it, so a few serve thousands of connections. It holds up to PIPE_SIZE
-bytes, or a number of buffers (one per 4096 of them) if these are less. An ordinary user may have larger pipes than the
-default only up to fs.pipe-user-pages-soft in all (64 MiB); the ones beyond are small, which costs speed and nothing
-else. What came back with bytes in it is closed, never used again.
+A half of a connection borrows a pipe only while bytes may be in it, so a few pipes serve thousands of connections. A
+pipe holds up to PIPE_SIZE bytes, in at most one buffer per 4096 of them. The enlarged pipes of an ordinary user take at
+most fs.pipe-user-pages-soft in all (64 MiB); further pipes have the default size, which only costs speed. A pipe that
+is given back with bytes in it is closed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 from .. import PASTA
 from ..calls import calls, one_of
 
-PIPE_SIZE = 1 << 20  # bytes: fs.pipe-max-size, which no ordinary user may exceed, is that by default
-IDLE_MAX = 32  # pipes kept open while nobody uses them
+PIPE_SIZE = 1 << 20  # bytes: the default of fs.pipe-max-size, which is the limit of ordinary users
+IDLE_MAX = 32  # idle pipes kept open
 
 Pipe = tuple[int, int]  # descriptors: to read from, to write to
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
@@ -37,11 +37,11 @@ class PipePool:
         try:
             fcntl.fcntl(pipe[1], _F_SETPIPE_SZ, PIPE_SIZE)
         except OSError:
-            pass  # EPERM, EBUSY: the limits above; it works as it is
+            pass  # EPERM, EBUSY: the limits above; the default size works
         return pipe
 
     def give_back(self, pipe: Pipe, held: int) -> None:
-        """Return a pipe in which `held` bytes are left."""
+        """Give back a pipe in which `held` bytes are left."""
         if held or len(self._idle) >= IDLE_MAX:
             os.close(pipe[0])
             os.close(pipe[1])
@@ -49,7 +49,7 @@ class PipePool:
             self._idle.append(pipe)
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close idle pipes."""
         while self._idle:
             for fd in self._idle.pop():
                 os.close(fd)

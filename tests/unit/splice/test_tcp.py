@@ -30,7 +30,7 @@ from passt.policy.guest import Guest
 from passt.policy.resolvers import Resolvers
 from passt.policy.rules import Listener, Rule
 from passt.policy.settings import Settings
-from passt.splice.tcp import BUFFER, COPY_MAX, FEW, TcpSplice
+from passt.splice.tcp import BUFFER_SIZE, COPY_MAX, TUNED_MAX, TcpSplice
 from passt.wire.checksum import PROTO_TCP
 
 from ..support import CONFIG, FakeLink, FakeTimers
@@ -355,13 +355,13 @@ def test_a_bulk_half_becomes_small_again_and_gives_its_pipe_back(lab: Lab) -> No
 
 @pytest.mark.parametrize("many", [False, True])
 def test_one_transfer_gets_small_buffers_and_many_do_not(lab: Lab, many: bool) -> None:
-    pairs = [lab.pair() for _ in range(FEW + 1 if many else FEW)]
+    pairs = [lab.pair() for _ in range(TUNED_MAX + 1 if many else TUNED_MAX)]
     client, server = pairs[0]
     lab.write(client, bytes(COPY_MAX * 3))
     lab.read(server, COPY_MAX * 3)
     conn = cast(Any, lab.ctx.flows.by_index[0])
     assert [half.tuned for half in conn.halves] == [not many, False]
-    assert (conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * BUFFER) == (not many)
+    assert (conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * BUFFER_SIZE) == (not many)
     for pair in pairs:
         for sock in pair:
             sock.close()
@@ -370,7 +370,7 @@ def test_one_transfer_gets_small_buffers_and_many_do_not(lab: Lab, many: bool) -
 
 
 def test_a_fast_stream_lets_others_have_their_turn(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passt.splice.tcp.ROUNDS", 1)
+    monkeypatch.setattr("passt.splice.tcp.ROUNDS_MAX", 1)
     client, server = lab.pair()
     data = random.Random(2).randbytes(6 * MIB)
     got = bytearray()
@@ -395,12 +395,12 @@ def test_a_fast_stream_lets_others_have_their_turn(lab: Lab, monkeypatch: pytest
 
 def test_order_is_kept_when_the_end_is_far_behind(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end is announced while more is left than one turn moves, and the reader is slow."""
-    monkeypatch.setattr("passt.splice.tcp.ROUNDS", 1)
+    monkeypatch.setattr("passt.splice.tcp.ROUNDS_MAX", 1)
     monkeypatch.setattr("passt.splice.tcp.PIPE_SIZE", 16 * 4096)
     lab.door.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200_000)
     client, server = lab.pair()
     (conn,) = [f for f in lab.ctx.flows.by_index if f is not None]
-    cast(Any, conn).other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+    cast(Any, conn).server_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
     rng = random.Random(4)
     data = rng.randbytes(2 * MIB)
     left = memoryview(data)
