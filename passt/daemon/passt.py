@@ -91,8 +91,8 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     decision = conf_decide.decide(options, netlink.read_host(), names.current, have_v6=have_v6)
     common.raise_descriptor_limit()
     port_sockets.check_limit(decision.config)
-    heir, changing = identity.uid if isolation.opens_as_root(identity) else None, control_sockets.wanted(options)
-    host = port_sockets.open_side(decision.config, outbound=False, heir=heir, changing=changing)
+    owner, changing = identity.uid if isolation.opens_as_root(identity) else None, control_sockets.wanted(options)
+    host = port_sockets.open_side(decision.config, outbound=False, owner=owner, changing=changing)
     wired = wiring.wire_machine(decision, host)
     common.follow_names(wired.ctx, options, names)
     isolation.become(identity, CAP_SYS_ADMIN)  # not a user namespace, in which root and others would look the same

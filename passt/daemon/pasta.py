@@ -139,17 +139,17 @@ def build(
     port_sockets.check_limit(config)
     changing = control_sockets.wanted(options)
     root = isolation.opens_as_root(identity)
-    heir = identity.uid if root else None
-    host = port_sockets.open_side(config, outbound=False, heir=heir, changing=changing)
+    owner = identity.uid if root else None
+    host = port_sockets.open_side(config, outbound=False, owner=owner, changing=changing)
     if not root:
         isolation.become(identity)
         pasta.join_userns(target)
     interface = _open_tap(options, target, plan)
     if interface:
         decision = replace(decision, plan=interface.plan)
-    ns = port_sockets.NOTHING
+    ns = port_sockets.NO_SOCKETS
     if (changing and target.netns >= 0) or any(rule.outbound or rule.auto for rule in config.forwards):
-        open_side = partial(port_sockets.open_side, config, outbound=True, heir=heir, changing=changing)
+        open_side = partial(port_sockets.open_side, config, outbound=True, owner=owner, changing=changing)
         ns = pasta.inside(target, open_side)
     if root:
         entered_later = target.netns >= 0 and target.init is None

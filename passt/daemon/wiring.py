@@ -46,7 +46,7 @@ from ..policy.settings import Settings
 from ..ports.forwards import Forwards
 from ..ports.listen import Listeners
 from ..ports.scan import Scanner
-from ..ports.sockets import NOTHING, Side
+from ..ports.sockets import NO_SOCKETS, Side
 from ..ports.udp_in import UdpIn
 from ..splice.tcp import TcpSplice
 from ..tap import Tap
@@ -116,7 +116,7 @@ def wire_machine(decision: Decision, host: Side) -> WiredMachine:
     udp, tcp = Udp(ctx), Tcp(ctx)
     tap = _wire_tap(ctx, udp, tcp, faults, vnet=False)
     link.on_room = tcp.resume
-    forwards = _wire_ports(ctx, tcp, udp, None, host, NOTHING, faults)
+    forwards = _wire_ports(ctx, tcp, udp, None, host, NO_SOCKETS, faults)
     ctx.reactor.at_turn_end.append(link.at_turn_end)
     return WiredMachine(ctx, forwards, link, tap)
 

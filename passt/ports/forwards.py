@@ -1,26 +1,26 @@
-"""Forwarding rules while we run: all changes of a request, or none of them.
+"""Changes of forwarding rules at run time: all changes of a request take effect, or none.
 
-What was asked for at start is the beginning of a table (`policy/rule_table.py`) that clients of the control sockets
-change. A request is a list of changes; each is applied to a copy of the table, in order. Then ports are compared, not
-changes: what is wanted before and after stays as it is. The table numbers the rules that are the `forwards` of the
-configuration, and this module is the only one that replaces these (`policy/settings.py`).
+The rules of the configuration are the first content of a table (`policy/rule_table.py`), which clients of the control
+sockets change. A request is a list of changes, applied in order to a copy of the table. Then ports are compared, not
+changes: a port that is wanted before and after stays open. The rules of the table, by number, are the `forwards` of the
+configuration, and only this module replaces them (`policy/settings.py`).
 
-    port, before and after                                 what happens to its socket
+    port, before and after                                 its socket
     -----------------------------------------------------  ----------------------------------------------------------
-    of the same rule, or of one that listens likewise      stays; where it leads elsewhere now, UDP flows end
-    not wanted any more                                    is closed: connections go on, UDP flows end
+    of the same rule, or of one that listens likewise      stays; UDP flows end if its target changes
+    no longer wanted                                       is closed: connections go on, UDP flows end
     wanted                                                 is opened
-    wanted, and not any more in a way that is in the way   is closed first, so that the other can be opened
-    wanted, and an automatic rule listens there            likewise; the automatic rule leaves the port alone
+    wanted, where a port no longer wanted conflicts        that one is closed first
+    wanted, where an automatic rule listens                the same; the automatic rule leaves the port alone
 
-Everything is opened before anything is given up, but for what is in the way; if one port cannot be had, what was opened
-is closed, what was in the way is opened again, and the request fails with a line for each run of ports, in the words
-that start-up has for it. A port in use is not waited for here: the loop stands still meanwhile, for some 15 us a port.
+Everything else is opened before anything is closed. If a port cannot be opened, what was opened is closed, what was
+closed first is opened again, and the request fails with a line for each range of ports, in the words of start-up. A
+port in use is not waited for, because the loop would stand still; opening takes some 15 us per port.
 
-All of this happens between two turns of the loop, when descriptors can be closed at once: a port is free when the
+All of this happens between two turns of the loop, when descriptors can be closed at once, so a port is free when the
 request is answered.
 
-Errors that a rule may have besides are told by who reads it (`control/api.py`), with the parser of the command line.
+Other errors of rules are found where they are parsed (`control/api.py`, with the parser of the command line).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .listen import Listeners, close_socket
 from .scan import Scanner
 from .sockets import RESERVE, Failure, Wanted, describe
 
-# Requests and what comes of them -----------------------------------------------------------------------------------
+# Requests and their outcomes --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Its ports, whatever rules they belong to."""
+    """Delete the ports of `rule`, whatever rules they belong to."""
 
     rule: Rule
 
@@ -62,7 +62,7 @@ class DeleteNumber:
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """All rules of a direction, of a protocol; None is any."""
+    """Delete all rules of a direction and of a protocol; None is any."""
 
     outbound: bool | None = None
     proto: int | None = None
@@ -75,7 +75,7 @@ Change = Add | Delete | DeleteNumber | Clear
 
 
 class Refused(Exception):
-    """A request that is not met, and has changed nothing: lines that say why, and the ports that could not be had."""
+    """A request that fails and changes nothing: lines with the reasons, and the ports that could not be opened."""
 
     def __init__(self, lines: Sequence[str], failures: Sequence[Failure] = ()) -> None:
         super().__init__(lines, failures)
@@ -88,7 +88,7 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class Outcome:
-    """What has changed, by number, and which rules were there already."""
+    """Changed rules by number, and rules that existed already."""
 
     added: dict[int, Rule] = field(default_factory=dict)
     removed: dict[int, Rule] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Plan:
-    """What becomes of ports."""
+    """Ports to close, to hand over and to open."""
 
     close: list[Wanted]
     hand_over: list[tuple[Rule, int, Rule]]
@@ -108,7 +108,7 @@ class _Plan:
 
 
 class Forwards:
-    """The rules in force. `listeners` has their sockets, `scanner` opens those of automatic ones."""
+    """The rules in force. `listeners` has their sockets; `scanner` opens those of automatic rules."""
 
     def __init__(self, ctx: Context, listeners: Listeners, scanner: Scanner) -> None:
         self._ctx = ctx
@@ -120,15 +120,15 @@ class Forwards:
 
     @property
     def rules(self) -> dict[int, Rule]:
-        """By number. Not to be changed."""
+        """By number. Callers must not change it."""
         return self._table.rules
 
     def ports(self, rule: Rule) -> set[int]:
-        """Ports of a rule that are listened on now."""
+        """Ports of a rule with a listener."""
         return self._listeners.ports(rule)
 
     def change(self, changes: Iterable[Change], now: float) -> Outcome:
-        """Make all changes. Raises Refused, with none of them made. Only between turns of the loop."""
+        """Make all changes, or raise Refused and make none. Only between turns of the loop."""
         table, outcome = self._table.copy(), Outcome()
         for change in changes:
             self._apply(change, table, outcome)
@@ -138,9 +138,9 @@ class Forwards:
         outcome.added = {n: rule for n, rule in after.items() if before.get(n) != rule}
         if outcome.removed or outcome.added:
             plan = self._plan(list(outcome.removed.values()), list(outcome.added.values()))
-            early = self._in_the_way(plan, after.values())
-            self._open(plan.open, early)
-            gone = set(early)
+            closed_first = self._conflicting(plan, after.values())
+            self._open(plan.open, closed_first)
+            gone = set(closed_first)
             self._listeners.remove_all(w for w in plan.close if w not in gone)
             self._listeners.hand_over([h for h in plan.hand_over if h[:2] not in gone])
             self._table = table
@@ -171,9 +171,9 @@ class Forwards:
             table.add(change.rule)
 
     def _is_there(self, rule: Rule, table: RuleTable) -> bool:
-        """Whether a rule that is added changes nothing.
+        """Whether an added rule changes nothing.
 
-        Ports that a weak rule has left out are not there: the rule loses them to one that insists.
+        Ports that a weak rule could not open do not count: a rule that is not weak takes them from it.
         """
         try:
             parts = [table.rules[number] for number in table.covering(rule)]
@@ -194,7 +194,7 @@ class Forwards:
             raise Refused([f"'{rule.option}': which ports are bound in the {where} cannot be found out"])
 
     def _check(self, table: RuleTable) -> None:
-        """No two rules may want the same port."""
+        """Raises Refused if two rules want the same port."""
         both = table.conflict()
         if both is None:
             return
@@ -214,18 +214,18 @@ class Forwards:
     # Sockets -----------------------------------------------------------------------------------------------------
 
     def _plan(self, removed: Sequence[Rule], added: Sequence[Rule]) -> _Plan:
-        heirs = _Heirs(added)
+        successors = _Successors(added)
         plan = _Plan([], [], [])
         handed = set[Wanted]()
         for rule in removed:
             for port in sorted(self._listeners.ports(rule)):
-                heir = heirs.find(rule, port)
-                if heir is None:
+                successor = successors.find(rule, port)
+                if successor is None:
                     plan.close.append((rule, port))
                 else:
-                    plan.hand_over.append((rule, port, heir))
-                    handed.add((heir, port))
-        left_out = _Heirs(rule for rule in removed if rule.weak)
+                    plan.hand_over.append((rule, port, successor))
+                    handed.add((successor, port))
+        left_out = _Successors(rule for rule in removed if rule.weak)
         plan.open = [
             (rule, port)
             for rule in added
@@ -235,8 +235,8 @@ class Forwards:
         ]
         return plan
 
-    def _in_the_way(self, plan: _Plan, rules: Iterable[Rule]) -> list[Wanted]:
-        """Ports that are listened on, that will not be any more, and that cannot be had by others before."""
+    def _conflicting(self, plan: _Plan, rules: Iterable[Rule]) -> list[Wanted]:
+        """Ports about to be closed that conflict with ports to open."""
         wanted: dict[tuple[int, bool, int], list[Rule]] = {}
         for rule, port in plan.open:
             wanted.setdefault((rule.proto, rule.outbound, port), []).append(rule)
@@ -248,9 +248,9 @@ class Forwards:
             if any(rule.overlaps(other) for other in wanted.get((rule.proto, rule.outbound, port), ()))
         ]
 
-    def _open(self, wanted: Sequence[Wanted], early: Sequence[Wanted]) -> None:
-        """Listen on ports, having closed `early`. Raises Refused, with everything as it was."""
-        self._listeners.remove_all(early)
+    def _open(self, wanted: Sequence[Wanted], closed_first: Sequence[Wanted]) -> None:
+        """Close `closed_first`, then listen on `wanted`. Raises Refused, with everything as it was."""
+        self._listeners.remove_all(closed_first)
         self._ctx.reactor.close_retired()
         opened: list[Listener] = []
         try:
@@ -263,7 +263,7 @@ class Forwards:
             self._watch(opened)
         except BaseException as e:
             each(opened, close_socket, lambda _, fault: record(self._ctx.drops, "the end of a listener", fault))
-            lost = self._restore(early)
+            lost = self._restore(closed_first)
             if isinstance(e, Refused):
                 e.lines += lost
             raise
@@ -275,8 +275,8 @@ class Forwards:
             raise Refused([f"Couldn't watch new ports: {e.strerror}"]) from None
 
     def _check_opened(self, opened: Sequence[Listener], failures: Sequence[Failure]) -> None:
-        """Raises Refused if what failed was asked for by name, if nothing of a rule could be had, or if what is left
-        of our descriptors is not enough for traffic.
+        """Raises Refused if a port failed that is not of a weak rule, if no port of a rule was opened, or if too few
+        descriptors are left for traffic.
         """
         firm = [f for f in failures if not f.rule.weak]
         full = next((f for f in failures if f.errno in NO_DESCRIPTORS), None)
@@ -298,35 +298,35 @@ class Forwards:
         if none:
             raise Refused([f"Failed to bind any port for '{option}'" for option in none], failures)
 
-    def _restore(self, early: Iterable[Wanted]) -> list[str]:
-        """Listen again where we did, and say where that is not possible any more; automatic rules do it themselves."""
-        fixed = [(rule, port) for rule, port in early if not rule.auto]
+    def _restore(self, closed_first: Iterable[Wanted]) -> list[str]:
+        """Listen again on ports closed before, and report those that are lost; automatic rules open theirs."""
+        fixed = [(rule, port) for rule, port in closed_first if not rule.auto]
         lost: list[Failure] = []
         for outbound in (False, True):
             lost += self._listeners.add_all([w for w in fixed if w[0].outbound == outbound])
         for failure in lost:
             log.warn(f"Port {failure.port} of '{failure.rule.option}' was closed for a moment, and is lost")
-        return [f"While that was tried, somebody took port {f.port} of '{f.rule.option}': {f.reason}" for f in lost]
+        return [f"Meanwhile another program took port {f.port} of '{f.rule.option}': {f.reason}" for f in lost]
 
 
-class _Heirs:
-    """Rules by how and where they listen."""
+class _Successors:
+    """Rules by protocol, side, address and interface, each with its range of ports."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._rules: dict[tuple[object, ...], list[Rule]] = {}
         for rule in sorted(rules, key=lambda r: r.first):
-            self._rules.setdefault(_way(rule), []).append(rule)
-        self._firsts = {way: [rule.first for rule in rules] for way, rules in self._rules.items()}
+            self._rules.setdefault(_listening_key(rule), []).append(rule)
+        self._firsts = {key: [rule.first for rule in rules] for key, rules in self._rules.items()}
 
     def find(self, rule: Rule, port: int) -> Rule | None:
-        """Which of them listens on `port` as `rule` does."""
-        way = _way(rule)
-        at = bisect_right(self._firsts.get(way, ()), port) - 1
-        heir = self._rules[way][at] if at >= 0 else None
-        return heir if heir is not None and port <= heir.last else None
+        """The rule that listens on `port` in the same way as `rule`."""
+        key = _listening_key(rule)
+        at = bisect_right(self._firsts.get(key, ()), port) - 1
+        successor = self._rules[key][at] if at >= 0 else None
+        return successor if successor is not None and port <= successor.last else None
 
 
-def _way(rule: Rule) -> tuple[object, ...]:
+def _listening_key(rule: Rule) -> tuple[object, ...]:
     return rule.proto, rule.outbound, rule.addr, rule.ifname, rule.auto
 
 
@@ -335,13 +335,13 @@ def _common(a: Rule, b: Rule) -> range:
 
 
 def _missing(e: Missing, table: RuleTable) -> str:
-    """What is not there, and what is there in its place."""
+    """The message for a port without that rule, with the rule that has the port."""
     line = f"Port {e.port} of '{e.rule.option}' is not forwarded"
     there = next(_similar(e.rule, e.port, table.rules.values()), None)
     return line if there is None else f"{line} so: there is '{there.spec}'"
 
 
 def _similar(rule: Rule, port: int, rules: Iterable[Rule]) -> Iterator[Rule]:
-    """Rules of the same kind that have the port, those that are not automatic first."""
+    """Rules of the same kind that have the port; automatic ones come last."""
     alike = [r for r in rules if (r.proto, r.outbound) == (rule.proto, rule.outbound) and port in r.ports]
     yield from sorted(alike, key=lambda r: r.auto)

@@ -1,4 +1,4 @@
-"""Opening the sockets of the rules: one per port where the kernel allows, bound before anybody is told "ready".
+"""The sockets of the rules: one per port where the kernel allows, bound before the start is reported as done.
 
     rule listens on                     both families are on        IPv4 only     IPv6 only
     ----------------------------------  --------------------------  ------------  ---------------
@@ -7,18 +7,18 @@
     loopback (outbound, in the          127.0.0.1 and [::1]         127.0.0.1     [::1]
     namespace)
 
-Where the host or the namespace has no IPv6 after all (EAFNOSUPPORT, EADDRNOTAVAIL) IPv4 does alone. That is the only
-failure which is taken for an answer: somebody who has the port in one family has it, and we do not take the half.
+Where the host or the namespace has no IPv6 (EAFNOSUPPORT, EADDRNOTAVAIL), IPv4 is enough. No other failure is accepted:
+a port that another program has in one family is not taken in the other.
 
-A port that is in use may still belong to a predecessor that is just about to end, so it is tried again for a moment.
-Then every port that could not be had is named, run by run, in words that clients match. Weak rules (`all`, or only
-exclusions) take what they get, which must be something.
+A port in use may belong to a predecessor that is about to exit, so bind(2) is tried again for BIND_TIMEOUT. Then all
+ports that failed are reported, range by range, in words that clients match. Weak rules (`all`, or only exclusions)
+take the ports that they get, and need at least one.
 
-TCP sockets pass their options on to what they accept, so those of a connection are set here (`tcp_engine/sock.py`). On
-Linux all options are passed on but SO_PRIORITY.
+Accepted TCP sockets inherit the options of the listening socket, all but SO_PRIORITY on Linux, so the options of
+connections are set here (`tcp_engine/sock.py`).
 
-UDP sockets do without SO_REUSEADDR and SO_REUSEPORT, or the same port could be had twice. They tell where a datagram
-was sent to.
+UDP sockets have neither SO_REUSEADDR nor SO_REUSEPORT, or two sockets could bind the same port. They report the
+destination address of datagrams.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from ..tcp_engine.sock import prepare_listener
 from ..udp_engine.sock import BUFFER_SIZE
 from ..wire.checksum import PROTO_TCP
 
-PATIENCE = 1.0  # s that a port in use is waited for, all in all
+BIND_TIMEOUT = 1.0  # s, for all ports in use together
 RETRY_INTERVAL = 0.05  # s
-BACKLOG = 4096  # connections that wait to be accepted; net.core.somaxconn may say less
-RESERVE = 128  # descriptors that must be left for flows, and for us
+BACKLOG = 4096  # of listen(2); net.core.somaxconn limits it
+RESERVE = 128  # descriptors left for flows and for the program
 
 _NO_FAMILY = frozenset((errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL))
 _FLAGS = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -76,18 +76,18 @@ CALLS = (
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What is opened on one side, the host's or the namespace's, before the loop turns."""
+    """Sockets opened on one side, the host's or the namespace's, before the loop runs."""
 
     listeners: list[Listener]
-    tables: PortTables | None  # of what is bound there; None where no automatic rule leads
+    tables: PortTables | None  # the ports bound there; None where no automatic rule leads
 
 
-NOTHING = Side([], None)
+NO_SOCKETS = Side([], None)
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A port that could not be had, and the errno."""
+    """A port that could not be opened, and the errno."""
 
     rule: Rule
     port: int
@@ -101,11 +101,11 @@ class Failure:
 # All ports of one side ---------------------------------------------------------------------------------------------
 
 
-def open_side(config: Config, outbound: bool, *, heir: int | None = None, changing: bool = False) -> Side:
-    """All that must be there from the start on the side where outbound, or inbound, rules listen.
+def open_side(config: Config, outbound: bool, *, owner: int | None = None, changing: bool = False) -> Side:
+    """Open the sockets of outbound or of inbound rules at start, in the network namespace of the calling thread.
 
-    `heir`: the UID that root is going to have. `changing`: rules may come later, and automatic ones where tables of
-    what is bound can be had. In the network namespace of the calling thread. Raises Fatal, with nothing left open.
+    `owner`: the UID that root is going to have. `changing`: rules may be added later, also automatic ones, if tables of
+    bound ports can be opened. Raises Fatal, with nothing left open.
     """
     rules = [rule for rule in config.forwards if rule.outbound == outbound]
     for rule in rules:
@@ -115,8 +115,8 @@ def open_side(config: Config, outbound: bool, *, heir: int | None = None, changi
     try:
         _open_firm(config, [rule for rule in fixed if not rule.weak], listeners)
         _open_weak(config, [rule for rule in fixed if rule.weak], listeners)
-        if heir is not None:
-            _give(listeners, heir)
+        if owner is not None:
+            _set_owner(listeners, owner)
         scanned = any(rule.auto and rule.outbound != outbound for rule in config.forwards)
         tables = _open_tables() if scanned else None
         if changing:
@@ -130,8 +130,8 @@ def open_side(config: Config, outbound: bool, *, heir: int | None = None, changi
         raise
 
 
-def _give(listeners: Iterable[Listener], uid: int) -> None:
-    """UDP: only sockets of one user share a port, and those of clients will be of `uid` (`udp_engine/sock.py`)."""
+def _set_owner(listeners: Iterable[Listener], uid: int) -> None:
+    """Give UDP sockets to `uid`: the sockets of clients share their ports (`udp_engine/sock.py`)."""
     for listener in [listener for listener in listeners if listener.rule.proto != PROTO_TCP]:
         try:
             os.fchown(listener.fd, uid, -1)
@@ -150,28 +150,28 @@ def _try_tables() -> PortTables | None:
     try:
         return open_tables()
     except OSError as e:
-        log.debug(f"{e.filename}: {e.strerror}: there can be no automatic port forwarding later")
+        log.debug(f"{e.filename}: {e.strerror}: automatic port forwarding cannot be added later")
         return None
 
 
 def _open_firm(config: Config, rules: Sequence[Rule], into: list[Listener]) -> None:
-    """Every port, or Fatal."""
+    """Open every port. Raises Fatal."""
     failed = open_ports(config, _ports(rules), into)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + BIND_TIMEOUT
     while any(f.errno == errno.EADDRINUSE for f in failed) and time.monotonic() < deadline:
         time.sleep(RETRY_INTERVAL)
-        failed = [g for f in failed for g in (_again(config, f, into) if f.errno == errno.EADDRINUSE else [f])]
+        failed = [g for f in failed for g in (_retry_bind(config, f, into) if f.errno == errno.EADDRINUSE else [f])]
     if failed:
         _check_descriptors(failed)
         raise Fatal(*describe(failed))
 
 
-def _again(config: Config, failure: Failure, into: list[Listener]) -> list[Failure]:
+def _retry_bind(config: Config, failure: Failure, into: list[Listener]) -> list[Failure]:
     return open_ports(config, [(failure.rule, failure.port)], into)
 
 
 def _open_weak(config: Config, rules: Sequence[Rule], into: list[Listener]) -> None:
-    """Whatever can be had of each option, or Fatal."""
+    """Open as many ports of each option as possible. Raises Fatal if an option gets none."""
     for option in dict.fromkeys(rule.option for rule in rules):
         before = len(into)
         failed = open_ports(config, _ports([rule for rule in rules if rule.option == option]), into)
@@ -216,28 +216,28 @@ def check_limit(config: Config) -> None:
 
 
 def sockets(config: Config, rule: Rule) -> int:
-    """How many a port of `rule` takes, at most."""
+    """Most sockets that a port of `rule` takes."""
     both = config.ip4 is not None and config.ip6 is not None
     return 2 if both and rule.outbound and rule.addr is None else 1
 
 
 def describe(failed: Sequence[Failure]) -> list[str]:
-    """A line for each run of ports that failed for the same reason, and what to do about those for root."""
-    runs: list[tuple[Failure, int]] = []  # the first one, and the last port
+    """A line for each range of ports that failed for the same reason, and the sysctl for ports below 1024."""
+    ranges: list[tuple[Failure, int]] = []  # the first failure, and the last port
     for f in failed:
-        start, last = runs[-1] if runs else (f, -2)
+        start, last = ranges[-1] if ranges else (f, -2)
         if (start.rule.option, start.errno, last + 1) == (f.rule.option, f.errno, f.port):
-            runs[-1] = start, f.port
+            ranges[-1] = start, f.port
         else:
-            runs.append((f, f.port))
+            ranges.append((f, f.port))
     lines = [
         f"Failed to bind {f'ports {f.port}-{last}' if last > f.port else f'port {last}'} ({f.reason}) "
         f"for option '{f.rule.option}'"
-        for f, last in runs
+        for f, last in ranges
     ]
     low = min((f.port for f in failed if f.errno == errno.EACCES), default=0)
     if low:
-        lines.append(f"To allow ports from {low} up to everybody: sysctl -w net.ipv4.ip_unprivileged_port_start={low}")
+        lines.append(f"To let all users bind ports from {low} up: sysctl -w net.ipv4.ip_unprivileged_port_start={low}")
     return lines
 
 
@@ -245,7 +245,7 @@ def describe(failed: Sequence[Failure]) -> list[str]:
 
 
 def open_ports(config: Config, wanted: Iterable[Wanted], into: list[Listener]) -> list[Failure]:
-    """Append listeners to `into`, all of a port or none; returns what failed."""
+    """Append listeners to `into`, all sockets of a port or none; returns the failures."""
     failed = []
     for rule, port in wanted:
         try:
@@ -297,13 +297,13 @@ def _open(config: Config, rule: Rule, port: int, address: bytes, *, dual: bool =
         if rule.ifname is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, rule.ifname.encode() + b"\0")
         if tcp:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a predecessor may linger
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for connections of a predecessor in TIME-WAIT
             prepare_listener(sock, _features())
             sock.bind(_sockaddr(config, rule, port, address))
             sock.listen(BACKLOG)
         else:
             sock.setsockopt(*_PKTINFO[family])
-            if dual:  # for IPv4 that tells what to answer from, also if the datagram was a broadcast
+            if dual:  # the source address of answers to IPv4 datagrams, also to broadcasts
                 sock.setsockopt(*_PKTINFO[socket.AF_INET])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)
@@ -320,9 +320,9 @@ def _features() -> Features:
 
 
 def _sockaddr(config: Config, rule: Rule, port: int, address: bytes) -> tuple[Any, ...]:
-    """For bind(): a link-local address is one of the rule's interface, or else of the template interface.
+    """For bind(2): a link-local address belongs to the rule's interface, or else to the template interface.
 
-    To the former the socket is bound already, which is as good as its number.
+    The socket is bound to the rule's interface already, so the scope ID is not needed.
     """
     if not addr.is_link_local(address) or len(address) == 4 or rule.ifname is not None:
         return addr.text(address), port

@@ -156,7 +156,7 @@ def test_low_ports(hosted: Runner, on_host: Place) -> None:
         assert done.returncode == 1
         assert done.stderr == (
             f"Failed to bind port {LOW} (Permission denied) for option '-t {LOW}'\n"
-            f"To allow ports from {LOW} up to everybody: sysctl -w net.ipv4.ip_unprivileged_port_start={LOW}\n"
+            f"To let all users bind ports from {LOW} up: sysctl -w net.ipv4.ip_unprivileged_port_start={LOW}\n"
         )
         return
     daemon = hosted.daemon("--config-net", *options(t=f"{LOW}"), str(target))

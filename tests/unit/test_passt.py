@@ -22,7 +22,7 @@ from passt.daemon import wiring
 from passt.flow import spare
 from passt.log import Fatal
 from passt.passt import Clients
-from passt.ports.sockets import NOTHING
+from passt.ports.sockets import NO_SOCKETS
 from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, OUR_MAC, no_descriptors
 
 # The socket in the file system -------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class Machine:
 
     def __init__(self, path: Path, one_off: bool = False) -> None:
         self.path = str(path)
-        self.ctx, _, self.link, self.tap = wiring.wire_machine(cast(Any, Decision), NOTHING)
+        self.ctx, _, self.link, self.tap = wiring.wire_machine(cast(Any, Decision), NO_SOCKETS)
         self.listener, _ = passt.listen(self.path)
         self.ended = 0
         self.clients = Clients(self.ctx, self.link, self.tap, self.listener, self._end if one_off else None)

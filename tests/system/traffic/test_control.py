@@ -309,7 +309,7 @@ def test_low_ports(controlled: Controlled) -> None:
     said = controlled.fails("-A", "-t", "81")
     assert said.splitlines() == [
         "Failed to bind port 81 (Permission denied) for option '-t 81'",
-        "To allow ports from 81 up to everybody: sysctl -w net.ipv4.ip_unprivileged_port_start=81",
+        "To let all users bind ports from 81 up: sysctl -w net.ipv4.ip_unprivileged_port_start=81",
     ]
 
 

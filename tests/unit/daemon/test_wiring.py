@@ -36,7 +36,7 @@ from passt.loop.reactor import (
     make_ref,
 )
 from passt.policy.rules import Rule
-from passt.ports.sockets import NOTHING, open_side
+from passt.ports.sockets import NO_SOCKETS, open_side
 from passt.tap import Tap
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST_MAC, OUR_MAC, free_ports
@@ -59,7 +59,7 @@ class Wired:
         self.ctx: Context
         self.link: TapLink
         self.tap: Tap
-        self.ctx, _, way = wiring.wire(cast(Any, Decision), device, GUEST_MAC, Namespace(-1), NOTHING, NOTHING)
+        self.ctx, _, way = wiring.wire(cast(Any, Decision), device, GUEST_MAC, Namespace(-1), NO_SOCKETS, NO_SOCKETS)
         assert way is not None
         self.link, self.tap = way
 
@@ -161,7 +161,7 @@ def test_loopback_to_loopback_without_a_tap(monkeypatch: pytest.MonkeyPatch, pro
         rule = Rule("-T x", proto, True, at, at, to)
         SpliceOnly.config = replace(CONFIG, ip6=None, splice_only=True, forwards=(rule,))
         ns = open_side(SpliceOnly.config, outbound=True)
-        ctx, _, way = wiring.wire(cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, Namespace(-1), NOTHING, ns)
+        ctx, _, way = wiring.wire(cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, Namespace(-1), NO_SOCKETS, ns)
         assert way is None and isinstance(ctx.link, NoLink)
         if proto == PROTO_TCP:
             server.listen()
@@ -261,7 +261,7 @@ def test_a_fault_of_a_listener_is_handed_to_it(monkeypatch: pytest.MonkeyPatch) 
         config = replace(CONFIG, forwards=(Rule("-t x", PROTO_TCP, False, port, port, port),))
 
     host = open_side(Config.config, outbound=False)
-    ctx = wiring.wire(cast(Any, Config), None, addr.BROADCAST_MAC, Namespace(-1), host, NOTHING).ctx
+    ctx = wiring.wire(cast(Any, Config), None, addr.BROADCAST_MAC, Namespace(-1), host, NO_SOCKETS).ctx
     events: list[float] = []
 
     def fail(ref: int, mask: int, now: float) -> None:

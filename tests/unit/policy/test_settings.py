@@ -30,7 +30,7 @@ from passt.policy.guest import Guest
 from passt.policy.rules import Rule
 from passt.policy.settings import Settings
 from passt.ports.forwards import Add, Clear, Forwards
-from passt.ports.sockets import NOTHING
+from passt.ports.sockets import NO_SOCKETS
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 from tests.unit.support import CONFIG, GUEST_MAC, T0, FakeReactor, FakeTimers
 
@@ -217,11 +217,11 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     def begin(config: Config) -> Wired:
         decision = cast(Any, Chosen(config))
         if request.param == "passt":
-            ctx, forwards, *way = wiring.wire_machine(decision, NOTHING)
+            ctx, forwards, *way = wiring.wire_machine(decision, NO_SOCKETS)
             made.append(Wired(ctx, forwards, (ctx, forwards, *way)))
         else:
             tap = Device(device.fileno(), "tap0", csum=True, tso=True, uso=True) if request.param == "pasta" else None
-            ctx, forwards, both = wiring.wire(decision, tap, GUEST_MAC, Namespace(-1), NOTHING, NOTHING)
+            ctx, forwards, both = wiring.wire(decision, tap, GUEST_MAC, Namespace(-1), NO_SOCKETS, NO_SOCKETS)
             made.append(Wired(ctx, forwards, (ctx, forwards, *(both or ()))))
         return made[-1]
 

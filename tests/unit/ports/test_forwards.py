@@ -250,7 +250,7 @@ def test_what_was_in_the_way_may_be_lost(rig: Make, port: int, monkeypatch: pyte
     with pytest.raises(Refused) as e:
         r.change([Clear()], add(f"-t {port}"))
     assert e.value.lines[-1] == (
-        f"While that was tried, somebody took port {port} of '-t 127.0.0.1/{port}': Address already in use"
+        f"Meanwhile another program took port {port} of '-t 127.0.0.1/{port}': Address already in use"
     )
 
 
@@ -305,7 +305,7 @@ def test_low_ports(rig: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("passt.ports.listen.open_ports", denied)
     assert refused(r, add("-t 80")).lines == [
         "Failed to bind port 80 (Permission denied) for option '-t 80'",
-        "To allow ports from 80 up to everybody: sysctl -w net.ipv4.ip_unprivileged_port_start=80",
+        "To let all users bind ports from 80 up: sysctl -w net.ipv4.ip_unprivileged_port_start=80",
     ]
 
 

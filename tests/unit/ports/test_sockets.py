@@ -271,7 +271,7 @@ def test_udp_ports_are_given_to_whom_we_become() -> None:
     first = free_ports(2)
     config = replace(CONFIG, forwards=(rule(first), rule(first + 1, proto=PROTO_UDP)))
     for uid in (65534, None):
-        opened = open_side(config, False, heir=uid).listeners
+        opened = open_side(config, False, owner=uid).listeners
         assert [os.fstat(listener.fd).st_uid for listener in opened] == [0, uid or 0]
         for listener in opened:
             listener.sock.close()
@@ -284,7 +284,7 @@ def test_a_udp_port_that_cannot_be_given_to_anybody(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "fchown", refuse)
     config, before = replace(CONFIG, forwards=(rule(port, proto=PROTO_UDP),)), os.listdir("/proc/self/fd")
     with pytest.raises(Fatal, match=rf"^Couldn't give UDP port {port} to UID 99: .* \(CAP_CHOWN\)$"):
-        open_side(config, False, heir=99)
+        open_side(config, False, owner=99)
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -386,7 +386,7 @@ def test_runs_and_reasons() -> None:
         "Failed to bind port 22 (Permission denied) for option '-t 20-30'",
         "Failed to bind port 30 (Permission denied) for option '-t 20-30'",
         "Failed to bind ports 31-33 (Permission denied) for option '-t 31-33'",
-        "To allow ports from 22 up to everybody: sysctl -w net.ipv4.ip_unprivileged_port_start=22",
+        "To let all users bind ports from 22 up: sysctl -w net.ipv4.ip_unprivileged_port_start=22",
     ]
     assert describe([Failure(rule(0), 0, used)]) == ["Failed to bind port 0 (Address already in use) for option '-t x'"]
 
