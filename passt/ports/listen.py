@@ -1,21 +1,21 @@
-"""Listening sockets in the loop: connections accepted and datagrams announced, and to whom they go.
+"""Listening sockets in the loop: clients are accepted, or datagrams announced, and handed on.
 
-    rule      client           configuration    goes to
+    rule      client           configuration    handed to
     --------  ---------------  ---------------  -----------------------------------------------------
-    outbound  (loopback)       any              tcp_splice, from socket to socket
-    inbound   loopback         no --no-splice   tcp_splice
-    inbound   anybody          --splice-only    nobody: reset, counted
-    inbound   anybody          otherwise        tcp, through the tap
-    UDP       anybody          any              udp_in, which draws the same distinctions for each datagram
+    outbound  (loopback)       any              splice.tcp, from socket to socket
+    inbound   loopback         no --no-splice   splice.tcp
+    inbound   any              --splice-only    none: reset, counted
+    inbound   any              otherwise        tcp_engine.opening, through the tap
+    UDP       any              any              ports.udp_in, which makes the same choice per datagram
 
-All listeners are in one list, and the place in it is the data of a listener's epoll reference. A connection is
-accepted as a socket of the C type, non-blocking, and belongs to whom it is given to.
+All listeners are in one list; the index in it is the data of a listener's epoll reference. An accepted connection is a
+non-blocking socket of the C type, and belongs to the module that it is handed to.
 
-An accept(2) in vain costs nearly as much as one that succeeds, so the number of them per event follows how many
-connections waited last time; what is left over is reported by epoll again, after others had their turn.
+An accept(2) without a client costs nearly as much as one that succeeds, so the number of them per event follows the
+length of the backlog at earlier events. epoll reports the rest once more, after other descriptors had their turn.
 
-Out of descriptors, a connection is accepted with a spare one and reset; where even that fails, and after a fault in a
-handler, the listener rests for a moment (`flow/spare.py`).
+Without free descriptors, a client is accepted with a spare one, and reset. Where that fails as well, and after a fault
+in a handler, the listener rests for a moment (`flow/spare.py`).
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from ..wire.checksum import PROTO_TCP
 from .sockets import Failure, Wanted, open_ports
 from .udp_in import UdpIn
 
-BUDGET_MAX = 16  # connections accepted for one event, so that established ones get their turn
-PATIENCE = 8  # events that use up the budget before it doubles
+BUDGET_MAX = 16  # connections accepted per event, so that established ones get their turn
+STREAK = 8  # events in a row that use up the budget before it doubles
 
-_TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # accept4(2) has made it so; this tells the object
+_TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # as accept4(2) made it
 
 CALLS = calls("accept4")
 
 
 class Listeners:
-    """Everything that we listen on. `namespace` is where outbound rules listen."""
+    """All listeners. Those of outbound rules are in `namespace`."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Listeners:
     # Ports -----------------------------------------------------------------------------------------------------------
 
     def ports(self, rule: Rule) -> set[int]:
-        """Ports of `rule` that are listened on now."""
+        """Ports of `rule` with a listener."""
         return set(self._by_rule.get(rule, ()))
 
     def has(self, proto: int, outbound: bool, port: int) -> bool:
@@ -91,12 +91,12 @@ class Listeners:
         return (proto, outbound, port) in self._held
 
     def add(self, rule: Rule, port: int) -> None:
-        """Listen on a port of `rule`. Raises OSError, and nothing is changed then."""
+        """Listen on a port of `rule`. Raises OSError, with nothing changed."""
         for failure in self.add_all([(rule, port)]):
             raise OSError(failure.errno, failure.reason)
 
     def add_all(self, wanted: Sequence[Wanted]) -> list[Failure]:
-        """Listen on ports of rules of one direction; returns what failed. Not for ports that are listened on."""
+        """Listen on ports of rules of one direction, which have no listener; returns the failures."""
         listeners, failed = self.open(wanted)
         try:
             self.watch(listeners)
@@ -105,8 +105,8 @@ class Listeners:
         return failed
 
     def open(self, wanted: Sequence[Wanted]) -> tuple[list[Listener], list[Failure]]:
-        """Sockets for ports of rules of one direction, not watched yet, and what failed. What was opened is the
-        caller's, to watch or to close.
+        """Listeners for ports of rules of one direction, and the failures. The caller has to watch or to close the
+        listeners.
         """
         outbound = bool(wanted) and wanted[0][0].outbound
         listeners: list[Listener] = []
@@ -123,9 +123,9 @@ class Listeners:
             return listeners, [Failure(rule, port, e.errno or 0) for rule, port in wanted]
 
     def watch(self, listeners: Sequence[Listener]) -> None:
-        """Begin to serve what `open` gave: all, or none, and then they are closed. Raises OSError.
+        """Serve the listeners of `open`. Raises OSError, with all of them closed.
 
-        What can fail is epoll_ctl(2), for want of memory or of watches (fs.epoll.max_user_watches).
+        Only epoll_ctl(2) can fail, without memory or watches (fs.epoll.max_user_watches).
         """
         done: list[Wanted] = []
         try:
@@ -138,7 +138,7 @@ class Listeners:
             raise
 
     def remove(self, rule: Rule, port: int) -> None:
-        """Stop listening on a port of `rule`. Connections go on; UDP flows would keep the port, and end."""
+        """Stop to listen on a port of `rule`. Connections go on; UDP flows, which would keep the port, end."""
         self.remove_all([(rule, port)])
 
     def remove_all(self, ports: Iterable[Wanted]) -> None:
@@ -187,7 +187,7 @@ class Listeners:
         handed += [(listener, heir) for listener in listeners]
 
     def _take(self, rule: Rule, port: int) -> tuple[Listener, ...]:
-        """The listeners of a port of `rule`, which has them no more."""
+        """Detach the listeners of a port from `rule`, and return them."""
         listeners = self._by_rule[rule].pop(port)
         if not self._by_rule[rule]:
             del self._by_rule[rule]
@@ -199,7 +199,7 @@ class Listeners:
         return self._namespace is not None
 
     def close(self) -> None:
-        """Stop listening everywhere."""
+        """Close all listeners."""
         each(filter(None, self._by_index), self._retire, self._fault_at)
         for held in (self._by_index, self._by_rule, self._held, self._free):
             held.clear()
@@ -242,12 +242,12 @@ class Listeners:
             self._streak = 0
             return
         self._streak += 1
-        if self._streak >= PATIENCE:
+        if self._streak >= STREAK:
             self._budget = min(2 * self._budget, BUDGET_MAX)
             self._streak = 0
 
     def _accept(self, listener: Listener, now: float) -> None:
-        """Accept one connection. Raises BlockingIOError when none waits, or the listener rests."""
+        """Accept one connection. Raises BlockingIOError if the backlog is empty or the listener rests."""
         try:
             fd, peer, port = accept(listener.fd)
         except BlockingIOError:
@@ -279,7 +279,7 @@ class Listeners:
         self._ctx.drops["listen: no descriptor"] += 1
 
     def fault(self, ref: int) -> None:
-        """Handling an event failed. What it was about is not known; the listener stays."""
+        """A handler failed on an event of the listener. The listener stays, and rests for a moment."""
         listener = self._by_index[ref_data(ref)]
         if listener is not None:
             self._spare.rest(listener.fd, time.monotonic())

@@ -1,38 +1,37 @@
-"""`auto`: listening on those ports of a rule that somebody has bound at the other side, while they are bound.
+"""`auto`: a port of a rule is listened on while a program has its target port bound at the other side.
 
     rule      ports bound in   TCP: listening     UDP: bound; also TCP listening, if TCP is automatic in this direction
     --------  ---------------  -----------------  ----------------------------------------------------------------------
-    inbound   the namespace    listened on by us  received by us on the host
-    outbound  the host         on the other side  ... in the namespace, on loopback
+    inbound   the namespace    then listened on   then received on the host
+    outbound  the host         at the other side  ... in the namespace, on loopback
 
-A port p of a rule that leads to t is listened on while t is bound. Nothing of ours counts as bound: where a rule of
-the other direction listens, the port is ours, and following it would be following our own echo. What is new is bound,
-what has vanished is closed: connections that came through it go on, UDP flows, which would keep the port, end. A port
-that cannot be bound is tried again each time, and said once, in debug.
+A port p of a rule that leads to t is listened on while t is bound. Sockets of this program do not count as bound:
+where a rule of the other direction listens, the port is its own, and to follow it would be to follow an echo. New ports
+are opened and vanished ports closed: connections through these go on; UDP flows, which would keep the port, end. A port
+that cannot be bound is tried again at each scan, and logged once, in debug.
 
-On the host, who is bound to an address of 127/8 of its own is found there only (systemd-resolved: 127.0.0.53). So
-outbound rules listen on the same address in the namespace, which leads to that server: names are found there as they
-are on the host, by what /etc/resolv.conf says. Such a port counts for nothing else.
+Some servers of the host are bound to an address of 127/8 of their own (systemd-resolved: 127.0.0.53). Outbound rules
+listen on the same address in the namespace, and lead to that server, so what /etc/resolv.conf says works there as well.
+Such a port counts for nothing else.
 
     time     condition                     consequence
     -------  ----------------------------  --------------------------------------
     0.8 s    there are automatic rules     the tables are read and compared again
 
-so that ports appear and vanish within a second. At start inbound comes first, so that a server in the namespace gets
-its port on the host; later outbound does. Without automatic rules there is no timer, and nothing is read.
+so that ports appear and vanish within a second. At start inbound rules come first, so that a server in the namespace
+gets its port on the host; later outbound rules do. Without automatic rules there is no timer, and nothing is read.
 
-How many there may be. What others bind costs us descriptors, and ports of the host that others may want, those of its
-own connections among them. So the sockets of automatic rules have a limit in each direction, which is a share of the
-descriptors, and leave what `ports.sockets.RESERVE` says. Ports beyond are left out, said and counted once, and have
-their turn when others vanish.
+Limits. Each followed port costs descriptors, and a port of the host that other programs may want, also for connections.
+So the sockets of automatic rules have a limit in each direction, a share of the descriptors, and leave RESERVE of them
+(`ports.sockets`). Ports beyond are left out, logged and counted once, and have their turn when other ports vanish.
 
-Rules may change while we run (`forwards.py`); there is a look at once then. A port that another rule asks for is left
-to it.
+Rules may change at run time (`forwards.py`); a scan follows at once. An automatic rule leaves a port alone that another
+rule has.
 
-Cost of a look at both sides, both protocols, nothing new: 0.15 ms, and 0.6 us for each listening TCP socket and each
+Cost of a scan of both sides, both protocols, nothing new: 0.15 ms, and 0.6 us for each listening TCP socket and each
 UDP socket (`linux/ports.py`; milliseconds where the kernel has no inet_diag). An outbound port that cannot be bound
-costs a thread, 0.3 ms for all of them. Where that adds up, looks are made less often than every 0.8 s, so that they
-take a twentieth of a processor at most; time in which others have it does not count, and delays nothing.
+costs a thread, 0.3 ms for all of them. Where that adds up, scans are less frequent than every 0.8 s, so that they take
+a twentieth of a processor at most, by process time.
 """
 
 from __future__ import annotations
@@ -54,27 +53,27 @@ from .listen import Listeners
 from .sockets import RESERVE, Wanted, sockets
 
 INTERVAL = 0.8  # s
-SHARE = 20  # at most one part in so many of the time
+SHARE = 20  # scans take at most one part in so many of the time
 Found = tuple[list[Rule], dict[int, set[int]], PortTables | None]  # rules of a direction, what is bound, and where
 
 SOCKETS_MAX = 8192  # of automatic rules, in each direction
-DESCRIPTOR_SHARE = 4  # of the descriptors that the process may have, at most one in so many
+DESCRIPTOR_SHARE = 4  # at most one in so many of the descriptors that the process may have
 
 
 class Scanner:
-    """The automatic rules. `host` and `ns` are the tables of both sides, where rules need them."""
+    """The automatic rules. `host` and `ns` are the port tables of both sides, where rules need them."""
 
     def __init__(self, ctx: Context, listeners: Listeners, host: PortTables | None, ns: PortTables | None) -> None:
         self._ctx = ctx
         self._listeners = listeners
         self._host, self._ns = host, ns
-        self._failed: dict[bool, set[Wanted]] = {False: set(), True: set()}  # by direction, at the last look
+        self._failed: dict[bool, set[Wanted]] = {False: set(), True: set()}  # by direction, at the last scan
         self._left_out: dict[bool, set[Wanted]] = {False: set(), True: set()}  # likewise
         self._most = flow_limit(SOCKETS_MAX, DESCRIPTOR_SHARE)
-        self._all = flow_limit(sys.maxsize, 1) - RESERVE  # also for rules that are not automatic
+        self._all = flow_limit(sys.maxsize, 1) - RESERVE  # for all rules
         self._timer = -1
         self._armed = False
-        self._own: set[Rule] = set()  # made from outbound rules, each for one address that somebody is bound to
+        self._own: set[Rule] = set()  # derived from outbound rules, one for each loopback address of a server
         ctx.settings.subscribe(self._adopt)
         ctx.settings.react(self._changed)
 
@@ -86,11 +85,11 @@ class Scanner:
         self._others = {rule: _overlaps(rule, fixed) for rule in (*self._inbound, *self._outbound)}
 
     def can_follow(self, outbound: bool) -> bool:
-        """Whether there may be automatic rules of that direction: what is bound at the other side is known."""
+        """Whether automatic rules of that direction are possible: the port table of the other side is known."""
         return (self._host if outbound else self._ns) is not None
 
     def _changed(self, former: Config, now: float) -> None:
-        """Ports that no rule wants any more were closed by `forwards.py`, but for those of rules made here."""
+        """Close ports of derived rules that have lost their rule; `forwards.py` closed the others."""
         if self._rules is former.forwards:
             return
         gone = [own for own in self._own if replace(own, addr=None, target=None) not in self._outbound]
@@ -98,7 +97,7 @@ class Scanner:
         self.start(now)
 
     def start(self, now: float) -> None:
-        """Look at once, and again and again from then on."""
+        """Scan at once, and periodically from then on."""
         if not self._inbound and not self._outbound:
             return
         if self._timer < 0:
@@ -115,7 +114,7 @@ class Scanner:
         begin = time.process_time()
         try:
             self._follow_all(now, (self._outbound, self._host), (self._inbound, self._ns))
-        finally:  # a fault costs one look
+        finally:  # a fault costs one scan
             cost = time.process_time() - begin
             self._ctx.timers.services.arm(self._timer, now + max(INTERVAL, SHARE * cost))
 
@@ -145,7 +144,7 @@ class Scanner:
         record(self._ctx.drops, "an automatic rule", e)
 
     def _follow(self, rules: list[Rule], bound: dict[int, set[int]]) -> list[Wanted]:
-        """Listen where `rules`, of one direction, lead to a port that is bound; returns what is new."""
+        """Follow the bound ports that `rules`, of one direction, lead to; returns new ports."""
         new: list[Wanted] = []
         each(rules, self._follow_rule, self._fault_at, bound, new)
         return new
@@ -162,7 +161,7 @@ class Scanner:
         new += [(rule, p) for p in sorted(wanted - have)]
 
     def _follow_pinned(self, rules: list[Rule], tables: PortTables) -> list[Wanted]:
-        """The same for servers of the host that are bound to a loopback address of their own."""
+        """The same for servers of the host with a loopback address of their own."""
         wanted: dict[Rule, set[int]] = {}
         ours = self._listeners.has
         tcp: Pinned = set()
@@ -198,10 +197,10 @@ class Scanner:
     def _close(self, rule: Rule, ports: set[int]) -> None:
         self._listeners.remove_all((rule, port) for port in ports)
         for port in ports:
-            log.debug(f"{rule.option}: port {port} is not bound any more")
+            log.debug(f"{rule.option}: port {port} is no longer bound")
 
     def _bound(self, rules: Sequence[Rule], tables: PortTables | None) -> dict[int, set[int]]:
-        """Ports by protocol that others than ourselves have bound at the side where `rules` lead."""
+        """Ports by protocol that other programs have bound at the side where `rules` lead."""
         assert tables is not None, "opened where automatic rules are"
         echo = not rules[0].outbound
         ours = self._listeners.has
@@ -213,9 +212,9 @@ class Scanner:
         return {PROTO_TCP: tcp, PROTO_UDP: {port for port in udp | tcp if not ours(PROTO_UDP, echo, port)}}
 
     def _within_limit(self, outbound: bool, new: list[Wanted], now: float) -> list[Wanted]:
-        """Those of new ports for which there may be sockets; the others are said and counted if they are new, too.
+        """New ports within the limit; those beyond are logged and counted once.
 
-        What could not be had at the last look comes last, or it would be in the way of what can be.
+        Ports that failed at the last scan come last, so that they take no place of others.
         """
         failed = self._failed[outbound]
         new = sorted(new, key=failed.__contains__)
@@ -245,7 +244,7 @@ class Scanner:
         failed = {(f.rule, f.port): f for f in failures}
         for wanted, failure in failed.items():
             if wanted not in self._failed[outbound]:
-                log.debug(f"{failure.rule.option}: port {failure.port} cannot be had now: {failure.reason}")
+                log.debug(f"{failure.rule.option}: port {failure.port} cannot be opened now: {failure.reason}")
         if log.debug_on:
             for rule, port in new:
                 if (rule, port) not in failed:
@@ -254,5 +253,5 @@ class Scanner:
 
 
 def _overlaps(rule: Rule, fixed: Iterable[Rule]) -> list[range]:
-    """Ports of an automatic rule that others ask for."""
+    """Ports of an automatic rule that other rules have."""
     return [common for other in fixed if (common := rule.overlaps(other))]

@@ -1,32 +1,32 @@
-"""UDP that others begin: first datagrams from listening sockets, and a connected socket for each client.
+"""UDP clients of listeners: first datagrams, and a connected socket for each client.
 
-A listener (`policy/rules.py`) gets the datagrams of everybody. Each client gets a socket of its own, bound to the
-address and port that it wrote to and connected to it (`udp_engine.sock.open_client`): from then on the kernel delivers
-what it sends there, and answers leave from there. So the listener sees first datagrams, and whatever cannot have a
-socket.
+A listener (`policy/rules.py`) receives the datagrams of all clients. Each client gets a socket of its own, bound to the
+address and port that it wrote to, and connected to the client (`udp_engine.sock.open_client`). From then on the kernel
+delivers the client's datagrams there, and answers leave from there. So a listener receives first datagrams, and those
+of clients that cannot have a socket.
 
     rule      client      configuration                  goes to                        address that is seen
     --------  ----------  -----------------------------  -----------------------------  ----------------------------
     outbound  loopback    any                            UdpSplice: the host            loopback
     inbound   loopback    no --no-splice                 UdpSplice: the namespace       loopback, or the namespace's
-    inbound   any other   --splice-only                  nobody, counted
+    inbound   any other   --splice-only                  dropped, counted
     inbound   any other   otherwise                      Udp: the guest, by the tap     `Forwarding.inbound_source`
 
-Order. The event brings a batch, grouped by client and address of ours. What the kernel queues at the listener while the
-batch is handled is older than anything at the new sockets, so the listener is read until it is empty, for a bounded
-number of batches. Only then those datagrams have their turn that came to a new socket before it was connected, of its
-own client or of others, who may get sockets in turn. What comes later to a new socket is read in a later turn.
+Order. An event brings a batch, grouped by client and local address. Datagrams that the kernel queues at the listener
+while the batch is handled are older than any at the new sockets, so the listener is read until it is empty, for a
+bounded number of batches. Then come misdelivered datagrams: those that a new socket received before connect(2), from
+its own client or from others, which may get sockets in turn. Later datagrams at a new socket are read in a later turn.
 
-A datagram to a group or a broadcast address always comes by the listener, and goes to the flow of its client. So does
-all of it if the client cannot have a socket because we may not bind the port (`udp_engine.sock.SharedSocket`).
+A datagram to a multicast group or a broadcast address always comes by the listener, and goes to the flow of its client.
+So do all datagrams of a client whose socket may not bind the port (`udp_engine.sock.SharedSocket`).
 
-The guest's own flows. From a guest port that a listener leads to, it is seen as coming from the listener's port: who
-answers there, and who writes there first, finds the same program. So the sockets of those flows are bound beside the
-listener, too (`open_socket`). Flows that were there before the listener, as is usual with `auto`, have the port that it
+Flows of the guest. A flow from a guest port that a listener leads to is seen as coming from the listener's port: the
+peer's answers, and its own first datagrams, reach the same program. So the sockets of these flows are bound to the
+listener's port, too (`open_socket`). Flows older than the listener, as is usual with `auto`, have the port that it
 wants, and begin again (`free_ports`).
 
-Dropped and counted: sources that nobody can answer to (multicast, broadcast, unspecified, port 0); clients of a family
-that the guest has no address in; clients for whom there is no socket, for the reason that the kernel gives.
+Dropped and counted: sources that cannot be answered (multicast, broadcast, unspecified, port 0); clients of a family in
+which the guest has no address; clients without a socket, with the kernel's reason.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from ..udp import Udp
 from ..udp_engine.io import reason
 from ..udp_engine.sock import Client, Misdelivered, SharedSocket, is_self_connected, open_client, open_socket, opener
 
-BATCHES_MAX = 8  # for one event
-MISDELIVERED_MAX = 1024  # handled for one event
+BATCHES_MAX = 8  # per event
+MISDELIVERED_MAX = 1024  # datagrams per event
 
 
 def refuse(peer: bytes, port: int) -> str | None:
-    """Why nobody can answer to a datagram from there, None if that is possible."""
+    """The reason why a datagram from there cannot be answered, None if it can."""
     if not addr.is_unicast(peer):
         return "udp: source is not unicast"
     return None if port else "udp: source port 0"
@@ -61,7 +61,7 @@ def _one_address(listener: Listener) -> bool:
 
 
 class UdpIn:
-    """What listeners get. `udp` is None if there is no tap."""
+    """The datagrams of listeners. `udp` is None without a tap."""
 
     def __init__(self, ctx: Context, udp: Udp | None) -> None:
         self._ctx = ctx
@@ -87,7 +87,7 @@ class UdpIn:
         self._deliver_misdelivered(now)
 
     def _receive(self, listener: Listener, now: float) -> None:
-        """A batch. Raises BlockingIOError, OSError."""
+        """Receive and hand on a batch. Raises BlockingIOError, OSError."""
         receiver = self._receiver
         lengths, envelopes = receiver.receive_from(listener.fd)
         groups: dict[bytes, list[int]] = {}
@@ -108,7 +108,7 @@ class UdpIn:
         record(self._ctx.drops, "datagrams at a listener", e)
 
     def _deliver_misdelivered(self, now: float) -> None:
-        """Hand out what came to sockets of clients before they were connected."""
+        """Hand on what sockets of clients received before connect(2)."""
         misdelivered, left = self._misdelivered, MISDELIVERED_MAX
         while misdelivered and left:
             some = misdelivered[:left]  # each of them may add others
@@ -124,7 +124,7 @@ class UdpIn:
         self._dispatch(client, memoryview(payload), [0, len(payload), 0], now)
 
     def _dispatch(self, client: Client, mv: memoryview, frames: list[int], now: float) -> None:
-        """Datagrams of one client, [start, end, 0]* in `mv`."""
+        """Hand on datagrams of one client, [start, end, 0]* in `mv`."""
         why = refuse(client.peer, client.port)
         if why is not None:
             self._ctx.drops[why] += len(frames) // 3
@@ -134,7 +134,7 @@ class UdpIn:
             self._to_guest(client, mv, frames, now)
 
     def _to_guest(self, client: Client, mv: memoryview, frames: list[int], now: float) -> None:
-        """Datagrams of one client, through the tap."""
+        """Hand datagrams of one client to the tap."""
         ctx, listener = self._ctx, client.listener
         source = ctx.fwd.inbound_source(client.peer, ctx.guest)
         target = None if source is None else ctx.fwd.inbound_target(source, listener.rule, ctx.guest)
@@ -147,14 +147,14 @@ class UdpIn:
             self._udp.inbound(key, client, lambda: self._open(client), mv, frames, now)
 
     def _open(self, client: Client) -> Any:
-        """The client's socket, on the side that the listener is on. Raises OSError."""
+        """Open the client's socket, on the side of the listener. Raises OSError."""
         make = opener(self._ctx, client.listener.rule.outbound)
         return open_client(lambda: make(addr.family(client.peer), socket.SOCK_DGRAM), client, self._misdelivered)
 
     # Ports -----------------------------------------------------------------------------------------------------------
 
     def free_ports(self, ports: Container[int]) -> None:
-        """Somebody is about to listen on `ports` of the host."""
+        """Close flows that keep `ports` of the host from listeners about to open."""
         if self._udp is not None:
             self._udp.free_ports(ports)
 
@@ -167,9 +167,9 @@ class UdpIn:
             leading.sort(key=_one_address)  # any peer of the guest reaches those of all addresses
 
     def end(self, listeners: Iterable[Listener]) -> None:
-        """Listeners close: what came by them ends with them, since its sockets keep the port from the next listener.
+        """Listeners close: their flows end, whose sockets would keep the port from the next listener.
 
-        All at once, since this looks at every flow: a range of ports has as many listeners, and flows are the guest's.
+        One call for all of them, since it looks at every flow, and a range of ports has as many listeners.
         """
         ending = frozenset(listeners)
         each(ending, self._lead_no_more, self._fault_at)
@@ -193,11 +193,11 @@ class UdpIn:
             try:
                 sock = self._open(client)
             except OSError:
-                continue  # the port as such cannot be had for this
+                continue  # the listener's port is not available
             if self._misdelivered:
                 self._ctx.timers.services.arm(self._timer, now)
             if isinstance(sock, SharedSocket) or is_self_connected(sock, client.sockaddr(host, dport)):
-                sock.close()  # it would tell of no errors; it would hear itself
+                sock.close()  # a shared socket reports no errors; a self-connected one receives what it sends
                 continue
             return sock
         return open_socket(fwd, host, sport, dport)

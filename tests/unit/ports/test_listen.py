@@ -21,7 +21,7 @@ from passt.linux.netns import Namespace
 from passt.loop.reactor import EPOLLIN, TYPE_LISTEN, make_ref
 from passt.policy.rules import Listener, Rule
 from passt.ports import listen
-from passt.ports.listen import BUDGET_MAX, PATIENCE, Listeners
+from passt.ports.listen import BUDGET_MAX, STREAK, Listeners
 from passt.ports.sockets import open_ports
 from passt.tcp_engine.sock import reset
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
@@ -193,15 +193,15 @@ def test_one_client_at_a_time_costs_one_accept(make: Make, port: int, monkeypatc
 
     monkeypatch.setattr(listen, "accept", counted)
     rig = make(rule(port))
-    for _ in range(PATIENCE - 1):
+    for _ in range(STREAK - 1):
         rig.connect(port)
         rig.fire()
-    assert len(calls) == len(rig.splice.got) == PATIENCE - 1
+    assert len(calls) == len(rig.splice.got) == STREAK - 1
 
 
 def test_crowd_is_let_in_by_and_by(make: Make, port: int) -> None:
     rig = make(rule(port))
-    crowd = 2 * PATIENCE * BUDGET_MAX
+    crowd = 2 * STREAK * BUDGET_MAX
     for _ in range(crowd):
         rig.connect(port)
     sizes: list[int] = []

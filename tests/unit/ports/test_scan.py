@@ -224,7 +224,7 @@ def test_ports_that_cannot_be_had_are_tried_again_and_said_once(monkeypatch: pyt
     w.scanner.start(T0)
     for _ in range(3):
         w.look()
-    assert said == ["-t auto: port 80 cannot be had now: Address already in use"]
+    assert said == ["-t auto: port 80 cannot be opened now: Address already in use"]
     w.refused = set()
     w.look()
     assert w.ours[T] == {80, 81}
@@ -233,7 +233,7 @@ def test_ports_that_cannot_be_had_are_tried_again_and_said_once(monkeypatch: pyt
     w.look()
     w.binds("ns", PROTO_TCP, 80)
     w.look()
-    assert said.count("-t auto: port 80 cannot be had now: Address already in use") == 2
+    assert said.count("-t auto: port 80 cannot be opened now: Address already in use") == 2
 
 
 # How many ------------------------------------------------------------------------------------------------------------
