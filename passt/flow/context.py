@@ -23,7 +23,7 @@ from .table import FlowTable
 class Context:
     """One per process."""
 
-    settings: Settings  # the configuration in force; see there who writes it
+    settings: Settings  # the configuration in force, and its only writer
     reactor: Reactor
     timers: TimerPool
     pool: PacketPool
@@ -32,11 +32,11 @@ class Context:
     fwd: Forwarding
     resolvers: Resolvers
     guest: Guest = field(default_factory=Guest)
-    drops: Counter[str] = field(default_factory=Counter)  # by reason; whoever drops a packet counts it
-    stats: Stats = field(default_factory=Stats)  # see there who writes what
+    drops: Counter[str] = field(default_factory=Counter)  # by reason; the module that drops a packet counts it
+    stats: Stats = field(default_factory=Stats)  # writers: see there
     ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none
 
     @property
     def config(self) -> Config:
-        """The configuration in force, for the control plane: to be read each time, not to be kept."""
+        """The configuration in force, for the control plane, which reads it each time and keeps no copy."""
         return self.settings.current

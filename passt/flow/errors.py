@@ -1,16 +1,15 @@
-"""ICMP errors to the guest, of whatever protocol the packet is.
+"""ICMP errors to the guest, for packets of all protocols.
 
-They are what the host's kernel reports on sockets with IP_RECVERR, or what it says when it refuses to connect or send.
-They go to the guest as the message that a router would have sent, quoting what the guest itself had sent: addresses,
-ports and identifiers are its own again.
+The host's kernel reports them on sockets with IP_RECVERR, or as errno of connect(2) and of sends. The guest gets the
+message that a router would send. It quotes the guest's own packet, with the guest's addresses, ports and identifiers.
 
-    who complains                                 source address that the guest sees
+    origin of the error                           source address that the guest sees
     --------------------------------------------  -----------------------------------------------
-    a router or host out there                    its own
-    our own kernel, the loopback, a mapped host   the destination that the guest had written to
+    a router or another host                      its own
+    the host itself, loopback, a mapped host      the destination that the guest wrote to
 
-More than ERRORS_PER_SECOND are counted, not sent (RFC 1812, 4.3.2.8; RFC 4443, 2.4 f). What went to a group or to the
-broadcast address is never answered by an error (RFC 1122, 3.2.2; RFC 4443, 2.4 e).
+Messages beyond ERRORS_PER_SECOND are counted and not sent (RFC 1812, 4.3.2.8; RFC 4443, 2.4 f). A packet to a group or
+to a broadcast address causes no error (RFC 1122, 3.2.2; RFC 4443, 2.4 e).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .context import Context
 
 ERRORS_PER_SECOND = 200
 
-# (type, code) that tells the guest about an errno, IPv4 (RFC 792, RFC 1812) and IPv6 (RFC 4443)
+# (type, code) for an errno, IPv4 (RFC 792, RFC 1812) and IPv6 (RFC 4443)
 _UNREACHABLE4 = {
     errno.ECONNREFUSED: icmp.UNREACHABLE_PORT,
     errno.ENETUNREACH: icmp.UNREACHABLE_NET,
@@ -47,7 +46,7 @@ _UNREACHABLE6 = {
 
 
 def from_errno(number: int, mtu: int, *, v4: bool) -> tuple[int, int, int]:
-    """(type, code, word) of the message that says what `number` says; any other errno is an unreachable host."""
+    """(type, code, word) of the message for errno `number`; an errno not listed is an unreachable host."""
     if number == errno.EMSGSIZE:
         return (icmp.UNREACHABLE, icmp.UNREACHABLE_FRAGMENTATION, mtu) if v4 else (icmp.PACKET_TOO_BIG6, 0, mtu)
     if v4:
@@ -56,18 +55,18 @@ def from_errno(number: int, mtu: int, *, v4: bool) -> tuple[int, int, int]:
 
 
 def from_extended(error: ExtendedError, *, v4: bool) -> tuple[int, int, int]:
-    """(type, code, word) of the message that the host's kernel got, or of one that says as much."""
+    """(type, code, word) of the message that the host's kernel received, or of one for its errno."""
     if error.origin != (ORIGIN_ICMP if v4 else ORIGIN_ICMP6):
         return from_errno(error.errno, error.info, v4=v4)
-    # What the kernel hands on of the word: the MTU (next hop's, 16 bits in IPv4) or, for a parameter problem, a pointer
-    # that points into a packet which is not the guest's.
+    # The kernel reports the MTU (of the next hop, 16 bits in IPv4) or, for a parameter problem, a pointer into a packet
+    # that is not the guest's.
     too_big = (icmp.UNREACHABLE, icmp.UNREACHABLE_FRAGMENTATION) if v4 else (icmp.PACKET_TOO_BIG6, 0)
     word = error.info if (error.type, error.code) == too_big else 0
     return error.type, error.code, word
 
 
 class Errors:
-    """Error messages to the guest, at a bounded rate. One per protocol, so that none starves another."""
+    """ICMP errors to the guest at a bounded rate. One object per protocol, so that none starves another."""
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
@@ -75,16 +74,16 @@ class Errors:
         self._left = 0
 
     def refused(self, number: int, guest: bytes, dst: bytes, packet: bytes, now: float) -> None:
-        """The host's kernel would not send `packet` of `guest` to `dst`, and said errno `number`."""
+        """The host's kernel refused to send `packet` of `guest` to `dst`, with errno `number`."""
         self._send(dst, guest, *from_errno(number, 0, v4=len(dst) == 4), packet, now)
 
     def reported(self, error: ExtendedError, guest: bytes, dst: bytes, host: bytes, packet: bytes, now: float) -> None:
-        """`error` came for `packet`, which `guest` had sent to `dst` and we to the host-side address `host`."""
+        """`error` is about `packet`, which `guest` sent to `dst`; on the host that is `host`."""
         src = self._source(error.offender, dst, host)
         self._send(src, guest, *from_extended(error, v4=len(dst) == 4), packet, now)
 
     def _source(self, offender: bytes | None, dst: bytes, host: bytes) -> bytes:
-        """The offender as the guest may know it."""
+        """The source address for a message of `offender`, as in the table above."""
         if offender is None or len(offender) != len(dst) or offender == host or not addr.is_unicast(offender):
             return dst
         settings = self._ctx.fwd.family(dst)

@@ -1,19 +1,18 @@
-"""Flows that nobody closes: UDP and ping end by being idle, or by making room.
+"""Flows without an end of their own: UDP and ping flows end when they are idle, or to make room.
 
-    event                                    consequence                                          closed as
+    event                                    consequence                                          reason
     ---------------------------------------  ---------------------------------------------------  ---------
-    nothing sent or received for `timeout`   closed by the next sweep                             idle
+    nothing sent or received for `timeout`   the next sweep closes it                             idle
     more than `limit` flows, or table full   the longest idle sixteenth is closed                 evicted
-    no descriptor left (EMFILE, ENFILE)      likewise, and the socket is tried again              evicted
-    a fault of ours                          the flow that it was about is closed                 fault
+    no descriptor left (EMFILE, ENFILE)      the same, and the socket is opened again             evicted
+    a fault in handling a flow               that flow is closed                                  fault
 
-Where peers can begin flows, too (`foreign`), these make room for each other, as long as there are any, and not at the
-cost of the guest's own. A flow of the guest makes room at the cost of any.
+Where peers can begin flows as well (`foreign`), a new one makes room at the cost of other foreign flows, as long as
+there are any, and not of the guest's. A new flow of the guest makes room at the cost of any.
 
-A protocol writes `flow.last = now` and adds to a count of bytes for each batch, and that is all it pays. One timer
-serves all flows of a protocol; it is armed only while there are flows, never before one could be due, and re-armed by
-the sweep that it causes. A flow has one socket, unless its class says otherwise (`watch`, `sockets`) or the socket is
-somebody else's (no descriptor).
+Per batch, a protocol writes `flow.last = now` and adds to a count of bytes. One timer serves all flows of a protocol.
+It is armed only while there are flows, for the earliest time at which one can be due, and each sweep arms it again. A
+flow has one socket, unless its class overrides `watch` and `sockets`, or shares the socket of a listener (fd -1).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
 
 
 class IdleFlow(Flow):
-    """A flow with the time of its last packet and how long it may be silent, both in seconds; and bytes of payload."""
+    """A flow with the time of its last packet, its idle timeout, both in seconds, and its bytes of payload."""
 
     __slots__ = ("last", "timeout", "to_guest", "to_host")
     protocol = "udp"
@@ -59,16 +58,16 @@ class IdleFlow(Flow):
 
     @property
     def foreign(self) -> bool:
-        """Whether somebody else than the guest began it."""
+        """Whether a peer, and not the guest, began it."""
         return False
 
     def watch(self, reactor: Reactor, kind: int) -> None:
-        """Have the events of its sockets handled. Raises OSError, with none of them watched."""
+        """Watch its sockets. Raises OSError, with none of them watched."""
         if self.fd >= 0:
             reactor.watch(self.fd, kind, self.index, EPOLLIN | EPOLLERR)
 
     def sockets(self) -> tuple[tuple[int, Any], ...]:
-        """(descriptor, owner) of what is to be closed with the flow."""
+        """(descriptor, owner) of all that closes with the flow."""
         return ((self.fd, self.sock),) if self.fd >= 0 else ()
 
 

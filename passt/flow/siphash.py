@@ -1,7 +1,7 @@
 """SipHash-2-4 with a 64-bit result (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012).
 
-A keyed hash that nobody without the key can predict: initial sequence numbers are made with it (RFC 6528). One call
-costs about a microsecond per round in Python, 2 rounds per 8 bytes and 4 at the end, paid once per TCP connection.
+A keyed hash that cannot be predicted without the key, for initial sequence numbers (RFC 6528). A call costs about a
+microsecond per round in Python, 2 rounds per 8 bytes and 4 at the end, once per TCP connection.
 """
 
 from __future__ import annotations

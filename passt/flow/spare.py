@@ -1,13 +1,13 @@
-"""Listening sockets whose accept(2) fails: nobody is left waiting, and no event makes us spin.
+"""Listeners whose accept(2) fails: the client gets an answer, and the loop does not spin.
 
-A connection that is not accepted stays in the queue, and would be reported for ever.
+A connection that is not accepted stays in the backlog, and epoll would report it for ever.
 
-    what accept(2) lacks           consequence
+    accept(2) lacks                consequence
     -----------------------------  -------------------------------------------------------------------------------------
-    a descriptor (EMFILE, ENFILE)  a spare one is given up for as long as it takes to accept the client and turn it away
+    a descriptor (EMFILE, ENFILE)  a spare one is closed for as long as it takes to accept the client and turn it away
     that one, too, or memory       the listener rests: it is watched again after 100 ms
 
-A listener that cannot be watched again then rests on, and has its next turn a second later; the others do not wait.
+A listener that cannot be watched again rests for another second; the others do not wait for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .idle import NO_DESCRIPTORS
 
 REST = 0.1  # s
 
-# The queue is as it was, and the next attempt will fail, too; all other errors are about one connection, now gone
+# The backlog is unchanged, and the next attempt fails as well; other errors are about one connection, which is gone
 _STUCK = NO_DESCRIPTORS | {errno.ENOMEM, errno.ENOBUFS}
 _DEFECTS = frozenset((errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK))
 
@@ -34,7 +34,7 @@ CALLS = calls("accept4", "timerfd_create", "close")
 
 
 class Spare:
-    """The descriptor in reserve of listeners of one kind, and those of them that rest."""
+    """The spare descriptor of all listeners of a kind, and the listeners that rest."""
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
@@ -43,9 +43,9 @@ class Spare:
         self._fd = _descriptor()
 
     def accept_failed(self, listener: int, e: OSError, now: float, turn_away: Callable[[int], None]) -> bool:
-        """accept(2) has failed with `e` where somebody waits; turn_away(fd) is given who that is, and must close it.
+        """accept(2) failed with `e`. turn_away(fd) gets the next client, if it can be accepted, and closes it.
 
-        False if the listener rests now. Raises `e` if it says that we are wrong.
+        Returns False if the listener rests. Raises `e` if the errno is that of a defect.
         """
         if e.errno in _DEFECTS:
             raise e
@@ -59,17 +59,17 @@ class Spare:
             os.close(self._fd)
         try:
             turn_away(accept(listener)[0])
-        except OSError:  # the descriptor went to somebody else, or the client has gone
+        except OSError:  # another thread took the descriptor, or the client is gone
             return False
         finally:
             self._fd = _descriptor()
         return True
 
     def rest(self, listener: int, now: float) -> None:
-        """Do not look at a listener for a moment."""
+        """Leave a listener alone for a moment."""
         if not self._resting:
             self._ctx.timers.services.arm(self._timer, now + REST)
-        self._resting.add(listener)  # first: what is not watched any more is sure to be watched again
+        self._resting.add(listener)  # first, so that it is watched again in any case
         self._ctx.reactor.change(listener, 0)
 
     def _resume(self, now: float) -> None:
@@ -83,11 +83,11 @@ class Spare:
         self._resting.add(listener)
 
     def forget(self, listener: int) -> None:
-        """A listener closes: its number may be somebody else's when the rest is over."""
+        """A listener closes: its descriptor may have another owner when the rest is over."""
         self._resting.discard(listener)
 
     def close(self) -> None:
-        """There are no listeners any more."""
+        """Close the spare descriptor: there are no listeners any more."""
         self._resting.clear()
         if self._fd >= 0:
             os.close(self._fd)
@@ -95,7 +95,7 @@ class Spare:
 
 
 def _descriptor() -> int:
-    """The cheapest descriptor that there is; -1 if none can be had."""
+    """A cheap descriptor, or -1 if none is free."""
     try:
         return timerfd_create()
     except OSError:

@@ -1,19 +1,19 @@
-"""What is counted, as far as nobody counts it anyway, and what the kernel knows about this process.
+"""Statistics: counters that no other module keeps, and figures of this process from the kernel.
 
     figure                             counted by                             when
     ---------------------------------  -------------------------------------  -------------------------
-    frames, bytes from the guest       tap (here)                             for each batch
-    frames, bytes to the guest         the link, in itself                    for each frame: one write
-    bytes between loopbacks            tcp_splice, udp_splice (here)          for each wake-up
-    flows opened, closed, and why      flow.table, in the table                for each flow
-    drops, by reason                   whoever drops, in `ctx.drops`          for each drop
-    wake-ups, events                   the reactor, in itself                 for each turn
-    listening sockets, forwards, ...   their owners, who can count them       when they are asked
-    processor time, memory             the kernel                             when it is asked
+    frames, bytes from the guest       tap (here)                             per batch
+    frames, bytes to the guest         the link, in itself                    per frame: one write
+    bytes between loopbacks            splice.tcp, splice.udp (here)          per wake-up
+    flows opened, closed, and reasons  flow.table, in the table               per flow
+    drops, by reason                   the module that drops, in `ctx.drops`  per drop
+    wake-ups, events                   the reactor, in itself                 per turn
+    listening sockets, forwards, ...   their owners, as gauges                on request
+    processor time, memory             the kernel                             on request
 
-A super-frame counts as one frame, with all its bytes, where the guest's kernel takes and gives such; bytes of frames
-are those from the Ethernet header on. Flows count payload. What a link was given is counted as sent, even if a virtual
-machine leaves before it has read all of it.
+A super-frame counts as one frame, with all its bytes, where the guest's kernel takes and sends such. Bytes of frames
+begin with the Ethernet header. Flows count payload. A frame that the link has taken counts as sent, even if a virtual
+machine disconnects before it reads it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STAT = "/proc/self/stat"  # proc(5)
 
 
 class Tally:
-    """Bytes that went one way."""
+    """Bytes in one direction."""
 
     __slots__ = ("bytes",)
 
@@ -41,8 +41,8 @@ class Tally:
 class Stats:
     """One per process. `spliced` is (to the guest, to the host) by protocol.
 
-    `gauges` are numbers that their owners can tell at any time: "listeners", "forwards", and "guests" where these come
-    and go.
+    `gauges` are numbers that their owners report on request: "listeners", "forwards", and "guests" where these connect
+    and disconnect.
     """
 
     def __init__(self) -> None:
@@ -55,33 +55,33 @@ class Stats:
         self._page, self._tick = os.sysconf("SC_PAGESIZE"), os.sysconf("SC_CLK_TCK")
 
     def gauge(self, name: str, default: int = 0) -> int:
-        """What the owner of `name` says, if it has one."""
+        """The gauge `name`, or `default` if there is none."""
         ask = self.gauges.get(name)
         return ask() if ask is not None else default
 
     def open_process(self) -> None:
-        """Be able to tell memory and time when there are no files any more. In the process that it is about."""
+        """Open /proc/self/stat of this process while there is a /proc."""
         try:
             self._stat = os.open(_STAT, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             self._stat = -1  # no /proc
 
     def _field(self, number: int) -> int:
-        """A field of the file, as proc(5) counts them. The name in field 2 may hold anything."""
+        """A field of the file, as proc(5) counts them. The name in field 2 may have any character."""
         return int(os.pread(self._stat, 1024, 0).rpartition(b")")[2].split()[number - 3])
 
     def resident(self) -> int:
-        """Memory that the process has now, in bytes; 0 if that is not known."""
+        """Resident memory of the process in bytes; 0 without /proc."""
         return self._field(24) * self._page if self._stat >= 0 else 0
 
     def cpu(self) -> tuple[float, float]:
-        """Processor time so far in seconds: ours, and the kernel's for us. Without /proc all is ours."""
+        """Processor time in seconds, in user mode and in the kernel. Without /proc all of it counts as user mode."""
         if self._stat < 0:
             return time.process_time(), 0.0
         return self._field(14) / self._tick, self._field(15) / self._tick
 
     def close(self) -> None:
-        """For tests."""
+        """Close /proc/self/stat."""
         if self._stat >= 0:
             os.close(self._stat)
             self._stat = -1

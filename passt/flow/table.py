@@ -1,38 +1,38 @@
-"""The flow table: what the guest talks to whom about, in all protocols.
+"""The flow table: all conversations of the guest, in all protocols.
 
-A flow has an index, which is what an epoll reference carries, and a key, under which its protocol finds it:
+A flow has an index, which epoll references carry, and a key, by which its protocol finds it:
 
     IPv4: guest address (4), peer address (4), guest port (2), peer port (2)
     IPv6: guest address (16), peer address (16), guest port (2), peer port (2)
 
-as they stand in a packet from the guest, so a look-up is one slice of the packet and one `dict` access. Python hashes
+in the order of a packet from the guest, so a look-up is one slice of the packet and one `dict` access. Python hashes
 `bytes` by SipHash under a key drawn at start, so a guest cannot choose keys that collide (`check_hash`).
 
-States, changed here and nowhere else:
+States, changed only here:
 
-    state   what may be done                                      left by
+    state   permitted                                             left by
     ------  ----------------------------------------------------  --------------
-    FREE    nothing: the index waits to be used again             insert
-    NEW     the protocol opens its socket, sets up headers        activate, free
+    FREE    nothing: the index may be used again                  insert
+    NEW     the protocol opens its socket and writes headers      activate, free
     ACTIVE  events and packets are handled                        free
 
-Ping and UDP flows go oldest first when the table is full; established TCP is never harmed (the protocols decide).
+When the table is full, the protocols close the longest idle ping and UDP flows; established TCP connections stay.
 
-What is told of a flow
-======================
+Logs and statistics
+===================
 
-The debug log has a line for its beginning and one for its end, with the reason that whoever ended it gave:
+The debug log has a line for the beginning of a flow and one for its end, with a reason:
 
     Flow 12 (TCP connection): 10.0.2.15:40000 -> 93.184.216.34:443 opened
     Flow 12 (TCP connection): closed: reset by guest; 1234 bytes out, 567 in, 1.2 s
 
-"out" is from the guest to the host. Where the host's side is another than the guest knows (a mapped address, a client
-on loopback), the first line says so. `info` tells the same of a flow that is alive, and all else that can be known.
-None of this costs anything while nobody asks: a protocol keeps no count that the kernel, or its own sequence numbers,
-can give; where it must, that is one addition for a batch.
+"out" is from the guest to the host. Where the host's side has an address that the guest does not know (a mapped
+address, a client on loopback), the first line has it, too. `info` reports a flow in progress in full. It costs nothing
+until it is called: a protocol keeps no count that the kernel or its own sequence numbers have, and else adds up once
+per batch.
 
-Flows are counted by their `label` when they begin, and by label and reason when they end. Reasons are few and fixed:
-those of the protocols, and what the kernel says (`reason_of`).
+Flows are counted by `label` at their beginning, and by label and reason at their end. Reasons are few and fixed: those
+of the protocols, and those of errnos (`reason_of`).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ CALLS = calls("getsockname")
 FREE, NEW, ACTIVE = range(3)
 STATE_NAMES = ("FREE", "NEW", "ACTIVE")
 FLOW_MAX = 131071
-LABELS = ("tcp", "tcp_splice", "udp", "udp_splice", "dns", "ping")  # all there are
-GUEST, HOST = "guest", "host"  # who began a flow
-RECENT = 5.0  # s since the last packet of an active flow; then it is idle
+LABELS = ("tcp", "tcp_splice", "udp", "udp_splice", "dns", "ping")
+GUEST, HOST = "guest", "host"  # the side that began a flow
+RECENT = 5.0  # s after its last packet a flow counts as idle
 
 _REASONS = {
     errno.ECONNREFUSED: "refused",
@@ -72,12 +72,12 @@ _REASONS = {
 
 
 def reason_of(error: int) -> str:
-    """Why a flow ends whose socket failed with an errno."""
+    """The reason for the end of a flow whose socket failed with an errno."""
     return _REASONS.get(error) or os.strerror(error).lower()
 
 
 def name_of(ask: Callable[[], Any]) -> str:
-    """What getsockname() of a socket says, as ADDRESS:PORT; empty if it has no such end (any more)."""
+    """The result of getsockname() as ADDRESS:PORT, empty if the socket has none (any more)."""
     try:
         host, port, *_ = ask()
     except OSError:
@@ -87,15 +87,15 @@ def name_of(ask: Callable[[], Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Who talks to whom, as ADDRESS:PORT; what is not known (yet, or any more) is empty."""
+    """The ends of a flow, as ADDRESS:PORT; an unknown end is empty."""
 
     began: str  # GUEST or HOST
     guest: str
     peer: str  # as the guest sees it
-    host: str  # whom our socket on the host is connected to
+    host: str  # the peer of the socket on the host
 
     def __str__(self) -> str:
-        """A -> B, the one who began first; and who that is on the host, if the guest knows it by another name."""
+        """A -> B, where A began the flow, and the host's address of the peer if the guest has another for it."""
         if self.began == GUEST:
             other = f" (host {self.host})" if self.host not in ("", self.peer) else ""
             return f"{self.guest} -> {self.peer or self.host}{other}"
@@ -105,20 +105,20 @@ class Endpoints:
 
 @dataclass(frozen=True, slots=True)
 class TcpInfo:
-    """What only a TCP connection has. Windows and queues in bytes; None: not known, or no such side."""
+    """Figures of a TCP connection. Windows and queues in bytes; None: not known, or no such side."""
 
     rtt: float | None  # s, of the host's socket
-    snd_wnd: int | None  # what the guest is ready to take
-    rcv_wnd: int | None  # what the guest was promised
+    snd_wnd: int | None  # the guest's window
+    rcv_wnd: int | None  # the window advertised to the guest
     resent_to_guest: int | None  # retransmissions to the guest
-    resent_to_host: int | None  # segments that the host's kernel has sent again
-    queue_to_guest: int | None  # bytes received, and not yet acknowledged by the guest
-    queue_to_host: int | None  # bytes taken from the guest, and not yet acknowledged by the peer
+    resent_to_host: int | None  # retransmissions of the host's kernel
+    queue_to_guest: int | None  # bytes received, not acknowledged by the guest
+    queue_to_host: int | None  # bytes taken from the guest, not acknowledged by the peer
 
 
 @dataclass(frozen=True, slots=True)
 class FlowInfo:
-    """A flow, as it is shown. Bytes are payload; times in seconds."""
+    """A flow, for display. Bytes are payload; times in seconds."""
 
     index: int
     protocol: str  # tcp, udp, icmp
@@ -132,7 +132,7 @@ class FlowInfo:
     tcp: TcpInfo | None = None
 
     def row(self) -> dict[str, object]:
-        """For JSON: no value but text, numbers, None."""
+        """For JSON: text, numbers, None."""
         tcp: dict[str, object] = {}
         if self.tcp is not None:
             tcp = {name: getattr(self.tcp, name) for name in self.tcp.__slots__}
@@ -156,7 +156,7 @@ class FlowInfo:
 
 
 class Flow:
-    """Common part. Subclasses add their slots, and answer `endpoints`, `traffic` and `info`.
+    """The common part. Subclasses add slots, and implement `endpoints`, `traffic` and `info`.
 
     `kind` is the text of log lines, `label` the name in statistics, one of LABELS.
     """
@@ -174,7 +174,7 @@ class Flow:
         self.opened = 0.0  # time.monotonic()
 
     def endpoints(self) -> Endpoints:
-        """Who talks to whom."""
+        """The ends of the flow."""
         return Endpoints(GUEST, "", "", "")
 
     def traffic(self) -> tuple[int, int]:
@@ -182,7 +182,7 @@ class Flow:
         return 0, 0
 
     def info(self, now: float) -> FlowInfo:
-        """All that can be known at the moment; costs some system calls."""
+        """The flow in full; costs some system calls."""
         raise NotImplementedError
 
 
@@ -191,7 +191,7 @@ class TableFull(Exception):
 
 
 class FlowTable:
-    """Index -> flow, for all protocols together. Keys are kept by each protocol in a dict of its own.
+    """Index -> flow, for all protocols together. Each protocol has a dict of its own by key.
 
     `opened` counts by label, `closed` by (label, reason).
     """
@@ -229,8 +229,8 @@ class FlowTable:
     def free(self, flow: Flow, why: str) -> None:
         """Any state but FREE -> FREE; the index may be used again at once. The caller has retired the socket.
 
-        `why` is one of a few fixed texts. Raises RuntimeError for a flow that is not in the table: a second time would
-        give its index to two others.
+        `why` is one of a few fixed texts. Raises RuntimeError for a flow that is not in the table: freed twice, its
+        index would go to two flows.
         """
         if flow.state == FREE:
             raise RuntimeError(f"flow {flow.index} ({flow.kind}) is not in the table")
