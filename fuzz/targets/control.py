@@ -32,7 +32,7 @@ from passt.ports.sockets import Failure, Wanted
 from tests.unit.support import T0, FakeReactor, elapse, make_context, reactor
 
 ENTRANCES = 900, 901
-TAKEN = frozenset((7, 77, 61007))  # ports that somebody else has
+TAKEN = frozenset((7, 77, 61007))  # ports of other programs
 WORDS = (
     *('{"command":"show"}\n', '{"command":"info"}\n', '{"command":"stats"}\n', '{"command":"flows"}\n'),
     *('{"command":"add","rules":["-t ', '{"command":"delete","rules":["-u ', '{"command":"replace","rules":["-t '),

@@ -1,4 +1,4 @@
-"""Ping flows: echo requests of the guest, ping sockets that refuse, congest and report errors, replies of anybody,
+"""Ping flows: echo requests of the guest, ping sockets that refuse, congest and report errors, replies of any host,
 time, and descriptors that run out. A step is one of these.
 
 Invariants: nothing is raised; a request is given to a socket once, as it is, or is counted; a reply that goes to the
@@ -215,7 +215,7 @@ def check_message(world: World, src: bytes, dst: bytes, message: bytes) -> None:
     else:
         assert fold(pseudo_sum(src, dst, 58, len(message)) + ones_sum(message)) == 0xFFFF
     if message[0] == (0 if v4 else 129):
-        assert any(a[0] == dst and a[2] == message[4:6] for a in world.asked), "a reply to nobody"
+        assert any(a[0] == dst and a[2] == message[4:6] for a in world.asked), "a reply without a request"
         return
     quoted = message[8:]
     n, l4 = (4, 20) if v4 else (16, 40)

@@ -1,7 +1,7 @@
-"""The log file, which rotates inside itself. A step writes lines, or somebody else empties the file.
+"""The log file, which rotates inside itself. A step writes lines, or another program empties the file.
 
 Invariants: the file is never longer than its limit; it is the header and the last of the lines, whole, in order (but
-one that is too long by itself, which is cut), as long as nobody else writes to it.
+one that is too long by itself, which is cut), as long as no other program writes to it.
 """
 
 from __future__ import annotations

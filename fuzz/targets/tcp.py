@@ -508,7 +508,7 @@ def program(world: World, steps: Steps) -> None:
 
 
 def behave(world: World) -> None:
-    """Everybody does what must be done to come to an end."""
+    """Both ends close, and acknowledge everything."""
     world.lose, world.connect, world.no_sockets, world.full = 0, 0, False, False
     world.tcp.resume(world.now)
     connected(world, 0)

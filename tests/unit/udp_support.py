@@ -36,7 +36,7 @@ REUSE: tuple[tuple[int, ...], ...] = (
 
 
 def second_bind(where: tuple[str, int], options: tuple[int, ...], uid: int = -1) -> None:
-    """Somebody else, who may be another user, would like to have a port that we have. Raises OSError."""
+    """Bind a port that is in use here, perhaps as another user. Raises OSError."""
     with socket.socket(socket.AF_INET6 if ":" in where[0] else socket.AF_INET, socket.SOCK_DGRAM) as s:
         os.fchown(s.fileno(), uid, -1)
         for option in options:
@@ -207,7 +207,7 @@ class Between(socket.socket):
 
 
 class Unprivileged(socket.socket):
-    """A socket of somebody who may not bind ports of listeners."""
+    """A socket of a user without the right to bind ports of listeners."""
 
     ports: frozenset[int] = frozenset()
 
@@ -219,7 +219,7 @@ class Unprivileged(socket.socket):
 
 @contextmanager
 def unprivileged(*listeners: Listener) -> Iterator[None]:
-    """While this holds, nobody may bind the ports of these."""
+    """While this holds, bind(2) to the ports of these fails."""
     with (
         mock.patch.object(Unprivileged, "ports", frozenset(listener.port for listener in listeners)),
         mock.patch.object(

@@ -1,4 +1,4 @@
-"""Error messages to the guest, whoever asks for them."""
+"""ICMP errors to the guest, for all protocols."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def is_free(port: int, kind: int = socket.SOCK_STREAM) -> bool:
 
 
 def taken(port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
-    """Somebody else who has the port."""
+    """Another program that has the port."""
     s = socket.socket(socket.AF_INET6, kind)
     s.bind(("::", port))
     if kind == socket.SOCK_STREAM:
@@ -426,7 +426,7 @@ def test_automatic_rules_come_and_go(rig: Make, port: int) -> None:
     r.change(delete("-t auto"))
     assert not r.open() and is_free(port + 1)
     timers(r.ctx).services.fire(1, T0 + 2 * INTERVAL)
-    assert timers(r.ctx).services.deadlines[1] is None, "nobody looks any more"
+    assert timers(r.ctx).services.deadlines[1] is None, "no scan is due"
     r.change(add("-t auto"))
     assert r.open() == [f"-t {port + 1}:{port + 1}"]
 

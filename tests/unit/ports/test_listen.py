@@ -209,7 +209,7 @@ def test_crowd_is_let_in_by_and_by(make: Make, port: int) -> None:
         rig.fire()
         sizes.append(len(rig.splice.got) - sum(sizes))
     assert max(sizes) == BUDGET_MAX and sizes == sorted(sizes[:-1]) + sizes[-1:]
-    rig.fire()  # nobody is left
+    rig.fire()  # the backlog is empty
     rig.fire()
     assert len(rig.splice.got) == crowd
 
@@ -330,7 +330,7 @@ def test_listener_rests_without_memory(make: Make, port: int, monkeypatch: pytes
 
 
 def test_a_listener_that_closes_while_it_rests(make: Make, port: int) -> None:
-    """Its number may be somebody else's by then."""
+    """Its descriptor may have another owner by then."""
     rig = make(rule(port))
     listener = rig.opened[0]
     rig.listeners.fault(make_ref(TYPE_LISTEN, listener.fd, listener.index))

@@ -431,7 +431,7 @@ def test_without_ipv4_there_are_none() -> None:
 
 
 def test_other_rules() -> None:
-    """What comes is looked for at once; what is gone is nobody's business any more; the timer comes and goes."""
+    """A new rule is followed at once, a deleted one no longer; the timer exists while rules do."""
     w = World()
     w.scanner.start(T0)
     assert w.deadlines == []

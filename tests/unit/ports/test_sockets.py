@@ -266,7 +266,7 @@ def test_only_the_rules_of_the_side(sides: Sides) -> None:
     assert sides(*forwards, outbound=True) == [first + 2, first + 2]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_udp_ports_are_given_to_whom_we_become() -> None:
     first = free_ports(2)
     config = replace(CONFIG, forwards=(rule(first), rule(first + 1, proto=PROTO_UDP)))

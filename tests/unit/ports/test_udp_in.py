@@ -455,7 +455,7 @@ def test_other_ports_of_the_guest_are_kept_as_they_are(local: Start) -> None:
 
 
 def test_who_writes_while_the_guests_socket_is_opened(start: Start, between: Any) -> None:
-    """First datagrams of clients are for the listener, whoever got them."""
+    """First datagrams of clients are for the listener, whichever socket received them."""
     lab = start()
     listener = lab.listen("0.0.0.0", to=TO)
     peer, client = lab.socket(), lab.client(listener)

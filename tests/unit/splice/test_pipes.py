@@ -40,7 +40,7 @@ def test_an_empty_pipe_is_used_again(pool: PipePool) -> None:
 
 def test_a_pipe_with_bytes_in_it_is_not(pool: PipePool) -> None:
     pipe = pool.take()
-    os.write(pipe[1], b"of somebody else")
+    os.write(pipe[1], b"of another one")
     pool.give_back(pipe, 16)
     for fd in pipe:
         with pytest.raises(OSError, match="Bad file descriptor"):

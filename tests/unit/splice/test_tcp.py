@@ -306,7 +306,7 @@ def test_a_slow_reader_gets_everything(lab: Lab) -> None:
 
 
 def test_blocked_connections_cost_nothing(lab: Lab) -> None:
-    """With both directions full and nobody reading, no event comes any more."""
+    """With both directions full and no reader, no event comes any more."""
     client, server = lab.pair()
     lab.fill(client)
     lab.fill(server)

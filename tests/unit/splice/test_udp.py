@@ -270,7 +270,7 @@ def test_a_source_port_that_is_taken_is_replaced(start: Start) -> None:
 
 
 def test_a_socket_never_talks_to_itself(start: Start) -> None:
-    """The client's port is the one that the listener leads to, and nobody has that on the other side."""
+    """The client's port is the one that the listener leads to, which is free on the other side."""
     lab = start()
     client = lab.socket("127.0.0.1", "127.0.0.9")
     listener = lab.listen(to=port_of(client), target=host_of(client))

@@ -699,7 +699,7 @@ def test_no_descriptor(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert talk.gone and talk.tcp._table.half_open == 0 and not reactor(talk.ctx).refs
 
 
-# Whom the guest sees, and whom the client reaches --------------------------------------------------------------------
+# The endpoints that the guest and the client see ---------------------------------------------------------------------
 
 OTHER = replace(IP4, map_host_loopback=addr.packed("192.0.2.77"), map_guest_addr=addr.packed("192.0.2.88"))
 

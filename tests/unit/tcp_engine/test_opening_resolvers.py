@@ -28,7 +28,7 @@ def talk_to(*hosts: str, v6: bool = False, port: int = 53) -> Talk:
 
 
 def connected() -> list[str]:
-    """Whom sockets were connected to, in order."""
+    """Peers that sockets were connected to, in order."""
     return [s.peer[0] for s in FakeSocket.made]
 
 

@@ -20,7 +20,7 @@ Put = tuple[int, int, int, bytes, int, bytes]
 
 
 def talk_of(*pieces: bytes, fin: bool = False) -> tuple[Talk, list[Put]]:
-    """A connection to somebody near, and segments in their order."""
+    """A connection to a near peer, and segments in their order."""
     talk = open_connection()
     (conn,) = talk.tcp._conns.values()
     conn.near = True

@@ -165,7 +165,7 @@ def test_what_failed_is_not_watched() -> None:
         (PEER4, ALL, False),
         (GATEWAY4, ALL, True),
         (GUEST4, ALL, True),  # the host has the address, too
-        (PEER4, replace(ALL, bytes_acked=False), True),  # nobody could tell
+        (PEER4, replace(ALL, bytes_acked=False), True),  # TCP_INFO lacks it
         (PEER6, ALL, False),
         (GATEWAY6, ALL, True),
     ],

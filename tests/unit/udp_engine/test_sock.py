@@ -78,7 +78,7 @@ def test_one_guest_port_to_several_peers(server: socket.socket) -> None:
             assert (a.recv(10), b.recv(10)) == (b"to a", b"to b")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_no_other_user_gets_at_a_flows_port(server: socket.socket) -> None:
     with open_socket(FWD, addr.LOOPBACK4, free_ports(), port_of(server)) as s:
         for options in REUSE:
@@ -95,7 +95,7 @@ def test_a_port_of_the_kernels_choice_is_shared_with_nobody(server: socket.socke
 
 
 @pytest.mark.parametrize("option", [socket.SO_REUSEADDR, socket.SO_REUSEPORT])
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_a_port_that_another_user_would_share_is_replaced(server: socket.socket, option: int) -> None:
     with plain() as holder:
         os.fchown(holder.fileno(), ANOTHER, -1)
@@ -147,7 +147,7 @@ RealSocket = socket.socket
 
 
 class Stranger(socket.socket):
-    """A socket that gets a datagram from somebody between bind() and connect()."""
+    """A socket that gets a datagram of a stranger between bind() and connect()."""
 
     def connect(self, address: tuple[str, int]) -> None:  # type: ignore[override]
         with RealSocket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
@@ -293,7 +293,7 @@ def listener_at() -> Iterator[Listener]:
 
 
 @pytest.mark.parametrize("which", ["listener", "listener_at"])
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_no_other_user_gets_in_while_a_client_is_bound(
     which: str, peer: socket.socket, request: pytest.FixtureRequest
 ) -> None:
@@ -320,7 +320,7 @@ def test_no_other_user_gets_in_while_a_client_is_bound(
     assert len(attempts) == 24
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_the_guests_own_flows_from_the_port_of_a_listener_at_an_address(
     listener_at: Listener, server: socket.socket, peer: socket.socket
 ) -> None:
