@@ -164,27 +164,30 @@ class Listeners:
         self._retire(listener)
 
     def _fault_at(self, what: object, e: Exception) -> None:
-        """A port, or a listener of it, could not be closed or handed over: the others are."""
+        """A port, or a listener of it, could not be closed or handed over; the others go on."""
         record(self._ctx.drops, "a change of ports", e)
 
     def hand_over(self, ports: Sequence[tuple[Rule, int, Rule]]) -> None:
-        """Let heirs, the third of each, which listen in the same way, have ports of rules, without a moment in which
-        these are closed.
+        """Hand the listeners of (rule, port, successor) to the successor, a rule that listens in the same way.
 
-        Connections go on. UDP flows end if the port leads elsewhere now.
+        The port stays open, and connections go on. UDP flows end if the target of the port changes.
         """
         handed: list[tuple[Listener, Rule]] = []
         each(ports, self._hand_over, self._fault_at, handed)
-        moved = [listener for listener, heir in handed if listener.rule.proto != PROTO_TCP and _moves(listener, heir)]
+        moved = [
+            listener
+            for listener, successor in handed
+            if listener.rule.proto != PROTO_TCP and _moves(listener, successor)
+        ]
         self._udp_in.end(moved)
         each(handed, _lead, self._fault_at)
         each(moved, self._udp_in.begin, self._fault_at)
 
     def _hand_over(self, what: tuple[Rule, int, Rule], handed: list[tuple[Listener, Rule]]) -> None:
-        rule, port, heir = what
+        rule, port, successor = what
         listeners = self._take(rule, port)
-        self._by_rule.setdefault(heir, {})[port] = listeners
-        handed += [(listener, heir) for listener in listeners]
+        self._by_rule.setdefault(successor, {})[port] = listeners
+        handed += [(listener, successor) for listener in listeners]
 
     def _take(self, rule: Rule, port: int) -> tuple[Listener, ...]:
         """Detach the listeners of a port from `rule`, and return them."""
@@ -285,17 +288,17 @@ class Listeners:
             self._spare.rest(listener.fd, time.monotonic())
 
 
-def _moves(listener: Listener, heir: Rule) -> bool:
-    """Whether its port leads elsewhere once it is one of `heir`."""
-    return (listener.rule.target, listener.to) != (heir.target, heir.target_port(listener.port))
+def _moves(listener: Listener, successor: Rule) -> bool:
+    """Whether the target of its port changes with `successor`."""
+    return (listener.rule.target, listener.to) != (successor.target, successor.target_port(listener.port))
 
 
 def close_socket(listener: Listener) -> None:
-    """Of a listener that is not watched (any more)."""
+    """Close the socket of a listener that is not watched."""
     listener.sock.close()
 
 
 def _lead(handed: tuple[Listener, Rule]) -> None:
-    """A listener is one of its heir's from now on."""
-    listener, heir = handed
-    listener.rule, listener.to = heir, heir.target_port(listener.port)
+    """Give a listener to the successor of its rule."""
+    listener, successor = handed
+    listener.rule, listener.to = successor, successor.target_port(listener.port)

@@ -54,7 +54,7 @@ from .sockets import RESERVE, Wanted, sockets
 
 INTERVAL = 0.8  # s
 SHARE = 20  # scans take at most one part in so many of the time
-Found = tuple[list[Rule], dict[int, set[int]], PortTables | None]  # rules of a direction, what is bound, and where
+Found = tuple[list[Rule], dict[int, set[int]], PortTables | None]  # rules of a direction, ports bound, their table
 
 SOCKETS_MAX = 8192  # of automatic rules, in each direction
 DESCRIPTOR_SHARE = 4  # at most one in so many of the descriptors that the process may have
@@ -101,13 +101,13 @@ class Scanner:
         if not self._inbound and not self._outbound:
             return
         if self._timer < 0:
-            self._timer = self._ctx.timers.services.new(self._look)
+            self._timer = self._ctx.timers.services.new(self._scan)
         self._follow_all(now, (self._inbound, self._ns), (self._outbound, self._host))
         if not self._armed:
             self._ctx.timers.services.arm(self._timer, now + INTERVAL)
             self._armed = True
 
-    def _look(self, now: float) -> None:
+    def _scan(self, now: float) -> None:
         self._armed = bool(self._inbound or self._outbound)
         if not self._armed:
             return
@@ -119,9 +119,9 @@ class Scanner:
             self._ctx.timers.services.arm(self._timer, now + max(INTERVAL, SHARE * cost))
 
     def _follow_all(self, now: float, *directions: tuple[list[Rule], PortTables | None]) -> None:
-        """Read all tables, then act: what we cease to listen on stays bound for this turn, and is not ours any more.
+        """Read all tables, then act: a port closed now stays bound for this turn, and no longer counts as own.
 
-        A fault of a direction, or of a rule, costs that one this look.
+        A direction or a rule at which a fault occurs misses this scan.
         """
         found: list[Found] = []
         each([d for d in directions if d[0]], self._read, self._fault_at, found)
@@ -140,7 +140,7 @@ class Scanner:
         self._add(rules[0].outbound, self._within_limit(rules[0].outbound, new, now))
 
     def _fault_at(self, what: object, e: Exception) -> None:
-        """The next look is its next turn."""
+        """Its next turn is the next scan."""
         record(self._ctx.drops, "an automatic rule", e)
 
     def _follow(self, rules: list[Rule], bound: dict[int, set[int]]) -> list[Wanted]:
@@ -155,7 +155,7 @@ class Scanner:
         self._close_but(rule, wanted, new)
 
     def _close_but(self, rule: Rule, wanted: set[int], new: list[Wanted]) -> None:
-        """Close ports of a rule that are not wanted; what is wanted and not there is `new`."""
+        """Close ports of a rule that are not wanted; append wanted ports without a listener to `new`."""
         have = self._listeners.ports(rule)
         self._close(rule, have - wanted)
         new += [(rule, p) for p in sorted(wanted - have)]
@@ -175,7 +175,7 @@ class Scanner:
         return new
 
     def _find_pinned(self, rule: Rule, tables: PortTables, tcp: Pinned, wanted: dict[Rule, set[int]]) -> None:
-        """Ports of servers that `rule` leads to, by the rule that is made for the address of each."""
+        """Add ports of servers that `rule` leads to to `wanted`, by the rule derived for their address."""
         for address, bound in tcp if rule.proto == PROTO_TCP else tcp | tables.pinned(PROTO_UDP):
             port = bound - rule.to + rule.first
             ours = self._listeners.has(rule.proto, False, bound)
@@ -187,7 +187,7 @@ class Scanner:
         self._close_but(own, wanted.get(own, set()), new)
 
     def _fault_at_own(self, own: Rule, e: Exception) -> None:
-        """It is not forgotten: it may still have ports."""
+        """Keep the derived rule, which may still have ports."""
         self._own.add(own)
         self._fault_at(own, e)
 

@@ -56,8 +56,8 @@ CALLED = frozenset(
         "passt.ports.scan.Scanner.start",  # by forwards
     )
 )
-# A datagram has to come between bind(2) and connect(2) of a socket for this one to be armed
-ARMED_BY_CHANCE = "passt.ports.udp_in.UdpIn._deliver_letters"
+# A datagram has to arrive between bind(2) and connect(2) of a socket for this one to be armed
+ARMED_BY_CHANCE = "passt.ports.udp_in.UdpIn._deliver_misdelivered"
 
 Function = Callable[..., Any]
 

@@ -53,7 +53,7 @@ from passt.ports.listen import Listeners
 from passt.splice.udp import UdpSplice
 from passt.tcp_engine.conn import TcpConn
 from passt.udp import Udp
-from passt.udp_engine.dns import PATIENCE
+from passt.udp_engine.dns import QUERY_TIMEOUT
 from passt.udp_engine.flow import UdpFlow
 from passt.udp_engine.io import PAUSE, Pauses
 from passt.udp_engine.sock import Client
@@ -83,7 +83,7 @@ PLAIN = {
         "passt.control.server.Control.__init__ over enumerate(sockets)",
         "passt.ports.listen.Listeners.__init__ over opened",
         "passt.ports.sockets.open_side over listeners",
-        "passt.ports.sockets._give over [listener for listener in listeners if listener.rule.proto != PROTO_TCP]",
+        "passt.ports.sockets._set_owner over [listener for listener in listeners if listener.rule.proto != PROTO_TCP]",
     ),
     "it is one request of a control client, met as a whole or not at all: the fault is told to that client": (
         "passt.control.api.Api._changed over sorted(outcome.added.items(), key=_number)",
@@ -91,11 +91,11 @@ PLAIN = {
         "passt.control.api.Api._changed over outcome.present",
         "passt.ports.forwards.Forwards._plan over removed",
         "passt.ports.forwards.Forwards._plan over added",
-        "passt.ports.forwards.Forwards._in_the_way over plan.open",
-        "passt.ports.forwards.Forwards._in_the_way over rules",
-        "passt.ports.forwards.Forwards._in_the_way over given_up",
-        "passt.ports.forwards.Forwards._in_the_way over wanted.get((rule.proto, rule.outbound, port), ())",
-        "passt.ports.forwards._Heirs.__init__ over sorted(rules, key=lambda r: r.first)",
+        "passt.ports.forwards.Forwards._conflicting over plan.open",
+        "passt.ports.forwards.Forwards._conflicting over rules",
+        "passt.ports.forwards.Forwards._conflicting over given_up",
+        "passt.ports.forwards.Forwards._conflicting over wanted.get((rule.proto, rule.outbound, port), ())",
+        "passt.ports.forwards._Successors.__init__ over sorted(rules, key=lambda r: r.first)",
     ),
     "all or none, as its docstring promises: what was done is undone, and the caller is told": (
         "passt.ports.listen.Listeners.open over wanted",
@@ -112,8 +112,8 @@ PLAIN = {
         "passt.tap.Tap._adopt over keys",
     ),
     "it takes things out of a queue, which cannot fail; `each` handles them": (
-        "passt.ports.udp_in.UdpIn._deliver_letters over letters and left",
-        "passt.tcp_engine.window.TcpAck.timer_handler over waiting and waiting[0][0] <= now + TOGETHER",
+        "passt.ports.udp_in.UdpIn._deliver_misdelivered over misdelivered and left",
+        "passt.tcp_engine.window.TcpAck.timer_handler over waiting and waiting[0][0] <= now + COALESCE",
     ),
     "it looks for the first that will do, for one flow, whose end a fault is": (
         "passt.ports.udp_in.UdpIn.open_socket over self._leading.get(sport, ()) if interface is None else ()",
@@ -269,13 +269,13 @@ def delayed_acknowledgements(stage: Stage) -> None:
     talk, conns = connections()
     acks = talk.tcp._acks
     for conn in conns:
-        acks.look_later(conn, talk.now)
+        acks.queue_delayed(conn, talk.now)
     services = talk.timers.services
     with stage:
         services.fire(acks._timer)
     assert_reset(talk, stage.victim)
-    assert not conns[1].queued
-    acks.look_later(conns[1], talk.now)
+    assert not conns[1].delack_queued
+    acks.queue_delayed(conns[1], talk.now)
     assert services.deadlines[acks._timer] is not None, "there is a next time"
 
 
@@ -317,7 +317,7 @@ def udp_flows(stage: Stage) -> tuple[Udp, list[Any]]:
     ports = ((40000 + i).to_bytes(2, "big") + b"\0\7" for i in range(2))
     flows = idle_flows(stage, udp._ctx, udp._flows, (UdpFlow(GUEST4 + GATEWAY4 + p, GATEWAY4, T0) for p in ports))
     for flow in flows:
-        flow.cook(bytes(6), bytes(6), 1500)
+        flow.build_header(bytes(6), bytes(6), 1500)
     return udp, flows
 
 
@@ -381,11 +381,11 @@ def listeners_close(stage: Stage) -> None:
     assert udp._ctx.flows.closed["udp", "listener gone"] == 1
 
 
-@case("passt.udp.Udp.make_way")
+@case("passt.udp.Udp.free_ports")
 def listeners_are_about_to_open(stage: Stage) -> None:
     udp, _ = udp_flows(stage)
     with stage:
-        udp.make_way((40000, 40001))
+        udp.free_ports((40000, 40001))
     assert_closed(udp._ctx, stage.victim)
     assert udp._ctx.flows.closed["udp", "made way for a listener"] == 1
 
@@ -425,15 +425,15 @@ def queries() -> DnsTalk:
     return talk
 
 
-@case("passt.udp_engine.dns.Dns._overdue")
+@case("passt.udp_engine.dns.Dns.timer_handler")
 def queries_without_an_answer(stage: Stage) -> None:
     talk = queries()
     dns = talk.udp.dns
     with stage:
-        timers(talk.ctx).services.fire(dns._timer, T0 + PATIENCE)
+        timers(talk.ctx).services.fire(dns._timer, T0 + QUERY_TIMEOUT)
     assert_closed(talk.ctx, stage.victim.flow)
     assert list(dns._waiting) == list(stage.others)
-    assert timers(talk.ctx).services.deadlines[dns._timer] == T0 + 2 * PATIENCE
+    assert timers(talk.ctx).services.deadlines[dns._timer] == T0 + 2 * QUERY_TIMEOUT
 
 
 @case("passt.udp_engine.dns.Dns.set_guest_mac")
@@ -488,10 +488,10 @@ def ports_close(stage: Stage) -> None:
 @case("passt.ports.listen.Listeners.hand_over")
 def ports_are_handed_over(stage: Stage) -> None:
     ctx, made, rule = listeners(stage)
-    heir = replace(rule, target=addr.packed("192.0.2.77"))
+    successor = replace(rule, target=addr.packed("192.0.2.77"))
     with stage:
-        made.hand_over([(rule, 7000, heir), (rule, 7001, heir)])
-    assert ctx.drops["fault"] == 1 and 7001 in made.ports(heir)
+        made.hand_over([(rule, 7000, successor), (rule, 7001, successor)])
+    assert ctx.drops["fault"] == 1 and 7001 in made.ports(successor)
 
 
 @case("passt.ports.listen.Listeners.close")
@@ -584,14 +584,14 @@ def datagrams_of_two_clients(stage: Stage) -> None:
     assert given == [b"two"] and lab.ctx.drops["fault"] == 1
 
 
-@case("passt.ports.udp_in.UdpIn._deliver_letters")
+@case("passt.ports.udp_in.UdpIn._deliver_misdelivered")
 def datagrams_that_came_early(stage: Stage) -> None:
     lab, made, given = sent_to_listener(stage)
     client = Client(made, GATEWAY4, 7, GUEST4, 0)
-    lab.udp_in._letters += [(client, b"three"), (client, b"four")]
+    lab.udp_in._misdelivered += [(client, b"three"), (client, b"four")]
     with stage:
-        lab.udp_in._deliver_letters(T0)
-    assert given == [b"four"] and lab.ctx.drops["fault"] == 1 and not lab.udp_in._letters
+        lab.udp_in._deliver_misdelivered(T0)
+    assert given == [b"four"] and lab.ctx.drops["fault"] == 1 and not lab.udp_in._misdelivered
 
 
 @case("passt.ports.udp_in.UdpIn.end")

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[2] / "passt"
 # Folders and modules that hold no flows: they end before there are any, or are programs of their own
 LEFT_OUT = ("conf/", "pesto/", "namespace/", "sandbox/", "qrap.py", "seccomp.py", "cli.py", "pasta.py", "policy/rule")
 
-SHARED = {"Flow", "F", "Listener", "Listening", "Client", "Connected", "Question", "Letter", "Closable", "Callable"}
+SHARED = {"Flow", "F", "Listener", "Listening", "Client", "Connected", "Query", "Misdelivered", "Closable", "Callable"}
 IN_PORTS = {"Rule", "Wanted"}  # in ports/, where a rule has sockets; elsewhere it is text and numbers
 COLLECTIONS = {"list", "dict", "set", "frozenset", "deque", "OrderedDict", "Iterable", "Iterator", "Sequence"} | {
     *("Collection", "Mapping")

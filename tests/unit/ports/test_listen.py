@@ -460,23 +460,23 @@ def test_two_rules_may_have_a_port_at_different_addresses(make: Make, port: int)
 def test_another_rule_takes_a_port_over(make: Make, port: int) -> None:
     """The socket is the same; where it leads is told for each connection."""
     rig = make(rule(port, port + 1))
-    heir = replace(rule(port), to=80)
-    rig.listeners.hand_over([(rig.opened[0].rule, port, heir)])
-    assert (rig.opened[0].rule, rig.opened[0].to) == (heir, 80)
-    assert rig.listeners.ports(heir) == {port} and rig.listeners.ports(rig.opened[1].rule) == {port + 1}
+    successor = replace(rule(port), to=80)
+    rig.listeners.hand_over([(rig.opened[0].rule, port, successor)])
+    assert (rig.opened[0].rule, rig.opened[0].to) == (successor, 80)
+    assert rig.listeners.ports(successor) == {port} and rig.listeners.ports(rig.opened[1].rule) == {port + 1}
     rig.connect(port)
     rig.fire()
     assert rig.splice.got
-    rig.listeners.remove(heir, port)
+    rig.listeners.remove(successor, port)
     assert not rig.listeners.has(PROTO_TCP, False, port)
 
 
 @pytest.mark.parametrize(("to", "told"), [(None, []), (80, ["end", "begin"])])
 def test_udp_flows_end_if_a_port_leads_elsewhere(make: Make, port: int, to: int | None, told: list[str]) -> None:
     rig = make(rule(port, proto=PROTO_UDP))
-    heir = replace(rule(port, proto=PROTO_UDP), option="-u another", to=to or port)
+    successor = replace(rule(port, proto=PROTO_UDP), option="-u another", to=to or port)
     before = len(rig.udp_in.ports)
-    rig.listeners.hand_over([(rig.opened[0].rule, port, heir)])
+    rig.listeners.hand_over([(rig.opened[0].rule, port, successor)])
     assert [what for _, what in rig.udp_in.ports[before:]] == told
 
 
@@ -485,11 +485,11 @@ def test_a_range_of_udp_ports_costs_one_look_at_all_flows(make: Make, port: int)
     rig = make()
     wanted = [(rule(port, port + 3, proto=PROTO_UDP), p) for p in range(port, port + 4)]
     assert rig.listeners.add_all(wanted) == [] and rig.udp_in.looks == 1
-    heir = replace(wanted[0][0], to=80)
-    rig.listeners.hand_over([(*w, heir) for w in wanted])
-    assert rig.udp_in.looks == 2 and rig.listeners.ports(heir) == set(range(port, port + 4))
-    rig.listeners.remove_all([(heir, p) for _, p in wanted])
-    assert rig.udp_in.looks == 3 and not rig.listeners.ports(heir)
+    successor = replace(wanted[0][0], to=80)
+    rig.listeners.hand_over([(*w, successor) for w in wanted])
+    assert rig.udp_in.looks == 2 and rig.listeners.ports(successor) == set(range(port, port + 4))
+    rig.listeners.remove_all([(successor, p) for _, p in wanted])
+    assert rig.udp_in.looks == 3 and not rig.listeners.ports(successor)
     assert [p for p, what in rig.udp_in.ports if what == "end"] == 2 * [p for _, p in wanted]
 
 

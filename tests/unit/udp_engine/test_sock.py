@@ -383,7 +383,7 @@ def test_somebody_else_has_the_address(listener: Listener, peer: socket.socket) 
     assert [s.fileno() for s in made] == [-1]
 
 
-def test_letters_of_strangers(listener: Listener, peer: socket.socket) -> None:
+def test_misdelivered_datagrams(listener: Listener, peer: socket.socket) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         stranger.bind(("127.0.0.3", 0))
 
