@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from passt.loop.reactor import EPOLLERR, EPOLLIN, EPOLLOUT, EPOLLRDHUP
-from passt.tcp import CONSUME, LAZY_MAX
+from passt.tcp import ACKS_UNCONSUMED_MAX, CONSUME_MIN
 from passt.tcp_engine.conn import RTO_INIT, TcpConn
 from passt.tcp_engine.window import ACK_DELAY, PINGPONG_MAX
 from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN
@@ -83,7 +83,7 @@ def test_a_reset_where_the_last_acknowledgement_points_is_believed() -> None:
     """The guest cannot know what we have taken since (RFC 5961, 3.2)."""
     talk = open_connection()
     conn = conn_of(talk)
-    conn.poll = 1.0  # the peer was looked at
+    conn.poll_interval = 1.0  # the peer was looked at
     conn.pingpong = PINGPONG_MAX
     talk.guest(ACK | PSH, b"question")
     assert conn.rcv_acked == conn.rcv_nxt - 8, "not acknowledged yet"
@@ -96,7 +96,7 @@ def test_a_reset_where_the_last_acknowledgement_points_is_believed() -> None:
 def test_resets_are_challenged_up_to_the_edge_of_the_window(behind: int, challenged: bool) -> None:
     talk = open_connection()
     conn = conn_of(talk)
-    last = conn.rcv_edge - conn.isn_tap - 1
+    last = conn.rcv_edge - conn.irs - 1
     talk.guest(RST, seq=last + behind)
     assert [f for f, _, _ in hear(talk)] == [ACK] * challenged
     assert not reasons(talk)
@@ -108,9 +108,9 @@ def test_acknowledgements_of_what_was_never_sent_are_ignored() -> None:
     talk.taken()
     conn = conn_of(talk)
     talk.guest(ACK, ack=102)
-    assert conn.snd_una == conn.isn + 1
+    assert conn.snd_una == conn.iss + 1
     talk.put(talk.segment(ACK, ack=51), talk.segment(ACK, ack=151))
-    assert conn.snd_una == conn.isn + 51
+    assert conn.snd_una == conn.iss + 51
     assert conn.snd_wnd == talk.window << 7
 
 
@@ -189,7 +189,7 @@ def test_more_segments_than_one_call_takes() -> None:
     talk = open_connection()
     talk.put(*(talk.segment(ACK, b"%04d" % i) for i in range(2100)))
     assert talk.sock.sent == b"".join(b"%04d" % i for i in range(2100))
-    assert not talk.ctx.drops and not conn_of(talk).lost
+    assert not talk.ctx.drops and not conn_of(talk).rcv_dropped
 
 
 def test_what_the_socket_does_not_take_is_counted() -> None:
@@ -329,9 +329,9 @@ def test_data_does_not_open_the_window_of_a_full_buffer() -> None:
     talk.sock.wmem = talk.sock.sndbuf * 3 // 4
     conn = conn_of(talk)
     talk.tcp._acks.open_window(conn, talk.now)
-    assert conn.low
+    assert conn.wait_writable
     talk.host(b"x")
-    assert conn.low, "only EPOLLOUT says so"
+    assert conn.wait_writable, "only EPOLLOUT says so"
     talk.taken()
     talk.writable()
     assert talk.taken()[-1].flags == ACK
@@ -341,9 +341,9 @@ def test_a_small_buffer_is_looked_at_again() -> None:
     talk = open_connection()
     conn = conn_of(talk)
     talk.sock.sndbuf, talk.sock.wmem = 2000, 1000
-    conn.low, conn.rcv_edge = True, conn.rcv_nxt
+    conn.wait_writable, conn.rcv_edge = True, conn.rcv_nxt
     talk.writable()
-    assert conn.queued and not conn.low
+    assert conn.delack_queued and not conn.wait_writable
     talk.sock.wmem = 0
     before = conn.rcv_edge
     talk.wait(ACK_DELAY)
@@ -403,12 +403,12 @@ def test_answers_in_time_make_a_dialogue_and_late_ones_do_not() -> None:
 
 def _all_acknowledged(talk: Talk) -> None:
     conn = conn_of(talk)
-    talk.ack = conn.snd_nxt - conn.isn
+    talk.ack = conn.snd_nxt - conn.iss
     talk.taken()
     talk.guest(ACK)
 
 
-@pytest.mark.parametrize(("n", "dropped"), [(CONSUME, True), (CONSUME - 2, False)])
+@pytest.mark.parametrize(("n", "dropped"), [(CONSUME_MIN, True), (CONSUME_MIN - 2, False)])
 def test_much_is_dropped_from_the_socket_at_once_and_what_follows_it(n: int, dropped: bool) -> None:
     talk = open_connection()
     talk.host(b"x" * (n + 1))
@@ -423,15 +423,15 @@ def test_few_bytes_are_dropped_after_so_many_acknowledgements() -> None:
     talk = open_connection()
     talk.host(b"x" * 100)
     talk.taken()
-    for i in range(1, 2 * (LAZY_MAX + 1) + 1):
+    for i in range(1, 2 * (ACKS_UNCONSUMED_MAX + 1) + 1):
         talk.guest(ACK, ack=1 + i)
-        assert len(talk.sock.incoming) == 100 - i // (LAZY_MAX + 1) * (LAZY_MAX + 1)
+        assert len(talk.sock.incoming) == 100 - i // (ACKS_UNCONSUMED_MAX + 1) * (ACKS_UNCONSUMED_MAX + 1)
 
 
 def lost_and_repaired(talk: Talk) -> None:
     """Two segments, the first of which gets lost; a duplicate has it sent again, and then all is acknowledged."""
     conn = conn_of(talk)
-    una = conn.snd_una - conn.isn
+    una = conn.snd_una - conn.iss
     talk.host(b"a" * 10)
     talk.host(b"b" * 10)
     talk.taken()

@@ -72,7 +72,7 @@ class Twin(Talk):
             "conns": len(self.tcp._conns),
             "stalled": list(self.tcp._out.stalled),
             "waiting": [(at, c.index) for at, _, c in self.tcp._acks._waiting],
-            "early": self.tcp._table.early.total,
+            "early": self.tcp._table.out_of_order.total,
             "drops": dict(ctx.drops),
             "watched": dict(reactor(ctx).events),
             "timers": (dict(self.timers.expiry), list(services.deadlines), dict(self.timers.owner)),
@@ -136,7 +136,7 @@ def room(n: int) -> Step:
     def step(talk: Twin) -> None:
         talk.own.room = n
         talk.own.wmem = 0 if n > 100000 else 3 << 20
-        if talk.conn.sock is not None and talk.conn.low and n > 100000:
+        if talk.conn.sock is not None and talk.conn.wait_writable and n > 100000:
             talk.writable()
 
     return step

@@ -178,7 +178,7 @@ class Streams(RuleBasedStateMachine):
             talk.guest(ACK, window=self.guest.window(64240))
         self.sock.info[MIN_RTT] = 10 if near else 10_000
         (self.conn,) = talk.tcp._conns.values()
-        self.scale = self.conn.ws_to
+        self.scale = self.conn.rcv_wscale
         self.guest.edge = self.edge = first.window << (0 if first.flags & SYN else self.scale)
         self.hear()
 
@@ -352,7 +352,7 @@ class Streams(RuleBasedStateMachine):
         conn = self.conn
         assert conn.base <= conn.snd_una <= conn.snd_nxt
         assert conn.rcv_acked <= conn.rcv_nxt
-        assert self.talk.tcp._table.early.total == _cost(conn.early)
+        assert self.talk.tcp._table.out_of_order.total == _cost(conn.out_of_order)
         assert self.talk.ctx.drops["tcp send buffer full"] <= self.sock.short
         if conn.sock is None:
             assert self.guest.ended and self.guest.end == len(self.sock.sent), "it ended before both streams did"
@@ -409,7 +409,7 @@ class Streams(RuleBasedStateMachine):
         assert talk.gone and not sock.resets_on_close
         tcp, ctx = talk.tcp, talk.ctx
         assert not tcp._out.stalled or all(conn.sock is None for conn in tcp._out.stalled.values())
-        assert not tcp._acks._waiting and not tcp._table.early.total
+        assert not tcp._acks._waiting and not tcp._table.out_of_order.total
         assert not tcp._table.half_open and not tcp._table.opening
         assert not reactor(ctx).refs
         assert all(owner == NO_OWNER for owner in talk.timers.owner.values())

@@ -93,7 +93,6 @@ PLAIN = {
         "passt.ports.forwards.Forwards._plan over added",
         "passt.ports.forwards.Forwards._conflicting over plan.open",
         "passt.ports.forwards.Forwards._conflicting over rules",
-        "passt.ports.forwards.Forwards._conflicting over given_up",
         "passt.ports.forwards.Forwards._conflicting over wanted.get((rule.proto, rule.outbound, port), ())",
         "passt.ports.forwards._Successors.__init__ over sorted(rules, key=lambda r: r.first)",
     ),

@@ -456,7 +456,7 @@ class Ports(RuleBasedStateMachine):
         return {(li.rule, li.port, li.to) for li in self.open() if not li.rule.auto}
 
     def guest_flows(self) -> set[Any]:
-        return {flow for flow in self.udp._by_key.values() if flow.origin is None}
+        return {flow for flow in self.udp._by_key.values() if flow.client is None}
 
     def owners(self) -> dict[int, object]:
         """Who has which descriptor of ours, as far as they are to live on."""
@@ -539,13 +539,13 @@ class Ports(RuleBasedStateMachine):
     def flows_belong_to_somebody(self) -> None:
         listeners = set(self.open())
         for flow in self.udp._by_key.values():
-            if flow.origin is None:
+            if flow.client is None:
                 leading = {li.port for li in self.udp_in._leading.get(flow.sport, ())}
                 assert flow.sock.port in leading | {flow.sport} | set(EPHEMERAL), (
                     "it keeps the port of one that is gone"
                 )
-            assert flow.origin is None or flow.origin.listener in listeners
-            assert flow.origin is None or flow.origin.listener.to == flow.sport, "it leads elsewhere now"
+            assert flow.client is None or flow.client.listener in listeners
+            assert flow.client is None or flow.client.listener.to == flow.sport, "it leads elsewhere now"
         for spliced in self.udp_in.splice._flows.by_key.values():
             assert spliced.client.listener in listeners
             assert spliced.ends[1].sock.peer[1] == spliced.client.listener.to, "it leads elsewhere now"
