@@ -348,7 +348,7 @@ class Tcp:
                 conn.consume_next, conn.acks_unconsumed = n >= CONSUME_MIN, 0
             else:
                 conn.acks_unconsumed += 1
-                if not conn.delack_queued:
+                if not conn.delack_at:
                     self._acks.queue_delayed(conn, now)
         elif window and conn.snd_nxt == una:
             conn.retries = 0

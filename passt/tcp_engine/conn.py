@@ -100,7 +100,7 @@ class TcpConn(Flow):
         "chunk",  # most payload bytes in one frame to the guest, a multiple of the MSS
         "consume_next",  # the last consumption was a large one: consume the rest, too, which may pin a large buffer
         "deadline",  # time.monotonic() at which `Tcp.timer_handler` acts
-        "delack_queued",  # the delayed-ACK timer is going to handle this connection
+        "delack_at",  # time at which the delayed-ACK timer is going to handle this connection, 0: it is not
         "drained",  # the last peek was short: the receive queue is empty until the socket reports an event
         "events",
         "fallback_key",  # key in the other address family, tried if the guest refuses a host client; or b""
@@ -158,11 +158,11 @@ class TcpConn(Flow):
         self.iss = self.irs = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_wnd_low = self.rcv_wnd_max = 0
         self.snd_una = self.snd_nxt = self.snd_wnd = self.snd_wnd_max = self.base = self.recover = self.snd_max = 0
         self.gso = self.near = self.wait_writable = self.rcv_dropped = self.ack_due = False
-        self.delack_queued = self.urgent = self.consume_next = self.keepalive = self.snd_max_fin = False
+        self.urgent = self.consume_next = self.keepalive = self.snd_max_fin = False
         self.drained = True
         self.pingpong = self.retries = self.acks_unconsumed = self.resent = 0
         self.timer = -1
-        self.deadline = self.t_rx = self.poll_interval = 0.0
+        self.deadline = self.delack_at = self.t_rx = self.poll_interval = 0.0
 
     def endpoints(self) -> Endpoints:
         n = (len(self.key) - 4) // 2

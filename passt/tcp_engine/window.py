@@ -126,19 +126,25 @@ class TcpAck:
     def _delay_ack(self, conn: TcpConn, now: float) -> None:
         """Delay an acknowledgement."""
         conn.ack_due = True
-        if not conn.delack_queued:
+        if not conn.delack_at or conn.rcv_acked != conn.rcv_nxt:
             self.queue_delayed(conn, now)
 
     def queue_delayed(self, conn: TcpConn, now: float) -> None:
-        """Put `conn`, which is not queued, into the heap of the delayed-ACK timer."""
-        conn.delack_queued = True
+        """Put `conn` into the heap of the delayed-ACK timer, unless it is there with an earlier deadline.
+
+        A later entry stays in the heap and is ignored: its deadline is not that of the connection.
+        """
         wait = ACK_DELAY
         if conn.rcv_acked != conn.rcv_nxt:
             wait = max(conn.poll_interval, min((now - conn.t_rx) / 8, POLL_MAX))
+        deadline = now + wait
+        if 0 < conn.delack_at <= deadline:
+            return
+        conn.delack_at = deadline
         waiting = self._waiting
-        if not waiting or now + wait < waiting[0][0]:
-            self._ctx.timers.services.arm(self._timer, now + wait)
-        heappush(waiting, (now + wait, next(self._order), conn))
+        if not waiting or deadline < waiting[0][0]:
+            self._ctx.timers.services.arm(self._timer, deadline)
+        heappush(waiting, (deadline, next(self._order), conn))
 
     def update_rcv_acked(self, conn: TcpConn) -> bool:
         """Read what the host peer has acknowledged; returns whether that is more than before."""
@@ -176,7 +182,7 @@ class TcpAck:
         if used * 3 > size * 2 or conn.rcv_dropped:
             conn.wait_writable = True
             self._ctx.reactor.change(conn.fd, INTEREST | EPOLLOUT)
-        elif window < conn.rcv_wnd_low and used and not conn.delack_queued:
+        elif window < conn.rcv_wnd_low and used and not conn.delack_at:
             self.queue_delayed(conn, now)
 
     def writable(self, conn: TcpConn, now: float) -> None:
@@ -194,7 +200,9 @@ class TcpAck:
         waiting = self._waiting
         due = []
         while waiting and waiting[0][0] <= now + COALESCE:
-            due.append(heappop(waiting)[2])
+            deadline, _, conn = heappop(waiting)
+            if deadline == conn.delack_at:
+                due.append(conn)
         each(due, self._delay_over, self._table.fault_at, now)
         if waiting:
             self._ctx.timers.services.arm(self._timer, max(waiting[0][0], now + POLL_MIN))
@@ -204,7 +212,7 @@ class TcpAck:
 
         An acknowledgement that waits for the host peer's is sent or waits again. One that waited for an answer is sent.
         """
-        conn.delack_queued = False
+        conn.delack_at = 0.0
         if conn.sock is None:
             return
         if conn.snd_una != conn.base:
@@ -217,7 +225,7 @@ class TcpAck:
         if conn.rcv_acked != conn.rcv_nxt:
             if self.update_rcv_acked(conn):
                 self.forward_ack(conn)
-            if conn.rcv_acked != conn.rcv_nxt and not conn.delack_queued:
+            if conn.rcv_acked != conn.rcv_nxt:
                 self._delay_ack(conn, now)
         elif conn.ack_due:
             if now - conn.t_rx < ACK_DELAY / 2:  # newer data came, and its delay has just begun

@@ -343,7 +343,7 @@ def test_a_small_buffer_is_looked_at_again() -> None:
     talk.sock.sndbuf, talk.sock.wmem = 2000, 1000
     conn.wait_writable, conn.rcv_edge = True, conn.rcv_nxt
     talk.writable()
-    assert conn.delack_queued and not conn.wait_writable
+    assert conn.delack_at and not conn.wait_writable
     talk.sock.wmem = 0
     before = conn.rcv_edge
     talk.wait(ACK_DELAY)

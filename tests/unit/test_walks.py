@@ -273,7 +273,7 @@ def delayed_acknowledgements(stage: Stage) -> None:
     with stage:
         services.fire(acks._timer)
     assert_reset(talk, stage.victim)
-    assert not conns[1].delack_queued
+    assert not conns[1].delack_at
     acks.queue_delayed(conns[1], talk.now)
     assert services.deadlines[acks._timer] is not None, "there is a next time"
 

@@ -196,6 +196,26 @@ def test_looks_come_with_the_round_trip() -> None:
     talk.expect(ACK, ack=3)
 
 
+def test_a_longer_delay_does_not_keep_the_acknowledgement_of_the_peer_waiting() -> None:
+    """The guest has acknowledged an answer, which is consumed within 10 ms. Then it sends its next request."""
+    talk = open_connection()
+    talk.sock.info |= {BYTES_ACKED: 1, RTT: 800}
+    talk.guest(ACK | PSH, b"a")
+    talk.sock.info[BYTES_ACKED] = 1 + 1
+    talk.host(b"answer")
+    talk.expect(ACK | PSH, b"answer", ack=2)
+    talk.wait(0.02)
+    talk.guest(ACK)
+    talk.now += 0.0002
+    talk.guest(ACK | PSH, b"b")
+    talk.sock.info[BYTES_ACKED] = 1 + 2
+    talk.wait(0.0011)
+    talk.expect(ACK, ack=3)
+    talk.wait(1)
+    talk.expect_nothing()
+    assert not any(talk.timers.services.deadlines)
+
+
 def test_a_look_that_another_connections_is_near_to_is_not_repeated_for_ever() -> None:
     """Waits that end together are handled together, once."""
     talk = open_connection()
