@@ -1,1 +1,1 @@
-"""The command line and the host's tables become a frozen configuration. Afterwards names alone change (`names.py`)."""
+"""The command line and the host's tables become a frozen configuration. Later only DNS settings change (`names.py`)."""

@@ -1,7 +1,7 @@
-"""Actions: what an option does to the dictionary of fields, given its argument and its row in the table.
+"""Actions: the effect of an option on the dictionary of fields, given its argument and its row in the table.
 
-A few kinds set the field of the row; actions of one option only stand below them. Scalars are overwritten, so that the
-last of several wins; what exists once per family, once per family.
+Generic actions set the field of the row. Actions that serve one option follow them. A scalar is overwritten, so the
+last of several options wins. A setting that exists once per address family is overwritten per family.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .values import NONE
 
 DNS_MAX = 3  # per family, as in resolv.conf(5)
 SEARCH_MAX = 6
-PORT_SPECS = "port_specs"  # key of the specifications of ports, (letter, argument): no field of Options
+PORT_SPECS = "port_specs"  # key of the port specifications, (option letter, argument); not a field of Options
 
-Fields = dict[str, Any]  # of Options: those that were given
+Fields = dict[str, Any]  # fields of Options that the command line has set
 
 
 class Done(Exception):
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 class Row(Protocol):
-    """A row of the table, as far as an action knows it."""
+    """The part of a table row that an action uses."""
 
     @property
     def name(self) -> str: ...
@@ -47,7 +47,7 @@ class Row(Protocol):
 
 Action = Callable[[Fields, str, Row], None]
 
-# Kinds -------------------------------------------------------------------------------------------------------------
+# Generic actions -----------------------------------------------------------------------------------------------------
 
 
 def setting(value: Any) -> Action:
@@ -60,7 +60,7 @@ def setting(value: Any) -> Action:
 
 
 def parsed(parse: Callable[[str], Any]) -> Action:
-    """An argument, as `parse` reads it."""
+    """An argument, converted by `parse`."""
 
     def action(fields: Fields, text: str, row: Row) -> None:
         fields[row.field] = parse(text)
@@ -93,7 +93,7 @@ def mapping(fields: Fields, text: str, row: Row) -> None:
 
 
 def adding(parse: Callable[[str], Any]) -> Action:
-    """An argument that is added to a list."""
+    """An argument that is appended to a list."""
 
     def action(fields: Fields, text: str, row: Row) -> None:
         fields[row.field] = (*fields.get(row.field, ()), parse(text))
@@ -107,12 +107,12 @@ def outbound_if(*, v6: bool) -> Action:
 
 
 def ports(letter: str) -> Action:
-    """Collected: what a specification means depends on the options after it."""
+    """Collect the specification: its meaning depends on the options after it."""
     return lambda fields, text, _: fields.setdefault(PORT_SPECS, []).append((letter, text))
 
 
 def nothing(_: Fields, __: str, ___: Row) -> None:
-    """Accepted because clients give it."""
+    """No effect: the option is accepted because clients pass it."""
 
 
 def _put(fields: Fields, field: str, value: Any, v6: bool, unset: Any = None) -> None:
@@ -120,11 +120,11 @@ def _put(fields: Fields, field: str, value: Any, v6: bool, unset: Any = None) ->
     fields[field] = Pair(pair.v4, value) if v6 else Pair(value, pair.v6)
 
 
-# Single ones -------------------------------------------------------------------------------------------------------
+# Actions of one option -----------------------------------------------------------------------------------------------
 
 
 def debug(fields: Fields, _: str, __: Row) -> None:
-    """After --quiet it counts; --trace, which implies it, stays."""
+    """Raise the level to DEBUG, also after --quiet. The level of --trace stays."""
     fields["level"] = max(fields.get("level", log.INFO), log.DEBUG)
 
 
@@ -138,13 +138,13 @@ def address(fields: Fields, text: str, _: Row) -> None:
 
 
 def netmask(fields: Fields, text: str, _: Row) -> None:
-    """Of -n and the prefix length of -a the last counts."""
+    """The last of -n and the prefix length of -a wins."""
     fields["netmask"] = values.netmask(text)
     _put(fields, "prefix_len", 0, v6=False, unset=0)
 
 
 def dns(fields: Fields, text: str, _: Row) -> None:
-    """Adds to the list. `none` clears it, and what was said about forwarding; a later -D starts anew."""
+    """Add to the list. `none` clears it and the options about forwarding; a later -D starts a new list."""
     if text == NONE:
         fields.update(dns=(), dns_none=True, dns_forward=(), dns_host=())
         return
@@ -156,7 +156,7 @@ def dns(fields: Fields, text: str, _: Row) -> None:
 
 
 def dns_host(fields: Fields, text: str, _: Row) -> None:
-    """Adds to the list."""
+    """Add to the list."""
     value = values.dns_host(text)
     hosts = (*fields.get("dns_host", ()), value)
     if len([a for a in hosts if len(a) == len(value)]) > DNS_MAX:
@@ -185,7 +185,7 @@ def socket(fields: Fields, text: str, _: Row) -> None:
 
 
 def fd(fields: Fields, text: str, _: Row) -> None:
-    """One connection, or one tap device, is all there will be."""
+    """Serve one connection, or one tap device, and end with it."""
     fields.update(fd=values.fd(text), socket_path=None, one_off=True)
 
 

@@ -1,4 +1,4 @@
-"""argv -> Options: the command line alone, before the host is looked at (`decide.py` does that)."""
+"""argv -> Options: the command line alone. `decide.py` combines it with the host's configuration."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = E
     `program` is the mode, PASTA or PASST, `ephemeral` the ports that the kernel gives to clients, None if unknown.
     """
     fields: Fields = {"mode": program, **(Options.PASST_DEFAULTS if program == PASST else {})}
-    words = Getopt(program, table(program), argv)
+    parsed = Getopt(program, table(program), argv)
     warnings = []
-    for option, argument in words:
+    for option, argument in parsed:
         option.action(fields, argument, option)
         if not option.is_in(program) and option.only.inert:
             warnings.append(without_effect(option))
         elif option.deprecated:
             warnings.append(f"--{option.name} will be dropped soon")
     if program == PASTA:
-        _target(fields, words.operands)
+        _target(fields, parsed.operands)
         _check(fields)
-    elif words.operands:
-        raise Fatal(f"Extra non-option argument: {words.operands[0]} (passt takes options only)")
-    from . import ports  # --help and --version do without
+    elif parsed.operands:
+        raise Fatal(f"Extra non-option argument: {parsed.operands[0]} (passt takes options only)")
+    from . import ports  # not needed by --help and --version
 
     specs = fields.pop(PORT_SPECS, [])
     options = Options(**fields)
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = E
 
 
 def _check(fields: Fields) -> None:
-    """Options that make no sense together."""
+    """Reject options that contradict each other. Raises Fatal."""
     if "nsrun_dir" in fields and "netns" not in fields:
         raise Fatal(f"{named('nsrun_dir')} needs --netns NAME")
     for field in ("copy_routes", "copy_addrs"):
@@ -67,9 +67,9 @@ def _check(fields: Fields) -> None:
 
 
 def _target(fields: Fields, operands: list[str]) -> None:
-    """What the namespace is: that of --netns, that of a PID, or a new one for a command (none: a login shell).
+    """Set the namespace: that of --netns, that of a PID, or a new one for a command (none given: a login shell).
 
-    With --fd and neither of the former, there is none that we would know.
+    With --fd alone, the namespace is unknown.
     """
     if "netns" in fields:
         if operands:
@@ -83,7 +83,7 @@ def _target(fields: Fields, operands: list[str]) -> None:
 
 
 def _check_tap(options: Options) -> None:
-    """What goes with a tap device that exists already (--fd): where it is, and what it is called, is settled."""
+    """Reject options that contradict an existing tap device (--fd): its namespace and name are fixed. Raises Fatal."""
     if options.command:
         raise Fatal("Both --fd and a command given: the command would not be in the namespace of that tap device")
     for field in ("ns_ifname", "splice_only"):
@@ -97,7 +97,7 @@ def _check_tap(options: Options) -> None:
 
 
 def _check_files(options: Options) -> None:
-    """A socket takes its path for itself."""
+    """Reject a path that is given for a socket and for another file. Raises Fatal."""
     sockets = ("socket_path", "conf_path", "api_socket")
     files = ("pid_file", "log_file", "pcap")
     for i, field in enumerate(sockets):

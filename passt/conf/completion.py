@@ -1,14 +1,14 @@
-"""Completions for bash, zsh and fish, made from a table of options.
+"""Completions for bash, zsh and fish, generated from a table of options.
 
-Each is a text for the shell, printed by --completion and installed with the package. After an option comes what its
-argument can be, as far as the table tells by its name there:
+Each is a script for the shell, printed by --completion and installed with the package. The candidates for an argument
+depend on the argument's name in the table:
 
     PATH, FILE      files                         NAME       interfaces of the host
     PATH|NAME       namespaces, files             SPEC       none, auto, all
     UID|UID:GID     users                         SHELL      the shells
-    others          `none` where the help has it, or nothing: only the user knows
+    any other       `none` where the help mentions it, else nothing
 
-Options end at the first operand. With pasta that is a command, which is completed by its own rules; with pesto, a file.
+Options end at the first operand. For pasta that is a command, which is completed by its own rules; for pesto, a file.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _INTERFACES = "$(command ls /sys/class/net 2>/dev/null)"
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program to complete: its names, its options, what its operands are ("command", "file", ""), words for SPEC."""
+    """A program to complete: names, options, kind of operands ("command", "file", ""), candidates for SPEC."""
 
     names: tuple[str, ...]
     options: Sequence[Option]
     operands: str = ""
     spec: tuple[str, ...] = ("none", "all")
 
-    def words(self, option: Option) -> tuple[str, ...]:
-        """What the argument can be, word by word."""
+    def candidates(self, option: Option) -> tuple[str, ...]:
+        """Fixed values that the argument can have."""
         if option.arg == "SPEC":
             return self.spec
         if option.arg == "SHELL":
@@ -44,7 +44,7 @@ class Program:
         return ("none",) if "'none'" in option.help else ()
 
     def with_arg(self) -> list[Option]:
-        """Options whose argument may be the next word; one that is optional never is."""
+        """Options with an argument that may be the next word. An optional argument is never the next word."""
         return [option for option in self.options if option.arg and not option.arg.startswith("[")]
 
 
@@ -120,7 +120,7 @@ _BASH_ACTIONS = {
 
 
 def _bash(program: Program) -> str:
-    cases: dict[str, list[str]] = {}  # what compgen is asked for -> options
+    cases: dict[str, list[str]] = {}  # arguments of compgen -> options
     for option in program.with_arg():
         cases.setdefault(_bash_actions(program, option), []).extend(_forms(option))
     cases.pop("", None)
@@ -144,8 +144,8 @@ def _bash(program: Program) -> str:
 def _bash_actions(program: Program, option: Option) -> str:
     if option.arg.startswith("UID"):
         return "-u"
-    words = program.words(option)
-    return _BASH_ACTIONS.get(option.arg) or (f'-W "{" ".join(words)}"' if words else "")
+    values = program.candidates(option)
+    return _BASH_ACTIONS.get(option.arg) or (f'-W "{" ".join(values)}"' if values else "")
 
 
 # zsh ---------------------------------------------------------------------------------------------------------------
@@ -182,8 +182,8 @@ def _zsh(program: Program) -> str:
 def _zsh_action(program: Program, option: Option) -> str:
     if option.arg.startswith("UID"):
         return "_users"
-    words = program.words(option)
-    return _ZSH_ACTIONS.get(option.arg) or (f"({' '.join(words)})" if words else " ")
+    values = program.candidates(option)
+    return _ZSH_ACTIONS.get(option.arg) or (f"({' '.join(values)})" if values else " ")
 
 
 def _zsh_quoted(text: str) -> str:
@@ -218,7 +218,7 @@ def _fish_arg(program: Program, option: Option) -> str:
         return " -x -a '(command ls /sys/class/net 2>/dev/null)'"
     if option.arg.startswith("UID"):
         return " -x -a '(__fish_complete_users)'"
-    words = program.words(option)
-    if words:
-        return f" -x -a '{' '.join(words)}'"
+    values = program.candidates(option)
+    if values:
+        return f" -x -a '{' '.join(values)}'"
     return " -x" if option in program.with_arg() else ""

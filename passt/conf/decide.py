@@ -1,19 +1,19 @@
-"""Options and the host's configuration -> what the guest sees (Config) and what is set up in a namespace (NsPlan).
+"""Options and the host's configuration -> the guest's configuration (Config) and the namespace's set-up (NsPlan).
 
-Pure: the host's tables and the text of /etc/resolv.conf come in as values, decisions go out, remarks with them.
-Nothing here refuses to start because of what the host has; a family is judged by itself:
+Pure: the host's tables and the text of /etc/resolv.conf are input values; decisions and remarks are the output.
+The state of the host never prevents the start. Each address family is decided separately:
 
-    the host has                            the guest gets
+    host has                                guest gets
     --------------------------------------  -----------------------------------------------------------------------
     an interface with an address            that address, the interface's routes, its gateway if there is one
     an address but no default route         the address; no gateway, hence no DHCP (IPv4) and no mapping of the host
     nothing usable                          local mode: 169.254.2.1/16 and 169.254.2.2; fe80::1 as IPv6 gateway
     a kernel without the family             the family is off
 
-The plan is for pasta only: a virtual machine sets itself up, by what DHCP, DHCPv6 and router advertisements tell it.
+The plan is for pasta only: a virtual machine configures itself from DHCP, DHCPv6 and router advertisements.
 
-What -a, -g, -n, -I say replaces what was found, in local mode too. An interface that the user named (-i,
---outbound-if4/6) and that has no address in any wanted family is an error: it would not do what was asked for.
+The options -a, -g, -n, -I replace the values found on the host, in local mode too. An interface that the user named
+(-i, --outbound-if4/6) and that has no address in any enabled family is an error.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ LOCAL_IFNAME = "tap0"
 PREFIX6 = 64
 MTU_MIN6 = 1280  # RFC 8200, 5
 
-WINDOW_MAX = 1 << 24  # bytes that a TCP sender in the namespace may have on the way to us
+WINDOW_MAX = 1 << 24  # bytes that a TCP sender in the namespace may have in flight
 HEADERS = 52  # IPv4, TCP, timestamps
 SEGMENT = 1500 - HEADERS
 TXQLEN_MAX = 16384
 
 
 class Remarks:
-    """What is worth saying about a choice; said once the start has succeeded, so that an error stands alone."""
+    """Log messages about decisions. They are logged after a successful start, so that an error is the only message."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, str]] = []
@@ -69,13 +69,13 @@ class Decision:
     plan: NsPlan | None  # None with a virtual machine
     template4: Link | None
     template6: Link | None
-    why4: str  # they were chosen; empty without the family
+    why4: str  # reason for the choice of `template4`; empty without the family
     why6: str
     remarks: Remarks
 
 
 def decide(options: Options, host: Host, resolv_conf: ResolvConf, *, have_v6: bool = True) -> Decision:
-    """Everything that follows from the command line and the host. Raises Fatal."""
+    """The configuration that follows from the command line and the host. Raises Fatal."""
     remarks = Remarks()
     mtu = min(options.mtu, FRAME_MTU_MAX)
     if mtu != options.mtu:
@@ -102,13 +102,13 @@ def decide(options: Options, host: Host, resolv_conf: ResolvConf, *, have_v6: bo
 
 
 def queue_length(mtu: int) -> int:
-    """Packets that the tap must hold so that a window's worth of them (at MTU 1500 or less) is not dropped there."""
+    """Length of the tap's queue, in packets, that holds a full TCP window (at MTU 1500 or less) without drops."""
     payload = min(mtu - HEADERS, SEGMENT) if mtu else SEGMENT
     return min(WINDOW_MAX // payload + 1, TXQLEN_MAX)
 
 
 def _config(options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, scope: Link | None) -> Config:
-    """A field of Config that is called as one of Options is what was asked for, unless it is said here."""
+    """A field of Config with the name of a field of Options takes its value, unless it is set here."""
     same = {name: getattr(options, name) for name in Config.__dataclass_fields__ if name in Options.FIELDS}
     return replace(
         Config(**same),
@@ -130,7 +130,7 @@ def _config(options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, scope:
 
 
 def _template(options: Options, host: Host, v6: bool) -> tuple[Link | None, str]:
-    """The interface that a family is modelled on, None when there is none with a usable address; and why that."""
+    """The template interface of a family, None if no interface has a usable address; and the reason."""
     outbound = options.outbound_if.get(v6)
     if options.interface is not None:
         link = host.named(options.interface)
@@ -148,7 +148,7 @@ def _template(options: Options, host: Host, v6: bool) -> tuple[Link | None, str]
 
 
 def _check_named(options: Options, host: Host, template4: Link | None, template6: Link | None) -> None:
-    """An interface that the user insists on must be usable."""
+    """An interface that the user named must be usable. Raises Fatal."""
     if options.interface is not None and template4 is None and template6 is None:
         raise Fatal(f"Interface {options.interface} is not usable: no address in the families wanted (see -i, -a)")
     for v6, template in ((False, template4), (True, template6)):
@@ -230,7 +230,7 @@ def _remark_local(options: Options, template: Link | None, why: str, remarks: Re
 
 
 def _remark_off(options: Options, config: Config, remarks: Remarks) -> None:
-    """What was asked for a family that is off."""
+    """Log options for a family that is off."""
     for v6, ip in ((False, config.ip4), (True, config.ip6)):
         if ip is None:
             pairs = ("address", "gateway", "outbound", "outbound_if", "map_host_loopback", "map_guest_addr")
@@ -242,14 +242,14 @@ def _remark_off(options: Options, config: Config, remarks: Remarks) -> None:
 
 
 def _usual_prefix(address: bytes) -> int:
-    """The prefix length of an address that nothing says more about: that of its class (RFC 791, 3.2)."""
+    """The default prefix length of an address: that of its class (RFC 791, 3.2)."""
     if address[:2] == LOCAL_ADDR4[:2]:
         return LOCAL_PREFIX4
     return 8 if address[0] < 128 else 16 if address[0] < 192 else 24 if address[0] < 224 else 32
 
 
 def _mapped(options: Options, gateway: bytes | None, v6: bool) -> bytes | None:
-    """The address that stands for the host's loopback: the one asked for, or the gateway's."""
+    """The address that maps to the host's loopback: that of the option, or the gateway's."""
     asked: bytes | bool | None = options.map_host_loopback.get(v6)
     if asked is None:
         return gateway if options.map_gw else None

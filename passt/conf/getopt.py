@@ -1,11 +1,11 @@
-"""The grammar of the command line: that of getopt_long(3), on which clients rely, down to its messages.
+"""The grammar of the command line: that of getopt_long(3), including its messages, on which clients rely.
 
-Options are parsed in order, so the last of several wins, and end at `--` or at the first operand: what follows belongs
-to the command that is started. A long option takes its argument as `--name=value` or `--name value` and may be
-abbreviated as long as no other begins so; a short one as `-nvalue` or `-n value`, and short ones without argument may
-be put together (`-fq4`).
+Options are parsed in order, so the last of several wins. They end at `--` or at the first operand: the rest belongs to
+the command that is started. A long option takes its argument as `--name=value` or `--name value` and may be
+abbreviated to an unambiguous prefix. A short option takes it as `-nvalue` or `-n value`, and short options without
+argument may be combined (`-fq4`).
 
-A message begins with the words of getopt_long, and ends with what to do: the nearest option that exists, --help.
+A message begins with the text of getopt_long and ends with advice: the nearest existing option, or --help.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Generic, Protocol, TypeVar
 
 from ..log import Fatal
 
-NEAR = 0.7  # of difflib's ratio: one letter of three may be another one
-WORD_MAX = 40  # characters: longer ones are no misspelt option, and comparing takes time
+NEAR = 0.7  # of difflib's ratio: one character of three may differ
+WORD_MAX = 40  # characters; a longer word is not a misspelt option, and comparing takes time
 
 
 class Option(Protocol):
-    """An option, as far as the grammar knows it. `name`, `short` and `arg` are empty when there is none.
+    """The part of an option that the grammar uses. `name`, `short` and `arg` are empty if there is none.
 
-    Options of the same meaning are two names of one. Those without help are never suggested.
+    Options of the same meaning are two names of one option. Options without help are never suggested.
     """
 
     @property
@@ -44,22 +44,22 @@ class Option(Protocol):
 OptionT = TypeVar("OptionT", bound=Option)
 
 
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of `words` that `word` is most likely to mean, None if none is near."""
-    from difflib import get_close_matches  # it takes longer to import than a command line to parse
+def nearest(word: str, valid: Iterable[str]) -> str | None:
+    """The one of `valid` that is most similar to `word`, None if none is near."""
+    from difflib import get_close_matches  # the import takes longer than parsing a command line
 
-    near = get_close_matches(word, words, 1, NEAR) if len(word) <= WORD_MAX else []
+    near = get_close_matches(word, valid, 1, NEAR) if len(word) <= WORD_MAX else []
     return near[0] if near else None
 
 
-def suggestion(word: str, words: Iterable[str]) -> str:
-    """The end of a message about `word`, where one of `words` is wanted: the nearest of them, if any."""
-    near = nearest(word, words)
+def suggestion(word: str, valid: Iterable[str]) -> str:
+    """The end of a message about `word`, where one of `valid` is required: the nearest of them, if any."""
+    near = nearest(word, valid)
     return f": did you mean '{near}'?" if near else ""
 
 
 class Getopt(Generic[OptionT]):
-    """Iterating gives (option, argument) as they stand; `operands` is what is left afterwards. Raises Fatal."""
+    """An iterator of (option, argument) in their order; `operands` is the rest, afterwards. Raises Fatal."""
 
     def __init__(self, program: str, table: Sequence[OptionT], argv: Sequence[str]) -> None:
         self._program = program

@@ -1,7 +1,7 @@
 """--help: options by group, in lines of at most 80 columns.
 
-An option stands at the left, what it does at the right of it, from column 26 on. Each line of its help text is a
-paragraph; those after the first are indented.
+The option is on the left, its help text on the right, from column 26 on. Each line of the help text is a paragraph;
+paragraphs after the first are indented.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _COLUMN = 26
 
 
 class Option(getopt.Option, Protocol):
-    """An option, as far as --help knows it."""
+    """The part of an option that --help uses."""
 
     @property
     def group(self) -> str: ...
 
 
 def text(head: str, options: Sequence[Option], groups: Iterable[str]) -> str:
-    """The help text: `head`, and for each group with options its name and these."""
+    """The help text: `head`, and for each non-empty group its name and options."""
     lines = [head]
     for group in groups:
         members = [option for option in options if option.group == group]

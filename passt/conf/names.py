@@ -1,24 +1,23 @@
-"""Names: which resolvers and search domains the guest is told, and where its queries go.
+"""DNS settings: the resolvers and search domains that the guest is given, and the destination of its queries.
 
-Pure: the options and what /etc/resolv.conf says come in, the part of a `Config` that is about names goes out. That is
-done at start, and again whenever the file has changed (`follow`), by the same function.
+Pure: the options and the contents of /etc/resolv.conf are the input, the DNS fields of a `Config` are the output. The
+same function runs at start and after each change of the file (`follow`).
 
-    what                           by option        else
+    setting                        option           default
     -----------------------------  ---------------  ------------------------------------------------------------------
-    told to the guest, by family   -D               the host's resolvers of that family, as the guest can reach them
+    given to the guest, by family  -D               the host's resolvers of that family, as the guest can reach them
     search domains                 -S               those of resolv.conf
-    forwarded (`dns_match`)        --dns-forward    none; and in any case those of the next table that stand for others
+    forwarded (`dns_match`)        --dns-forward    none. In any case, the replacement addresses of the next table
     resolvers (`dns_hosts`)        --dns-host       the host's, of both families
 
-    a resolver of the host                     is told as
+    resolver of the host                       address given to the guest
     -----------------------------------------  ----------------------------------------------------------------------
-    on its loopback; or at the address that    the address of --dns-forward, or that which maps the host's loopback:
-    maps the host's loopback for the guest     the gateway, usually. Without either it is not told
-    anywhere else                              itself
-    there are only such of a family that the   the same two, so that the guest has something to ask at all
-    guest does not have
+    on the host's loopback; or at the address  the address of --dns-forward, or the one that maps the host's loopback:
+    that maps it for the guest                 the gateway, usually. Without either, the guest is not given it
+    any other                                  its own
+    all are of a family that the guest lacks   the same replacement, so that the guest has a resolver
 
-What is forwarded stands for all of the host's resolvers, of whatever family (`policy/resolvers.py`).
+A forwarded address stands for all of the host's resolvers, of both families (`policy/resolvers.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ Warn = Callable[[str], None]
 
 
 def apply(options: Options, config: Config, found: ResolvConf) -> Config:
-    """`config` with what follows for names from the options and from `found`."""
+    """`config` with the DNS settings that follow from the options and from `found`."""
     ips: dict[bool, Ip4 | Ip6 | None] = {False: config.ip4, True: config.ip6}
     proxies = {v6: _proxy(options, ip, v6) for v6, ip in ips.items() if ip is not None}
     shown: dict[bool, tuple[bytes, ...]] = {False: (), True: ()}  # resolvers of the host, as the guest can reach them
@@ -66,13 +65,13 @@ def _own(addresses: Iterable[bytes], v6: bool) -> tuple[bytes, ...]:
 
 
 def _first(servers: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    """As many of each family as count."""
+    """The first DNS_MAX servers of each family, in their order."""
     kept = _own(servers, False)[:DNS_MAX] + _own(servers, True)[:DNS_MAX]
     return tuple(s for s in servers if s in kept)
 
 
 def _proxy(options: Options, ip: Ip4 | Ip6 | None, v6: bool) -> bytes | None:
-    """The address that stands for resolvers which the guest cannot reach by their own."""
+    """The replacement address for resolvers that the guest cannot reach directly."""
     return next(iter(_own(options.dns_forward, v6)), ip.map_host_loopback if ip else None)
 
 
@@ -83,7 +82,7 @@ def _shown(ip: Ip4 | Ip6 | None, proxy: bytes | None, servers: Iterable[bytes]) 
 
 
 def remark(options: Options, config: Config, found: ResolvConf, warn: Warn) -> None:
-    """What is missing."""
+    """Warn about missing resolvers."""
     if options.dns_forward and not config.dns_hosts:
         asked = ", ".join(map(addr.text, options.dns_forward))
         warn(f"Nothing to forward queries to {asked} to: no nameserver known (give --dns-host)")
@@ -106,15 +105,15 @@ def remark(options: Options, config: Config, found: ResolvConf, warn: Warn) -> N
 
 
 def follows(options: Options) -> bool:
-    """Whether anything depends on resolv.conf."""
+    """Whether any setting depends on resolv.conf."""
     told = bool(options.dns) or options.dns_none
     return not (options.splice_only or (told and options.dns_host and (options.search or options.search_none)))
 
 
 def follow(ctx: Context, options: Options, found: ResolvConf, now: float) -> None:
-    """resolv.conf says something else: from now on the guest is told so, and its queries go there.
+    """Apply changed contents of resolv.conf: DHCP and NDP announce them, and queries go to the new resolvers.
 
-    An address that stood for resolvers goes on to do so: the guest may have been told of it, and asks it.
+    An address that was forwarded stays forwarded: the guest may have been given it, and may go on to query it.
     """
     former, config = ctx.config, apply(options, ctx.config, found)
     config = replace(config, dns_match=tuple(dict.fromkeys((*config.dns_match, *former.dns_match))))

@@ -1,7 +1,7 @@
-"""Options: what the command line asks for, a field per fact, with the option that sets it.
+"""Options: the parsed command line, a field per setting, with the option that sets it.
 
-This is the table of options of pasta and passt: `row.py` says how a row reads, `conf/table.py` adds those that set
-nothing. Within a group, rows stand in the order of --help and of the manual page.
+This is the table of options of pasta and passt: `row.py` describes a row, `conf/table.py` adds the options that set no
+field. Within a group, rows are in the order of --help and of the manual page.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOOPBACK = "a virtual machine reaches the host's loopback at the address of --m
 
 
 class Options(Record):
-    """What the command line asks for; nothing here was compared with the host yet."""
+    """The parsed command line, before it is combined with the host's configuration."""
 
     mode: str = PASTA
     pid: int | None = None
@@ -147,7 +147,7 @@ class Options(Record):
         "Don't map the gateway's address to the host's loopback",
         to=False,
     )  # fmt: skip
-    map_guest_addr: Pair = field(  # the same
+    map_guest_addr: Pair = field(  # False: mapped to nothing
         Pair(),
         option("--map-guest-addr ADDR", ADDRESSES,
                "Map ADDR to the host's own address\n"
@@ -262,7 +262,7 @@ class Options(Record):
     runas: str | None = value(
         "--runas UID[:GID]|LOGIN[:GROUP]", RUNNING,
         "Run as this user and group\n"
-        "default: who starts it; user nobody for root",
+        "default: the current user; user nobody for root",
         values.runas, default=None,
     )  # fmt: skip
 
@@ -384,5 +384,5 @@ class Options(Record):
 
     @property
     def no_namespace(self) -> bool:
-        """Whether pasta serves a tap device without knowing where it is: there is no other side to enter."""
+        """Whether pasta serves a tap device of an unknown namespace, which it cannot enter."""
         return self.mode == PASTA and self.fd is not None and self.pid is None and self.netns is None

@@ -7,18 +7,18 @@
     range    = port [ "-" port ]
     address  = IPv4 | IPv6 | "[" ( IPv4 | IPv6 ) "]"
 
-An IPv6 target needs its brackets: 80:2001:db8::1/80 is port 80 of a bind address. What the items mean together:
+An IPv6 target needs its brackets: 80:2001:db8::1/80 is port 80 of a bind address. The items of a specification combine:
 
     items                          ports                                                      failures to bind
     -----------------------------  ---------------------------------------------------------  ----------------
     ranges, exclusions             those of the ranges that are not excluded                  are errors
     "all", or only exclusions      1 to 65535, but for ephemeral ones and excluded ones       leave a port out
-    "auto", exclusions             1 to 65535, but for excluded ones, while somebody has      leave a port out
-                                   bound them at the other side
+    "auto", exclusions             1 to 65535 without excluded ones, while a program has      leave a port out
+                                   them bound at the target
     "auto", ranges, exclusions     those of the first row, likewise                           leave a port out
 
-Options of one letter add up. `none`, `all` and `auto` by themselves say everything there is to say and stand alone;
-for the rest no port may be listened on twice. A mistake is told with the piece of text that is wrong and its place.
+Several options of one letter add up, but a single `none`, `all` or `auto` excludes any other. No port may be listened
+on twice. An error message shows the invalid part of the text and its position.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ INBOUND, OUTBOUND = "tu", "TU"
 
 _NO_PORT = f"not a port (a decimal number, 1 to {PORT_MAX})"
 _SHOWN_MAX = 200  # characters of a specification in a message
-# What stands before the first "/" is no bind address if it is a list, a range, or has a target address.
+# Text before the first "/" is not a bind address if it is a list, a range, or has a target address.
 _ITEMS = re.compile(r"[^%\[]*,|~|[0-9]+-|[^:\[]*:(\[|[0-9.]+\Z)")
 
 
-# Text with a place -------------------------------------------------------------------------------------------------
+# Text with its position ----------------------------------------------------------------------------------------------
 
 
 class _Piece(NamedTuple):
@@ -61,7 +61,7 @@ class _Piece(NamedTuple):
     at: int = 0
 
     def cut(self, separator: str) -> tuple[_Piece, _Piece | None]:
-        """What is before the first `separator`, and what is after it; None if it does not occur."""
+        """The parts before and after the first `separator`; None for the latter if it does not occur."""
         before, found, after = self.text.partition(separator)
         return _Piece(before, self.at), _Piece(after, self.at + len(before) + 1) if found else None
 
@@ -72,8 +72,8 @@ class _Piece(NamedTuple):
             at += len(text) + 1
 
 
-class _Wrong(Exception):
-    """A piece that is wrong. `head` begins the message; clients know these beginnings."""
+class _SpecError(Exception):
+    """An invalid piece. `head` is the beginning of the message, which clients parse."""
 
     def __init__(self, piece: _Piece, reason: str, head: str = "Invalid port specifier") -> None:
         super().__init__(piece, reason, head)
@@ -83,7 +83,7 @@ class _Wrong(Exception):
 
 
 def _shown(text: str) -> str:
-    """`text` as part of a one-line message."""
+    """`text` in a form for a one-line message."""
     if len(text) > _SHOWN_MAX:
         text = f"{text[:_SHOWN_MAX]}..."
     return text if text.isprintable() else text.encode("unicode_escape").decode()
@@ -100,7 +100,7 @@ def parse_spec(letter: str, text: str, mode: str = PASTA, ephemeral: range = EPH
     """The rules of one option: `letter` t, u, T or U, and its argument. None for "none". Raises Fatal."""
     try:
         return tuple(_rules(letter, text, mode, ephemeral))
-    except _Wrong as e:
+    except _SpecError as e:
         where = f"'{_shown(e.piece.text)}' at character {e.piece.at + 1}"
         raise Fatal(f"{e.head} {_shown(_given(letter, text))}: {where}: {e.reason}") from None
 
@@ -112,7 +112,7 @@ def _rules(letter: str, text: str, mode: str, ephemeral: range) -> Iterator[Rule
     proto = PROTO_TCP if letter in "tT" else PROTO_UDP
     bind, listed = _split_bind(_Piece(text))
     if bind is not None and not inbound:
-        raise _Wrong(bind, "-T and -U listen on the loopback of the namespace: leave out address and interface")
+        raise _SpecError(bind, "-T and -U listen on the loopback of the namespace: leave out address and interface")
     address, ifname = _bind(bind) if bind is not None else (None, None)
     items = _Items(listed, mode)
     for r in items.ranges(ephemeral):
@@ -142,17 +142,17 @@ def _bind(piece: _Piece) -> tuple[bytes | None, str | None]:
     """Address and interface to listen on; None for any."""
     host, interface = piece.cut("%")
     if interface is not None and not values.is_interface(interface.text):
-        raise _Wrong(interface, f"not an interface name ({values.IFNAME_RULE})")
+        raise _SpecError(interface, f"not an interface name ({values.IFNAME_RULE})")
     ifname = interface.text if interface else None
     if host.text == "*" or (not host.text and ifname):
         return None, ifname
     if not host.text:
-        raise _Wrong(piece, "an address to listen on is missing before '/' ('*' is any)")
+        raise _SpecError(piece, "an address to listen on is missing before '/' ('*' is any)")
     address = _address(host)
     if addr.is_multicast(address) or address == addr.BROADCAST4:
-        raise _Wrong(host, "a group of hosts can't be listened on: give an address of this host, or '*' for any")
+        raise _SpecError(host, "a group of hosts can't be listened on: give an address of this host, or '*' for any")
     if len(address) == 16 and addr.is_link_local(address) and ifname is None:
-        raise _Wrong(host, f"a link-local address needs its interface: {host.text}%eth0/...")
+        raise _SpecError(host, f"a link-local address needs its interface: {host.text}%eth0/...")
     return address, ifname
 
 
@@ -161,15 +161,15 @@ def _address(piece: _Piece) -> bytes:
     text = piece.text
     if text.startswith("["):
         if not text.endswith("]"):
-            raise _Wrong(piece, "']' is missing at the end of the address")
+            raise _SpecError(piece, "']' is missing at the end of the address")
         text = text[1:-1]
     try:
         address = addr.packed(text)
     except ValueError:
-        raise _Wrong(piece, "not an IPv4 or IPv6 address") from None
+        raise _SpecError(piece, "not an IPv4 or IPv6 address") from None
     plain = addr.unmapped(address)
     if plain != address:
-        raise _Wrong(piece, f"an IPv4 address in IPv6 notation: give {addr.text(plain)}")
+        raise _SpecError(piece, f"an IPv4 address in IPv6 notation: give {addr.text(plain)}")
     return address
 
 
@@ -209,13 +209,13 @@ class _Items:
             self._read_word(item, target, mode)
         elif word.startswith("~"):
             if target is not None:
-                raise _Wrong(item, "ports that are excluded lead nowhere: leave out what follows ':'")
+                raise _SpecError(item, "ports that are excluded lead nowhere: leave out what follows ':'")
             self._excluded.append(_Range(*_range(_Piece(word[1:], item.at + 1)), 0, None, item))
         elif not item.text:
-            raise _Wrong(item, "a port is missing (give ports, ranges, or exclusions like ~22, with commas between)")
+            raise _SpecError(item, "a port is missing (give ports, ranges or exclusions like ~22, separated by commas)")
         elif word.isalpha():
-            words = (NONE, ALL) if mode == PASST else (NONE, ALL, AUTO)
-            raise _Wrong(head, f"{_NO_PORT}{suggestion(word, words)}")
+            keywords = (NONE, ALL) if mode == PASST else (NONE, ALL, AUTO)
+            raise _SpecError(head, f"{_NO_PORT}{suggestion(word, keywords)}")
         else:
             first, last = _range(head)
             to, address = _target(target, first, last) if target is not None else (first, None)
@@ -226,28 +226,28 @@ class _Items:
     def _read_word(self, item: _Piece, target: _Piece | None, mode: str) -> None:
         word = item.cut(":")[0].text
         if word == NONE:
-            raise _Wrong(item, "'none' stands alone")
+            raise _SpecError(item, "'none' stands alone")
         if word == AUTO and mode == PASST:
-            raise _Wrong(item, "give ports, or 'all'", "'auto' port forwarding is only allowed for pasta:")
+            raise _SpecError(item, "give ports, or 'all'", "'auto' port forwarding is only allowed for pasta:")
         if self._words:
             head = f"Port forwarding mode '{word}' conflicts with previous mode:"
-            raise _Wrong(item, f"'{next(iter(self._words))}' was given before: leave one out", head)
+            raise _SpecError(item, f"'{next(iter(self._words))}' was given before: leave one out", head)
         if word == AUTO and target is not None:
-            raise _Wrong(target, "'auto' has no target: give the ports that have one (auto,8080:80)")
+            raise _SpecError(target, "'auto' has no target: give the ports that have one (auto,8080:80)")
         self._words[word] = _Range(1, PORT_MAX, 1, _target_address(target) if target is not None else None, item)
         if word == ALL and self._included:
             raise self._not_all(self._included[0].piece)
 
     @staticmethod
-    def _not_all(item: _Piece) -> _Wrong:
-        return _Wrong(
+    def _not_all(item: _Piece) -> _SpecError:
+        return _SpecError(
             item,
             "'all' is every port but ephemeral ones; to lead one elsewhere give two options, -t ~22 -t 22:2022",
             "Specific ports cannot be specified together with all/none/auto:",
         )
 
     def ranges(self, ephemeral: range) -> Iterator[_Range]:
-        """What is left of the ranges, in their order."""
+        """The ranges without the excluded ports, in their order."""
         _check_disjoint(self._excluded, "Overlapping excluded ranges")
         _check_disjoint(self._included, "Invalid port specifier")
         included = self._included
@@ -258,16 +258,16 @@ class _Items:
             included = list(_without(included, [(ephemeral[0], ephemeral[-1])]))
         left = list(_without(included, sorted((r.first, r.last) for r in self._excluded)))
         if not left:
-            raise _Wrong(self._listed, "every port is excluded ('none' forwards nothing)")
+            raise _SpecError(self._listed, "every port is excluded ('none' forwards nothing)")
         yield from left
 
 
 def _check_disjoint(ranges: Iterable[_Range], head: str) -> None:
     for a, b in pairwise(sorted(ranges, key=lambda r: r.first)):
         if b.first <= a.last:
-            early, late = sorted((a.piece, b.piece), key=lambda p: p.at)
-            reason = f"{_ports(b.first, min(a.last, b.last))} in '{_shown(early.text)}', too: leave out one of them"
-            raise _Wrong(late, reason, head)
+            former, latter = sorted((a.piece, b.piece), key=lambda p: p.at)
+            reason = f"{_ports(b.first, min(a.last, b.last))} in '{_shown(former.text)}', too: leave out one of them"
+            raise _SpecError(latter, reason, head)
 
 
 def _without(ranges: Iterable[_Range], holes: Sequence[tuple[int, int]]) -> Iterator[_Range]:
@@ -295,26 +295,26 @@ def _range(piece: _Piece) -> tuple[int, int]:
         return first, first
     last = _port(tail)
     if last < first:
-        raise _Wrong(tail, "the range ends before it begins")
+        raise _SpecError(tail, "the range ends before it begins")
     return first, last
 
 
 def _port(piece: _Piece) -> int:
     text = piece.text
     if not text:
-        raise _Wrong(piece, "a port is missing")
+        raise _SpecError(piece, "a port is missing")
     if not (text.isascii() and text.isdecimal()):
-        raise _Wrong(piece, _NO_PORT)
+        raise _SpecError(piece, _NO_PORT)
     digits = text.lstrip("0")
     if not digits:
-        raise _Wrong(piece, f"port 0 can't be forwarded (give 1 to {PORT_MAX})")
+        raise _SpecError(piece, f"port 0 can't be forwarded (give 1 to {PORT_MAX})")
     if len(digits) > len(str(PORT_MAX)) or int(digits) > PORT_MAX:
-        raise _Wrong(piece, f"the last port is {PORT_MAX}")
+        raise _SpecError(piece, f"the last port is {PORT_MAX}")
     return int(digits)
 
 
 def _target(piece: _Piece, first: int, last: int) -> tuple[int, bytes | None]:
-    """Where the ports `first` to `last` lead: (the first port there, address if one is given)."""
+    """The target of the ports `first` to `last`: (its first port, its address if one is given)."""
     address, ports = None, piece
     if re.search(r"[./:\[]", piece.text):
         host, tail = piece.cut("/")
@@ -327,31 +327,31 @@ def _target(piece: _Piece, first: int, last: int) -> tuple[int, bytes | None]:
         return to, address
     end = to + last - first
     if end > PORT_MAX:
-        raise _Wrong(ports, f"{last - first + 1} ports from {to} on go beyond {PORT_MAX}")
+        raise _SpecError(ports, f"{last - first + 1} ports from {to} on go beyond {PORT_MAX}")
     advice = f"{to}-{end}" if end > to else str(to)
     counts = f"{last - first + 1} and {to_last - to + 1} ports"
-    raise _Wrong(ports, f"the ranges have different lengths, {counts} (did you mean {advice}?)")
+    raise _SpecError(ports, f"the ranges have different lengths, {counts} (did you mean {advice}?)")
 
 
 def _target_address(piece: _Piece) -> bytes:
     address = _address(piece)
     if len(address) == 16 and not piece.text.startswith("["):
-        raise _Wrong(piece, f"an IPv6 address needs brackets here: [{piece.text}]")
+        raise _SpecError(piece, f"an IPv6 address needs brackets here: [{piece.text}]")
     if not addr.is_unicast(address):
-        raise _Wrong(piece, "nothing can be connected to there: give the address of one host")
+        raise _SpecError(piece, "nothing can be connected to there: give the address of one host")
     return address
 
 
-# All of them together ----------------------------------------------------------------------------------------------
+# All specifications --------------------------------------------------------------------------------------------------
 
 
 def forwards(
     specs: Sequence[tuple[str, str]], options: Options, mode: str = PASTA, ephemeral: range = EPHEMERAL
 ) -> tuple[Rule, ...]:
-    """The rules of a command line with `specs`, (letter, argument) in their order; `options` is the rest of it.
+    """The rules of a command line: `specs` are (option letter, argument) in their order, `options` all other options.
 
-    A letter that does not occur means `auto` in pasta, and nothing in passt, nor where there is no namespace to look
-    into. Raises Fatal.
+    A letter that does not occur means `auto` in pasta, and no rule in passt or without access to the namespace. Raises
+    Fatal.
     """
     for letter, text in specs:
         _check_wanted(letter, text, options)
@@ -368,10 +368,9 @@ def forwards(
 
 
 def later(option: str, options: Options, ephemeral: range, v4: bool, v6: bool) -> tuple[Rule, ...]:
-    """The rules of an option, "-t 8080:80", that comes while a program runs that was started with `options`.
+    """The rules of an option, "-t 8080:80", that is added at run time to a program started with `options`.
 
-    `v4` and `v6` tell which families are on. That no two rules want the same port is up to who has the others. Raises
-    Fatal.
+    `v4` and `v6` say which families are on. The caller checks for conflicts with other rules. Raises Fatal.
     """
     letter, text = option[1:2], option[2:].lstrip(" ")
     if not option.startswith("-") or not letter or letter not in INBOUND + OUTBOUND:
@@ -397,34 +396,34 @@ def _check_wanted(letter: str, text: str, options: Options) -> None:
 
 
 def _check_modes(given: Sequence[str]) -> None:
-    """`given`: all options of one letter. A word that says everything goes with no other."""
-    words = [option[3:] in (NONE, ALL, AUTO) for option in given]
+    """`given`: all options of one letter. A keyword (none, all, auto) excludes any other option. Raises Fatal."""
+    keywords = [option[3:] in (NONE, ALL, AUTO) for option in given]
     for i, option in enumerate(given):
-        if not i or not (words[i] or words[0]):
+        if not i or not (keywords[i] or keywords[0]):
             continue
         both = f"'{_shown(given[0])}' and '{_shown(option)}'"
-        if words[i]:
+        if keywords[i]:
             raise Fatal(f"Port forwarding mode '{option[3:]}' conflicts with previous mode: {both}: leave one out")
         raise Fatal(f"Specific ports cannot be specified together with all/none/auto: {both}: leave one out")
 
 
 def _check_target(rule: Rule, options: Options, mode: str) -> None:
-    """A target that no client could be led to."""
+    """Reject a target that no connection can reach. Raises Fatal."""
     if rule.outbound or rule.target is None:
         return
     spliced = mode == PASTA and not options.no_splice and not options.no_namespace
     local = spliced and (options.splice_only or (rule.addr is not None and addr.is_loopback(rule.addr)))
     head, target = f"Invalid port specifier {_shown(rule.option)}: '{addr.text(rule.target)}'", rule.target
     if addr.is_loopback(target) and not local:
-        what = "is on a loopback that only the host's loopback leads to"
+        what = "is a loopback address, which only connections from the host's loopback reach"
         how = "listen on 127.0.0.1 or ::1, or leave out the target address"
-        raise Fatal(f"{head} {what}: {how}" if spliced else f"{head} is on a loopback, where nothing leads to")
+        raise Fatal(f"{head} {what}: {how}" if spliced else f"{head} is a loopback address, which cannot be reached")
     if rule.addr is not None and len(rule.addr) != len(target) and not local:
         raise Fatal(f"{head} is not of the family of '{addr.text(rule.addr)}', which is listened on")
 
 
 def _check_conflicts(rules: Iterable[Rule]) -> None:
-    """No two rules may listen on one port, in the sense of `Rule.overlaps`."""
+    """Reject two rules that listen on one port (`Rule.overlaps`). Raises Fatal."""
     both = conflict(rules)
     if both is not None:
         _refuse(*both)
@@ -441,7 +440,7 @@ def _refuse(a: Rule, b: Rule) -> None:
 
 
 def check_families(rules: Iterable[Rule], v4: bool, v6: bool) -> None:
-    """No rule may need a family that is off. Raises Fatal."""
+    """Reject a rule that needs a family that is off. Raises Fatal."""
     for rule in rules:
         for address in (rule.addr, None if rule.outbound else rule.target):
             if address is not None and not (v4 if len(address) == 4 else v6):

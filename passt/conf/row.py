@@ -1,16 +1,16 @@
-"""How an option is declared: a row, beside the field that it sets.
+"""Declaration of an option: a row, beside the field that it sets.
 
     class Options(Record):
         no_tcp: bool = flag("--no-tcp", SERVICES, "Turn off TCP")
         mtu: int = value("-m, --mtu MTU", ADDRESSES, "Set the MTU", parse=values.mtu, default=MTU_DEFAULT)
         use: Pair = field(Pair(True, True), option("-4, --ipv4-only", ADDRESSES, "Use IPv4 only", ...), option(...))
 
-The row is the only place that names an option. The command line is parsed by the rows, --help and the completions are
-made from them, and tests hold the manual page against them.
+The row is the only place that names an option. The parser, --help and the completions use the rows, and tests compare
+the manual page with them.
 
-The type checker sees a class with frozen fields and their defaults: `flag` returns a bool, `value` and `field` what the
-default and the parser return. At run time they return a `_Declared`, the default with its rows. The class keeps the
-rows and puts the default in the field's place, so that an instance stores only what differs from the defaults.
+The type checker sees a class with frozen fields and their defaults: `flag` returns a bool, `value` and `field` return
+the type of the default and of the parser. At run time they return a `_Declared`, the default with its rows. The class
+keeps the rows and sets the field to the default, so that an instance stores only values that differ from the defaults.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GROUPS = (BASIC, PORTS, ADDRESSES, NAMES, RUNNING, NAMESPACE, MACHINE, SERVICES,
 
 
 class Only(NamedTuple):
-    """Which mode has an option, if only one has; what the other has in its place."""
+    """The mode that has an option, if only one has it; the alternative in the other mode."""
 
     mode: str = ""  # empty: both have it
     instead: str = ""
@@ -50,9 +50,9 @@ BOTH = Only()
 
 
 class Option(NamedTuple):
-    """A row. `name`, `short` and `arg` are empty when there is none; lines of `help` are separated by newlines.
+    """A row. `name`, `short` and `arg` are empty if there is none; lines of `help` are separated by newlines.
 
-    The first line of `help` stands for itself, in completions. {guest} and {link} are what these are called in a mode.
+    Completions show the first line of `help` alone. {guest} and {link} are replaced by their names in a mode.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Option(NamedTuple):
     action: Action
     only: Only = BOTH
     deprecated: bool = False
-    field: str = ""  # that it sets, if it is one
+    field: str = ""  # the field that it sets; empty: none, or several
 
     @property
     def meaning(self) -> object:
@@ -84,14 +84,14 @@ def option(
     only: Only = BOTH,
     deprecated: bool = False,
 ) -> Option:
-    """A row; `head` is the option as --help has it: "--trace", "-q, --quiet", "-m, --mtu MTU"."""
+    """A row; `head` is the option as --help shows it: "--trace", "-q, --quiet", "-m, --mtu MTU"."""
     short, _, long = head.rpartition(", ")
     name, _, arg = long.partition(" ")
     return Option(name[2:], short[1:], arg, group, help, action, only, deprecated)
 
 
 class _Declared(NamedTuple):
-    """What a field is in the body of its class: its default, in passt too if that is another, and the rows."""
+    """A field in the body of its class: its default, the default of passt if it differs, and the rows."""
 
     default: object
     rows: Sequence[Option]
@@ -105,7 +105,7 @@ def flag(head: str, group: str, help: str, *, to: bool = True, only: Only = BOTH
 
 
 def value(head: str, group: str, help: str, parse: Callable[[str], T], *, default: D, only: Only = BOTH) -> T | D:
-    """The argument of an option, as `parse` reads it."""
+    """The argument of an option, converted by `parse`."""
     return cast(T, _Declared(default, (option(head, group, help, actions.parsed(parse), only=only),)))
 
 
@@ -115,7 +115,7 @@ def file(head: str, group: str, help: str, *, default: D, only: Only = BOTH) -> 
 
 
 def field(default: T, *rows: Option, passt: T | None = None) -> T:
-    """A field of several options, or of one whose action does more; `passt` is the default in that mode."""
+    """A field of several options, or of an option with a special action; `passt` is the default in that mode."""
     return cast(T, _Declared(default, rows, passt))
 
 

@@ -1,11 +1,11 @@
-"""What is said at start about what was chosen, for people, in the order in which they ask.
+"""Summary of the configuration, logged at start.
 
-    Template interface     which interface of the host each family is modelled on, and why
-    Addresses              which address inside means which one outside
-    DHCP, NDP/DHCPv6, DNS  what the guest is told; programs read the lines below DHCP
-    Port forwarding        which ports lead where, both ways
+    Template interface     the host interface that each family is modelled on, and the reason
+    Addresses              translation of addresses inside to addresses outside
+    DHCP, NDP/DHCPv6, DNS  settings that the guest is given; programs parse the lines below DHCP
+    Port forwarding        forwarded ports and their targets, in both directions
 
-Behind these, for a virtual machine, how to connect it.
+For a virtual machine, instructions to connect it follow.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _LOOPBACK = {False: "127.0.0.1", True: "::1"}
 
 
 def describe_socket(path: str) -> str:
-    """The line that tells where a virtual machine is to connect; clients read it. It comes before all others."""
+    """The first line: the path that a virtual machine connects to. Clients parse it."""
     return f"UNIX domain socket bound at {path}"
 
 
 def describe_client(path: str) -> Iterator[str]:
-    """The lines behind all others that say how to connect a virtual machine."""
+    """The last lines: how to connect a virtual machine."""
     yield ""
     yield "You can now start qemu (>= 7.2):"
     netdev = f"stream,id=s,server=off,addr.type=unix,addr.path={path}"
@@ -40,7 +40,7 @@ def describe_client(path: str) -> Iterator[str]:
 
 
 def describe(decision: Decision) -> Iterator[str]:
-    """The lines that say at start what was chosen."""
+    """The lines that describe the configuration."""
     c = decision.config
     if not c.splice_only:
         yield from _describe_interfaces(decision)
@@ -138,9 +138,9 @@ def _describe_dns(c: Config) -> Iterator[str]:
 
 
 def describe_ports(rules: Sequence[Rule], guest: str = GUEST[PASTA]) -> Iterator[str]:
-    """One line per protocol and direction: what is forwarded where. `guest` is what the other side is called."""
+    """One line per protocol and direction: forwarded ports and their targets. `guest` names the end of the link."""
     lines = []
-    for outbound, way in ((False, f"host to {guest}"), (True, f"{guest} to host")):
+    for outbound, direction in ((False, f"host to {guest}"), (True, f"{guest} to host")):
         for proto, name in ((PROTO_TCP, "TCP"), (PROTO_UDP, "UDP")):
             some = [rule for rule in rules if (rule.proto, rule.outbound) == (proto, outbound)]
             if some:
@@ -148,7 +148,7 @@ def describe_ports(rules: Sequence[Rule], guest: str = GUEST[PASTA]) -> Iterator
                 more = f", and {len(some) - len(texts)} more" if len(some) > len(texts) else ""
                 bound = f" (those bound {'on the host' if outbound else f'in the {guest}'})"
                 auto = bound if any(rule.auto for rule in some) else ""
-                lines.append(f"    {way}, {name}: {', '.join(texts)}{more}{auto}")
+                lines.append(f"    {direction}, {name}: {', '.join(texts)}{more}{auto}")
     yield "Port forwarding:" if lines else "Port forwarding: none"
     yield from lines
 

@@ -1,9 +1,9 @@
-"""The table of options of a mode: what is parsed, what --help and completions show.
+"""The table of options of a mode, for the parser, --help and completions.
 
-It has the rows of `options.py`, and here those that set no field. An option of the other mode is in it, too: an
-error that says so, and what there is instead. Some of these the original accepts by their long names, so they are a
-warning here. Rows without help are options of the original that do not exist here; they say so, in the words of
-getopt_long(3), by which clients know what is missing.
+It has the rows of `options.py` and, from here, the rows that set no field. An option of the other mode is in the table
+as well, as an error that names the alternative. The original accepts the long names of some of these; here they cause a
+warning. Rows without help are options of the original that this program does not have: they are an error with the text
+of getopt_long(3), by which clients detect a missing option.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .completion import Program
 
 GUEST = {PASTA: "namespace", PASST: "guest"}
-_WORDS = {
+_TERMS = {
     PASTA: {"guest": "namespace", "link": "a tap device", "ports": "'auto'",
             "auto": "'auto' (ports with a listener in the namespace) "},
     PASST: {"guest": "guest", "link": "a socket", "ports": "'none'", "auto": ""},
@@ -56,7 +56,7 @@ contradict each other, the last one counts. See passt(1) for details.""",
 
 
 def _absent(head: str, why: str, none: bool = False) -> Option:
-    """An option that clients may know from the original; `none` tells that its argument "none" asks for nothing."""
+    """An option of the original that does not exist here; with `none`, its argument "none" is accepted."""
 
     def action(fields: Fields, text: str, row: Row) -> None:
         if not (none and text == "none"):
@@ -98,7 +98,7 @@ TABLE = (
 
 @cache
 def table(mode: str) -> tuple[Option, ...]:
-    """The options as they are parsed in a mode, PASTA or PASST."""
+    """The options that the parser knows in a mode, PASTA or PASST."""
     here = [row if row.is_in(mode) else _elsewhere(row) for row in TABLE]
     letters = [_letter_elsewhere(row) for row in TABLE if row.short and not row.is_in(mode)]
     return (*here, *letters)
@@ -116,7 +116,7 @@ def _elsewhere(row: Option) -> Option:
 
 
 def _letter_elsewhere(row: Option) -> Option:
-    """Its letter there, which is an error whatever follows it."""
+    """The row of its short option in the other mode: an error, with or without an argument."""
 
     def action(fields: Fields, _: str, __: Row) -> None:
         raise Fatal(f"{fields['mode']}: invalid option -- '{row.short}': -{row.short} (--{row.name}) {_where(row)}")
@@ -129,23 +129,23 @@ def _where(row: Option) -> str:
 
 
 def without_effect(row: Option) -> str:
-    """The warning about an option that the mode accepts for compatibility and does not have."""
+    """The warning about an option of the other mode that is accepted for compatibility."""
     return f"--{row.name} is for {row.only.mode} mode only, it has no effect: {row.only.instead}"
 
 
 def named(field: str) -> str:
-    """The option that sets a field, as messages call it."""
+    """The option that sets a field, as messages name it."""
     return next(f"--{row.name}" for row in TABLE if row.field == field)
 
 
 def listed(mode: str) -> list[Option]:
     """The options that a mode has, in the order of --help, with their texts for that mode."""
     rows = sorted((row for row in TABLE if row.help and row.is_in(mode)), key=lambda row: GROUPS.index(row.group))
-    return [row._replace(help=row.help.format(**_WORDS[mode])) for row in rows]
+    return [row._replace(help=row.help.format(**_TERMS[mode])) for row in rows]
 
 
 def completed(mode: str) -> Program:
-    """What shells complete."""
+    """The program that shells complete."""
     from .completion import Program
 
     if mode == PASTA:

@@ -1,6 +1,6 @@
 """Values of options: text -> value, each with its range and its one-line error. No file is read, no name looked up.
 
-A number is a whole number in decimal, 0x.. or 0.. (octal), and nothing else: no trailing text.
+A number is an integer in decimal, 0x.. or 0.. (octal), without trailing text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOG_SIZE_MAX = 2**31 - 1
 STATS_MIN = 0.1  # s
 STATS_MAX = 86400
 NONE = "none"
-EPHEMERAL = range(49152, 65536)  # RFC 6335, 6: what is assumed when the kernel does not tell
+EPHEMERAL = range(49152, 65536)  # RFC 6335, 6: assumed if the kernel's range is not known
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
 _HOST_LABEL = re.compile(r"[0-9A-Za-z_]([0-9A-Za-z_-]*[0-9A-Za-z_])?\Z")
@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z", re.ASCII)
 
 
 def number(text: str) -> int:
-    """Whole number as strtoul(3) with base 0 reads it, strictly. Raises ValueError."""
+    """An integer in the format of strtoul(3) with base 0, strictly. Raises ValueError."""
     if not _NUMBER.match(text):
         raise ValueError(text)
     if text[:2] in ("0x", "0X"):
@@ -69,7 +69,7 @@ def stats(text: str) -> tuple[float, bool]:
 
 
 def runas(text: str) -> str:
-    """UID[:GID] or LOGIN[:GROUP], with numbers in decimal. Who that is, is looked up later."""
+    """UID[:GID] or LOGIN[:GROUP], with numbers in decimal. Names are looked up later."""
     parts = text.split(":")
     if len(parts) > 2 or not all(parts):
         raise Fatal(f"Invalid --runas option: {text} (give UID, UID:GID, LOGIN or LOGIN:GROUP)")
@@ -107,7 +107,7 @@ def interface(text: str) -> str:
 
 
 def netmask(text: str) -> int:
-    """Prefix length from a number of bits or a contiguous dotted mask; 0 leaves the choice to us."""
+    """Prefix length from a number of bits or a contiguous dotted mask; 0 means the default."""
     try:
         if "." in text:
             bits = int.from_bytes(_packed4(text), "big")
@@ -130,12 +130,12 @@ def _packed4(text: str) -> bytes:
     return value
 
 
-def _checked(text: str, refuse: str, message: str, *words: str) -> bytes:
-    """An address that is none of the kinds named in `refuse`. `words` are what the option takes instead of one."""
+def _checked(text: str, refuse: str, message: str, *keywords: str) -> bytes:
+    """An address that is none of the kinds named in `refuse`. The option also accepts `keywords` in its place."""
     try:
         value = addr.packed(text)
     except ValueError:
-        near = suggestion(text, words) if words else ""
+        near = suggestion(text, keywords) if keywords else ""
         raise Fatal(f"{message} {text} (not an IPv4 or IPv6 address){near}") from None
     kinds = {
         "unspecified": addr.is_unspecified(value),

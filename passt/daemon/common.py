@@ -95,7 +95,7 @@ def follow_names(ctx: Context, options: Options, names: Follower) -> None:
     """From now on the guest has the resolvers that the host has."""
     from ..conf import names as conf_names
 
-    names.attend(ctx, partial(conf_names.follow, ctx, options))
+    names.start(ctx, partial(conf_names.follow, ctx, options))
 
 
 def report(

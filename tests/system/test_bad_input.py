@@ -47,7 +47,7 @@ def fails(done: subprocess.CompletedProcess[str], text: str) -> None:
         (["-t", "%a/b/80", "true"], "Invalid port specifier -t %a/b/80: 'b/80' at character 4: not a port"),
         (["-t", "fe80::1/80", "true"], "'fe80::1' at character 1: a link-local address needs its interface"),
         (["-T", "127.0.0.1/80", "true"], "-T and -U listen on the loopback of the namespace: leave out address"),
-        (["-t", "80:127.0.0.1", "true"], "'127.0.0.1' is on a loopback that only the host's loopback leads to"),
+        (["-t", "80:127.0.0.1", "true"], "'127.0.0.1' is a loopback address, which only connections from the host's"),
         (["-t", "80", "-t", "70-90", "true"], "Port 80 is asked for twice, by '-t 70-90' and by '-t 80'"),
         (["-t", "80", "-t", "none", "true"], "Port forwarding mode 'none' conflicts with previous mode: '-t 80' and"),
         (["-t", "auto", "-t", "80", "true"], "Specific ports cannot be specified together with all/none/auto: '"),

@@ -208,7 +208,7 @@ def test_resolv_conf_is_of_no_use_any_more(site: Site, ordinary_user: User) -> N
     site.resolv_conf(PEER)
     with forwarding(site, ordinary_user) as guest:
         (site.etc / "resolv.conf").unlink()
-        wait_for(lambda: "going on with what it said before" in guest.said(), "a warning")
+        wait_for(lambda: "keeping its previous contents" in guest.said(), "a warning")
         assert who(guest, FORWARD) == "peer"
         site.resolv_conf(SECOND)
         wait_for(lambda: who(guest, FORWARD) == "second", "the other resolver is asked")

@@ -216,8 +216,8 @@ BAD = [
     ("-F 5 --config-net", "--config-net needs the namespace of the tap device: give its PID or --netns beside --fd"),
     ("-F 5 -T 22", "-T 22 needs the namespace of the tap device: give its PID or --netns beside --fd"),
     ("-F 5 -t auto", "-t auto needs the namespace of the tap device: give its PID or --netns beside --fd"),
-    ("-F 5 -t 80:127.0.0.1", "Invalid port specifier -t 80:127.0.0.1: '127.0.0.1' is on a loopback, where nothing "
-     "leads to"),
+    ("-F 5 -t 80:127.0.0.1", "Invalid port specifier -t 80:127.0.0.1: '127.0.0.1' is a loopback address, which cannot "
+     "be reached"),
     ("--nsrun-dir /a", "--nsrun-dir needs --netns NAME"),
     ("--nsrun-dir /a blue", "--nsrun-dir needs --netns NAME"),
     ("--runas a:b:c", "Invalid --runas option: a:b:c (give UID, UID:GID, LOGIN or LOGIN:GROUP)"),

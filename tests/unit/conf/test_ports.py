@@ -180,7 +180,7 @@ def test_a_rule_in_full() -> None:
 # What is bad -------------------------------------------------------------------------------------------------------
 
 INVALID = "Invalid port specifier "
-MISSING = "a port is missing (give ports, ranges, or exclusions like ~22, with commas between)"
+MISSING = "a port is missing (give ports, ranges or exclusions like ~22, separated by commas)"
 NUMBER = "not a port (a decimal number, 1 to 65535)"
 ZERO = "port 0 can't be forwarded (give 1 to 65535)"
 IFNAME = "not an interface name (1 to 15 characters, no blanks, '/', ':' or '%')"
@@ -450,9 +450,11 @@ TARGETS = [
     ("-t 127.0.0.1/80:127.0.0.2", Options(), ""),
     ("-t 127.0.0.1/80:[::1]", Options(), ""),
     ("-t 80:127.0.0.1", Options(splice_only=True), ""),
-    ("-t 80:127.0.0.1", Options(), "'127.0.0.1' is on a loopback that only the host's loopback leads to: "
+    ("-t 80:127.0.0.1", Options(),
+     "'127.0.0.1' is a loopback address, which only connections from the host's loopback reach: "
      "listen on 127.0.0.1 or ::1, or leave out the target address"),
-    ("-t 127.0.0.1/80:127.0.0.1", Options(no_splice=True), "'127.0.0.1' is on a loopback, where nothing leads to"),
+    ("-t 127.0.0.1/80:127.0.0.1", Options(no_splice=True),
+     "'127.0.0.1' is a loopback address, which cannot be reached"),
     ("-T 80:127.0.0.2 -U 80:[::1]", Options(no_splice=True), ""),
 ]  # fmt: skip
 

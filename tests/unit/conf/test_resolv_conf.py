@@ -82,7 +82,7 @@ class Watcher:
         self.follower = Follower(str(path), self.changes)
         self.ctx = make_context()
         self.told: list[str] = []
-        self.follower.attend(self.ctx, lambda found, now: self.told.append(" ".join(map(addr.text, found.servers))))
+        self.follower.start(self.ctx, lambda found, now: self.told.append(" ".join(map(addr.text, found.servers))))
         self.now = T0
 
     @property
@@ -164,10 +164,10 @@ def test_removed_and_made_again(path: Path, start: Start, monkeypatch: pytest.Mo
     watcher = start(path)
     path.unlink()
     assert watcher.settles() == []
-    assert said == [f"{path}: No such file or directory: going on with what it said before"]
+    assert said == [f"{path}: No such file or directory: keeping its previous contents"]
     path.write_text("")
     assert watcher.settles() == []
-    assert said[1:] == [f"{path}: no nameserver in it: going on with what it said before"]
+    assert said[1:] == [f"{path}: no nameserver in it: keeping its previous contents"]
     assert watcher.follower.current.servers == (ip("192.0.2.1"),)
     path.write_text(one("192.0.2.2"))
     assert watcher.settles() == ["192.0.2.2"]
@@ -247,7 +247,7 @@ def test_the_link_is_pointed_elsewhere(
     new.rename(path)
     assert watcher.settles() == []
     assert said == [
-        f"{path}: {far} lies in a directory that was no part of it at start: going on with what it said before"
+        f"{path}: {far} is in a directory that was not on the path at start: keeping its previous contents"
     ]
 
 
