@@ -1,1 +1,1 @@
-"""The client of the control socket. It starts quickly: each module imports only what it needs at once."""
+"""The client of the control socket. It starts quickly: each module imports only modules that it needs at once."""

@@ -1,14 +1,14 @@
-"""`pesto`: asks a running pasta or passt, over its control socket, what it does, and changes which ports it forwards.
+"""`pesto`: queries a running pasta or passt over its control socket, and changes the ports that it forwards.
 
-All changes of a call are one request, in the order of the options, which is met as a whole or not at all:
+All changes of a call are one request, in the order of the options. It is carried out as a whole or not at all:
 
     -t, -u, -T, -U SPEC    after --add         the ports are added
                            after --delete      the ports are deleted
-                           after neither       those of this letter are replaced by all that are given with it
-    --clear [SIDE]                             those of -t and -u (HOST), of -T and -U (SPLICE), or all are deleted
+                           after neither       all ports given with this letter replace the existing ones
+    --clear [SIDE]                             the ports of -t and -u (HOST), of -T and -U (SPLICE), or all are deleted
 
-It has to start quickly, since clients call it for each container: nothing is imported that is not needed, and whatever
-there is to know about ports is known at the other end.
+The start must be quick, since clients call it for each container: modules are imported only when needed, and the
+server, not the client, parses port specifications.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ADD, DELETE, REPLACE = "add", "delete", "replace"
 QUERIES = ("show", "flows", "stats", "metrics", "info")
 
 
-class Asked:
-    """What the command line asks for."""
+class Request:
+    """The parsed command line."""
 
     def __init__(self) -> None:
         self.mode = REPLACE
@@ -42,10 +42,10 @@ class Asked:
         self.top = False
         self.json = False
         self.debug = False
-        self.text: str | None = None  # to be printed, and nothing else
+        self.text: str | None = None  # only print this
 
 
-Action = Callable[[Asked, str], None]
+Action = Callable[[Request, str], None]
 
 
 class Option(NamedTuple):
@@ -65,7 +65,7 @@ class Option(NamedTuple):
 
 
 def _mode(mode: str) -> Action:
-    def action(asked: Asked, _: str) -> None:
+    def action(asked: Request, _: str) -> None:
         asked.mode = mode
 
     return action
@@ -75,7 +75,7 @@ def _ports(letter: str) -> Action:
     return lambda asked, text: asked.changes.append({asked.mode: f"-{letter} {text}"})
 
 
-def _clear(asked: Asked, side: str) -> None:
+def _clear(asked: Request, side: str) -> None:
     if side.upper() not in SIDES:
         near = suggestion(side.upper(), SIDES)
         raise Fatal(f"{PROGRAM}: there are no rules of {side} (give {', '.join(SIDES)}, or nothing){near}")
@@ -90,11 +90,11 @@ def _flag(name: str) -> Action:
     return lambda asked, _: setattr(asked, name, True)
 
 
-def _help(asked: Asked, _: str) -> None:
+def _help(asked: Request, _: str) -> None:
     asked.text = asked.text or usage()
 
 
-def _version(asked: Asked, _: str) -> None:
+def _version(asked: Request, _: str) -> None:
     from .. import __version__
 
     asked.text = asked.text or f"{PROGRAM} {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n"
@@ -139,7 +139,7 @@ Example: pesto --add -t 8080:80 /run/user/1000/pasta.sock"""
 
 
 def completed() -> Program:
-    """What shells complete."""
+    """The program that shells complete."""
     from ..conf.completion import Program
 
     return Program((PROGRAM,), TABLE, operands="file", spec=("none", "auto", "all"))
@@ -155,26 +155,26 @@ def usage() -> str:
 # The command line --------------------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str]) -> tuple[Asked, list[str]]:
-    """What is asked for, and operands, which may stand anywhere. Raises Fatal."""
-    asked, operands = Asked(), list[str]()
+def parse(argv: Sequence[str]) -> tuple[Request, list[str]]:
+    """The request, and the operands, which may stand anywhere. Raises Fatal."""
+    asked, operands = Request(), list[str]()
     left = list(_with_sides(argv))
     while left:
-        words: Getopt[Option] = Getopt(PROGRAM, TABLE, left)
-        for option, argument in words:
+        parsed: Getopt[Option] = Getopt(PROGRAM, TABLE, left)
+        for option, argument in parsed:
             option.action(asked, argument)
-        ended = len(left) > len(words.operands) and left[-len(words.operands) - 1] == "--"
-        operands += words.operands if ended else words.operands[:1]
-        left = [] if ended else words.operands[1:]
+        ended = len(left) > len(parsed.operands) and left[-len(parsed.operands) - 1] == "--"
+        operands += parsed.operands if ended else parsed.operands[:1]
+        left = [] if ended else parsed.operands[1:]
     return asked, operands
 
 
 def _with_sides(argv: Sequence[str]) -> Iterator[str]:
-    """The words, with --clear and its argument, which may be missing, made one."""
-    words = iter(argv)
-    for word in words:
+    """The arguments, with --clear and its optional argument joined."""
+    rest = iter(argv)
+    for word in rest:
         if word == "-C" or (len(word) > 2 and "--clear".startswith(word)):
-            following = next(words, None)
+            following = next(rest, None)
             if following is None or following.upper() in SIDES:
                 yield f"--clear={following or 'ALL'}"
             else:
@@ -183,14 +183,14 @@ def _with_sides(argv: Sequence[str]) -> Iterator[str]:
         else:
             yield word
             if word == "--":
-                yield from words
+                yield from rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, return the exit status. `argv` is sys.argv by default."""
-    words = (sys.argv if argv is None else argv)[1:]
+    arguments = (sys.argv if argv is None else argv)[1:]
     try:
-        asked, operands = parse(words)
+        asked, operands = parse(arguments)
         if asked.text is not None:
             print(asked.text, end="")
             return 0
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in e.args:
             print(line, file=sys.stderr)
         return 1
-    except BrokenPipeError:  # who read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
@@ -212,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(asked: Asked, connection: Connection) -> None:
-    """Do what is asked for. Raises Fatal."""
+def run(asked: Request, connection: Connection) -> None:
+    """Carry out the request. Raises Fatal."""
     if asked.top:
         from . import top
 
@@ -234,10 +234,10 @@ def run(asked: Asked, connection: Connection) -> None:
         _print(asked, query, connection.ask({"command": query}))
 
 
-# What is printed ---------------------------------------------------------------------------------------------------
+# Output ------------------------------------------------------------------------------------------------------------
 
 
-def _print(asked: Asked, query: str, answer: Json) -> None:
+def _print(asked: Request, query: str, answer: Json) -> None:
     if asked.json:
         print(json.dumps(answer))
     elif query == "metrics":
@@ -258,7 +258,7 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 def rule_lines(rules: Sequence[Json]) -> Iterator[str]:
-    """A line for each rule: its number, an option that asks for it, and which of its ports are open."""
+    """A line for each rule: its number, the option that stands for it, and its open ports."""
     width = max([24, *(len(rule["rule"]) for rule in rules)])
     yield f"{'#':>4}  {'RULE':<{width}}  LISTENING"
     for rule in rules:

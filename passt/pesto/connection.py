@@ -1,6 +1,6 @@
-"""A conversation with a control socket: a line of JSON asks, a line of JSON answers.
+"""A connection to a control socket: a request and its answer are a line of JSON each.
 
-Whatever goes wrong is a message for the user of the command (`Fatal`), with a hint where one is known.
+Any failure is a message for the user of the command (`Fatal`), with advice if there is any.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ..log import Fatal
 if TYPE_CHECKING:
     from types import TracebackType
 
-TIMEOUT = 60.0  # s that the other end may take to answer
+TIMEOUT = 60.0  # s until the server must have answered
 
 Json = dict[str, Any]
 
 
 class Connection:
-    """A conversation with a control socket."""
+    """A connection to a control socket."""
 
     def __init__(self, path: str, *, debug: bool = False) -> None:
         """Raises Fatal."""
@@ -46,13 +46,13 @@ class Connection:
         self._sock.close()
 
     def ask(self, request: Json) -> Json:
-        """The answer to a request. Raises Fatal, with what the other end has to say against it."""
+        """The answer to a request. Raises Fatal, with the server's error."""
         line = json.dumps(request)
         try:
             self._log(">", line)
             self._sock.sendall(line.encode() + b"\n")
         except OSError:
-            pass  # it has cut us off, and perhaps said why
+            pass  # the server has closed the connection, perhaps after an error message
         try:
             answered = self._file.readline()
         except TimeoutError:
@@ -64,7 +64,7 @@ class Connection:
             answer = json.loads(answered)
             ok = answer["ok"]
         except (ValueError, TypeError, KeyError):
-            raise Fatal(f"{self._path}: {_strange(answered)}") from None
+            raise Fatal(f"{self._path}: {_not_an_answer(answered)}") from None
         if not ok:
             raise Fatal(*answer.get("errors", [answer["error"]]))
         return answer  # type: ignore[no-any-return]
@@ -75,7 +75,7 @@ class Connection:
 
 
 def _become_owner(path: str) -> None:
-    """Root speaks for who owns the socket: in a user namespace, where the other end may be, root is nobody known."""
+    """Root takes the identity of the socket's owner: a server in a user namespace does not know root outside."""
     try:
         if os.geteuid() == 0:
             os.seteuid(os.stat(path).st_uid)
@@ -85,15 +85,15 @@ def _become_owner(path: str) -> None:
 
 def _advice(e: OSError) -> str:
     if isinstance(e, FileNotFoundError):
-        return ": pasta and passt make it when they are started with -c"
+        return ": pasta and passt create it when they are started with -c"
     if isinstance(e, ConnectionRefusedError):
-        return ": no program listens there any more, or it is no socket"
+        return ": no program listens there any more, or it is not a socket"
     if isinstance(e, PermissionError):
-        return ": it is for who started the program"
+        return ": connect as the user who started the program"
     if isinstance(e, BlockingIOError):
         return ": too many clients wait"
     return ""
 
 
-def _strange(answered: bytes) -> str:
-    return "what answers is no control socket (-c)" if answered else "the connection was closed without an answer"
+def _not_an_answer(answered: bytes) -> str:
+    return "this is not a control socket (-c)" if answered else "the connection was closed without an answer"

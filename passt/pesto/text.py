@@ -1,4 +1,4 @@
-"""What `pesto` shows to people: flows and counters, as lines of text."""
+"""The output of `pesto` for users: flows and counters, as lines of text."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 Json = dict[str, Any]
 
-SPLICED = "+"  # after the protocol of a flow that does not go through the tap
+SPLICED = "+"  # appended to the protocol of a flow that bypasses the tap
 _HEADS = ("PROTO", "FROM", "TO", "STATE", "->GUEST", "->HOST", "AGE", "RTT", "WINDOW")
 _LEFT = 4  # columns that are not numbers
 
 
 def flow_lines(flows: Sequence[Json]) -> Iterator[str]:
-    """A table of flows, as wide as it has to be."""
+    """A table of flows."""
     rows = [_HEADS, *map(_row, flows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
     for row in rows:
@@ -36,12 +36,12 @@ def _row(flow: Json) -> tuple[str, ...]:
 
 
 def proto(flow: Json) -> str:
-    """ "tcp", or "tcp+" for one that goes from socket to socket."""
+    """ "tcp", or "tcp+" for a flow from socket to socket."""
     return str(flow["protocol"]) + (SPLICED if flow["path"] == "splice" else "")
 
 
 def ends(flow: Json) -> tuple[str, str]:
-    """Who began, and whom it talks to; the host's end is told as it is on the host, if that is known."""
+    """The end that began the flow, and the other end; the host's end has its address on the host, if known."""
     outside = flow["host"] or flow["peer"] or "-"
     inside = flow["guest"] or "-"
     return (inside, outside) if flow["direction"] == "guest" else (outside, inside)
@@ -80,6 +80,6 @@ def span(seconds: float) -> str:
 
 def stat_lines(answer: Json) -> list[str]:
     """The table of --stats."""
-    from ..control import metrics  # takes a moment
+    from ..control import metrics  # a slow import
 
     return metrics.table(answer["stats"])

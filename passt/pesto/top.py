@@ -1,7 +1,7 @@
-"""`pesto --top`: what goes on, drawn anew every second: rates, flows by their rate, drops.
+"""`pesto --top`: rates, flows sorted by rate, and drops, redrawn every second.
 
-On a terminal it takes the whole screen, and gives it back as it was; `q` or Ctrl-C ends it. Without one it prints what
-happens in a second, once. Nothing but ANSI escape sequences is used, which every terminal of today has.
+On a terminal it uses the alternate screen; `q` or Ctrl-C ends it. Without a terminal it prints the figures of one
+second, once. It needs only ANSI escape sequences.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .connection import Connection, Json
 from .text import ends, proto, rtt, size, span
 
 INTERVAL = 1.0  # s
-USUAL = (80, 24)  # columns and rows of a terminal that does not say
-NARROW, LOW = 60, 10  # what is drawn on at least, whatever the terminal says
+USUAL = (80, 24)  # columns and rows of a terminal that does not report its size
+NARROW, LOW = 60, 10  # columns and rows of the smallest screen
 
-_ENTER = "\x1b[?1049h\x1b[?25l"  # another screen, without the cursor
+_ENTER = "\x1b[?1049h\x1b[?25l"  # alternate screen, without the cursor
 _LEAVE = "\x1b[?25h\x1b[?1049l"
 _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 _REVERSE, _PLAIN = "\x1b[7m", "\x1b[0m"
@@ -33,14 +33,14 @@ Key = tuple[Any, ...]
 
 
 class View(NamedTuple):
-    """What the other end says at a time."""
+    """The server's answers at one time."""
 
     stats: Json
     flows: list[Json]
 
 
 def run(connection: Connection) -> None:
-    """Until the user has seen enough. Raises Fatal if the other end goes away."""
+    """Redraw until the user quits. Raises Fatal if the server goes away."""
     if not sys.stdout.isatty():
         earlier = ask(connection)
         time.sleep(INTERVAL)
@@ -51,7 +51,7 @@ def run(connection: Connection) -> None:
     try:
         _watch(connection, keyboard)
     except KeyboardInterrupt:
-        pass  # as good a way to end it as any
+        pass  # Ctrl-C quits, like `q`
     finally:
         print(_LEAVE, end="", flush=True)
         keyboard.restore()
@@ -61,7 +61,7 @@ def _watch(connection: Connection, keyboard: _Keyboard) -> None:
     earlier = ask(connection)
     now = earlier
     while True:
-        columns, rows = (said or usual for said, usual in zip(os.get_terminal_size(), USUAL, strict=True))
+        columns, rows = (size or usual for size, usual in zip(os.get_terminal_size(), USUAL, strict=True))
         lines = draw(now, earlier, max(columns, NARROW), max(rows, LOW))
         lines[2:3] = [f"{_REVERSE}{lines[2]:<{columns}}{_PLAIN}"]
         screen = f"{_REST_OF_LINE}\r\n".join(lines[:rows])
@@ -78,7 +78,7 @@ def ask(connection: Connection) -> View:
 
 
 class _Keyboard:
-    """Keys as they are pressed, if standard input is a terminal."""
+    """Keys pressed, if standard input is a terminal."""
 
     def __init__(self) -> None:
         self._fd = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else -1
@@ -86,10 +86,10 @@ class _Keyboard:
         if self._fd >= 0:
             self._before = termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd)
-        signal.signal(signal.SIGWINCH, lambda *_: None)  # interrupts the wait: the new size is drawn on at once
+        signal.signal(signal.SIGWINCH, lambda *_: None)  # interrupts the wait: a new size takes effect at once
 
     def quits(self, seconds: float) -> bool:
-        """Wait so long for a key that ends it."""
+        """Wait up to `seconds` for a key that quits."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             ready, _, _ = select.select([self._fd] if self._fd >= 0 else [], [], [], left)
@@ -104,11 +104,11 @@ class _Keyboard:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
 
 
-# What is drawn -----------------------------------------------------------------------------------------------------
+# Drawing -----------------------------------------------------------------------------------------------------------
 
 
 def draw(now: View, earlier: View, width: int, height: int) -> list[str]:
-    """The lines of a screen: two about everything, a head, flows, and drops at the end if there are any."""
+    """The lines of a screen: a summary of two, a head, flows, and drops at the end if there are any."""
     seconds = max(now.stats["uptime"] - earlier.stats["uptime"], 1e-3)
     drops = _drop_line(now.stats, earlier.stats, seconds, width)
     lines = [*_summary(now.stats, earlier.stats, seconds, width), _flow_line(("PROTO", "FROM -> TO"), _HEADS, width)]
@@ -147,7 +147,7 @@ def flow_rates(now: Sequence[Json], earlier: Sequence[Json], seconds: float) -> 
 
 
 def _key(flow: Json) -> Key:
-    """What stays of a flow; its index alone is given to others later."""
+    """The identity of a flow; its index alone is reused later."""
     return flow["index"], flow["protocol"], flow["guest"], flow["peer"], flow["host"]
 
 
@@ -159,9 +159,10 @@ def _summary(now: Json, earlier: Json, seconds: float, width: int) -> list[str]:
         f"memory {size(now['memory'])}, {size(wakeups)} wake-ups/s"
     )
     rates = []
-    for text, way, spliced in (("to guest", "to_guest", "to_guest"), ("to host", "from_guest", "to_host")):
+    for text, direction, spliced in (("to guest", "to_guest", "to_guest"), ("to host", "from_guest", "to_host")):
         total, before = (
-            s["link"][way]["bytes"] + sum(ways[spliced] for ways in s["spliced"].values()) for s in (now, earlier)
+            s["link"][direction]["bytes"] + sum(counts[spliced] for counts in s["spliced"].values())
+            for s in (now, earlier)
         )
         rates.append(f"{size((total - before) / seconds)}B/s {text}")
     counts = [f"{flow['open']} {label.replace('_splice', '+')}" for label, flow in now["flows"].items() if flow["open"]]
@@ -170,7 +171,7 @@ def _summary(now: Json, earlier: Json, seconds: float, width: int) -> list[str]:
 
 
 def _drop_line(now: Json, earlier: Json, seconds: float, width: int) -> list[str]:
-    """What was dropped lately, or else ever, most frequent first."""
+    """Recent drops, or all drops if there are no recent ones, most frequent first."""
     drops = {reason: count - earlier["drops"].get(reason, 0) for reason, count in now["drops"].items()}
     recent = {reason: count for reason, count in drops.items() if count}
     shown, unit = (recent, "in the last second") if recent else (now["drops"], "since the start")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from passt import __version__
 from passt.log import Fatal
 from passt.pesto import command as pesto
-from passt.pesto.command import Asked, parse
+from passt.pesto.command import Request, parse
 
 from .support import Json, Server, call
 
@@ -104,7 +104,7 @@ def test_any_words(words: list[str]) -> None:
         what, operands = parse(words)
     except Fatal:
         return
-    assert isinstance(what, Asked) and all(isinstance(operand, str) for operand in operands)
+    assert isinstance(what, Request) and all(isinstance(operand, str) for operand in operands)
 
 
 # Conversations -------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from .support import Server, call
     ("answer", "error"),
     [
         (b"", "the connection was closed without an answer"),
-        (b"nonsense\n", "what answers is no control socket (-c)"),
-        (b"[]\n", "what answers is no control socket (-c)"),
-        (b'{"ok"', "what answers is no control socket (-c)"),
+        (b"nonsense\n", "this is not a control socket (-c)"),
+        (b"[]\n", "this is not a control socket (-c)"),
+        (b'{"ok"', "this is not a control socket (-c)"),
         (b'{"ok": false, "error": "go away"}\n', "go away"),
     ],
 )
@@ -35,9 +35,9 @@ def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     stale.bind(str(tmp_path / "stale"))
     stale.close()
     for name, why in (
-        ("nothing", "No such file or directory: pasta and passt make it when they are started with -c"),
-        ("file", "Connection refused: no program listens there any more, or it is no socket"),
-        ("stale", "Connection refused: no program listens there any more, or it is no socket"),
+        ("nothing", "No such file or directory: pasta and passt create it when they are started with -c"),
+        ("file", "Connection refused: no program listens there any more, or it is not a socket"),
+        ("stale", "Connection refused: no program listens there any more, or it is not a socket"),
         ("x" * 120, "AF_UNIX path too long"),
     ):
         path = str(tmp_path / name)
