@@ -1,1 +1,1 @@
-"""Control sockets, their two dialects, statistics as they are shown. Changes of ports go to `ports/forwards.py`."""
+"""Control sockets, their two protocols, output of statistics. `ports/forwards.py` carries out changes of ports."""

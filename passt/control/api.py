@@ -1,23 +1,23 @@
-"""The dialect of the control socket (-c): a JSON object asks, a JSON object answers, each on a line of its own.
+"""The protocol of the control socket (-c): a request and its answer are JSON objects, each on a line.
 
     {"command": ...}                               answer, beside "ok": true
     ---------------------------------------------  -------------------------------------------------------------------
     "show"                                         "rules": those in force
-    "add", "rules": ["-t 8080:80", ...]            "added", "removed", "present": rules; what was there already is no
-    "delete", "rules": [...], or "numbers": [...]  error. All of a request is done, or nothing
-    "replace", "rules": [...]                      the rules of the letters that occur are those given, and no others
-    "clear", perhaps "side": "host" or "splice"    likewise none: of -t and -u (host), of -T and -U (splice), of all
+    "add", "rules": ["-t 8080:80", ...]            "added", "removed", "present": rules; adding an existing rule is
+    "delete", "rules": [...], or "numbers": [...]  no error. A request is carried out as a whole, or not at all
+    "replace", "rules": [...]                      the given rules replace all rules of the option letters that occur
+    "clear", optional "side": "host" or "splice"   delete the rules of -t and -u (host), of -T and -U (splice), or all
     "change", "changes": [{"add": "-t 8080"},      several of these in their order; "delete" takes a number, too
       {"delete": "-u 53"}, {"clear": "host"}]
-    "flows"                                        "flows": what goes on
+    "flows"                                        "flows": open flows
     "stats"                                        "stats": counters
     "metrics"                                      "metrics": the same in the text format of Prometheus
-    "info"                                         "info": who we are, and what the guest was told
+    "info"                                         "info": version, mode, addresses of the guest
 
-    {"ok": false, "error": ...}                    why not, in a line; "errors" has all lines, and "ports" what could
-                                                   not be bound: "port", "rule", "errno", "reason"
+    {"ok": false, "error": ...}                    the reason, in a line; "errors" has all lines, and "ports" the ports
+                                                   that cannot be bound: "port", "rule", "errno", "reason"
 
-A rule is written as on the command line. What is no JSON object ends the conversation; other mistakes do not.
+A rule has the syntax of the command line. A request that is not a JSON object ends the connection; other errors do not.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from ..policy.rules import Rule
 from ..ports.forwards import Add, Change, Clear, Delete, DeleteNumber, Forwards, Outcome, Refused
 from ..wire.checksum import PROTO_TCP, PROTO_UDP
 from . import metrics
-from .server import Garbage
+from .server import InvalidRequest
 
 if TYPE_CHECKING:
     from ..conf.argv import Options
 
 REQUEST_MAX = 65536
 PIECE = 64  # flows or rules in a piece of an answer
-OPTION_MAX = 200  # characters of an option that each of its rules is called by
-LISTED_MAX = 1000  # lines of an error, and ports that could not be had
+OPTION_MAX = 200  # characters of an option; a longer one does not name its rules
+LISTED_MAX = 1000  # lines of an error, and ports that could not be bound
 HOST, SPLICE, ALL = "host", "splice", "all"
 SIDES = {HOST: False, SPLICE: True, ALL: None}  # whether rules are outbound
 
 Json = dict[str, Any]
 
 
-class Wrong(Exception):
-    """A request that can't be met, and why."""
+class RequestError(Exception):
+    """A request that cannot be carried out, and the reason."""
 
 
 class Specs:
-    """Options for ports, as they are read while we run."""
+    """The parser of port options at run time."""
 
     def __init__(self, options: Options, ctx: Context, ephemeral: range | None) -> None:
         self._options = options
@@ -72,7 +72,7 @@ class Specs:
 
 
 class Api:
-    """A `control.server.Dialect`."""
+    """A `control.server.Protocol`."""
 
     request_max = REQUEST_MAX
     single = False
@@ -84,11 +84,11 @@ class Api:
         self._mode = mode
 
     def answer(self, request: bytes, now: float) -> Iterable[bytes]:
-        """Raises Garbage."""
+        """Raises InvalidRequest."""
         asked = decode(request)
         try:
             return self._command(asked, now)
-        except (Wrong, Fatal, Refused) as e:
+        except (RequestError, Fatal, Refused) as e:
             return (_line(_failure(e)),)
 
     def refusal(self, why: str) -> bytes:
@@ -97,7 +97,7 @@ class Api:
     def _command(self, asked: Json, now: float) -> Iterable[bytes]:
         command = asked.pop("command", None)
         if not isinstance(command, str):
-            raise Wrong('there is no "command" that is a word')
+            raise RequestError('"command" is missing, or not a string')
         if command == "flows":
             _no_more(asked)
             return streamed("flows", metrics.flows(self._ctx, now))
@@ -111,7 +111,7 @@ class Api:
         answers = {"stats": self._stats, "metrics": self._metrics, "info": self._info}
         if command not in answers:
             known = ", ".join((*answers, "flows", "show", "add", "delete", "replace", "clear", "change"))
-            raise Wrong(f"unknown command {command!r:.80}: there are {known}")
+            raise RequestError(f"unknown command {command!r:.80}: give one of {known}")
         _no_more(asked)
         return (_line({"ok": True, **answers[command](now)}),)
 
@@ -128,29 +128,29 @@ class Api:
             steps += [(command, text) for text in _list(asked, "rules", str)]
         _no_more(asked)
         if not steps:
-            raise Wrong(f"nothing to {command} is named")
+            raise RequestError(f"the request names nothing to {command}")
         replaced = [value for what, value in steps if what == "replace"]
         return [change for what, value in steps for change in self._step(what, value, replaced)]
 
     def _step(self, what: str, value: Any, replaced: list[Any]) -> Iterator[Change]:
-        """The changes of a step; before the first one of those that replace, what they replace goes."""
+        """The changes of a step. The first step that replaces begins with the deletion of the replaced rules."""
         if what == "clear":
             if not isinstance(value, str) or value.lower() not in SIDES:
-                raise Wrong(f"{value!r:.80} can't be cleared: there are {', '.join(SIDES)}")
+                raise RequestError(f"{value!r:.80} can't be cleared: give one of {', '.join(SIDES)}")
             yield Clear(SIDES[value.lower()])
             return
         if what == "delete" and isinstance(value, int) and not isinstance(value, bool):
             yield DeleteNumber(value)
             return
         if what not in ("add", "delete", "replace") or not isinstance(value, str):
-            raise Wrong(f"{what!r:.80}: {value!r:.80} is not a change")
+            raise RequestError(f"{what!r:.80}: {value!r:.80} is not a change")
         rules = self._specs.rules(value)
         if what == "replace" and value is replaced[0]:
             for letter in dict.fromkeys(text[1:2] for text in replaced if isinstance(text, str)):
                 if letter in conf_ports.INBOUND + conf_ports.OUTBOUND:
                     yield Clear(letter in conf_ports.OUTBOUND, PROTO_TCP if letter in "tT" else PROTO_UDP)
         if not rules and what != "replace":
-            raise Wrong(f"'{value}' names no ports to {what}")
+            raise RequestError(f"'{value}' names no ports to {what}")
         for rule in rules:
             yield Delete(rule) if what == "delete" else Add(rule)
 
@@ -166,7 +166,7 @@ class Api:
         ports = self._forwards.ports(rule)
         return {**describe(number, rule), "listening": spans(ports)}
 
-    # What goes on ----------------------------------------------------------------------------------------------------
+    # Queries ---------------------------------------------------------------------------------------------------------
 
     def _stats(self, now: float) -> Json:
         return {"stats": metrics.snapshot(self._ctx, now)}
@@ -177,8 +177,8 @@ class Api:
     def _info(self, now: float) -> Json:
         config, guest = self._ctx.config, self._ctx.guest
         about: Json = {"version": __version__, "mode": self._mode}
-        if not config.splice_only:  # there is no interface then
-            mac = addr.mac_text(guest.mac) if guest.mac != addr.BROADCAST_MAC else None  # it has sent nothing yet
+        if not config.splice_only:  # with it there is no interface
+            mac = addr.mac_text(guest.mac) if guest.mac != addr.BROADCAST_MAC else None  # no frame received yet
             seen = {"address": _text(guest.addr4), "address6": _text(guest.addr6), "mac": mac}
             families = [ip for ip in (config.ip4, config.ip6) if ip is not None]
             about |= {
@@ -194,22 +194,22 @@ class Api:
 
 
 def decode(request: bytes) -> Json:
-    """Raises Garbage."""
+    """Raises InvalidRequest."""
     try:
         asked = json.loads(request.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
-        raise Garbage("cannot parse JSON: not UTF-8") from None
+        raise InvalidRequest("cannot parse JSON: not UTF-8") from None
     except ValueError as e:  # JSONDecodeError, and numbers with too many digits
-        raise Garbage(f"cannot parse JSON: {e}") from None
+        raise InvalidRequest(f"cannot parse JSON: {e}") from None
     except RecursionError:
-        raise Garbage("cannot parse JSON: nested too deeply") from None
+        raise InvalidRequest("cannot parse JSON: nested too deeply") from None
     if not isinstance(asked, dict):
-        raise Garbage("a request is a JSON object")
+        raise InvalidRequest("a request is a JSON object")
     return asked
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _line(answer: Json) -> bytes:
@@ -240,13 +240,13 @@ def _list(asked: Json, name: str, kind: type) -> list[Any]:
     value = asked.pop(name, [])
     if not isinstance(value, list) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in value):
         what = {str: "strings", int: "numbers", dict: "objects"}[kind]
-        raise Wrong(f'"{name}" is not a list of {what}')
+        raise RequestError(f'"{name}" is not a list of {what}')
     return value
 
 
 def _no_more(asked: Json) -> None:
     for name in asked:
-        raise Wrong(f"unknown member {name!r:.80} of the request")
+        raise RequestError(f"unknown member {name!r:.80} of the request")
 
 
 def _number(item: tuple[int, Rule]) -> int:
@@ -258,7 +258,7 @@ def _text(address: bytes) -> str | None:
 
 
 def describe(number: int | None, rule: Rule) -> Json:
-    """A rule as an object; "rule" is what an option would ask for it with."""
+    """A rule as a JSON object; "rule" is the option that stands for it."""
     return {
         "number": number,
         "rule": rule.spec,

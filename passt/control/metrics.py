@@ -1,16 +1,16 @@
-"""Statistics as they are shown: to programs, as JSON and as Prometheus text; to people, as a table.
+"""Output of statistics: JSON and Prometheus text for programs, a table for users.
 
-Everything comes from counters that others keep (`flow/stats.py` says who). `snapshot` reads them all, in a time that
-does not depend on the number of flows; the other forms are made from snapshots, or are about flows one by one.
+All values come from counters that other modules keep (`flow/stats.py` lists them). `snapshot` reads them all, in a time
+that does not depend on the number of flows; the other formats are made from snapshots, except `flows`.
 
     snapshot      a dictionary of dictionaries and numbers: for JSON, and to compare with a later one
     flows         a dictionary for each flow, one after the other: reading a TCP connection costs two system calls, so
-                  whoever asks for many should take breaks, between which flows may come and go
+                  a caller reads many flows in parts. Flows may begin and end between two parts
     prometheus    text exposition format 0.0.4: a family for each kind of figure, labels for reasons and directions
-    table         lines of at most WIDTH columns: what happened between two snapshots, and in all
+    table         lines of at most WIDTH columns: differences between two snapshots, and totals
 
-The table leaves out kinds of flows, paths and drops that never occurred. Its rates are those of the time between the
-two snapshots. Numbers that would be too long are in decimal multiples (k, M, G).
+The table leaves out kinds of flows, paths and drops that never occurred. Its rates are averages over the time between
+the two snapshots. Long numbers are in decimal multiples (k, M, G).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CELL = 12  # columns of a number in the table
 
 
 def snapshot(ctx: Context, now: float) -> Snapshot:
-    """All counters, fit for JSON. Times in seconds, sizes in bytes; what ends in "total" or is below it only grows."""
+    """All counters, as values for JSON. Times are in seconds, sizes in bytes."""
     stats, flows, link = ctx.stats, ctx.flows, ctx.link
     user, system = stats.cpu()
     open_ = dict.fromkeys(LABELS, 0) | flows.opened
@@ -52,7 +52,7 @@ def snapshot(ctx: Context, now: float) -> Snapshot:
             "to_guest": {"frames": link.sent_frames, "bytes": link.sent_bytes},
         },
         "spliced": {
-            proto: {way: tally.bytes for way, tally in zip(_DIRECTIONS, tallies, strict=True)}
+            proto: {direction: tally.bytes for direction, tally in zip(_DIRECTIONS, tallies, strict=True)}
             for proto, tallies in stats.spliced.items()
         },
         "flows": {
@@ -68,9 +68,9 @@ def snapshot(ctx: Context, now: float) -> Snapshot:
 
 
 def flows(ctx: Context, now: float, first: int = 0) -> Iterator[dict[str, object]]:
-    """Those with an index from `first` on, in that order. May be read in pieces, flows that went are left out.
+    """Flows by index, from `first` on. The iterator may be read in parts; flows that have ended are left out.
 
-    So is a flow that cannot be told of: a fault of ours, which is recorded.
+    So is a flow whose report fails: an internal error, which is recorded.
     """
     by_index = ctx.flows.by_index
     index = first
@@ -100,14 +100,14 @@ def _families(now: Snapshot) -> Iterator[tuple[str, str, str, list[Sample]]]:
     """Name, type, help, samples: of everything in a snapshot."""
     link, loop, cpu, by_label = now["link"], now["loop"], now["cpu"], now["flows"]
     yield "passt_info", "gauge", "Which program this is.", [({"version": now["version"], "mode": now["mode"]}, 1)]
-    for noun, way, verb in (("receive", "to_guest", "was"), ("transmit", "from_guest", "has")):
-        for unit, value in link[way].items():
+    for noun, direction, verb in (("receive", "to_guest", "was"), ("transmit", "from_guest", "has")):
+        for unit, value in link[direction].items():
             text = f"{unit.capitalize()} that the guest {verb} sent."
             yield f"passt_guest_{noun}_{unit}_total", "counter", text, [({}, value)]
     spliced = [
-        ({"protocol": proto, "direction": way}, value)
-        for proto, ways in now["spliced"].items()
-        for way, value in ways.items()
+        ({"protocol": proto, "direction": direction}, value)
+        for proto, directions in now["spliced"].items()
+        for direction, value in directions.items()
     ]
     yield "passt_spliced_bytes_total", "counter", "Payload moved between loopbacks, without a frame.", spliced
     yield "passt_flows", "gauge", "Open flows.", [({"kind": k}, f["open"]) for k, f in by_label.items()]
@@ -146,7 +146,7 @@ def _escaped(label: str) -> str:
 
 
 def table(now: Snapshot, earlier: Snapshot | None = None) -> list[str]:
-    """What happened since `earlier`, or since the start, and in all."""
+    """Differences to `earlier`, or to the start, and totals."""
     seconds = max(now["uptime"] - (earlier["uptime"] if earlier else 0.0), 1e-3)
     before = earlier or {}
     cpu = sum(now["cpu"].values())
@@ -158,13 +158,13 @@ def table(now: Snapshot, earlier: Snapshot | None = None) -> list[str]:
         _line("", "per second", "in all", "per second", "in all"),
         _line("", "frames", "frames", "bytes", "bytes"),
     ]
-    for text, way in (("guest -> host", "from_guest"), ("host -> guest", "to_guest")):
-        lines.append(_rates(text, now, before, seconds, ("link", way, "frames"), ("link", way, "bytes")))
+    for text, direction in (("guest -> host", "from_guest"), ("host -> guest", "to_guest")):
+        lines.append(_rates(text, now, before, seconds, ("link", direction, "frames"), ("link", direction, "bytes")))
     for proto in ("tcp", "udp"):
-        for text, way in (("-> host", "to_host"), ("-> guest", "to_guest")):
-            if now["spliced"][proto][way]:
+        for text, direction in (("-> host", "to_host"), ("-> guest", "to_guest")):
+            if now["spliced"][proto][direction]:
                 name = f"{proto.upper()} spliced {text}"
-                lines.append(_rates(name, now, before, seconds, None, ("spliced", proto, way)))
+                lines.append(_rates(name, now, before, seconds, None, ("spliced", proto, direction)))
     lines += _flow_lines(now, before, seconds)
     lines.append(_line("", "per second", "in all"))
     lines.append(_line("processor", f"{share:.1%}", f"{cpu:.2f} s"))
@@ -176,7 +176,7 @@ def table(now: Snapshot, earlier: Snapshot | None = None) -> list[str]:
 
 
 def _flow_lines(now: Snapshot, before: Snapshot, seconds: float) -> list[str]:
-    """A line for each kind of flow that there ever was."""
+    """A line for each kind of flow that has occurred."""
     lines = [_line("flows", "open", "opened/s", "opened", "closed")]
     for label in LABELS:
         flow = now["flows"][label]
@@ -209,7 +209,7 @@ def _at(snap: Snapshot, path: tuple[str, ...]) -> float:
 
 
 def _line(text: str, *cells: str) -> str:
-    """The cells are the last columns: the fewer they are, the longer may be the text."""
+    """A line whose last columns are the cells; the text takes the rest of the width."""
     width = WIDTH - 2 - len(cells) * _CELL
     return (f"  {text:<{width}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)).rstrip()
 

@@ -1,37 +1,39 @@
-"""Control sockets: UNIX sockets at which programs of the host ask what we do, and tell us to do otherwise.
+"""Control sockets: UNIX sockets by which programs of the host query and change the state of the process.
 
-The sockets are opened at start, while we are who started us, and served by the loop. What is said on them is a matter
-of their dialects (`api.py`, `slirp.py`): a request is a line, or what there is when the client has shut
-down its side; its answer is made of pieces, which are made when there is room for them.
+The sockets are opened at start, with the identity of the user who started the process, and served by the loop. The
+format of requests is that of the socket's protocol (`api.py`, `slirp.py`): a request is a line, or all data up to the
+client's shutdown(2). An answer consists of pieces, which are generated when the output buffer has room.
 
-Who may speak. The path has mode 0700. Whoever gets past that is asked for credentials, and cut off, counted, unless it
-is who started us, who we are, or root, as long as root is the machine's and not that of a user namespace that we are
-in. The guest has no way to a UNIX socket of the host but by a file system that it shares.
+Access. The path has mode 0700. The credentials of each client are read as well. A client is accepted if its user is
+the one who started the process, the one that the process runs as, or root of the machine (not root of a user namespace
+that the process is in). Any other client is disconnected and counted. The guest can reach a UNIX socket of the host
+only through a shared file system.
 
-What a client can do to others is bounded:
+The effect of a client on other clients and on traffic is bounded:
 
     limit                              consequence
     ---------------------------------  -------------------------------------------------------------------------------
-    CLIENTS_MAX clients                the next one is told so, and cut off
+    CLIENTS_MAX clients                the next one gets an error and is disconnected
     no descriptor left                 likewise (`flow/spare.py`)
-    Dialect.request_max bytes          a longer request is told so, and the client cut off
-    REQUESTS of a client in a turn     the rest has its turn when others had theirs: traffic, too
-    OUTPUT_MAX bytes not taken         nothing more is made or read before they are taken
-    REQUEST_TIME                       the client is cut off: it has not finished its request, counted from its start
-    IDLE_TIME                          likewise: it asks nothing, or does not take its answer
-    garbage                            one line says what is wrong with it; then likewise
-    a fault of ours                    ends this client, and is told to the log
+    Protocol.request_max bytes         an error answers a longer request, and the client is disconnected
+    REQUESTS of a client in a turn     its other requests wait for the next turn of the loop
+    OUTPUT_MAX bytes unsent            no request is read and no output generated until they are sent
+    REQUEST_TIME                       a client with an incomplete request is disconnected, counted from its first byte
+    IDLE_TIME                          a client that sends no request, or does not read its answer, is disconnected
+    an invalid request                 an error says what is wrong; then the client is disconnected
+    an internal error                  ends the client's connection; the log has it
 
-Requests are handled between turns of the loop. There descriptors can be closed at once, so what was closed on behalf of
-a client is closed when it has its answer.
+Requests are handled between turns of the loop, where descriptors can be closed at once. So a descriptor that a request
+closes is closed before the answer.
 """
 
 from __future__ import annotations
 
 import socket
+import typing
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from .. import log
 from ..calls import calls
@@ -53,29 +55,29 @@ IDLE_TIME = 60.0  # s
 
 CALLS = calls("accept4", "recvfrom", "sendto", "close")
 
-BACKLOG = 128  # who comes while we are busy: a client that may not wait is refused at once beyond that
+BACKLOG = 128  # clients that wait while the loop is busy; beyond that, a non-blocking client is refused at once
 _TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 
-class Garbage(Exception):
-    """What makes no sense as a request, and why: the client is told, and cut off."""
+class InvalidRequest(Exception):
+    """An invalid request and the reason. The client gets an error and is disconnected."""
 
 
-class Dialect(Protocol):
-    """What is said on a socket."""
+class Protocol(typing.Protocol):
+    """The protocol of a socket."""
 
     request_max: int  # bytes
-    single: bool  # the answer ends the conversation
+    single: bool  # the answer ends the connection
 
     def answer(self, request: bytes, now: float) -> Iterable[bytes]:
-        """Pieces of the answer to a request, a line without its end. Raises Garbage, as the pieces may."""
+        """Pieces of the answer to a request, a line without its end. Raises InvalidRequest, also while iterated."""
 
     def refusal(self, why: str) -> bytes:
-        """What a client is told that is cut off."""
+        """The error for a client that is disconnected."""
 
 
 class Listening(NamedTuple):
-    """A socket as it was opened at start. Its path is removed if we do not come to serve it."""
+    """A socket that was opened at start. Its path is removed if the start fails."""
 
     sock: socket.socket
     path: str
@@ -87,7 +89,7 @@ def listen(path: str) -> Listening:
 
 
 class Users:
-    """Who may speak: those of `origins`, and the user 0 if `root` says that it is the machine's."""
+    """Users who may connect: those of `origins`, and user 0 if `root` says that it is root of the machine."""
 
     def __init__(self, origins: Sequence[unix.Origin], *, root: bool) -> None:
         self._origins = origins
@@ -98,38 +100,38 @@ class Users:
 
 
 class Client:
-    """One who is connected."""
+    """A connected client."""
 
-    __slots__ = ("began", "closing", "deadline", "dialect", "ended", "fd", "input", "output", "pieces", "sock")
+    __slots__ = ("began", "closing", "deadline", "ended", "fd", "input", "output", "pieces", "protocol", "sock")
 
-    def __init__(self, sock: Any, dialect: Dialect, now: float) -> None:
+    def __init__(self, sock: Any, protocol: Protocol, now: float) -> None:
         self.sock = sock
         self.fd: int = sock.fileno()
-        self.dialect = dialect
+        self.protocol = protocol
         self.input = bytearray()
         self.output = bytearray()
-        self.pieces: Iterator[bytes] | None = None  # of the answer that is being given
-        self.ended = False  # it says nothing more
-        self.closing = False  # it is told nothing more than what is in `output`
-        self.began = 0.0  # when it said the first byte of a request that is not whole yet; 0: there is none
+        self.pieces: Iterator[bytes] | None = None  # of the current answer
+        self.ended = False  # end of file was read
+        self.closing = False  # the connection ends when `output` is sent
+        self.began = 0.0  # time of the first byte of an incomplete request; 0: there is none
         self.deadline = now + IDLE_TIME
 
     def has_request(self) -> bool:
-        """Whether there is something to be answered, or to be found too long, without more of it being read."""
+        """Whether `input` holds a complete request, or one that is too long."""
         waiting = self.input
-        return b"\n" in waiting or len(waiting) > self.dialect.request_max or (self.ended and bool(waiting))
+        return b"\n" in waiting or len(waiting) > self.protocol.request_max or (self.ended and bool(waiting))
 
     def take(self) -> bytes:
-        """The next request. Raises Garbage if it is too long."""
+        """The next request. Raises InvalidRequest if it is too long."""
         end = self.input.find(b"\n")
         line = bytes(self.input if end < 0 else self.input[:end])
         del self.input[: len(line) + 1]
-        if len(line) > self.dialect.request_max:
-            raise Garbage(f"too large message: a request has at most {self.dialect.request_max} bytes")
+        if len(line) > self.protocol.request_max:
+            raise InvalidRequest(f"too large message: a request has at most {self.protocol.request_max} bytes")
         return line
 
-    def waits(self) -> bool:
-        """Whether it has to take something before it is told more."""
+    def has_output(self) -> bool:
+        """Whether a part of the current answer is unsent."""
         return bool(self.output) or self.pieces is not None
 
 
@@ -137,14 +139,14 @@ Connected = tuple[int, Client]  # with its place in the list
 
 
 class Control:
-    """The sockets, each with its dialect, and those who are connected. `users` are the ids that may be."""
+    """The sockets, each with its protocol, and their clients. `users` are the user ids that may connect."""
 
-    def __init__(self, ctx: Context, sockets: Sequence[tuple[Listening, Dialect]], users: Container[int]) -> None:
+    def __init__(self, ctx: Context, sockets: Sequence[tuple[Listening, Protocol]], users: Container[int]) -> None:
         self._ctx = ctx
         self._sockets = sockets
         self._users = users
         self._clients: list[Client | None] = [None] * CLIENTS_MAX
-        self._ready: dict[int, Client] = {}  # those who have an event in this turn
+        self._ready: dict[int, Client] = {}  # clients with an event in this turn
         self._spare = Spare(ctx)
         self._timer = ctx.timers.services.new(self._expire)
         self._next = 0.0  # when the timer fires; 0 while it is not armed
@@ -154,22 +156,22 @@ class Control:
             ctx.reactor.watch(listening.sock.fileno(), TYPE_CONTROL_LISTEN, i, EPOLLIN)
 
     def close(self) -> None:
-        """Cut everybody off."""
+        """Disconnect all clients and stop listening."""
         each(self._connected(), self._drop, self._fault_at)
         each((listening.sock for listening, _ in self._sockets), self._retire, self._fault_at_listener)
         self._spare.close()
 
-    # Coming ----------------------------------------------------------------------------------------------------------
+    # Connecting ------------------------------------------------------------------------------------------------------
 
     def _accept(self, ref: int, events: int, now: float) -> None:
-        listening, dialect = self._sockets[ref_data(ref)]
+        listening, protocol = self._sockets[ref_data(ref)]
         try:
             fd, _, _ = accept(listening.sock.fileno())
         except BlockingIOError:
-            return  # it has gone again
+            return  # the client has disconnected
         except OSError as e:
             log.warn_ratelimited("control", f"Couldn't accept a client of the control socket: {e.strerror}", now)
-            self._spare.accept_failed(listening.sock.fileno(), e, now, partial(self._no_descriptor, dialect))
+            self._spare.accept_failed(listening.sock.fileno(), e, now, partial(self._no_descriptor, protocol))
             return
         sock: Any = new_socket(socket.AF_UNIX, _TYPE, 0, fd)
         why = self._reject(sock, now)
@@ -178,34 +180,34 @@ class Control:
             self._ctx.drops["control: too many clients"] += 1
             why = f"there are {CLIENTS_MAX} clients already"
         if why:
-            _turn_away(sock, dialect, why)
+            _refuse(sock, protocol, why)
             return
-        client = self._clients[free] = Client(sock, dialect, now)
+        client = self._clients[free] = Client(sock, protocol, now)
         self._ctx.reactor.watch(fd, TYPE_CONTROL, free, EPOLLIN)
         self._arm(client.deadline)
 
-    def _no_descriptor(self, dialect: Dialect, fd: int) -> None:
-        """There is none for a client, but for as long as it takes to say so."""
+    def _no_descriptor(self, protocol: Protocol, fd: int) -> None:
+        """Refuse a client on the spare descriptor `fd`."""
         self._ctx.drops["control: no descriptor"] += 1
-        _turn_away(new_socket(socket.AF_UNIX, _TYPE, 0, fd), dialect, "there is no descriptor left")
+        _refuse(new_socket(socket.AF_UNIX, _TYPE, 0, fd), protocol, "there is no descriptor left")
 
     def _reject(self, sock: Any, now: float) -> str:
-        """Why the client of a new connection may not speak; empty if it may."""
+        """The reason why a new client is refused; empty if it is accepted."""
         pid, uid = 0, -1
         try:
             pid, uid, _ = unix.credentials(sock)
             if uid in self._users:
                 return ""
         except OSError as e:
-            why = f"its credentials are not known: {e.strerror}"
+            why = f"its credentials cannot be read: {e.strerror}"
         else:
-            why = "ask as who started it"
+            why = "connect as the user who started it"
         self._ctx.drops["control: peer not allowed"] += 1
         text = f"Client of the control socket, UID {uid}, PID {pid}: not allowed"
         log.info_ratelimited("control peer", text, now)
-        return f"user {uid} may not speak here: {why}"
+        return f"user {uid} is not allowed: {why}"
 
-    # Speaking --------------------------------------------------------------------------------------------------------
+    # Requests --------------------------------------------------------------------------------------------------------
 
     def _event(self, ref: int, events: int, now: float) -> None:
         i = ref_data(ref)
@@ -216,46 +218,46 @@ class Control:
         self._ready[i] = client
 
     def _serve(self, now: float) -> None:
-        """Let everybody who has something to say, or takes something, go on."""
+        """Serve all clients that have an event in this turn."""
         ready, self._ready = self._ready, {}
         each(ready.items(), self._turn, self._fault_at, now)
 
     def _turn(self, one: Connected, now: float) -> None:
         try:
-            goes_on = self._go_on(one[1], now)
-        except OSError:  # it is gone, or as good as that
-            goes_on = False
-        if not goes_on:
+            connected = self._serve_client(one[1], now)
+        except OSError:  # the connection has failed
+            connected = False
+        if not connected:
             self._drop(one)
 
     def _fault_at(self, one: Connected, e: Exception) -> None:
-        """A fault in answering ends the client that asked."""
+        """An internal error ends the connection of the client whose request caused it."""
         client = one[1]
         record(self._ctx.drops, "a request to the control socket", e)
-        _tell(client.sock, client.dialect.refusal(f"a fault of ours, which is logged: {e!r}"))
+        _send_last(client.sock, client.protocol.refusal(f"internal error, see the log: {e!r}"))
         self._drop(one)
 
-    def _go_on(self, client: Client, now: float) -> bool:
-        """Read, answer, write, as far as limits and the client allow; False when it is done. Raises OSError."""
-        if not (client.waits() or client.closing or client.has_request()):
+    def _serve_client(self, client: Client, now: float) -> bool:
+        """Read, answer, write, within the limits. Returns False when the connection is to end. Raises OSError."""
+        if not (client.has_output() or client.closing or client.has_request()):
             data = client.sock.recv(READ_MAX)
             client.input += data
             client.ended = not data
-        taken = self._write(client, now)
+        written = self._write(client, now)
         for _ in range(REQUESTS):
-            if not taken or client.closing or not client.has_request():
+            if not written or client.closing or not client.has_request():
                 break
             self._answer(client, now)
-            self._make(client)
-            taken = client.pieces is None and len(client.output) < OUTPUT_MAX
+            self._generate(client)
+            written = client.pieces is None and len(client.output) < OUTPUT_MAX
         self._write(client, now)
         more = not client.closing and client.has_request()
-        if not client.waits() and not more:
+        if not client.has_output() and not more:
             if client.closing or client.ended:
                 return False
             client.began = (client.began or now) if client.input else 0.0
             client.deadline = client.began + REQUEST_TIME if client.input else now + IDLE_TIME
-        self._ctx.reactor.change(client.fd, EPOLLOUT if client.waits() or more else EPOLLIN)
+        self._ctx.reactor.change(client.fd, EPOLLOUT if client.has_output() or more else EPOLLIN)
         self._arm(client.deadline)
         return True
 
@@ -264,22 +266,23 @@ class Control:
         try:
             request = client.take()
             if request.strip():
-                client.pieces = iter(client.dialect.answer(request, now))
-                client.closing = client.dialect.single
-        except Garbage as e:
-            self._cut_off(client, str(e))
+                client.pieces = iter(client.protocol.answer(request, now))
+                client.closing = client.protocol.single
+        except InvalidRequest as e:
+            self._invalid(client, str(e))
 
-    def _cut_off(self, client: Client, why: str) -> None:
+    def _invalid(self, client: Client, why: str) -> None:
+        """End the connection with an error."""
         self._ctx.drops["control: garbage"] += 1
         client.pieces = None
-        client.output += client.dialect.refusal(why)
+        client.output += client.protocol.refusal(why)
         client.closing = True
 
     def _write(self, client: Client, now: float) -> bool:
-        """Make and send what is left of the answer; False if the client must take some of it first. Raises OSError."""
+        """Generate and send the rest of the answer; False if the socket or the limit stops it. Raises OSError."""
         left = OUTPUT_TURN
         while left > 0:
-            self._make(client)
+            self._generate(client)
             if not client.output:
                 return True
             try:
@@ -291,17 +294,17 @@ class Control:
             left -= sent
         return False
 
-    def _make(self, client: Client) -> None:
-        """The next pieces of the answer, as far as there is room for them."""
+    def _generate(self, client: Client) -> None:
+        """Append the next pieces of the answer to `output`, up to OUTPUT_MAX."""
         try:
             while client.pieces is not None and len(client.output) < OUTPUT_MAX:
                 client.output += next(client.pieces)
         except StopIteration:
             client.pieces = None
-        except Garbage as e:
-            self._cut_off(client, str(e))
+        except InvalidRequest as e:
+            self._invalid(client, str(e))
 
-    # Leaving ---------------------------------------------------------------------------------------------------------
+    # Disconnecting ---------------------------------------------------------------------------------------------------
 
     def _connected(self) -> list[Connected]:
         return [(i, client) for i, client in enumerate(self._clients) if client is not None]
@@ -318,7 +321,7 @@ class Control:
             self._ctx.timers.services.arm(self._timer, deadline)
 
     def _expire(self, now: float) -> None:
-        """Cut off who takes too long."""
+        """Disconnect clients whose deadline has passed."""
         self._next = 0.0
         each(self._connected(), self._expire_one, self._fault_at, now)
 
@@ -337,14 +340,14 @@ class Control:
         record(self._ctx.drops, "the end of a control socket", e)
 
 
-def _turn_away(sock: Any, dialect: Dialect, why: str) -> None:
-    _tell(sock, dialect.refusal(why))
+def _refuse(sock: Any, protocol: Protocol, why: str) -> None:
+    _send_last(sock, protocol.refusal(why))
     sock.close()
 
 
-def _tell(sock: Any, line: bytes) -> None:
-    """The last thing that is said to somebody."""
+def _send_last(sock: Any, line: bytes) -> None:
+    """Send an error before the connection ends; a failure does not matter."""
     try:
         sock.send(line)
     except OSError:
-        pass  # it does not listen
+        pass  # the client has disconnected, or does not read

@@ -1,4 +1,4 @@
-"""The dialect of --api-socket: the JSON API of slirp4netns(1), for port drivers that were written for it.
+"""The protocol of --api-socket: the JSON API of slirp4netns(1), for port drivers that were written for it.
 
     {"execute": ..., "arguments": {...}}                                       {"return": ...}
     -------------------------------------------------------------------------  --------------------------------------
@@ -6,17 +6,17 @@
                     host_addr, host_port, guest_addr, guest_port
     list_hostfwd                                                               {"entries": [{"id": 42, ...}]}
     remove_hostfwd  id                                                         {}
-    list_info                                                                  {"info": {...}}, who serves this
+    list_info                                                                  {"info": {...}}, program and version
 
-Errors are {"error": {"desc": ...}}, beginning as they do there. A request is ended by shutdown(2), or by a newline; its
-answer ends the conversation.
+Errors are {"error": {"desc": ...}}, with the beginnings of slirp4netns. A request ends with shutdown(2) or a newline;
+its answer ends the connection.
 
-The guest there is 10.0.2.100, unless configured otherwise. Here it may have any address: a `guest_addr` that is empty,
-that of slirp4netns, or one of the guest's, is the guest; any other one is an address beyond it. A `host_addr` that is
-empty or any address (0.0.0.0, ::) is that in both families, if `proto` does not say which.
+The guest of slirp4netns is 10.0.2.100 by default. Here it may have any address: a `guest_addr` that is empty, that of
+slirp4netns, or one of the guest's, means the guest; any other is an address beyond it. A `host_addr` that is empty or
+unspecified (0.0.0.0, ::) is unspecified in both families, if `proto` does not name one.
 
-The rules are those of the other control socket, with the same numbers. Entries are single ports, so a range has as
-many, of one number: it is removed as a whole. Automatic rules and those of -T and -U have no place in this API.
+The rules are those of the other control socket, with the same numbers. An entry is a single port, so a range has
+several entries with one number, and is removed as a whole. This API does not show automatic rules and those of -T, -U.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from ..policy.rules import PORT_MAX, Rule
 from ..ports.forwards import Add, DeleteNumber, Forwards, Refused
 from ..wire.checksum import PROTO_TCP
 from .api import PIECE, Json, Specs, decode
-from .server import Garbage
+from .server import InvalidRequest
 
 REQUEST_MAX = 4095
-DEFAULTS = (addr.packed("10.0.2.100"), addr.packed("fd00::100"))  # of the guest there
+DEFAULTS = (addr.packed("10.0.2.100"), addr.packed("fd00::100"))  # the guest of slirp4netns
 _FAMILIES = {"": None, "4": addr.ANY4, "6": addr.ANY6}
 
 
-class Bad(Exception):
-    """What is wrong with a request, in the words of that API."""
+class ArgumentError(Exception):
+    """The error of a request, in the format of that API."""
 
 
 class SlirpApi:
-    """A `control.server.Dialect`."""
+    """A `control.server.Protocol`."""
 
     request_max = REQUEST_MAX
     single = True
@@ -56,21 +56,21 @@ class SlirpApi:
         self._specs = specs
 
     def answer(self, request: bytes, now: float) -> Iterable[bytes]:
-        """Raises Garbage."""
+        """Raises InvalidRequest."""
         asked = decode(request)
         execute, arguments = asked.get("execute"), asked.get("arguments") or {}
         if not isinstance(execute, str):
-            raise Garbage("no execute found")
+            raise InvalidRequest("no execute found")
         if not isinstance(arguments, dict):
-            raise Garbage("arguments is no object")
+            raise InvalidRequest("arguments is no object")
         if execute == "list_hostfwd":
             return self._list()
         commands = {"add_hostfwd": self._add, "remove_hostfwd": self._remove, "list_info": self._info}
         if execute not in commands:
-            raise Garbage("unknown execute")
+            raise InvalidRequest("unknown execute")
         try:
             return (_encoded({"return": commands[execute](arguments, now)}),)
-        except Bad as e:
+        except ArgumentError as e:
             return (_error(f"bad request: {execute}: {e}"),)
         except (Fatal, Refused) as e:
             return (_error(f"{execute}: {e}"),)
@@ -83,8 +83,8 @@ class SlirpApi:
     def _add(self, arguments: Json, now: float) -> Json:
         proto = str(arguments.get("proto"))
         if proto[:3] not in ("tcp", "udp") or proto[3:] not in _FAMILIES:
-            raise Bad("bad arguments.proto")
-        host, guest = (_port(arguments, f"{who}_port") for who in ("host", "guest"))
+            raise ArgumentError("bad arguments.proto")
+        host, guest = (_port(arguments, f"{end}_port") for end in ("host", "guest"))
         bind = _bind(_address(arguments, "host_addr"), proto[3:])
         target = _address(arguments, "guest_addr")
         if target is not None and self._is_guest(target):
@@ -92,8 +92,8 @@ class SlirpApi:
         ports = Rule("", PROTO_TCP, False, host, host, guest, bind, None, target).spec[3:]
         (rule,) = self._specs.rules(f"-{proto[0]} {ports}")
         outcome = self._forwards.change([Add(rule)], now)
-        if outcome.present:  # who adds it again would remove it for who has added it before
-            raise Bad(f"port {host} is forwarded already, by '{rule.spec}'")
+        if outcome.present:  # else one of two clients that add it would remove it for both
+            raise ArgumentError(f"port {host} is forwarded already, by '{rule.spec}'")
         (number,) = outcome.added
         return {"id": number}
 
@@ -108,7 +108,7 @@ class SlirpApi:
         if isinstance(number, float) and number.is_integer():
             number = int(number)
         if not isinstance(number, int) or isinstance(number, bool) or number not in self._forwards.rules:
-            raise Bad("bad arguments.id")
+            raise ArgumentError("bad arguments.id")
         self._forwards.change([DeleteNumber(number)], now)
         return {}
 
@@ -117,7 +117,7 @@ class SlirpApi:
         return {"info": {"program": "pasta", "version": __version__, **guest}}
 
     def _guest(self) -> Json:
-        """Its addresses, under the names that entries have for them."""
+        """The guest's addresses, by their names in entries."""
         config, guest = self._ctx.config, self._ctx.guest
         found = {}
         if config.ip4 is not None:
@@ -138,7 +138,7 @@ class SlirpApi:
         yield b"]}}"
 
     def _entries(self, number: int, rule: Rule) -> Iterator[Json]:
-        """One for each port that is listened on."""
+        """An entry for each port that is listened on."""
         v4, v6 = (rule.addr is None or len(rule.addr) == length for length in (4, 16))
         config = self._ctx.config
         here: Json = {}
@@ -165,7 +165,7 @@ def _port(arguments: Json, name: str) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= PORT_MAX:
-        raise Bad(f"bad arguments.{name}")
+        raise ArgumentError(f"bad arguments.{name}")
     return value
 
 
@@ -176,16 +176,16 @@ def _address(arguments: Json, name: str) -> bytes | None:
     try:
         return addr.unmapped(addr.packed(value))
     except (TypeError, ValueError, AttributeError):
-        raise Bad(f"bad arguments.{name}") from None
+        raise ArgumentError(f"bad arguments.{name}") from None
 
 
 def _bind(address: bytes | None, family: str) -> bytes | None:
-    """What to listen on, given the end of `proto`."""
+    """The address to listen on; `family` is the end of `proto`."""
     any_address = _FAMILIES[family]
     if address is None or not any(address):
         return any_address
     if any_address is not None and len(any_address) != len(address):
-        raise Bad("bad arguments.host_addr")
+        raise ArgumentError("bad arguments.host_addr")
     return address
 
 

@@ -1,7 +1,7 @@
-"""The control sockets of a daemon: opened by path while we are who started us, served once everything is wired.
+"""The control sockets of a daemon: opened with the identity of the user who started it, served after the set-up.
 
-Their paths are removed if the start fails. At the end of a run nothing of the file system is left to remove them
-from: the next one to listen there takes them over (`linux/unix.py`).
+Their paths are removed if the start fails. At the end of a run the file system is out of reach, so the paths stay: the
+next program that listens there replaces them (`linux/unix.py`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 
 def wanted(options: Options) -> bool:
-    """Whether there is to be any, and rules may change."""
+    """Whether the options name a control socket, so that rules may change."""
     return options.conf_path is not None or options.api_socket is not None
 
 
 class Sockets:
-    """Those that the options name, listening."""
+    """The listening sockets that the options name."""
 
     def __init__(self, options: Options) -> None:
         """Raises Fatal, with nothing left open."""
         self._options = options
-        self._origins: list[unix.Origin] = []  # who may speak: who started us, and who we will be
+        self._origins: list[unix.Origin] = []  # users who may connect: at the start, and after the change of identity
         self._conf: server.Listening | None = None
         self._api: server.Listening | None = None
         if not wanted(options):
             return
-        from . import api, server, slirp  # noqa: F401  # who we become may not be able to read files
+        from . import api, server, slirp  # noqa: F401  # the user that we become may not be able to read files
 
         self._origins.append(unix.Origin())
         try:
@@ -52,21 +52,21 @@ class Sockets:
         """Close them, and remove their paths."""
         for listening in (self._conf, self._api):
             if listening is not None:
-                with suppress(OSError):  # it may be root's, and we somebody else by now
+                with suppress(OSError):  # it may belong to root, and our user may be another by now
                     os.unlink(listening.path)
                 listening.sock.close()
         for origin in self._origins:
             origin.close()
 
     def serve(self, ctx: Context, forwards: Forwards) -> None:
-        """From now on the loop answers, and changes `forwards`. We are who we will be."""
+        """Serve requests from now on, with changes of `forwards`. The process has its final identity."""
         if not wanted(self._options):
             return
         from . import api, server, slirp
 
         options = self._options
         specs = api.Specs(options, ctx, ephemeral_ports())
-        sockets: list[tuple[server.Listening, server.Dialect]] = []
+        sockets: list[tuple[server.Listening, server.Protocol]] = []
         if self._conf is not None:
             sockets.append((self._conf, api.Api(ctx, forwards, specs, options.mode)))
         if self._api is not None:

@@ -238,11 +238,11 @@ def test_others_do_not_control_what_root_has_started(
     directory = stack.enter_context(TemporaryDirectory())
     path = f"{directory}/control"
     start(root_pasta, stack, "-c", path)
-    assert "may not speak" not in ask(root_pasta.user, path)
+    assert "is not allowed" not in ask(root_pasta.user, path)
     for opened in directory, path:
         os.chmod(opened, 0o777)
     for uid in (ordinary_user.uid, 2, NOBODY - 1):
-        assert "may not speak" in ask(replace(ordinary_user, uid=uid), path)
+        assert "is not allowed" in ask(replace(ordinary_user, uid=uid), path)
 
 
 def test_root_that_asks_for_it_stays_root(root_pasta: Runner, stack: ExitStack) -> None:

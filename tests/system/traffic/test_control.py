@@ -507,7 +507,7 @@ def test_others_may_not(controlled: Controlled) -> None:
     if controlled.user.is_root:  # whoever the user namespace does not know looks like whoever started it: root
         assert done.returncode == 0
     else:
-        assert done.returncode == 1 and "may not speak here: ask as who started it" in done.stderr
+        assert done.returncode == 1 and "is not allowed: connect as the user who started it" in done.stderr
 
 
 def test_root_may(controlled: Controlled, root: User) -> None:

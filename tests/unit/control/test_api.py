@@ -15,7 +15,7 @@ from passt import __version__, addr
 from passt.conf.actions import Pair
 from passt.conf.options import Options
 from passt.control.api import OPTION_MAX, Api, Specs, decode, spans
-from passt.control.server import Garbage
+from passt.control.server import InvalidRequest
 from passt.control.slirp import SlirpApi
 
 from ..ports.test_forwards import Rig, taken
@@ -147,7 +147,7 @@ def test_every_port_that_fails_is_named(api: Api2, port: int) -> None:
     [
         ("nonsense", {}, "unknown command 'nonsense'"),
         ("show", {"rules": []}, "unknown member 'rules'"),
-        ("add", {}, "nothing to add is named"),
+        ("add", {}, "the request names nothing to add"),
         ("add", {"rules": "-t 80"}, '"rules" is not a list of strings'),
         ("add", {"rules": [80]}, '"rules" is not a list of strings'),
         ("add", {"rules": ["-t 0"]}, "Invalid port specifier -t 0: '0' at character 1: port 0 can't be forwarded"),
@@ -249,14 +249,14 @@ def test_spans() -> None:
         (b"\xff\xfe{}", "not UTF-8"),
         (b"[1]", "a request is a JSON object"),
         (b"null", "a request is a JSON object"),
-        (b'{"command": NaN}', "NaN is no number of JSON"),
+        (b'{"command": NaN}', "NaN is not a JSON number"),
         (b"[" * 65000, "nested too deeply"),
         (b'{"a":' * 10000 + b"1" + b"}" * 10000, "nested too deeply"),
         (b'{"command": ' + b"9" * 60000 + b"}", "cannot parse JSON"),
     ],
 )
 def test_garbage(request_: bytes, why: str) -> None:
-    with pytest.raises(Garbage, match=why):
+    with pytest.raises(InvalidRequest, match=why):
         decode(request_)
 
 
@@ -271,7 +271,7 @@ COMMANDS = st.sampled_from(["show", "add", "delete", "replace", "clear", "change
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 @given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode), COMMANDS, JSON, JSON)
 def test_anything_is_answered(api: Api2, raw: bytes, command: str, rules: Any, changes: Any) -> None:
-    """An answer or Garbage, nothing else, and no socket is opened."""
+    """An answer or InvalidRequest, nothing else, and no socket is opened."""
     requests = [raw]
     for members in ({"rules": rules}, {"changes": changes}, {"numbers": rules}, {"side": rules}, {"command": rules}):
         requests.append(json.dumps({"command": command, **members}).encode())
@@ -280,7 +280,7 @@ def test_anything_is_answered(api: Api2, raw: bytes, command: str, rules: Any, c
         for dialect in (api.control, api.slirp):
             try:
                 answer = b"".join(dialect.answer(request, T0))
-            except Garbage:
+            except InvalidRequest:
                 continue
             assert isinstance(json.loads(answer), dict)
     assert api.rig.open() == []

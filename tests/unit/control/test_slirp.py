@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from passt import addr
-from passt.control.server import Garbage
+from passt.control.server import InvalidRequest
 from passt.control.slirp import REQUEST_MAX
 
 from ..ports.test_forwards import port as port
@@ -124,7 +124,7 @@ def test_ranges_have_an_entry_for_each_port(rig: Make, port: int) -> None:
     ],
 )
 def test_the_words_of_its_errors(api: Api2, request_: bytes, why: str) -> None:
-    with pytest.raises(Garbage) as e:
+    with pytest.raises(InvalidRequest) as e:
         api.slirp.answer(request_, T0)
     desc = json.loads(api.slirp.refusal(str(e.value)))["error"]["desc"]
     assert desc.startswith(f"bad request: {why}")
