@@ -1,33 +1,32 @@
-"""What we give up: root, what others left open, capabilities, the file system, other processes. A hostile guest that
-has taken us over should find itself in an empty room.
+"""Isolation: the process gives up root, inherited descriptors, capabilities, the file system and the view of other
+processes. A hostile guest that has taken over the process gains access to nothing else.
 
-1. descriptors from 3 up that were open when we were started are closed, once what the command line names by
-   /proc/self/fd/N was opened
-2. started as root: what needs root is done (low ports, opening and configuring other people's namespaces), then we
-   become `nobody`, or what --runas says, for good. In a namespace that is not our own child's three capabilities are
-   kept, and nothing else:
+1. inherited descriptors from 3 up are closed, after files that the command line names by /proc/self/fd/N are open
+2. started as root: steps that need root are done (low ports, opening and configuring namespaces of other users), then
+   the process changes to `nobody`, or to the user of --runas, for good. For a namespace that is not our own child's,
+   three capabilities are kept:
 
        capability            needed later for
        --------------------  ----------------------------------------------------------------
-       CAP_SYS_ADMIN         entering it (setns): dropped as soon as a thread of ours is inside (linux/netns.py)
-       CAP_NET_ADMIN         creating and configuring a tap that somebody deleted
-       CAP_NET_BIND_SERVICE  ports below 1024 that appear while we run (`auto`)
+       CAP_SYS_ADMIN         entering it (setns): dropped as soon as a thread is inside (linux/netns.py)
+       CAP_NET_ADMIN         creating and configuring a tap that was deleted
+       CAP_NET_BIND_SERVICE  ports below 1024 that appear at run time (`auto`)
 
-   Root of a user namespace does so, too, but not if nobody is not mapped there, and not for a namespace that it names:
-   to the machine it is an ordinary user, podman's, say, who expects to see and to end the process as its own
-3. started as anyone else: nothing is dropped; rights come from the user namespace that we make or join
-4. everything is open and imported: `leave_processes`, a PID namespace for what is forked next (the daemon in the
-   background; in the foreground we stay among the processes of whoever started us), in a user namespace of our own
-   if nothing else gives the right to
-5. in the background, or not: `leave_files`, mount, IPC and UTS namespaces, and an empty read-only root (pivot_root(2)).
-   Nothing can be opened by a path any more
-6. `lock_down`: no new privileges (execve(2) gives none), not dumpable (nobody may attach or read our memory), ambient,
-   bounding and all other sets of capabilities empty, but for those that a namespace's tap and ports below 1024 need
-7. `seccomp.py`: the system calls that are left
+   Root of a user namespace changes as well, but not if `nobody` is unmapped there, and not for a namespace that it
+   names: on the machine it is an ordinary user, such as podman's, who expects to see and to end the process as its own
+3. started as any other user: nothing is dropped; rights come from the user namespace that is created or joined
+4. all files are open and all modules imported: `leave_processes`, a PID namespace for the next child (the daemon in the
+   background; in the foreground the process stays in the PID namespace of its parent), in a user namespace of our own
+   if the right is missing otherwise
+5. `leave_files`: mount, IPC and UTS namespaces, and an empty read-only root (pivot_root(2)). No file can be opened by
+   a path any more
+6. `lock_down`: no new privileges (execve(2) gives none), not dumpable (no attach, no read of our memory), ambient,
+   bounding and all other sets of capabilities empty, except those that a namespace's tap and ports below 1024 need
+7. `seccomp.py`: the allowed system calls
 
-Mustn't: change ids and lose access to /proc/self. A process that changed its ids is marked not dumpable, whereupon
-its own /proc files belong to root and writing uid_map fails; so the mark is taken away again. Nor lose the signal that
-whoever started us wants us to get when it dies: a change of ids or of capabilities makes the kernel forget that.
+Mustn't: change ids and lose access to /proc/self. A process that has changed its ids is marked not dumpable. Then its
+own /proc files belong to root and writing uid_map fails; so the mark is removed again. Nor lose the parent-death signal
+(PR_SET_PDEATHSIG) of the starting process: the kernel clears it with a change of ids or capabilities.
 """
 
 from __future__ import annotations
@@ -81,9 +80,9 @@ from ..linux.syscall import (
 )
 from ..log import Fatal
 
-KEPT_CAPABILITIES = CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_NET_BIND_SERVICE  # until we are in the sandbox
-NAMED = 1  # uid in a user namespace of our own, for who is called as unmapped users are (nobody)
-PLACES = "/tmp", "/run", "/dev", "/proc"  # directories that an empty root may be mounted over, if they exist
+KEPT_CAPABILITIES = CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_NET_BIND_SERVICE  # until the sandbox is entered
+INNER_UID = 1  # uid in a user namespace of our own, if our uid is that of unmapped users (`nobody`)
+MOUNT_POINTS = "/tmp", "/run", "/dev", "/proc"  # directories that an empty root may be mounted over, if they exist
 ID_MAX = 2**32 - 2  # 2**32 - 1 means "no change" to setresuid(2)
 
 
@@ -97,9 +96,9 @@ class Identity:
 
 
 def choose_identity(runas: str | None, *, joins: bool = False) -> Identity:
-    """Whom to run as: --runas, else `nobody` for root, else who we are. Raises Fatal.
+    """The identity to run as: --runas, else `nobody` for root, else the current one. Raises Fatal.
 
-    `joins`: a namespace was named that we are for.
+    `joins`: the command line names a namespace.
     """
     if runas is not None:
         return _parse_runas(runas)
@@ -119,22 +118,22 @@ def choose_identity(runas: str | None, *, joins: bool = False) -> Identity:
 
 
 def _exists(user: pwd.struct_passwd) -> bool:
-    """Whether one can become `user` in our user namespace. Raises Fatal."""
+    """Whether our user namespace has `user`, so that the process can change to it. Raises Fatal."""
     try:
         uid, gid = proc.is_mapped(user.pw_uid, "/proc/self/uid_map"), proc.is_mapped(user.pw_gid, "/proc/self/gid_map")
         return uid and gid and proc.may_set_groups()
     except OSError as e:
         reason = f"{e.strerror} (or give --runas)"
-        raise Fatal(f"Couldn't read {e.filename}, which tells who root may become: {reason}") from None
+        raise Fatal(f"Couldn't read {e.filename}, which lists the users that root may change to: {reason}") from None
 
 
 def opens_as_root(identity: Identity) -> bool:
-    """Whether root opens everything, before it becomes `identity`. Else rights come from user namespaces."""
+    """Whether root opens all files and sockets before it becomes `identity`. Else rights come from user namespaces."""
     return os.geteuid() == 0 and (identity.uid != 0 or proc.in_init_userns())
 
 
 def _parse_runas(text: str) -> Identity:
-    """UID[:GID] or LOGIN[:GROUP]; a number alone is both ids, a login brings its group. A name must not mean root."""
+    """UID[:GID] or LOGIN[:GROUP]; a number alone is both ids, a login implies its group. A name must not mean root."""
     user, colon, group = text.partition(":")
     try:
         if user.isascii() and user.isdecimal():
@@ -154,17 +153,17 @@ def _parse_runas(text: str) -> Identity:
 
 
 def become(identity: Identity, *kept: int) -> None:
-    """Change to `identity` for good, without supplementary groups; nothing happens if we are that already.
+    """Change to `identity` for good, without supplementary groups; no effect if it is the current one.
 
-    Of root's capabilities `kept` are. The process must be single-threaded: capabilities, unlike ids, belong to threads.
+    The capabilities `kept` stay. The process must be single-threaded: capabilities, unlike ids, belong to threads.
     Raises Fatal.
     """
     if (os.geteuid(), os.getegid()) == (identity.uid, identity.gid):
         return
     try:
-        with _dying_with_parent():
+        with _keeping_death_signal():
             if kept:
-                _empty_bounding_set()  # while we have the right to
+                _empty_bounding_set()  # while the process has the right to
             prctl(PR_SET_KEEPCAPS, int(bool(kept)))
             os.setgroups([])
             os.setresgid(identity.gid, identity.gid, identity.gid)
@@ -179,15 +178,15 @@ def become(identity: Identity, *kept: int) -> None:
 
 
 def running_capabilities(*, own_tap: bool) -> tuple[int, ...]:
-    """What pasta keeps in the sandbox; `own_tap`: we made the tap, and will again."""
+    """The capabilities that pasta keeps in the sandbox; `own_tap`: pasta creates the tap, again after a deletion."""
     return (CAP_NET_ADMIN, CAP_NET_BIND_SERVICE) if own_tap else (CAP_NET_BIND_SERVICE,)
 
 
-# The empty room ----------------------------------------------------------------------------------------------------
+# The sandbox -------------------------------------------------------------------------------------------------------
 
 
 def leave_processes(*, background: bool) -> None:
-    """Have what is forked next, in the background, in a PID namespace of its own. Raises Fatal.
+    """In the background, put the next child in a PID namespace of its own. Raises Fatal.
 
     The process must be single-threaded. Rights are as after `gain_rights`.
     """
@@ -200,17 +199,17 @@ def leave_processes(*, background: bool) -> None:
 
 
 def gain_rights() -> None:
-    """Have the right to make namespaces, and to give up rights for good (bounding set), by a user namespace of our own
-    if nothing else gives it. Raises Fatal.
+    """Gain the right to create namespaces, and to give up rights for good (bounding set), by a user namespace of our
+    own if the right is missing otherwise. Raises Fatal.
 
-    The process must be single-threaded, and be who it will remain.
+    The process must be single-threaded, and have its final identity.
     """
     if has_capability(CAP_SYS_ADMIN) and (has_capability(CAP_SETPCAP) or _bounding_set_is_empty()):
         return
     uid, gid = os.geteuid(), os.getegid()
-    inside = uid if uid != proc.overflow_uid() else NAMED  # or everybody else would look like us in here
+    inside = uid if uid != proc.overflow_uid() else INNER_UID  # else unmapped users would have our uid inside
     try:
-        with _dying_with_parent():
+        with _keeping_death_signal():
             unshare(CLONE_NEWUSER)
         _write_maps(((inside, uid), (gid, gid)))
     except OSError as e:
@@ -218,21 +217,21 @@ def gain_rights() -> None:
 
 
 def leave_files(number: Callable[[str], int], directories: Iterable[int], *, chroot_fallback: bool) -> None:
-    """Leave the file system, and IPC and UTS namespaces: the root is empty, and the current directory. Raises Fatal.
+    """Leave the file system, and IPC and UTS namespaces: root and current directory are empty. Raises Fatal.
 
-    Descriptors of `directories` stay: they lead to what is below them, and no way up. number(name) is that of a system
-    call.
+    Descriptors of `directories` stay: they give access to files below them, but not above. number(name) is the number
+    of a system call.
     """
     step = "leave the host's mount, IPC and UTS namespaces"
     try:
         unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS)
         step = "detach directories whose files are followed"
         for fd in directories:
-            _cut_off(number("open_tree"), fd)
+            _detach_directory(number("open_tree"), fd)
         step = "detach mounts from the host's"
         mount("none", "/", "", MS_REC | MS_PRIVATE)
         step = "mount an empty file system"
-        place = next(filter(os.path.isdir, PLACES), "/")
+        place = next(filter(os.path.isdir, MOUNT_POINTS), "/")
         flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
         mount("tmpfs", place, "tmpfs", flags, "nr_inodes=2,mode=0500")
         os.chdir(place)
@@ -243,15 +242,15 @@ def leave_files(number: Callable[[str], int], directories: Iterable[int], *, chr
         raise Fatal(f"Couldn't {step}: {e.strerror}{hint}") from None
 
 
-def _cut_off(open_tree_number: int, fd: int) -> None:
-    """Make a mount of the directory `fd` alone, under the same number: its `..` is itself. Raises OSError."""
+def _detach_directory(open_tree_number: int, fd: int) -> None:
+    """Replace the directory `fd` by a mount of it alone: its `..` is itself. Raises OSError."""
     path = os.readlink(f"/proc/self/fd/{fd}")  # in our mount namespace, which is new
     try:
         alone = open_tree(open_tree_number, path, recursive=False)
     except OSError as e:
         if e.errno != errno.EINVAL:
             raise
-        alone = open_tree(open_tree_number, path, recursive=True)  # what is mounted below may not be uncovered
+        alone = open_tree(open_tree_number, path, recursive=True)  # mounts below it may not be removed
     os.dup2(alone, fd, inheritable=False)
     os.close(alone)
 
@@ -265,18 +264,18 @@ def _change_root(pivot_root_number: int, *, chroot_fallback: bool) -> None:
             raise
         if not chroot_fallback:
             raise Fatal(
-                "Couldn't make an empty file system the root: pivot_root(2) can't let go of the root file system that "
-                "is there, as in an initramfs or a chroot: give --chroot-fallback"
+                "Couldn't make an empty file system the root: pivot_root(2) can't replace the current root file "
+                "system, as in an initramfs or a chroot: give --chroot-fallback"
             ) from None
         mount(".", "/", "", MS_MOVE)
         os.chroot(".")
     else:
-        umount(".", MNT_DETACH)  # the old root lies over the new one now
+        umount(".", MNT_DETACH)  # the old root is mounted over the new one
     os.chdir("/")
 
 
 def lock_down(*kept: int) -> None:
-    """Give up all capabilities but `kept`, and the possibility of ever getting more. Raises Fatal."""
+    """Give up all capabilities except `kept`, and all means of gaining more. Raises Fatal."""
     try:
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
@@ -289,7 +288,9 @@ def lock_down(*kept: int) -> None:
 
 
 def _empty_bounding_set() -> None:
-    """Without it execve(2) gives no capability; who may not empty it has no new privileges anyway. Raises OSError."""
+    """Empty the bounding set, so that execve(2) gives no capability. A process without the right to do so sets
+    PR_SET_NO_NEW_PRIVS, which has that effect. Raises OSError.
+    """
     for cap in range(64):
         try:
             prctl(PR_CAPBSET_READ, cap)
@@ -309,7 +310,7 @@ def _bounding_set_is_empty() -> bool:
 
 
 def map_ids(identity: Identity) -> None:
-    """In a new user namespace: make `identity` outside uid 0, gid 0 inside. A failure is only a warning."""
+    """In a new user namespace: map uid 0 and gid 0 to `identity` outside. A failure is a warning."""
     try:
         _write_maps(((0, identity.uid), (0, identity.gid)))
     except OSError as e:
@@ -317,7 +318,7 @@ def map_ids(identity: Identity) -> None:
 
 
 def _write_maps(ids: tuple[tuple[int, int], tuple[int, int]]) -> None:
-    """In a new user namespace: what one user and one group, (inside, outside) each, are called. Raises OSError."""
+    """In a new user namespace: map one user and one group, (inside, outside) each. Raises OSError."""
     (uid, outer_uid), (gid, outer_gid) = ids
     for name, text in (
         ("uid_map", f"{uid} {outer_uid} 1"),
@@ -330,19 +331,19 @@ def _write_maps(ids: tuple[tuple[int, int], tuple[int, int]]) -> None:
 
 def join_userns(fd: int) -> None:
     """Enter the user namespace `fd` with all rights there. The process must be single-threaded. Raises OSError."""
-    with _dying_with_parent():
+    with _keeping_death_signal():
         setns(fd, CLONE_NEWUSER)
 
 
 @contextmanager
-def _dying_with_parent() -> Iterator[None]:
-    """Keep the signal that the parent's death brings, if there is to be one, over a change of ids or capabilities."""
+def _keeping_death_signal() -> Iterator[None]:
+    """Keep the parent-death signal, if one is set, over a change of ids or capabilities."""
     number, parent = parent_death_signal(), os.getppid()
     yield
     if number:
         prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:
-            os.kill(os.getpid(), number)  # it died in between
+            os.kill(os.getpid(), number)  # the parent has died meanwhile
 
 
 def close_fds(fds: Iterable[int]) -> None:
@@ -356,9 +357,9 @@ def close_fds(fds: Iterable[int]) -> None:
 
 
 def namespace_hint(e: OSError) -> str:
-    """What to do when unshare(2) fails, or what only the right to namespaces allows."""
+    """Advice for a failure of unshare(2), or of a call that needs the right to create namespaces."""
     if e.errno in (errno.ENOSPC, errno.EUSERS):
-        return "user namespaces are forbidden or used up: raise sysctl user.max_user_namespaces, or those beside it"
+        return "user namespaces are forbidden or used up: raise sysctl user.max_user_namespaces, or other user.max_*"
     if e.errno == errno.ENOSYS:
         return "a seccomp profile hides the system call, as those of containers do: it has to allow unshare(2)"
     if e.errno == errno.EPERM:

@@ -18,7 +18,7 @@ import pytest
 from ..system.support import DEADLINE, User, alive, wait_for
 
 FORBID = "echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --inh-caps=-all --ambient-caps=-all -- "
-HINT = "user namespaces are forbidden or used up: raise sysctl user.max_user_namespaces, or those beside it"
+HINT = "user namespaces are forbidden or used up: raise sysctl user.max_user_namespaces, or other user.max_*"
 
 
 def run_forbidden(user: User, *command: str, before: str = "") -> subprocess.CompletedProcess[str]:

@@ -142,7 +142,7 @@ def test_all_commands_have_a_profile() -> None:
 
 def test_empty_root_may_be_where_the_sandbox_wants_it() -> None:
     text = (APPARMOR / "abstractions" / "passt_python").read_text()
-    places = {place.strip("/") for place in isolation.PLACES}
+    places = {place.strip("/") for place in isolation.MOUNT_POINTS}
     for rule in (
         r"mount fstype=tmpfs .*-> /\{,(.*)\},",
         r"pivot_root oldroot=/\{(.*?)\}/",

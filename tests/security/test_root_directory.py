@@ -55,7 +55,7 @@ def test_is_an_error_that_says_what_to_do(new_root: Path) -> None:
     with new_host() as target:
         done = attach(new_root, target)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "pivot_root(2) can't let go of the root file system that is there" in done.stderr
+    assert "pivot_root(2) can't replace the current root file system" in done.stderr
     assert done.stderr.endswith("as in an initramfs or a chroot: give --chroot-fallback\n")
 
 

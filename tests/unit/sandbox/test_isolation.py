@@ -109,7 +109,8 @@ def test_root_of_a_user_namespace_that_may_not_know(
     monkeypatch.setattr(proc, "is_mapped", refuse)
     with pytest.raises(Fatal) as e:
         choose_identity(None)
-    text = "Couldn't read /proc/self/uid_map, which tells who root may become: Permission denied (or give --runas)"
+    reason = "Permission denied (or give --runas)"
+    text = f"Couldn't read /proc/self/uid_map, which lists the users that root may change to: {reason}"
     assert str(e.value) == text
     assert choose_identity("65534") == Identity(65534, 65534)
 
