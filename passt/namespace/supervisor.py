@@ -1,17 +1,17 @@
-"""Inside a new PID namespace, its first process once it is prepared: starts the command, passes signals on, reaps,
-reports, dies with pasta.
+"""The first process of a new PID namespace, once it is prepared: it starts the command, forwards signals, reaps
+processes, reports the exit status, and ends with pasta.
 
-`init.py` executes this file as a program, before the command is there. It needs nothing of the package, and not
-the search path for packages, so that an interpreter is ready for it in 20 ms, while pasta is still setting up the
-network. Where it cannot be executed (root's Python, nobody's command) the functions here are called instead.
+`init.py` executes this file as a program, before the command starts. The file imports no other module of the package
+and no installed package, so that an interpreter is ready in 20 ms, while pasta still sets up the network. If it cannot
+be executed (Python is readable by root only, and the command runs as `nobody`), init calls the functions here instead.
 
     argv    this file | descriptor of the pipe from pasta | descriptor of a file with [file, argv, environment] in JSON
 
 When it ends, the kernel kills everything in the namespace. It ends when the command does, and when pasta does:
 PDEATHSIG kills it, and the pipe, which pasta holds open, reads end of file even before that is set.
 
-Signals: PID 1 is not touched by signals that it does not handle, and handles SIGCHLD only. What the terminal sends
-(interrupt, quit, stop) reaches the command directly, because all are in one process group.
+Signals: PID 1 is immune to signals that it does not handle, and handles SIGCHLD only. Signals of the terminal
+(interrupt, quit, stop) reach the command directly, because all are in one process group.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> NoReturn:
-    """The program. SIGINT is blocked when it begins, for the interpreter would make a traceback of it."""
+    """The program. SIGINT is blocked at its start, since the interpreter would print a traceback."""
     import ctypes
     import json
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
-    control, words = map(int, sys.argv[1:])
+    control, argv_file = map(int, sys.argv[1:])
     os.set_inheritable(control, False)
-    with open(words, "rb") as f:
+    with open(argv_file, "rb") as f:
         file, argv, env = json.load(f)
     status = 1
     try:
@@ -51,7 +51,7 @@ def main() -> NoReturn:
 
 
 def supervise(file: str, argv: Sequence[str], env: Mapping[str, str], control: int) -> int:
-    """Start the command, pass signals on, reap whatever is orphaned; returns what pasta's exit status will be."""
+    """Start the command, forward signals, reap orphans; returns the exit status for pasta."""
     wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakeup)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -77,7 +77,7 @@ def supervise(file: str, argv: Sequence[str], env: Mapping[str, str], control: i
 
 
 def reap(child: int) -> int | None:
-    """Collect everything that ended; the status of `child` as a shell gives it, once it is among them."""
+    """Reap all processes that have ended; returns the status of `child` in shell convention, if it is among them."""
     status = None
     while True:
         try:
@@ -98,7 +98,7 @@ def shell_status(wait_status: int) -> int:
 
 
 def execute(file: str, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
-    """Become the command. Never returns; a failure is one line on standard error and status 1."""
+    """Execute the command. Never returns; a failure is one line on standard error and status 1."""
     try:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # the latter two are ignored by Python itself

@@ -1,12 +1,12 @@
 """Sharing the terminal with a command, as a shell does.
 
-pasta, its helper processes and the command are one process group, the one that the shell put in the foreground. What
-is typed (Ctrl-C, Ctrl-\\, Ctrl-Z) reaches all of them from the terminal itself: pasta must outlive an interrupt until
-the command has decided what it means, and stops and continues together with it.
+pasta, its helper processes and the command are one process group, the one that the shell put in the foreground. Keys
+(Ctrl-C, Ctrl-\\, Ctrl-Z) send their signals to all of them: pasta must outlive an interrupt, which the command may
+handle, and stops and continues together with the command.
 
-An interactive shell as the command makes a group of its own and takes the terminal. When it is gone, the terminal's
-foreground group is one that does not exist any more, and nobody but us can set that right: a group in the background
-is stopped for trying (SIGTTOU), unless it ignores that.
+An interactive shell as the command creates a group of its own and takes the terminal. After its end, the terminal's
+foreground group does not exist any more, and only pasta can restore it: a background group that tries is stopped
+(SIGTTOU), unless it ignores that signal.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..calls import one_of
 
 CALLS = (
     *one_of("ioctl", 1, termios.TIOCGPGRP, termios.TIOCSPGRP, mode=PASTA),
-    *one_of("kill", 1, 0, mode=PASTA),  # whether there is such a group
+    *one_of("kill", 1, 0, mode=PASTA),  # signal 0: whether the group exists
 )
 
 
 class Terminal:
-    """The controlling terminal, if there is one, and whether we were in its foreground at start."""
+    """The controlling terminal, if there is one, and whether our group was in its foreground at start."""
 
     def __init__(self, path: str = "/dev/tty") -> None:
         try:
@@ -46,7 +46,7 @@ class Terminal:
             return 0  # it was hung up
 
     def is_ours(self) -> bool:
-        """Whether what is typed reaches our process group."""
+        """Whether keys reach our process group."""
         return self._foreground() == self._group
 
     def restore(self) -> None:
@@ -57,7 +57,7 @@ class Terminal:
         try:
             os.tcsetpgrp(self._fd, self._group)
         except OSError:
-            pass  # it was hung up: there is nothing to give back
+            pass  # it was hung up: there is nothing to restore
 
 
 def _exists(group: int) -> bool:
