@@ -1,13 +1,13 @@
-"""What a daemon does besides forwarding: files, reports, the background, the end. The two modes are put together in
-`daemon/pasta.py` and `daemon/passt.py`.
+"""The parts of a daemon besides forwarding: files, reports, the background, the end. `daemon/pasta.py` and
+`daemon/passt.py` compose the two modes.
 
     end of the loop           when                                            exit status
     ------------------------  ----------------------------------------------  ----------------------------------------
-    SIGTERM, SIGQUIT, SIGINT  no command was spawned; else they are for it    0
+    SIGTERM, SIGQUIT, SIGINT  no command was spawned; else it gets them       0
     command ended             pasta spawned one                               its own, or 128 + signal number
     namespace gone            pasta is attached, without --no-netns-quit      0
-    tap lost                  it was deleted and cannot be made anew          1
-                              it was given by --fd                            0
+    tap lost                  it was deleted and cannot be created again      1
+                              it was passed by --fd                           0
     guest gone                passt, with --one-off or --fd                   0
 """
 
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 IF_INET6 = "/proc/net/if_inet6"  # exists if the kernel has IPv6
 FILE_MODE = 0o600
-WATCH_INTERVAL = 1.0  # seconds between looks at a path that the kernel reports nothing about
-READY = b"\0"  # what the daemon tells the process that was started
-FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # USR1 is for us: `reports.py`
+WATCH_INTERVAL = 1.0  # seconds between checks of a path without kernel events
+READY = b"\0"  # message of the daemon to the process that was started
+FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # `reports.py` handles USR1
 FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 # Before there is a loop --------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What was opened by name while we still were who started us."""
+    """Files that were opened by name before the change of identity."""
 
     pid: FileIO | None
     pcap: FileIO | None
@@ -73,7 +73,7 @@ def open_files(options: Options, changes: Changes) -> Files:
 
 
 def create(what: str, path: str | None) -> FileIO | None:
-    """An empty file. It may exist, and be a pipe: clients pass temporary files and /proc/self/fd/N."""
+    """Open and truncate a file. It may exist or be a pipe: clients pass temporary files and /proc/self/fd/N."""
     if path is None:
         return None
     try:
@@ -84,7 +84,7 @@ def create(what: str, path: str | None) -> FileIO | None:
 
 
 def _read_names(options: Options, changes: Changes) -> Follower:
-    """What resolv.conf says, and how to notice that it says something else, as far as that matters."""
+    """The contents of resolv.conf, and a watch for changes if any setting depends on it."""
     from ..conf import names as conf_names
     from ..conf import resolv_conf
 
@@ -92,7 +92,7 @@ def _read_names(options: Options, changes: Changes) -> Follower:
 
 
 def follow_names(ctx: Context, options: Options, names: Follower) -> None:
-    """From now on the guest has the resolvers that the host has."""
+    """Follow changes of the host's resolvers from now on."""
     from ..conf import names as conf_names
 
     names.start(ctx, partial(conf_names.follow, ctx, options))
@@ -101,9 +101,9 @@ def follow_names(ctx: Context, options: Options, names: Follower) -> None:
 def report(
     identity: Identity, decision: Decision, problems: list[str], *, quiet: bool = False, background: bool = False
 ) -> None:
-    """Say what was chosen, and what could not be done; `quiet` leaves the former out. We are `identity` already.
+    """Log the configuration and the problems; `quiet` leaves the former out. The process runs as `identity` already.
 
-    `background`: what would be said when it first matters is said now, as long as somebody hears.
+    `background`: warnings that usually come at first use are logged now, while standard error is still open.
     """
     from .. import icmp
     from ..conf.summary import describe
@@ -121,7 +121,7 @@ def report(
 
 
 def raise_descriptor_limit() -> None:
-    """A socket per flow: use what the hard limit allows. The command keeps what it inherited."""
+    """Raise the soft limit to the hard limit: each flow has a socket. A command keeps the inherited limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -129,33 +129,33 @@ def raise_descriptor_limit() -> None:
 def attach_capture(
     ctx: Context, link: TapLink | PlainLink | StreamLink, tap: Tap, options: Options, file: FileIO | None
 ) -> None:
-    """Attach the pcap file and --trace to both directions. One that fails ends, and nothing else does."""
-    takers: list[Capture] = []
+    """Attach the pcap file and --trace to both directions. A capture that fails ends; the other one goes on."""
+    captures: list[Capture] = []
 
     def capture(to_guest: bool, data: bytes) -> None:
-        each(takers, _take, fault_at, to_guest, data)
+        each(captures, _take, fault_at, to_guest, data)
 
-    def fault_at(take: Capture, e: Exception) -> None:
+    def fault_at(failed: Capture, e: Exception) -> None:
         record(ctx.drops, "a captured frame", e)
-        end(take)
+        end(failed)
 
-    def end(take: Capture) -> None:
-        takers.remove(take)
-        if not takers:
+    def end(ended: Capture) -> None:
+        captures.remove(ended)
+        if not captures:
             link.capture = tap.capture = None
 
     if log.trace_on:
         from ..link import trace
 
-        takers.append(trace.capture)
+        captures.append(trace.capture)
     if file is not None:
         log.info(f"Saving packet capture to {options.pcap}")
         pcap = Pcap(file, str(options.pcap), ctx.drops)
-        takers.append(pcap.capture)
+        captures.append(pcap.capture)
         ctx.reactor.at_turn_end.append(pcap.at_turn_end)
         pcap.on_end = partial(end, pcap.capture)
         pcap.flush()
-    if takers:
+    if captures:
         link.capture = tap.capture = capture
 
 
@@ -168,13 +168,13 @@ def _take(take: Capture, to_guest: bool, data: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """Where we go, and what is kept there."""
+    """Parameters of the sandbox, and the rights kept in it."""
 
     mode: str
     background: bool
     capabilities: tuple[int, ...] = ()
-    namespace: Namespace | None = None  # that a thread is to stay in
-    directories: tuple[int, ...] = ()  # descriptors: files in them may be opened
+    namespace: Namespace | None = None  # a thread stays in it
+    directories: tuple[int, ...] = ()  # descriptors of directories whose files may be opened
 
 
 def detach(
@@ -184,11 +184,11 @@ def detach(
     settled: Callable[[float], None] = lambda _: None,
     undo: Callable[[], object] = lambda: None,
 ) -> None:
-    """To the background if asked for, and locked up; then whoever started us is told that all is ready, or else we end.
+    """Go to the background if required, enter the sandbox, and notify the starting process; on failure, end.
 
-    settled(now) is called in the process that stays, as long as files can still be opened. The process must be
-    single-threaded. Raises Fatal; in the background, that is raised in the child, which may have lost sight of what is
-    to be undone, and the parent calls undo() and ends with status 1 in silence.
+    settled(now) is called in the process that stays, while files can still be opened. The process must be
+    single-threaded. Raises Fatal; in the background, the child raises it, which may not reach paths any more, and the
+    parent calls undo() and ends with status 1 without a message.
     """
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     netns.settle()
@@ -201,7 +201,7 @@ def detach(
         os.close(sandbox.namespace.fd)
     isolation.lock_down(*sandbox.capabilities)
     rules = seccomp.build(sandbox.mode, os.uname().machine, seccomp.in_directories(sandbox.directories))
-    starter.let_go(null)
+    starter.release(null)
     try:
         seccomp.load(rules)
     except Fatal as e:
@@ -209,39 +209,39 @@ def detach(
         raise
     try:
         starter.ready()
-    except Fatal as e:  # nothing can be undone from in here: what was made ends with us, but for paths
+    except Fatal as e:  # paths cannot be removed from inside the sandbox; everything else ends with the process
         log.err(str(e))
         os._exit(1)
 
 
 class Starter:
-    """Who waits for us to be ready: in the foreground, whoever reads the PID file."""
+    """The process that waits for readiness: in the foreground, a reader of the PID file."""
 
     def __init__(self, pid_file: FileIO | None) -> None:
         self._pid_file, self._pid = pid_file, os.getpid()
 
-    def let_go(self, null: int) -> None:
-        """Give up what is shared with it; `null` is /dev/null."""
+    def release(self, null: int) -> None:
+        """Close the descriptors shared with it; `null` is /dev/null."""
         os.close(null)
 
     def ready(self) -> None:
-        """Everything is. Raises Fatal if it cannot be told."""
+        """Report readiness. Raises Fatal if that fails."""
         write_pid(self._pid_file, self._pid)
 
     def failed(self, text: str) -> None:
-        """It will never be, and `text` says why. Somebody else says it where we still can."""
+        """Report a failed start; `text` is the reason. In the foreground the caller logs it."""
 
 
 class Parent(Starter):
-    """The process that was started; `pipe` is written to when we are ready.
+    """The process that was started; readiness is a byte on `pipe`.
 
-    Clients read our standard output and error to their end: nothing of them may stay open.
+    Clients read our standard output and error until end of file: no copy of either may stay open.
     """
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
 
-    def let_go(self, null: int) -> None:
+    def release(self, null: int) -> None:
         log.stop_stderr()
         for fd in range(3):
             os.dup2(null, fd)
@@ -251,7 +251,7 @@ class Parent(Starter):
         try:
             os.write(self._pipe, READY)
         except BrokenPipeError:
-            raise Fatal("Who started this has not waited for it, exiting") from None
+            raise Fatal("The starting process has not waited for the daemon, exiting") from None
         os.close(self._pipe)
 
     def failed(self, text: str) -> None:
@@ -269,9 +269,9 @@ def write_pid(file: FileIO | None, pid: int) -> None:
 
 
 def go_background(pid_file: FileIO | None, undo: Callable[[], object]) -> Parent:
-    """Fork, and return in the child. The parent ends with status 0 once the child is ready and the PID file written.
+    """Fork, and return in the child. The parent writes the PID file once the child is ready, and ends with status 0.
 
-    If that does not come to be, it calls undo(), and ends with status 1.
+    On failure it calls undo(), and ends with status 1.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -284,7 +284,7 @@ def go_background(pid_file: FileIO | None, undo: Callable[[], object]) -> Parent
     os.close(writer)
     status = 1
     try:
-        answer = os.read(reader, 4096)  # nothing: the child has ended, and said why itself
+        answer = os.read(reader, 4096)  # empty: the child has logged an error and ended
         if answer == READY:
             write_pid(pid_file, pid)
             status = 0
@@ -303,7 +303,7 @@ def go_background(pid_file: FileIO | None, undo: Callable[[], object]) -> Parent
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let signals that end us wait until the loop's handlers are there: what is half made would stay behind."""
+    """Block signals that end the process until the loop handles them, so that no partial set-up is left behind."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *FROM_TERMINAL})
     try:
         yield
@@ -312,36 +312,36 @@ def signals_held() -> Iterator[None]:
 
 
 def run(ctx: Context, end: End, last: Callable[[], None] = lambda: None) -> NoReturn:
-    """Turn the loop, call last(), and end: by _exit(2), since the interpreter's own end is not allowed any more, also
-    when there is no memory for a message.
+    """Run the loop, call last(), and end by _exit(2), also without memory for a message. The sandbox does not allow the
+    system calls of the interpreter's own exit.
     """
     status = 1
     try:
         try:
             ctx.reactor.run()
-        except Exception as e:  # what is printed of it otherwise comes from files
+        except Exception as e:  # a traceback would need source files, which cannot be read
             end.status = 1
             log.err(f"The loop failed, exiting: {e!r}")
         last()
-        ctx.reactor.abandon()  # ports are free before anybody can see that we are gone
+        ctx.reactor.abandon()  # ports are free before the end of the process is visible
         status = end.status
     finally:
         os._exit(status)
 
 
 class End:
-    """Everything that ends the loop, and the exit status that it gives."""
+    """The events that end the loop, and the exit status."""
 
     def __init__(self, ctx: Context, init: Init | None) -> None:
         self.status = 0
         self._ctx = ctx
-        self._init = init  # of a namespace that was spawned
-        self._terminal: Terminal | None = None  # only looked at where a command shares it
+        self._init = init  # first process of a spawned namespace
+        self._terminal: Terminal | None = None  # used only when a command shares it
         self._watch: Watch | None = None
         self._timer = -1
 
-    def attend(self, watch: Watch | None = None) -> None:
-        """Begin to listen to signals, the command, the namespace's end."""
+    def start(self, watch: Watch | None = None) -> None:
+        """Handle signals, the end of the command and of the namespace from now on."""
         reactor = self._ctx.reactor
         if self._init is not None:
             self._terminal = Terminal()
@@ -353,7 +353,7 @@ class End:
                 self._on_signal(number, partial(self._forward_unless_typed, number))
             return
         for number in (signal.SIGTERM, *FROM_TERMINAL):
-            self._on_signal(number, self._asked)
+            self._on_signal(number, self._terminated)
         if watch is not None:
             self._watch = watch
             reactor.handle(TYPE_NETNS, self._namespace_event)
@@ -361,11 +361,11 @@ class End:
                 reactor.watch(watch.pidfd, TYPE_NETNS, 0, EPOLLIN)
             if watch.in_directory:
                 watch.changes.tell(reactor, self._directory_changed)
-            self._timer = self._ctx.timers.services.new(self._look)
-            self._look(time.monotonic())
+            self._timer = self._ctx.timers.services.new(self._poll)
+            self._poll(time.monotonic())
 
     def _on_signal(self, number: int, callback: Callable[[float], None]) -> None:
-        """Handle a signal, unless whoever started us wants it ignored (nohup, a background job)."""
+        """Handle a signal, unless it was ignored at start (nohup, a background job)."""
         if signal.getsignal(number) != signal.SIG_IGN:
             self._ctx.reactor.on_signal(number, callback)
 
@@ -382,7 +382,7 @@ class End:
         self.status = status
         self._ctx.reactor.stop()
 
-    def _asked(self, now: float) -> None:
+    def _terminated(self, now: float) -> None:
         self._stop(0)
 
     # The command -------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ class End:
         self._init.signal(number)
 
     def _forward_unless_typed(self, number: int, now: float) -> None:
-        """Ctrl-C reached the command already; kill(1) aimed at us alone did not."""
+        """Forward a signal that came from kill(1). One from the terminal has reached the command already."""
         assert self._terminal is not None
         if not self._terminal.is_ours():
             self._forward(number, now)
@@ -415,7 +415,7 @@ class End:
         if self._watch.deleted(found):
             self._namespace_gone(self._watch)
 
-    def _look(self, now: float) -> None:
+    def _poll(self, now: float) -> None:
         assert self._watch is not None
         if self._watch.gone():
             self._namespace_gone(self._watch)

@@ -1,15 +1,15 @@
-"""The composition root of passt: from parsed options to a running loop, and back to an exit status.
+"""The composition root of passt: from parsed options to a running loop, and to an exit status.
 
-    open      PID and pcap files, the guest's socket by path (or --fd); then inherited descriptors are closed
-    read      the host's links, addresses, routes, resolvers; decide what the guest gets
-    listen    on the host, as who we were started by: it may be root, who has ports below 1024; become nobody then
+    open      PID and pcap files, the guest's socket by path (or --fd); then close inherited descriptors
+    read      the host's links, addresses, routes, resolvers; decide the guest's configuration
+    listen    on the host, with the identity at start: root may bind ports below 1024; then change to `nobody`
     wire      the services, around one Context
-    detach    to the background unless in the foreground; into the sandbox (`sandbox/isolation.py`, `seccomp.py`); PID
-              file: the parent exits when nothing is left to do
-    run       turn the loop: a guest may connect
+    detach    to the background unless --foreground; into the sandbox (`sandbox/isolation.py`, `seccomp.py`); PID file:
+              the parent exits when the daemon is ready
+    run       run the loop: a guest may connect
 
-Before `detach` every error ends the program with a message and status 1, and the socket's path goes with it. From when
-the socket is there, signals that end us wait until the loop can take them: status 0, as at any later time.
+Before `detach` every error ends the program with a message and status 1, and removes the socket's path. Once the socket
+exists, signals that end the process stay blocked until the loop handles them, with status 0 as at any later time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def run(options: Options, inherited: Sequence[int]) -> NoReturn:
-    """From options to the end. Raises Fatal, with everything undone, at start."""
+    """Run the daemon until its end. Raises Fatal if the start fails, with everything undone."""
     from .. import passt
 
     identity = isolation.choose_identity(options.runas)
@@ -57,7 +57,7 @@ def run(options: Options, inherited: Sequence[int]) -> NoReturn:
             end = End(ctx, None)
             common.attach_capture(ctx, link, tap, options, files.pcap)
             clients = passt.Clients(ctx, link, tap, listener, end.done if options.one_off else None)
-            end.attend()
+            end.start()
             reports = Reports(ctx, options)
         gc.collect()
         gc.freeze()
@@ -70,12 +70,12 @@ def run(options: Options, inherited: Sequence[int]) -> NoReturn:
 
 
 def _remove(path: str) -> None:
-    with suppress(OSError):  # it may be root's, and we somebody else by now
+    with suppress(OSError):  # it may belong to root, and our user may be another by now
         os.unlink(path)
 
 
 def build(options: Options, identity: Identity, names: Follower, path: str | None) -> WiredMachine:
-    """From the host's configuration to wired services. We are `identity` afterwards."""
+    """Create the services from the host's configuration. The process runs as `identity` afterwards."""
     # The user that we become may not be able to read Python's files
     from ..conf import decide as conf_decide
     from ..conf import summary as conf_summary
@@ -95,14 +95,14 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     host = port_sockets.open_side(decision.config, outbound=False, owner=owner, changing=changing)
     wired = wiring.wire_machine(decision, host)
     common.follow_names(wired.ctx, options, names)
-    isolation.become(identity, CAP_SYS_ADMIN)  # not a user namespace, in which root and others would look the same
-    isolation.gain_rights()  # before anybody is told that it works
+    isolation.become(identity, CAP_SYS_ADMIN)  # without a user namespace, where root would look like any other user
+    isolation.gain_rights()  # its errors come before the summary
     if path is not None:
         line = conf_summary.describe_socket(path)
         if options.socket_path is not None:
             log.info(line)
         else:
-            log.report([line])  # nobody else knows which one it is
+            log.report([line])  # at any level: the user does not know the default path
     common.report(identity, decision, [], background=not options.foreground)
     if path is not None:
         for line in conf_summary.describe_client(path):

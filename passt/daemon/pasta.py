@@ -1,17 +1,17 @@
-"""The composition root of pasta: from parsed options to a running loop, and back to an exit status.
+"""The composition root of pasta: from parsed options to a running loop, and to an exit status.
 
-    open      namespaces, PID, log and pcap files by path; then inherited descriptors are closed
-    spawn     (no namespace given) one with a process in it that waits for us
-    read      the host's links, addresses, routes, resolvers; decide what the guest gets
-    listen    on the host, as who we were started by: it may be root, who has ports below 1024
-    create    the tap, inside; listen there, too; become nobody if we were root
-    wire      the services, around one Context; listen on automatic ports that are wanted already
-    detach    to the background unless in the foreground; into the sandbox (`sandbox/isolation.py`, `seccomp.py`); PID
-              file: the parent exits when nothing is left to do
-    run       let the command start, and turn the loop
+    open      namespaces, PID, log and pcap files by path; then close inherited descriptors
+    spawn     (no namespace given) a namespace with a process in it that waits
+    read      the host's links, addresses, routes, resolvers; decide the guest's configuration
+    listen    on the host, with the identity at start: root may bind ports below 1024
+    create    the tap, inside; listen there, too; change from root to `nobody`
+    wire      the services, around one Context; listen on automatic ports that are bound already
+    detach    to the background unless --foreground; into the sandbox (`sandbox/isolation.py`, `seccomp.py`); PID file:
+              the parent exits when the daemon is ready
+    run       let the command start, and run the loop
 
-Before `detach` every error ends the program with a message and status 1, and what was made goes with it. Imports that
-take time come after `spawn`, while the other process prepares its namespace.
+Before `detach` every error ends the program with a message and status 1, and undoes the set-up. Slow imports come after
+`spawn`, while the other process prepares its namespace.
 """
 
 from __future__ import annotations
@@ -47,31 +47,33 @@ if TYPE_CHECKING:
 
 
 def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> NoReturn:
-    """From options to the end. `env` is that of the command. Raises Fatal, with everything undone, at start."""
+    """Run the daemon until its end. `env` is that of the command. Raises Fatal if the start fails, with everything
+    undone.
+    """
     joins = options.pid is not None or options.netns is not None
     identity = isolation.choose_identity(options.runas, joins=joins)
     target, watch, files = open_all(options, env, identity, inherited)
     controls = None
     try:
         controls = control_sockets.Sockets(options)
-        (ctx, forwards, way), interface = build(options, target, identity, files.names)
+        (ctx, forwards, link_and_tap), interface = build(options, target, identity, files.names)
         controls.serve(ctx, forwards)
         end = End(ctx, target.init)
-        if way is not None and interface is not None:
-            link, tap = way
+        if link_and_tap is not None and interface is not None:
+            link, tap = link_and_tap
             if options.fd is None:
                 tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, interface, end)
             else:
                 tap.on_gone = link.on_error = lambda e: tap_gone(interface, end)
             common.attach_capture(ctx, link, tap, options, files.pcap)
-        end.attend(watch)  # whoever reads the PID may send us a signal at once
+        end.start(watch)  # a reader of the PID file may send a signal at once
         reports = Reports(ctx, options)
         gc.collect()
         gc.freeze()
         sandbox = Sandbox(
             options.mode,
             background=target.init is None and not options.foreground,
-            capabilities=isolation.running_capabilities(own_tap=way is not None and options.fd is None),
+            capabilities=isolation.running_capabilities(own_tap=link_and_tap is not None and options.fd is None),
             namespace=ctx.ns.namespace if ctx.ns is not None else None,
             directories=(*files.names.directories, *(watch.directories if watch is not None else ())),
         )
@@ -92,7 +94,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> N
 def open_all(
     options: Options, env: Mapping[str, str], identity: Identity, inherited: Sequence[int]
 ) -> tuple[Target, Watch | None, Files]:
-    """Everything that the command line names, and then the namespace that it does not name."""
+    """Open all files that the command line names, and the namespace, or spawn a namespace."""
     from .. import pasta
     from ..namespace import init as namespace_init
 
@@ -111,8 +113,8 @@ def open_all(
     if target is None and options.no_namespace:
         target = pasta.Target(-1, None)
     elif target is None:
-        words = options.command
-        command = namespace_init.Command(words[0], words, env) if words else namespace_init.login_shell(env)
+        argv = options.command
+        command = namespace_init.Command(argv[0], argv, env) if argv else namespace_init.login_shell(env)
         target = pasta.spawn(command, identity, options.userns, options.netns_only)
     return target, watch, files
 
@@ -120,8 +122,10 @@ def open_all(
 def build(
     options: Options, target: Target, identity: Identity, names: Follower
 ) -> tuple[Wired, Interface | None]:
-    """From the host's configuration to wired services; no link and tap with --splice-only. We are `identity` then."""
-    # All that `report` and `wire` need, too: the user that we become may not be able to read Python's files
+    """Create the services from the host's configuration; no link and tap with --splice-only. The process runs as
+    `identity` afterwards.
+    """
+    # Includes the imports of `report` and `wire`: the user that we become may not be able to read Python's files
     from .. import pasta
     from ..conf import decide as conf_decide
     from ..conf import summary as conf_summary  # noqa: F401
@@ -134,7 +138,7 @@ def build(
         from ..link import trace  # noqa: F401
     decision = conf_decide.decide(options, netlink.read_host(), names.current, have_v6=os.path.exists(common.IF_INET6))
     config, plan = decision.config, decision.plan
-    assert plan is not None  # there is one for every namespace
+    assert plan is not None, "pasta has a plan for every namespace"
     common.raise_descriptor_limit()
     port_sockets.check_limit(config)
     changing = control_sockets.wanted(options)
@@ -155,7 +159,7 @@ def build(
         entered_later = target.netns >= 0 and target.init is None
         isolation.become(identity, *(isolation.KEPT_CAPABILITIES if entered_later else ()))
         if target.init is not None and identity.uid != 0:
-            pasta.join_userns(target)  # which brings back the rights over our own child's namespace
+            pasta.join_userns(target)  # regains the rights over our own child's namespace
     problems = interface.problems if interface else []
     spawned = target.init is not None
     quiet, background = spawned and not log.debug_on, not spawned and not options.foreground
@@ -170,12 +174,12 @@ def build(
 
 
 def _open_tap(options: Options, target: Target, plan: NsPlan) -> Interface | None:
-    """The tap, set up; with --splice-only none, and the loopback interface is."""
+    """Create and configure the tap; with --splice-only, only bring up the loopback interface."""
     from .. import pasta
     from ..linux import netlink
 
     if options.fd is not None:
-        from ..link import plain_tap  # noqa: F401  # that and NumPy: while we may read files
+        from ..link import plain_tap  # noqa: F401  # it and NumPy are imported while files can be read
 
         return pasta.inherit_tap(target, options.fd, plan)
     if options.splice_only:
@@ -185,20 +189,20 @@ def _open_tap(options: Options, target: Target, plan: NsPlan) -> Interface | Non
 
 
 def tap_gone(interface: Interface, end: End) -> None:
-    """The tap that we were given was deleted: there is nobody left to serve."""
+    """The tap passed by --fd was deleted: end, since there is no guest any more."""
     log.info(f"Interface {interface.plan.ifname} was deleted, exiting")
     end.done()
 
 
 def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, interface: Interface, end: End) -> None:
-    """Somebody deleted the tap: make it anew, as it was, under the same descriptor; or end the program."""
+    """The tap was deleted: create it again under the same descriptor; if that fails, end the program."""
     name = interface.plan.ifname
-    log.warn_ratelimited("tap", f"Interface {name} was deleted: making it anew", time.monotonic())
+    log.warn_ratelimited("tap", f"Interface {name} was deleted: creating it again", time.monotonic())
     ctx.reactor.forget(link.fd)
     try:
         interface.make_anew()
     except OSError as e:
-        end.failed(f"Interface {name} was deleted and can't be made anew, exiting: {e.strerror}")
+        end.failed(f"Interface {name} was deleted and can't be created again, exiting: {e.strerror}")
         return
     for problem in interface.problems:
         log.warn_ratelimited(problem, problem, time.monotonic())

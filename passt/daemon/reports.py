@@ -1,14 +1,14 @@
-"""What the operator is told while the program runs: statistics, and messages that were held back.
+"""Periodic log output: statistics, and counts of suppressed messages.
 
-    time, signal                              what is logged
+    event                                     log output
     ----------------------------------------  ----------------------------------------------------------------------
     every --stats seconds, and at the end     the table of `control/metrics.py`, or a line of JSON
     SIGUSR1                                   the same, at once
-    a message was held back for long enough   how many there were, if none like it has told (`log.flush_held`)
-    the end                                   likewise, for all that are held back
+    end of a suppression interval             the number of suppressed messages, if not logged yet (`log.flush_held`)
+    end of the program                        likewise, for all suppressed messages
 
-Rates are those since the last table, for whatever reason that was shown, or since the start. Without --stats there is
-no timer for it; the one of messages is armed only while one is held back.
+Rates are averages since the previous table of either kind, or since the start. Without --stats there is no timer for
+it; the timer for messages is armed only while messages are suppressed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 class Reports:
-    """Takes the signal from the moment it is made on; `begin` is for later, in the process that stays."""
+    """Handles the signal from its creation on; `begin` is called later, in the process that stays."""
 
     def __init__(self, ctx: Context, options: Options) -> None:
         self._ctx = ctx
         self._interval = options.stats
         self._lines = _as_json() if options.stats_json else metrics.table
-        self._earlier: metrics.Snapshot | None = None  # the last one that was shown, or that of the begin
+        self._earlier: metrics.Snapshot | None = None  # the last one that was logged, or that of `begin`
         self._due = 0.0
         if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
             ctx.reactor.on_signal(signal.SIGUSR1, self.show)
@@ -43,7 +43,7 @@ class Reports:
         log.on_held = partial(services.arm, services.new(log.flush_held))
 
     def begin(self, now: float) -> None:
-        """Open the last file, start the timer. What it took to get here is not of the loop."""
+        """Open the last file and start the timer. Counters of the start are excluded from the first rates."""
         self._ctx.stats.open_process()
         self._earlier = metrics.snapshot(self._ctx, now)
         if self._interval:
@@ -51,7 +51,7 @@ class Reports:
             self._ctx.timers.services.arm(self._timer, self._due)
 
     def show(self, now: float) -> None:
-        """Log what happened since the last time."""
+        """Log statistics since the last time."""
         current = metrics.snapshot(self._ctx, now)
         log.report(self._lines(current, self._earlier))
         self._earlier = current
@@ -60,7 +60,7 @@ class Reports:
         self.show(now)
         self._due += self._interval
         if self._due <= now:
-            self._due = now + self._interval  # a long turn: what was missed is not made up for
+            self._due = now + self._interval  # after a long turn, missed intervals are skipped
         self._ctx.timers.services.arm(self._timer, self._due)
 
     def end(self) -> None:
@@ -72,7 +72,7 @@ class Reports:
 
 
 def _as_json() -> Callable[[metrics.Snapshot, metrics.Snapshot | None], list[str]]:
-    """What makes a line of JSON, imported only where one is wanted."""
+    """The function that formats a line of JSON; json is imported only when needed."""
     import json
 
     return lambda current, _: [json.dumps(current, separators=(",", ":"))]

@@ -1,6 +1,6 @@
-"""The table of system calls that are left in the sandbox, for `--print-seccomp` and for docs/seccomp.md.
+"""The table of system calls that the sandbox allows, for `--print-seccomp` and for docs/seccomp.md.
 
-Importing this imports all that either mode can have loaded, so the table is that of a process with every option.
+This module imports every module that either mode can load, so the table is that of a process with all options.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from . import passt as daemon_passt
 from . import pasta as daemon_pasta
 from . import wiring
 
-# What is imported for its CALLS, or for those of what it imports
+# Modules imported for their CALLS, or for those of modules that they import
 LOADED = api, daemon_passt, daemon_pasta, passt, pasta, resolv_conf, slirp, wiring, plain_tap, stream_socket
 WIDTH = 100  # of a row's arguments
 
 
 def lines(mode: str) -> Iterator[str]:
-    """What is allowed in a mode, one call after the other."""
+    """The system calls allowed in a mode."""
     rows = seccomp.table(mode)
     yield f"{mode} may make {len(rows)} system calls once it runs; any other ends it (x86-64 names):"
     for name, tests, modules in rows:

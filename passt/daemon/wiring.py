@@ -1,6 +1,6 @@
-"""All services around one Context, the tap and the listening sockets in front of them: who gets whom.
+"""Composition of all services around one Context, with the tap and the listening sockets in front of them.
 
-Importing this module imports everything that handles packets.
+This module imports every module that handles packets.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ if TYPE_CHECKING:
 
 
 class Wired(NamedTuple):
-    """What a namespace needs: the services, the rules in force, and the ways out and in if there is a tap device."""
+    """The parts for a namespace: services, rules in force, and, if there is a tap device, link (out) and tap (in)."""
 
     ctx: Context
     forwards: Forwards
-    way: tuple[TapLink | PlainLink, Tap] | None
+    link_and_tap: tuple[TapLink | PlainLink, Tap] | None
 
 
 class WiredMachine(NamedTuple):
-    """The same for a virtual machine."""
+    """The parts for a virtual machine."""
 
     ctx: Context
     forwards: Forwards
@@ -83,19 +83,19 @@ def wire(
 ) -> Wired:
     """All services for a namespace.
 
-    `namespace` is the guest's, if we know it, `host` and `ns` are what was opened on either side.
+    `namespace` is the guest's, if known; `host` and `ns` are the sockets opened in the host and in the namespace.
     """
     drops: Counter[str] = Counter()
     out = _tap_link(device, drops) if device else None
     ctx, faults = _context(decision, out or NoLink(drops), drops, mac)
     ctx.ns = NsSockets(namespace) if namespace else None
-    udp = tcp = way = None
+    udp = tcp = link_and_tap = None
     if device is not None and out is not None:
         udp, tcp = Udp(ctx), Tcp(ctx)
         tap = _wire_tap(ctx, udp, tcp, faults, vnet=device.vnet)
         tap.watch(out.fd)
-        way = out, tap
-    return Wired(ctx, _wire_ports(ctx, tcp, udp, namespace, host, ns, faults), way)
+        link_and_tap = out, tap
+    return Wired(ctx, _wire_ports(ctx, tcp, udp, namespace, host, ns, faults), link_and_tap)
 
 
 def _tap_link(device: TapDevice, drops: Counter[str]) -> TapLink | PlainLink:
@@ -107,7 +107,7 @@ def _tap_link(device: TapDevice, drops: Counter[str]) -> TapLink | PlainLink:
 
 
 def wire_machine(decision: Decision, host: Side) -> WiredMachine:
-    """All services for a virtual machine. Nobody is connected yet."""
+    """All services for a virtual machine, before its connection."""
     from ..link.stream_socket import StreamLink
 
     drops: Counter[str] = Counter()
@@ -122,7 +122,7 @@ def wire_machine(decision: Decision, host: Side) -> WiredMachine:
 
 
 def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) -> tuple[Context, Faults]:
-    """What all services share, and the table of who handles whose faults, to be filled in."""
+    """The Context that all services share, and the empty table of fault handlers."""
     check_hash()
     config = decision.config
     guest = Guest(mac=mac)
@@ -140,7 +140,7 @@ def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) ->
 
 
 def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults, *, vnet: bool) -> Tap:
-    """What the guest's frames go to."""
+    """The tap and the handlers of the guest's frames."""
     ndp, icmp = Ndp(ctx), Icmp(ctx)
     tap = Tap(ctx, arp=Arp(ctx), ndp=ndp, dhcp=Dhcp(ctx), dhcpv6=Dhcpv6(ctx), icmp=icmp, udp=udp, tcp=tcp, vnet=vnet)
     ndp.start(time.monotonic())
@@ -152,7 +152,7 @@ def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults, *, vnet: bool) -
 def _wire_ports(
     ctx: Context, tcp: Tcp | None, udp: Udp | None, namespace: Namespace | None, host: Side, ns: Side, faults: Faults
 ) -> Forwards:
-    """What connects to us; returns the rules that say to which ports."""
+    """The handlers of incoming connections; returns the rules in force."""
     tcp_splice, udp_in = TcpSplice(ctx), UdpIn(ctx, udp)
     opened = host.listeners + ns.listeners
     opening = tcp.opening if tcp else None
@@ -165,7 +165,7 @@ def _wire_ports(
 
 
 def _fault(handlers: Faults, drops: Counter[str], ref: int, e: Exception, now: float) -> None:
-    """A handler failed: that costs the flow it was about, not the process."""
+    """End the flow whose handler failed; the process goes on."""
     kind = ref >> 56
     record(drops, f"an event of type {TYPE_NAMES[kind]}", e)
     if kind in handlers:

@@ -257,7 +257,7 @@ def test_deleted_interface_that_cannot_come_back(root_pasta: Runner) -> None:
         process.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
-    assert b"Interface tap9 was deleted and can't be made anew, exiting: " in errors
+    assert b"Interface tap9 was deleted and can't be created again, exiting: " in errors
 
 
 # Captures ----------------------------------------------------------------------------------------------------------

@@ -102,13 +102,13 @@ def default_signals() -> Iterator[None]:
 def spawned(ctx: Context) -> tuple[End, FakeInit]:
     init = FakeInit()
     end = End(ctx, cast(Any, init))
-    end.attend(None)
+    end.start(None)
     return end, init
 
 
 def attached(ctx: Context, watch: FakeWatch | None = None) -> End:
     end = End(ctx, None)
-    end.attend(cast(Any, watch))
+    end.start(cast(Any, watch))
     return end
 
 
@@ -298,7 +298,7 @@ def test_background(tmp_path: Path) -> None:
         pid_file = FileIO(tmp_path / "pid", "w")
         parent = daemon_common.go_background(pid_file, lambda: os.write(1, b"undone"))
         facts = [os.getpid() != outer, os.getsid(0) == os.getpid(), pid_file.closed]
-        parent.let_go(os.open(os.devnull, os.O_RDWR))
+        parent.release(os.open(os.devnull, os.O_RDWR))
         facts += [os.readlink(f"/proc/self/fd/{fd}") == "/dev/null" for fd in range(3)]
         os.write(1, b"nobody reads this")
         facts.append((tmp_path / "pid").read_text() == "")
@@ -323,7 +323,7 @@ def plain_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pid_file_of_the_daemon_that_cannot_be_written() -> None:
     def body() -> None:
         parent = daemon_common.go_background(FileIO("/dev/full", "w"), lambda: os.write(2, b"; undone"))
-        parent.let_go(os.open(os.devnull, os.O_RDWR))
+        parent.release(os.open(os.devnull, os.O_RDWR))
         parent.ready()
         signal.pause()  # until it is killed
 
@@ -356,10 +356,10 @@ def test_daemon_that_fails_says_so_itself() -> None:
 
 
 @pytest.mark.usefixtures("plain_errors")
-def test_daemon_that_has_let_go_has_it_said() -> None:
+def test_failed_daemon_after_release_is_reported_by_its_parent() -> None:
     def body() -> None:
         parent = daemon_common.go_background(None, lambda: None)
-        parent.let_go(os.open(os.devnull, os.O_RDWR))
+        parent.release(os.open(os.devnull, os.O_RDWR))
         parent.failed("why")
         os._exit(3)
 
@@ -369,7 +369,7 @@ def test_daemon_that_has_let_go_has_it_said() -> None:
 def test_foreground(tmp_path: Path) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     starter = daemon_common.Starter(FileIO(tmp_path / "pid", "w"))
-    starter.let_go(null)
+    starter.release(null)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(null)
     assert (tmp_path / "pid").read_text() == ""

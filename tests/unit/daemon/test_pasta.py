@@ -43,7 +43,7 @@ def test_tap_comes_back_under_its_number(ctx: Context, monkeypatch: pytest.Monke
     link, tap = TapLink(fd, Counter(), uso=True), FakeTap()
     daemon_pasta.reopen(ctx, link, cast(Any, tap), cast(Any, FakeInterface()), attached(ctx))
     assert (tap.watched, reactor(ctx).refs, link.fd) == ([fd], {}, fd)
-    assert said == ["Interface tap5 was deleted: making it anew", "not all"]
+    assert said == ["Interface tap5 was deleted: creating it again", "not all"]
     os.close(fd)
     os.close(other)
 
@@ -59,7 +59,7 @@ def test_tap_that_cannot_come_back_ends_us(ctx: Context, monkeypatch: pytest.Mon
     tap, gone = FakeTap(), FakeInterface(PermissionError(errno.EPERM, "not allowed"))
     daemon_pasta.reopen(ctx, TapLink(fd, Counter(), uso=True), cast(Any, tap), cast(Any, gone), end)
     assert (end.status, reactor(ctx).stopped, tap.watched) == (1, True, [])
-    assert said == ["Interface tap5 was deleted and can't be made anew, exiting: not allowed"]
+    assert said == ["Interface tap5 was deleted and can't be created again, exiting: not allowed"]
     os.close(fd)
     os.close(other)
 
