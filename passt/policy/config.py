@@ -1,7 +1,7 @@
-"""What was decided: the frozen result of the command line and of the host's configuration.
+"""The configuration: the frozen result of the command line and of the host's configuration.
 
-Built by `conf/argv.py` at start. Addresses are packed bytes. What changes later is another `Config`, and the only place
-that has the one in force is `settings.py`, which also says how a module reads it.
+`conf/decide.py` builds it at start. Addresses are packed bytes. A later change is another `Config`; only `settings.py`
+holds the one in force, and says how a module reads it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .rules import Rule
 MTU_DEFAULT = 65520  # 65535 - 14 (Ethernet header), rounded down to a multiple of 4
 MTU_MIN = 68  # RFC 791, 3.2
 MTU_MAX = 65535
-FRAME_MTU_MAX = 65535 - 14  # what a tap device takes, and the length of a frame on a stream socket allows
+FRAME_MTU_MAX = 65535 - 14  # limit of a tap device, and of a frame on a stream socket
 OUR_MAC = bytes.fromhex("9a559a559a55")
 
 
@@ -26,7 +26,7 @@ class Ip4:
     addr: bytes  # assigned to the guest
     prefix_len: int
     gateway: bytes | None  # the guest's default gateway; None: no default route, no DHCP
-    our_addr: bytes | None  # source of what we originate: the gateway where there is one
+    our_addr: bytes | None  # source of packets that we originate: the gateway where there is one
     map_host_loopback: bytes | None = None  # this address, seen from the guest, is the host's 127.0.0.1
     map_guest_addr: bytes | None = None  # this address, seen from the guest, is the host's own `addr`
     dns: tuple[bytes, ...] = ()  # resolvers to advertise
@@ -41,7 +41,7 @@ class Ip6:
     addr: bytes | None  # global address assigned to the guest, by DHCPv6 and (its /64) by router advertisement
     prefix_len: int
     gateway: bytes | None
-    our_ll: bytes  # our link-local address: source of NA, RA, DHCPv6, and of what a global gateway would send
+    our_ll: bytes  # our link-local address: source of NA, RA, DHCPv6, and of packets of a global gateway
     map_host_loopback: bytes | None = None
     map_guest_addr: bytes | None = None
     dns: tuple[bytes, ...] = ()
@@ -51,9 +51,9 @@ class Ip6:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All that the data plane and the services need to know.
+    """The configuration of the data plane and the services.
 
-    A field that is called as one of `Options` takes over what the command line asks for.
+    A field with the name of a field of `Options` takes its value from the command line.
     """
 
     mode: str = PASTA
@@ -65,7 +65,7 @@ class Config:
     dns_search: tuple[str, ...] = ()
     dns_match: tuple[bytes, ...] = ()  # queries to these addresses (port 53 or 853) go to `dns_hosts`
     dns_hosts: tuple[bytes, ...] = ()  # the host's resolvers, of either family
-    hostname: str = ""  # what the guest is to be called; empty: nothing is said about it
+    hostname: str = ""  # host name for the guest; empty: none is sent
     fqdn: str = ""
     advertise_dns: bool = False
     advertise_search: bool = False
@@ -78,8 +78,8 @@ class Config:
     no_ra: bool = False
     forwards: tuple[Rule, ...] = ()
     no_splice: bool = False  # connections from the host's loopback go through the tap like all others
-    splice_only: bool = False  # there is no tap: loopback connections are all there is
-    host_lo_to_ns_lo: bool = False  # they reach the namespace's loopback instead of its own address
+    splice_only: bool = False  # there is no tap, only connections between loopbacks
+    host_lo_to_ns_lo: bool = False  # these reach the namespace's loopback instead of its own address
     freebind: bool = False  # listen on addresses that the host does not have (yet)
 
     def ours(self, a: bytes) -> bool:

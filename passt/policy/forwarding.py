@@ -1,15 +1,15 @@
-"""Address translation: who is whom on the other side? Policy only, no sockets.
+"""Address translation between guest and host: policy only, no sockets.
 
 Guest to host (`outbound`), first match; the source is the kernel's choice, or the configured outbound address:
 
     1. port 53 or 853 of a forwarded address (TCP, UDP)  -> one of the host's resolvers (`resolvers.py` decides)
     2. the address that maps the host's loopback         -> 127.0.0.1 or ::1
-    3. the address that maps the host itself             -> the host's own address, the one the guest has too
+    3. the address that maps the host itself             -> the host's own address, which the guest has too
     4. anything else                                     -> itself
 
-Answers come back to the guest from the address that it wrote to: a flow keeps its original destination.
+Answers come back to the guest from the address that it sent to: a flow keeps its original destination.
 
-Host to guest through the tap: whom does the guest see (`inbound_source`)? First match:
+Host to guest through the tap: the source that the guest sees (`inbound_source`), first match:
 
     1. 127.0.0.1, ::1                                    -> the address that maps the host's loopback, if there is one
     2. the address that the guest has too                -> the address that maps the host itself, if there is one
@@ -17,10 +17,10 @@ Host to guest through the tap: whom does the guest see (`inbound_source`)? First
        guest
     4. anything else                                     -> itself
 
-It connects to the address that the guest was last seen with (`inbound_target`), or the one that the rule names.
+The destination is the last known address of the guest (`inbound_target`), or the one that the rule names.
 
 Loopback to loopback, without the tap (`splice_targets`): the namespace's address, or its loopback if so configured; the
-host's loopback; or the one that the rule names. The client's family first; the other one if nobody listens there.
+host's loopback; or the address that the rule names. The client's family is tried first, then the other one.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Forwarding:
         self._config = config
 
     def family(self, a: bytes) -> Ip4 | Ip6 | None:
-        """Settings of the address's family; None when it is off."""
+        """Settings of the address's family; None if it is off."""
         return self._config.ip4 if len(a) == 4 else self._config.ip6
 
     def outbound(self, dst: bytes) -> bytes:
-        """The host-side address for a guest's destination, unless that is one of those for resolvers."""
+        """The host-side address for a guest's destination, unless `resolvers.py` decides."""
         ip = self.family(dst)
         if ip is None:
             return dst
@@ -73,18 +73,18 @@ class Forwarding:
         return ip.addr_out, ip.if_out
 
     def sockaddr(self, a: bytes, port: int) -> SockAddr:
-        """For connect() and bind(): what has the scope of a link (RFC 4007, 4) goes through the template interface."""
+        """For connect() and bind(): addresses of link scope (RFC 4007, 4) get the index of the template interface."""
         return (addr.text(a), port) if len(a) == 4 else (addr.text(a), port, 0, self.scope(a))
 
     def scope(self, a: bytes) -> int:
-        """The interface that an address with the scope of a link is reached through, 0 for others."""
+        """The index of the interface of an address of link scope, 0 for other addresses."""
         link_scope = len(a) == 16 and (addr.is_link_local(a) or (a[0] == 0xFF and a[1] & 0xF in (1, 2)))
         return self._config.scope_id if link_scope else NO_SCOPE
 
     # Host to guest -----------------------------------------------------------------------------------------------
 
     def inbound_source(self, peer: bytes, guest: Guest) -> bytes | None:
-        """The address that the guest sees for a host-side `peer`; None: there is none that it could answer to."""
+        """The address that the guest sees for a host-side `peer`; None: there is none that it can answer to."""
         ip = self.family(peer)
         if ip is None:
             return None
@@ -99,7 +99,7 @@ class Forwarding:
         return peer
 
     def inbound_target(self, source: bytes, rule: Rule, guest: Guest) -> bytes | None:
-        """The address in the guest that a connection seen as from `source` goes to; None: none is known."""
+        """The guest's address for a connection from the translated `source`; None: none is known."""
         if rule.target is not None:
             return rule.target if len(rule.target) == len(source) else None
         own6 = guest.addr6_ll if addr.is_link_local(source) else guest.addr6
@@ -114,7 +114,7 @@ class Forwarding:
         return rule.outbound or (config.mode == PASTA and not config.no_splice and addr.is_loopback(peer))
 
     def splice_targets(self, v6: bool, rule: Rule, guest: Guest) -> list[bytes]:
-        """Addresses on the other side to connect to, in this order, for a client that came by IPv6 or not."""
+        """Addresses to connect to, in this order, for a client of the family `v6`."""
         if rule.target is not None:
             return [rule.target]
         loopback = rule.outbound or self._config.host_lo_to_ns_lo or self._config.splice_only

@@ -1,4 +1,4 @@
-"""What was observed of the guest: who it is, as far as its frames have told."""
+"""The observed state of the guest: its addresses, as seen in its frames."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .. import addr
 
 @dataclass(slots=True)
 class Guest:
-    """One per context. Written by `tap.py` only."""
+    """The guest's addresses. `tap.py` alone writes them."""
 
     mac: bytes = addr.BROADCAST_MAC
     addr4: bytes = addr.ANY4  # last IPv4 source seen

@@ -1,14 +1,14 @@
-"""The rules that are in force, by number, and what adding and deleting means.
+"""The rules in force, by number; adding and deleting rules.
 
-A rule is numbered when it comes, and keeps its number. What it does to a port that somebody connects to, all but the
-range itself, is its meaning: two rules of one meaning are one rule in two parts. So
+A new rule gets a number and keeps it. The treatment of a connection, that is, all fields except the range, is the
+rule's meaning: two rules of one meaning are one rule in two parts. So
 
-    a rule that is added is there already   if rules of its meaning have all of its ports
-    a rule that is deleted is there         if rules of its meaning have all of its ports; these lose them, and are cut
-                                            in two where it is amidst: the first part keeps the number
+    a new rule exists already        if rules of its meaning have all of its ports
+    a rule can be deleted            if rules of its meaning have all of its ports; these lose them. A rule with ports
+                                     on both sides of the gap becomes two: the first part keeps the number
 
-Whether a failure to bind matters (`Rule.weak`) is no part of the meaning. Rules of different meanings must not want the
-same port (`rules.py`), but for `auto` ones, which leave to others what these ask for.
+`Rule.weak` (a failure to bind is not an error) is not part of the meaning. Rules of different meanings must not use the
+same port (`rules.py`), except that an `auto` rule gives way to any other.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Meaning = tuple[object, ...]
 
 
 def meaning(rule: Rule) -> Meaning:
-    """All that a rule says of a port."""
+    """The treatment of a connection: all fields of a rule except the range."""
     return rule.proto, rule.outbound, rule.addr, rule.ifname, rule.target, rule.to - rule.first, rule.auto
 
 
 class Missing(Exception):
-    """`port` of a rule that is to be deleted is not there."""
+    """No rule in force has `port` of a rule to be deleted."""
 
     def __init__(self, rule: Rule, port: int) -> None:
         super().__init__(rule, port)
@@ -47,7 +47,7 @@ class RuleTable:
             self.add(rule)
 
     def copy(self) -> RuleTable:
-        """Another one, to be changed in its place."""
+        """An independent copy."""
         other = RuleTable()
         other.rules = dict(self.rules)
         other._parts = {m: list(parts) for m, parts in self._parts.items()}
@@ -55,7 +55,7 @@ class RuleTable:
         return other
 
     def add(self, rule: Rule) -> int:
-        """Its number."""
+        """Add a rule; returns its number."""
         number, self._next = self._next, self._next + 1
         self._put(number, rule)
         return number
@@ -84,7 +84,7 @@ class RuleTable:
         raise Missing(rule, port)
 
     def _from(self, rule: Rule) -> Iterator[int]:
-        """Rules of its meaning from the one that has its first port on."""
+        """Rules of its meaning, beginning with the one that has its first port."""
         parts = self._parts.get(meaning(rule), [])
         at = bisect_right(parts, (rule.first, self._next)) - 1
         if at >= 0 and self.rules[parts[at][1]].last < rule.first:
@@ -93,7 +93,7 @@ class RuleTable:
             yield parts[i][1]
 
     def delete(self, rule: Rule) -> None:
-        """Take its ports away from those who have them. Raises Missing, and nothing is changed then."""
+        """Remove its ports from the rules that have them. Raises Missing, without any change."""
         for number in self.covering(rule):
             part = self._take(number)
             left = []
@@ -116,12 +116,12 @@ class RuleTable:
             self._take(number)
 
     def conflict(self) -> tuple[Rule, Rule] | None:
-        """Two rules that want the same port, if there are any."""
+        """Two rules with a common port, if there are any."""
         rules = self.rules.values()
         return conflict(r for r in rules if not r.auto) or conflict(r for r in rules if r.auto)
 
 
 def _cut(rule: Rule, first: int, last: int) -> Rule:
-    """A part of it, called after what it is."""
+    """A part of a rule; its `option` is that of the part."""
     part = replace(rule, first=first, last=last, to=rule.target_port(first))
     return replace(part, option=part.spec)

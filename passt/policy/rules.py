@@ -1,16 +1,16 @@
-"""Port forwarding rules: what was asked for, apart from the sockets that carry it out.
+"""Port forwarding rules, without the sockets that carry them out.
 
-A rule is a range of ports of one protocol that somebody connects to on one side, and where that leads on the other:
+A rule is a range of ports of one protocol to listen on, and the target that connections are forwarded to:
 
-    rule             who connects                      listens where             leads to
+    rule             clients                           listening sockets         target
     ---------------  --------------------------------  ------------------------  ----------------------------------
     -t, -u           the host, and other hosts         the host: any address,    the guest, or an address beyond it
     (inbound)                                          one, an interface's
     -T, -U           processes in the namespace        the namespace: loopback   the host's loopback, or an address
     (outbound)                                                                   beyond it
 
-`auto` rules listen only on those of their ports that somebody has bound at the other side at the moment; `weak` ones
-leave out ports that cannot be had. A table is a tuple of rules, in the order of the command line.
+An `auto` rule listens only on those of its ports that are currently bound at the target. A `weak` rule leaves out ports
+that cannot be bound. A table is a tuple of rules, in the order of the command line.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PORT_MAX = 65535
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Ports `first` to `last`, which lead to `to` and those that follow it."""
+    """Ports `first` to `last`, forwarded to port `to` and those that follow it."""
 
-    option: str  # as it was given, "-t 8080:80": what messages call the rule
+    option: str  # as given, "-t 8080:80": the name of the rule in messages
     proto: int  # PROTO_TCP or PROTO_UDP
     outbound: bool  # False: -t, -u; True: -T, -U
     first: int
@@ -42,11 +42,11 @@ class Rule:
     weak: bool = False
 
     def target_port(self, port: int) -> int:
-        """Where `port`, one of first..last, leads."""
+        """The target of `port`, one of first..last."""
         return self.to + port - self.first
 
     def overlaps(self, other: Rule) -> range:
-        """Ports that both would listen on, in a way that the kernel does not allow."""
+        """Ports that both listen on, in a combination that the kernel does not allow."""
         if (self.proto, self.outbound) != (other.proto, other.outbound):
             return range(0)
         for mine, theirs in ((self.addr, other.addr), (self.ifname, other.ifname)):
@@ -62,7 +62,7 @@ class Rule:
 
     @property
     def spec(self) -> str:
-        """As an option of the command line would ask for it: "-t 127.0.0.1%eth0/80-82:8080-8082"."""
+        """The rule in the syntax of the command line: "-t 127.0.0.1%eth0/80-82:8080-8082"."""
         letter = "t" if self.proto == PROTO_TCP else "u"
         bind = "" if self.addr is None else _bracketed(self.addr)
         bind += f"%{self.ifname}" if self.ifname else ""
@@ -97,15 +97,15 @@ def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-# Rules that cannot both be ------------------------------------------------------------------------------------------
+# Conflicts ----------------------------------------------------------------------------------------------------------
 
 
 def conflict(rules: Iterable[Rule]) -> tuple[Rule, Rule] | None:
-    """Two rules that would listen on one port, in the sense of `Rule.overlaps`, if there are any.
+    """Two rules that would listen on one port (`Rule.overlaps`), if there are any.
 
-    In the order of their first ports, each rule is compared with those before it that reach farthest: of each address
-    and interface there is one such rule. `below` has the same for addresses and interfaces that a wider one covers,
-    so that a rule looks up those equal to it, those wider in either respect, and those narrower, a dozen in all.
+    The rules are sorted by first port. Each rule is compared with earlier rules that have the highest last port: there
+    is one per address and interface. A flag in the key marks entries for wider addresses and interfaces, so that a rule
+    looks up equal, wider and narrower ones, a dozen in all.
     """
     seen: dict[tuple[object, ...], Rule] = {}
     for rule in sorted(rules, key=lambda r: r.first):
@@ -141,7 +141,7 @@ def _keys(wider: Iterable[object], own: object) -> list[tuple[object, bool]]:
 class Listener:
     """A bound socket: `port` of `rule`, in the host, or in the namespace if the rule is outbound.
 
-    `index` is the data of its epoll reference, `to` the port that it leads to.
+    `index` is the data of its epoll reference, `to` the target port.
     """
 
     __slots__ = ("fd", "index", "port", "rule", "sock", "to")

@@ -1,30 +1,30 @@
-"""The configuration in force: the one place of every value that may change while we run.
+"""The configuration in force: the only place of values that may change at run time.
 
-A `Config` is frozen. A change is another `Config` that takes its place (`replace`). These modules make one:
+A `Config` is frozen. A change is another `Config` that takes its place (`replace`). These functions make one:
 
     writer                     fields                                            when
     -------------------------  ------------------------------------------------  ------------------------------
-    `conf.names.follow`          `dns` of both families, `dns_search`,             resolv.conf says something else
+    `conf.names.follow`        `dns` of both families, `dns_search`,             resolv.conf has changed
                                `dns_match`, `dns_hosts`
-    `ports.forwards.Forwards`        `forwards`                                        a client changes the rules
+    `ports.forwards.Forwards`  `forwards`                                        a client changes the rules
 
-There are three ways to use it. No object keeps a `Config`, or a part of one, in any other way.
+There are three interfaces. No object keeps a `Config`, or a part of one, by other means.
 
-    way                 for                                       sees a change
+    interface           purpose                                   effect of a change
     ------------------  ----------------------------------------  ----------------------------------------------
     `current`           the control plane reads it each time      at once
     `subscribe(adopt)`  values that the data plane keeps, since   adopt(config): now, which fills them, and again
                         a look-up for each packet costs too much    with each change
-    `react(act)`        what a change makes necessary             act(former, now): when all caches are filled
+    `react(act)`        actions after a change                    act(former, now): when all caches are filled
 
 A cache has one function that fills it, and one line that subscribes this function:
 
     settings.subscribe(self._adopt)
 
-A fault of one subscriber does not keep the others from being told. It is logged, and counted as "fault".
+A fault of one subscriber does not affect the other ones. It is logged, and counted as "fault".
 
-A flow keeps the values that it began with as long as it lasts: our MAC in its pre-cooked header, the longest segment
-or datagram (from the MTU), the address and interface that its socket is bound to, the host that it leads to.
+A flow keeps its initial values until its end: our MAC in its pre-cooked header, the longest segment or datagram (from
+the MTU), the address and interface that its socket is bound to, the host that it connects to.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ class Settings:
         self._replacing = False
 
     def subscribe(self, adopt: Adopt) -> None:
-        """Call adopt(config) now, and whenever another one is in force. A fault of this first call is the caller's."""
+        """Call adopt(config) now, and after each change. An exception of the first call is the caller's."""
         adopt(self.current)
         self._caches.append(adopt)
 
     def react(self, act: Act) -> None:
-        """Call act(former, now) whenever another configuration is in force, and all subscribers have it."""
+        """Call act(former, now) after each change, when all subscribers have the new configuration."""
         self._acts.append(act)
 
     def replace(self, config: Config, now: float) -> None:
-        """`config` is in force from now on. Raises RuntimeError when a subscriber tries that."""
+        """Put `config` in force. Raises RuntimeError if a subscriber calls this."""
         if self._replacing:
-            raise RuntimeError("the configuration is replaced while subscribers are told of another one")
+            raise RuntimeError("a subscriber must not replace the configuration")
         former = self.current
         if config == former:
             return
