@@ -1,1 +1,1 @@
-"""The event loop: epoll, timers, watches of directories. It calls handlers and knows none of them."""
+"""The event loop: epoll, timers, watches of directories. Handlers are registered; the loop imports none of them."""

@@ -1,7 +1,7 @@
-"""What changes in directories, told to whoever watches there: one inotify(7) instance for all of a process.
+"""Changes of directories, passed to all subscribers: one inotify(7) instance per process.
 
-A user has 128 of them (fs.inotify.max_user_instances), other programs need theirs, and there is a process for every
-namespace.
+A user may have 128 instances (fs.inotify.max_user_instances), which other programs need as well, and each namespace has
+a process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Changes:
         self._takers: list[Taker] = []
 
     def watch(self, path: str, mask: int) -> int:
-        """Be told of `mask` for what `path` leads to; returns the watch, which others may share. Raises OSError."""
+        """Watch `path` for the events of `mask`; returns the watch, which others may share. Raises OSError."""
         if self.fd < 0:
             self.fd = inotify.new()
         try:
@@ -43,7 +43,7 @@ class Changes:
         return watch
 
     def tell(self, reactor: Reactor, taker: Taker) -> None:
-        """From now on call taker(events, now) with what happens, to watches of others as well."""
+        """Call taker(events, now) from now on, with the events of all watches."""
         if not self._takers:
             self._fault_at = reactor.fault_at
             reactor.handle(TYPE_INOTIFY, self._event)
@@ -55,7 +55,7 @@ class Changes:
         each(self._takers, _tell, self._fault_at, found, now)
 
     def close(self) -> None:
-        """Let go of all watches."""
+        """Close the instance, with all watches."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

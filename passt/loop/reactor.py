@@ -10,19 +10,19 @@ Reference of a watched descriptor:
 `epoll.poll` returns (descriptor, events), so references live in a table indexed by descriptor, and the handler is
 `handlers[ref >> 56]`, called as handler(ref, events, now). The data is a flow index for sockets and timers.
 
-A descriptor that is closed while events of the same turn still wait could be reused by the next `socket()`, and the
-new owner would get the old one's event. Therefore a descriptor is not closed at once: `retire` forgets the
-reference, so that what still waits for it is skipped, and closes it when the turn ends. Who must have it back within
-the turn, because no other is left, asks to `forget` it: then its events of this turn are taken away. Nobody else closes
+A descriptor that is closed while events of the same turn are pending could be reused by the next `socket()`, and the
+new owner would get the old one's event. Therefore a descriptor is not closed at once: `retire` forgets the reference,
+so that pending events are skipped, and closes the descriptor when the turn ends. A caller that needs the descriptor
+back within the turn, because no other is left, calls `forget`: it removes its events of this turn. No other code closes
 a descriptor that is or was watched.
 
-A turn ends with the `at_turn_end` callbacks (acknowledgements that could ride on no data, batches of frames). What was
-put off until `between_turns` comes last, after descriptors were closed: no event waits then, so that what is retired
-there may be closed before it goes on (`close_retired`).
+A turn ends with the `at_turn_end` callbacks (acknowledgements without data, batches of frames). The callbacks of
+`between_turns` run last, after descriptors were closed: no event is pending then, so that a descriptor retired there
+may be closed before the callback goes on (`close_retired`).
 
 A fault of a handler, a callback or a close goes to `on_fault(ref, exception, now)`, with the reference 0 where there is
-none, and the turn goes on with the others. If that fails as well, the descriptor is not watched any more: an event that
-is neither handled nor ended would come again for ever.
+none, and the turn goes on with the others. If `on_fault` fails as well, the descriptor is not watched any more: an event
+that is neither handled nor ended would come again for ever.
 
 `now` is `time.monotonic()`, read once after the wait.
 """
@@ -51,7 +51,7 @@ EPOLLRDHUP = select.EPOLLRDHUP
 EPOLLPRI = select.EPOLLPRI
 EPOLLET = select.EPOLLET
 
-# Reference types. One line per kind of watched descriptor; TYPE_NAMES is what --trace prints.
+# Reference types, one per kind of watched descriptor; TYPE_NAMES are their names in messages
 TYPE_NAMES = (
     "callback", "tap", "tcp", "tcp timer", "udp", "ping", "timer", "signal", "netns", "child",
     "listen", "tcp splice", "udp splice", "guest", "guest listen", "control", "control listen",
@@ -68,7 +68,7 @@ CALLS = calls("epoll_wait", "epoll_ctl", "read", "close")
 
 
 class Closable(Protocol):
-    """A socket or file: whatever owns a descriptor."""
+    """A socket or file that owns a descriptor."""
 
     def close(self) -> None: ...
 
@@ -105,7 +105,7 @@ class Reactor:
         self._epoll = select.epoll()
         self._refs: list[int] = [0] * (self._epoll.fileno() + 1024)
         self._handlers: list[Handler] = [_unhandled] * len(TYPE_NAMES)
-        self._ready: list[tuple[int, int]] = []  # what this turn handles, or has handled
+        self._ready: list[tuple[int, int]] = []  # the events of this turn
         self._retired: list[Closable] = []
         self._put_off: list[Callable[[float], None]] = []
         self._signals: dict[int, Callable[[float], None]] = {}
@@ -146,7 +146,7 @@ class Reactor:
     def forget(self, fd: int) -> None:
         """Stop watching `fd`, which stays open and belongs to the caller again.
 
-        No event of this turn is left for it: who gets its number next, be it at once, gets events of its own only.
+        Its pending events of this turn are removed: the next owner of the number gets only its own events.
         """
         self._refs[fd] = 0
         self._epoll.unregister(fd)
@@ -154,11 +154,11 @@ class Reactor:
         self._ready[:] = [nobody if event[0] == fd else event for event in self._ready]
 
     def between_turns(self, callback: Callable[[float], None]) -> None:
-        """Call callback(now) once, when everything of this turn is handled."""
+        """Call callback(now) once, when all events of this turn are handled."""
         self._put_off.append(callback)
 
     def close_retired(self) -> None:
-        """Close what was retired. Only for those who are called between turns."""
+        """Close retired descriptors. Only for callbacks of `between_turns`."""
         retired, self._retired = self._retired, []
         each(retired, _close, self.fault_at)
 
@@ -176,7 +176,7 @@ class Reactor:
         signal.signal(number, lambda *_: None)  # the wake-up descriptor does the work
 
     def _signal_handler(self, ref: int, events: int, now: float) -> None:
-        # Any signal with a handler in Python wakes up, other people's too
+        # Any signal with a handler in Python writes here, also one that is not in `_signals`
         came = os.read(ref_fd(ref), 512)
         each([callback for number, callback in self._signals.items() if number in came], _call, self.fault_at, now)
 
@@ -185,12 +185,12 @@ class Reactor:
         self._stop = True
 
     def run(self) -> None:
-        """Turn until `stop`."""
+        """Run turns until `stop`."""
         while not self._stop:
             self.turn()
 
     def turn(self, timeout: float = -1) -> None:
-        """Wait at most `timeout` seconds (-1: for ever), handle what came, close what was retired."""
+        """Wait at most `timeout` seconds (-1: for ever), handle events, close retired descriptors."""
         ready = self._ready = self._epoll.poll(timeout, MAX_EVENTS)
         now = time.monotonic()
         self.wakeups += 1
@@ -230,10 +230,10 @@ class Reactor:
         self.on_fault(0, e, time.monotonic())
 
     def abandon(self) -> None:
-        """Close every descriptor that is watched, behind the back of its owner: the process ends.
+        """Close all watched descriptors, without notice to their owners: the process ends.
 
-        The kernel would, too, but only once the last thread has ended, after the first one is seen to be a zombie.
-        Signals that still come are nobody's: that their descriptor is gone must not be an error.
+        The kernel does so as well, but only after the end of the last thread, when the first one already is a zombie.
+        Signals that arrive later are ignored: the missing wake-up descriptor must not be an error.
         """
         signal.set_wakeup_fd(-1)
         for fd, ref in enumerate(self._refs):
@@ -241,7 +241,7 @@ class Reactor:
                 try:
                     os.close(fd)
                 except OSError:
-                    pass  # it is closed, then
+                    pass  # already closed
 
     def close(self) -> None:
         """Close the epoll set; for tests and for the end of the program."""

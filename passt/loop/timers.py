@@ -1,13 +1,13 @@
 """Timers on timerfds in the same epoll set: single ones for services, a pool for TCP connections.
 
-A pooled timer is never armed more often than needed. It keeps the time at which its descriptor will fire
+A pooled timer is not armed more often than needed. It keeps the time at which its descriptor will fire
 (`expiry`); a later deadline leaves the descriptor alone and is only compared when it fires, an earlier one re-arms
 it. A timer returned to the pool stays armed: a spurious wake-up finds no owner, and the next connection that wants a
 later deadline than the pending expiry needs no system call at all. IDLE_MAX of them wait for connections; those
 beyond, after a flood, are closed.
 
-A service lives from one expiry of its timer to the next, so that a fault of its callback would end it for good: the
-timer then fires again after RETRY. A connection's fault is the connection's end, and needs no timer any more.
+A service re-arms its timer in the callback, so a fault of the callback would end the service: therefore the timer fires
+again after RETRY. A fault in a connection ends the connection, which then needs no timer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CALLS = calls("timerfd_create", "timerfd_settime", "read", "close")
 def _drain(fd: int) -> bool:
     """Read the expiration count, so that the descriptor stops being readable.
 
-    False if there is none: it was re-armed, or disarmed, by somebody who was handled before it in the same turn.
+    False if there is none: an earlier handler of the same turn has re-armed or disarmed the timer.
     """
     try:
         os.read(fd, 8)
@@ -107,7 +107,7 @@ class TimerPool:
         return fd
 
     def give_back(self, fd: int) -> None:
-        """Return a timer; it may stay armed, and then fires for nobody."""
+        """Return a timer; it may stay armed, and then fires without an owner."""
         if len(self._free) < IDLE_MAX:
             self._reactor.retarget(fd, NO_OWNER)
             self._free.append(fd)
@@ -116,7 +116,7 @@ class TimerPool:
             self._reactor.retire(fd, _Descriptor(fd))
 
     def at(self, fd: int, deadline: float) -> None:
-        """See to it that timer `fd` fires at `deadline` or before."""
+        """Make timer `fd` fire at `deadline` or before."""
         if deadline < self._expiry[fd]:
             self._expiry[fd] = deadline
             timerfd_settime(fd, deadline)
