@@ -1,9 +1,9 @@
-"""inotify(7): what happens to the entries of directories.
+"""inotify(7): changes of files and directory entries.
 
     struct inotify_event     watch i32 | mask u32 | cookie u32 | length u32 | name, NUL-padded to `length` bytes
 
-A watch stays with what its path led to, also when the process lets go of the path. Watching the same thing twice gives
-the same watch, for both masks. An instance is one descriptor; fs.inotify.max_user_instances limits how many a user has.
+A watch is bound to the inode, also after the process has lost access to the path. A second watch of the same inode is
+the same watch, for both masks. An instance is one descriptor; fs.inotify.max_user_instances is the limit per user.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ CLOSE_WRITE = 0x8
 MOVED_FROM, MOVED_TO = 0x40, 0x80
 CREATE, DELETE = 0x100, 0x200
 Q_OVERFLOW = 0x4000  # events were lost; its watch is -1
-_MASK_ADD = 1 << 29  # keep what a watch was for before
+_MASK_ADD = 1 << 29  # add to the mask of an existing watch
 
 _SIZE = 65536
 _EVENT = Struct("=iIII")
 
 
 class Event(NamedTuple):
-    """What happened: to the entry `name` of a watched directory, or to what is watched itself (no name)."""
+    """An event: of the entry `name` of a watched directory, or of the watched file or directory itself (no name)."""
 
     watch: int
     mask: int
@@ -34,17 +34,17 @@ class Event(NamedTuple):
 
 
 def new() -> int:
-    """A non-blocking descriptor without watches. Raises OSError: EMFILE when the user has too many."""
+    """A non-blocking descriptor without watches. Raises OSError: EMFILE at the user's limit."""
     return inotify_init()
 
 
 def add(fd: int, path: str, mask: int) -> int:
-    """Watch what `path` leads to; returns the watch. Raises OSError."""
+    """Watch the file at `path`; returns the watch. Raises OSError."""
     return inotify_add_watch(fd, path, mask | _MASK_ADD)
 
 
 def read(fd: int) -> list[Event]:
-    """What happened since the last call."""
+    """Events since the last call."""
     try:
         return parse(os.read(fd, _SIZE))
     except BlockingIOError:

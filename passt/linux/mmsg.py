@@ -2,19 +2,19 @@
 
     slot 0 (64 KiB)          slot 1                   ...     COUNT slots, one anonymous mapping
     +------------------------+------------------------+--
-    | datagram, or a run of  |                        |       only pages that were written to are resident
-    | them coalesced by GRO  |                        |
+    | datagram, or a batch   |                        |       only pages that were written to are resident
+    | coalesced by GRO       |                        |
     +------------------------+------------------------+--
 
-Each message has one iovec (its slot), and an envelope for what the kernel says about it:
+Each message has one iovec (its slot), and an envelope for its address and control messages:
 
-    socket         class             envelope                              what is read of it
+    socket         class             envelope                              access
     -------------  ----------------  ------------------------------------  ---------------------------------------
     connected      Receiver          control message UDP_GRO: an int, the  a strided view of the array of headers,
                                      size of the datagrams joined          one of the array of envelopes: no loop
     listening      AddressReceiver   struct sockaddr_in or sockaddr_in6    one slice per message; equal envelopes
-                                     of the sender, control messages       are equal bytes, and who is handed some
-                                     IPV6_PKTINFO and IP_PKTINFO           parses one of them (`Envelope`)
+                                     of the sender, control messages       are equal bytes, so that a caller
+                                     IPV6_PKTINFO and IP_PKTINFO           parses each once (`Envelope`)
 
 The kernel writes into headers (control length, flags) and envelopes, so they are restored from a template before each
 call; that is one copy of COUNT * sizeof(struct mmsghdr), and cheaper than touching single fields.
@@ -34,7 +34,7 @@ from ..calls import calls
 from .sockopt import IP_PKTINFO
 
 COUNT = 64
-SLOT = 65536  # more than any datagram, and any run of them, can have
+SLOT = 65536  # more than the size of any datagram and any batch
 
 _recvmmsg = ctypes.CDLL(None, use_errno=True).recvmmsg
 _recvmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
@@ -109,9 +109,9 @@ class Receiver:
         self._sizes = self._envelopes_mv.cast("i")[(name + _CONTROL_DATA) // 4 :: stride // 4]
 
     def receive(self, fd: int) -> tuple[list[int], list[int]]:
-        """Up to `count` messages that wait on `fd`: their lengths, and the size of the datagrams in each, 0: single.
+        """Up to `count` messages of `fd`: their lengths, and the size of the datagrams in each, 0: single.
 
-        Raises OSError; BlockingIOError when nothing waits.
+        Raises OSError; BlockingIOError if there is no message.
         """
         self._headers_mv[:] = self._headers_new
         self._envelopes_mv[:] = self._envelopes_new
@@ -123,14 +123,14 @@ class Receiver:
 
 
 class AddressReceiver(Receiver):
-    """For sockets that are not connected, and have IP_PKTINFO or IPV6_RECVPKTINFO on; dual-stack ones have both."""
+    """For unconnected sockets with IP_PKTINFO or IPV6_RECVPKTINFO; dual-stack sockets have both."""
 
     def __init__(self, count: int = COUNT) -> None:
         super().__init__(count, _NAME_SPACE, _INFO6_SPACE + _INFO4_SPACE)
         self._stride = len(self._envelopes_mv) // count
 
     def receive_from(self, fd: int) -> tuple[list[int], list[bytes]]:
-        """Up to `count` datagrams that wait on `fd`: their lengths, and what `Envelope.parse` takes. Raises OSError."""
+        """Up to `count` datagrams of `fd`: their lengths, and their envelopes for `Envelope.parse`. Raises OSError."""
         lengths, _ = self.receive(fd)
         end = len(lengths) * self._stride
         received = bytes(self._envelopes_mv[:end])
@@ -138,7 +138,7 @@ class AddressReceiver(Receiver):
 
 
 class Envelope(NamedTuple):
-    """From whom, and to which of our addresses: packed, 4 bytes also for IPv4 on a dual-stack socket."""
+    """Source and local address of a datagram: packed, 4 bytes also for IPv4 on a dual-stack socket."""
 
     peer: bytes
     port: int
@@ -147,7 +147,7 @@ class Envelope(NamedTuple):
 
     @classmethod
     def parse(cls, envelope: bytes) -> Envelope:
-        """One of those that `receive_from` returns."""
+        """Parse an envelope of `receive_from`."""
         (family,) = _FAMILY.unpack_from(envelope)
         if family == socket.AF_INET:
             port, peer = _NAME4.unpack_from(envelope, _FAMILY.size)
@@ -163,19 +163,19 @@ class Envelope(NamedTuple):
     def _destination(envelope: bytes, length: int) -> tuple[bytes, int]:
         """Our address, of `length` bytes, and the interface.
 
-        For IPv4 the kernel says what to answer from, even if the datagram was a broadcast; for IPv6 just where it went.
+        For IPv4 the kernel gives the address to answer from, even for a broadcast; for IPv6 only the destination.
         """
         local, interface, at = bytes(length), 0, _NAME_SPACE
         while at + _CMSG.size <= len(envelope):
             size, level, kind = _CMSG.unpack_from(envelope, at)
             if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
                 interface, local, _ = INFO4.unpack_from(envelope, at + _CONTROL_DATA)
-                break  # says more than the other one
+                break  # more specific than IPV6_PKTINFO
             if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
                 to, interface = INFO6.unpack_from(envelope, at + _CONTROL_DATA)
                 to = addr.unmapped(to)
                 local = bytes(length) if addr.is_multicast(to) else to
             elif not size:
-                break  # the rest is as it was before the call
+                break  # no more control messages
             at += socket.CMSG_SPACE(size - _CONTROL_DATA)
         return local, interface

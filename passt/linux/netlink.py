@@ -1,10 +1,10 @@
-"""The kernel's network configuration, by rtnetlink: what the host has, and setting up the namespace.
+"""The kernel's network configuration, by rtnetlink: reading that of the host, and setting up the namespace.
 
-Messages are pyroute2's classes, which know every attribute; the conversation is ours, a socket and a loop, because it
-is all that start-up needs: a request is a dump or is acknowledged, one at a time. Importing what pyroute2's own
-`IPRoute` stands on (asyncio, multiprocessing, every protocol it speaks) takes longer than the rest of our start.
+Messages are pyroute2's classes, which know every attribute. The exchange of messages is implemented here with a socket
+and a loop: at start a request is a dump or is acknowledged, one at a time. The imports of pyroute2's own `IPRoute`
+(asyncio, multiprocessing, all of its protocols) would take longer than the rest of the start.
 
-Values going in and out are those of `routes.py`, where all decisions are.
+Input and output values are those of `routes.py`, which makes all decisions.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ CALLS = calls("sendto", "recvfrom", mode=PASTA)
 def _message_classes() -> tuple[Any, Any, Any]:
     """pyroute2's classes of link, address and route messages, without running pyroute2/__init__.py.
 
-    That file imports the whole library, about 150 ms. A stand-in package with the same path lets the few modules that
-    are needed be imported from it, about 25 ms; it is taken away afterwards, so that a later `import pyroute2` gets
-    the real one.
+    That file imports the whole library, about 150 ms. A stand-in package with the same path allows the import of the
+    few needed modules, about 25 ms. The stand-in is removed afterwards, so that a later `import pyroute2` gets the real
+    package.
     """
     stand_in = None
     if "pyroute2" not in sys.modules:
@@ -79,7 +79,7 @@ DUMP_TRIES = 4
 
 
 class Rtnetlink:
-    """A conversation with the kernel about the network namespace of the calling thread, also from elsewhere later."""
+    """An rtnetlink socket of the network namespace of the calling thread; usable in other threads later."""
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
@@ -118,7 +118,7 @@ class Rtnetlink:
                 message = data[pos : pos + length]
                 pos += (length + 3) & ~3
                 if seq != self._seq:
-                    continue  # the rest of an answer that was given up
+                    continue  # the rest of an answer that was not read to its end
                 if kind == NLMSG_DONE:
                     return
                 if kind == NLMSG_ERROR:
@@ -135,7 +135,7 @@ class Rtnetlink:
             pass
 
     def dump(self, request: Any, kind: int) -> list[Any]:
-        """All messages of a dump, decoded; asked again when the table changed meanwhile."""
+        """All messages of a dump, decoded; the dump is repeated if the table has changed meanwhile."""
         for _ in range(DUMP_TRIES):
             self._send(request, kind, NLM_F_DUMP)
             messages, interrupted = [], False
@@ -258,7 +258,7 @@ def _address(m: Any) -> Address:
 
 
 def _route(m: Any) -> Route | None:
-    """The value of a route message; None for what is not a unicast route of the main table."""
+    """The value of a route message; None if it is not a unicast route of the main table."""
     if m["type"] != RTN_UNICAST or (m.get_attr("RTA_TABLE") or m["table"]) != RT_TABLE_MAIN:
         return None
     if m["flags"] & RTM_F_CLONED:
@@ -299,8 +299,8 @@ def read_host() -> Host:
 def configure(nl: Rtnetlink, plan: NsPlan) -> tuple[bytes, list[str]]:
     """Carry out `plan` in the namespace of `nl`, where the tap exists already.
 
-    Returns the tap's MAC address and a line for each thing that could not be done; raises OSError, naming the step,
-    for what nothing works without. Whoever owns the namespace may have renamed what is in it, now or long ago.
+    Returns the tap's MAC address and a line for each optional step that failed; raises OSError, naming the step, for a
+    required step. The owner of the namespace may have renamed its interfaces.
     """
     links = nl.links()
     _loopback_up(nl, links)
@@ -338,11 +338,11 @@ def _step(what: str, function: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _configure_tap(nl: Rtnetlink, index: int, mac: bytes, plan: NsPlan) -> list[str]:
-    """MTU, up, addresses, routes; what fails becomes a line.
+    """MTU, up, addresses, routes; a failure becomes a line.
 
-    Duplicate address detection would leave addresses tentative for a second or two, and whoever waits for us uses
-    them at once. Configured addresses are added without it. For the link-local one the kernel offers no such choice,
-    so it is told to make none, and gets ours; its own way is restored for when the link goes down and up later.
+    Duplicate address detection would leave addresses tentative for a second or two, and clients use them at once.
+    Configured addresses are added without it. For the link-local address the kernel has no such flag, so its generation
+    is turned off and the same address added; the mode is restored afterwards, for a link that goes down and up later.
     """
     if plan.mtu:
         _step(f"set MTU {plan.mtu} in namespace", nl.set_link, index, mtu=plan.mtu)
@@ -363,7 +363,7 @@ def _configure_tap(nl: Rtnetlink, index: int, mac: bytes, plan: NsPlan) -> list[
 
 
 def _gen_mode(nl: Rtnetlink, index: int, mode: int) -> bool:
-    """Say how the kernel makes link-local addresses on a link; False where it has no IPv6 there."""
+    """Set how the kernel generates link-local addresses on a link; False if the link has no IPv6."""
     inet6 = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", mode)]}
     try:
         nl.set_link(index, af_spec={"attrs": [("AF_INET6", inet6)]})

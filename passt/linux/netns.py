@@ -1,15 +1,15 @@
 """Network namespaces: opening them, and running a function inside one.
 
-setns(CLONE_NEWNET) moves one thread. The main thread therefore never leaves the host's namespace: what must be done
-in the other one (create the tap, configure it, open a socket) is done by another thread. What it opened belongs to the
-process and stays usable. Returning to the host's namespace would need rights there that an ordinary user does not have.
+setns(CLONE_NEWNET) moves one thread. The main thread therefore never leaves the host's namespace: another thread does
+the work inside the other one (create the tap, configure it, open a socket). Its descriptors belong to the process and
+stay usable. A return to the host's namespace would need rights there that an ordinary user does not have.
 
-    when                     who                                                          needs
+    phase                    thread                                                       needs
     -----------------------  -----------------------------------------------------------  ------------------------------
-    at start                 a thread that enters, does it, and ends (`run_in`): what     the right to enter
-                             changes the whole process needs it to be single-threaded
-    while the loop turns     one thread that has entered for good, and sleeps until it    nothing: neither a right nor
-                             is given something to do (`Namespace.move_in`)               the system calls of entering
+    start                    enters, runs the function, and ends (`run_in`): later steps  the right to enter
+                             of the start need a single-threaded process
+    run time                 has entered for good, and sleeps until it has a job          no right, and no system call
+                             (`Namespace.move_in`)                                        for entering
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run_in(netns: int, function: Callable[[], T], *, settle: bool = True) -> T:
     """function() in the network namespace of descriptor `netns`, by a thread that has ended when this returns.
 
     Its result is returned, its exception raised. Raises NoEntry when the namespace may not be entered. `settle` waits
-    until the kernel has let go of the thread, too, which only matters to who changes the process afterwards.
+    until the kernel has removed the thread, too, which a later change of the whole process requires.
     """
     outcome: SimpleQueue[Any] = SimpleQueue()
 
@@ -53,7 +53,7 @@ def run_in(netns: int, function: Callable[[], T], *, settle: bool = True) -> T:
 
 
 def _do(function: Callable[[], Any], outcome: SimpleQueue[Any]) -> None:
-    """In one thread: hand what function() returns or raises to another one."""
+    """Pass the result or exception of function() to another thread."""
     try:
         outcome.put((True, function()))
     except BaseException as e:  # raised by `_result`
@@ -68,17 +68,17 @@ def _result(outcome: SimpleQueue[Any]) -> Any:
 
 
 def _start_thread(body: Callable[[], None]) -> threading.Thread:
-    """A running thread for body(). Raises OSError if there can be no more of them."""
+    """Start a thread for body(). Raises OSError at the limit of threads."""
     thread = threading.Thread(target=body, name="netns", daemon=True)
     try:
         thread.start()
-    except RuntimeError as e:  # what CPython makes of EAGAIN
+    except RuntimeError as e:  # CPython's exception for EAGAIN
         raise OSError(errno.EAGAIN, str(e)) from None
     return thread
 
 
 class Namespace:
-    """A network namespace that functions can be run in: `fd` is its descriptor, which stays the caller's."""
+    """A network namespace that functions can be run in. Its descriptor `fd` belongs to the caller."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -86,14 +86,14 @@ class Namespace:
         self._thread: threading.Thread | None = None
 
     def move_in(self, prepare: Callable[[], None] = lambda: None) -> None:
-        """From now on one thread, which stays inside, does everything; it calls prepare() first.
+        """Start the thread that stays inside and runs all functions from now on; it calls prepare() first.
 
-        The process must not fork any more. Raises OSError: NoEntry, what prepare() raises, or for want of a thread.
+        The process must not fork any more. Raises OSError: NoEntry, that of prepare(), or at the limit of threads.
         """
         outcome: SimpleQueue[Any] = SimpleQueue()
 
         def start() -> None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the loop
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the loop handles them
             _enter(self.fd)
             prepare()
 
@@ -111,7 +111,7 @@ class Namespace:
         self._thread = thread
 
     def run(self, function: Callable[[], T]) -> T:
-        """function() inside: its result is returned, its exception raised. Raises NoEntry as well."""
+        """Run function() inside; returns its result, raises its exception. Raises NoEntry as well."""
         if self._thread is None:
             return run_in(self.fd, function, settle=False)
         outcome: SimpleQueue[Any] = SimpleQueue()
@@ -119,9 +119,9 @@ class Namespace:
         return _result(outcome)  # type: ignore[no-any-return]
 
     def post(self, function: Callable[[], None]) -> None:
-        """Have function() done inside, after what was asked for before it, and do not wait. It should not raise.
+        """Queue function() as a job inside, after earlier jobs, without waiting. It should not raise.
 
-        Before `move_in` it is waited for, and NoEntry may be raised.
+        Before `move_in` this waits, and may raise NoEntry.
         """
         if self._thread is None:
             self.run(lambda: _guarded(function))
@@ -139,12 +139,12 @@ class Namespace:
 def _guarded(function: Callable[[], None]) -> None:
     try:
         function()
-    except Exception as e:  # nobody waits for it, and the next job must find the thread alive
+    except Exception as e:  # no caller waits for it, and the thread must go on with the next job
         log.err(f"In the network namespace: {e!r}")
 
 
 class NoEntry(OSError):
-    """The namespace may not be entered, or is none."""
+    """The namespace may not be entered, or `fd` is not a namespace."""
 
 
 def _enter(netns: int) -> None:
@@ -160,14 +160,14 @@ def _thread_count() -> int:
 
 
 def settle() -> None:
-    """Wait until there is one thread only, as fork() wants it. All others must have been joined."""
+    """Wait until the process is single-threaded, for fork(). All other threads must have been joined."""
     _wait_for_threads(1)
 
 
 def _wait_for_threads(count: int) -> None:
-    """Wait until the kernel has let go of ended threads.
+    """Wait until the kernel has removed ended threads.
 
-    join() returns a moment before; setns(CLONE_NEWUSER) refuses, and fork() warns, as long as there are several.
+    join() returns a moment before; until then setns(CLONE_NEWUSER) fails and fork() warns.
     """
     deadline = time.monotonic() + _GONE_TIMEOUT
     while _thread_count() > count and time.monotonic() < deadline:
@@ -175,7 +175,7 @@ def _wait_for_threads(count: int) -> None:
 
 
 def path_of(name: str, run_dir: str) -> str:
-    """The file of --netns NAME|PATH: a bare name lies in `run_dir`."""
+    """The file of --netns NAME|PATH: a bare name is in `run_dir`."""
     return name if "/" in name else f"{run_dir.rstrip('/')}/{name}"
 
 
@@ -186,7 +186,7 @@ def open_ns(path: str, kind: int) -> int:
         if fcntl.ioctl(fd, NS_GET_NSTYPE) == kind:
             return fd
     except OSError:
-        pass  # ENOTTY: no namespace at all
+        pass  # ENOTTY: not a namespace
     os.close(fd)
     raise OSError(errno.EINVAL, "not a namespace of that kind")
 

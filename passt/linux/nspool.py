@@ -1,14 +1,14 @@
-"""Sockets of the guest's network namespace, made in advance.
+"""Sockets of the guest's network namespace, opened in advance.
 
-A socket belongs to the namespace that the thread which opened it was in. The main thread stays in the host's; another
-one is inside (`linux/netns.py`) and opens a batch when it is told to. `take` is then a pop from a list. When half of a
-batch is used up the next one is asked for, and the loop goes on meanwhile.
+A socket belongs to the namespace of the thread that opens it. The main thread stays in the host's; another thread is
+inside (`linux/netns.py`) and opens batches on request. `take` is then a pop from a list. When half of a batch is used
+up, the next one is requested, and the loop goes on meanwhile.
 
     time                             cost
     -------------------------------  --------------------------------------------
     take, pool not empty             a list access
     take, pool empty                 waiting for the thread: about 0.3 ms
-    nothing is forwarded             nothing: the first `take` fills the pool
+    no `take` yet                    none: the first `take` fills the pool
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Kind = tuple[int, int]  # address family, socket type
 
 CALLS = setting((socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_OOBINLINE))
 
-new_socket = socket.SocketType  # the C type: making its subclass `socket.socket` costs as much again
+new_socket = socket.SocketType  # the C type: an instance of its subclass `socket.socket` costs twice as much
 
 
 def open_socket(family: int, kind: int) -> Any:
     """A non-blocking socket of `family` and `kind` (SOCK_STREAM, SOCK_DGRAM). Raises OSError.
 
-    A stream forwards what others have cut already: TCP_NODELAY, and the urgent byte is one of the stream.
+    A stream socket forwards segments at once (TCP_NODELAY), with urgent data in line.
     """
     sock = new_socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     if kind == socket.SOCK_STREAM:
@@ -71,17 +71,17 @@ class NsSockets:
                 self._errors[key] = e
 
     def _wait(self, key: Kind) -> None:
-        """Until the batch is there. Raises what it ended with if there is nothing even then."""
+        """Wait for the batch. Raises its error if the pool is still empty."""
         if key in self._asked:
-            self.namespace.run(_nothing)  # comes after it
+            self.namespace.run(_nothing)  # a job after the batch
         if not self._pools[key]:
             error = self._errors.pop(key, None)
             if error is not None:
                 raise error
-            self._ask(key)  # its last socket was taken while it was about to end
+            self._ask(key)  # all of its sockets were taken before its end
 
     def _fill(self, key: Kind) -> None:
-        """In the thread inside: open until the pool is full or something fails."""
+        """In the thread inside: open sockets until the pool is full or a call fails."""
         pool = self._pools[key]
         try:
             for _ in range(self._size - len(pool)):
@@ -92,7 +92,7 @@ class NsSockets:
             self._asked.discard(key)
 
     def close(self) -> None:
-        """Close what was not taken."""
+        """Close unused sockets."""
         self.namespace.run(_nothing)
         for pool in self._pools.values():
             while pool:
@@ -100,4 +100,4 @@ class NsSockets:
 
 
 def _nothing() -> None:
-    """A job that is done when all before it are."""
+    """A job that ends after all earlier jobs."""

@@ -1,15 +1,15 @@
-"""Which ports are bound in a network namespace, asked again and again through what was opened there once.
+"""Ports that are bound in a network namespace, read repeatedly through descriptors that were opened in it once.
 
-The kernel is asked by sock_diag(7), which ss(8) uses too, for listening TCP sockets and for unconnected UDP ones. The
-socket belongs to the namespace of the thread that opened it for as long as it is open, whoever uses it, so neither a
-path nor a thread inside is needed later. A request and its dump, as far as they matter:
+sock_diag(7), which ss(8) uses too, lists listening TCP sockets and unconnected UDP sockets. Its socket stays in the
+namespace of the thread that opened it, for any user, so that neither a path nor a thread inside is needed later. The
+relevant parts of a request and its dump:
 
     struct nlmsghdr            length u32 | type u16 | flags u16 | sequence u32 | port u32
     struct inet_diag_req_v2    family u8 | protocol u8 | ext u8 | pad u8 | states u32 | sockid (48)
     struct inet_diag_msg       family u8 | state u8 | timer u8 | retrans u8 | source port u16, big-endian |
                                destination port u16 | source address (16, of which IPv4 uses 4) | ...
 
-A kernel without inet_diag has the files /proc/net/{tcp,tcp6,udp,udp6}, which belong to a namespace in the same way:
+A kernel without inet_diag has the files /proc/net/{tcp,tcp6,udp,udp6}, which stay in a namespace likewise:
 
       sl  local_address rem_address   st tx_queue rx_queue ...          addresses in host order, ports as they are read
        0: 00000000:1F90 00000000:0000 0A 00000000:00000000 ...
@@ -21,7 +21,7 @@ A kernel without inet_diag has the files /proc/net/{tcp,tcp6,udp,udp6}, which be
     TCP_CLOSE: UDP, bound and not       07      10 us, 0.5 us for each     10 us, 2 us for each
     connected to one peer
 
-Listening sockets come first in the files, so that the first other one ends the reading.
+Listening sockets come first in the files, so reading ends at the first other one.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ Pinned = set[tuple[bytes, int]]
 
 
 class PortTables(Protocol):
-    """What is bound in one namespace."""
+    """The bound ports of one namespace."""
 
     def bound(self, proto: int) -> set[int]:
-        """Ports that are bound now, TCP ones if they are listened on; but not by `pinned` alone. Raises OSError."""
+        """Ports that are bound now (TCP: listening), except those that are only in `pinned`. Raises OSError."""
 
     def pinned(self, proto: int) -> Pinned:
         """Addresses in 127/8, other than 127.0.0.1, and ports that were bound there at the last call of `bound`.
 
-        That is where systemd-resolved serves, for instance (127.0.0.53); who connects elsewhere does not find it.
+        systemd-resolved, for instance, serves 127.0.0.53; a connection to another address does not reach it.
         """
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the descriptors."""
 
 
 def open_tables() -> PortTables:
@@ -87,7 +87,7 @@ _STATES = {PROTO_TCP: 1 << 0x0A, PROTO_UDP: 1 << 0x07}
 def parse_diag(data: bytes, sequence: int, ports: set[int], pinned: Pinned) -> bool:
     """Add the ports of one part of the dump `sequence`; True if it is the last one. Raises OSError if the kernel says.
 
-    What is no message of that dump says nothing.
+    Other data is ignored.
     """
     at = 0
     while at + _MESSAGE.size <= len(data):
@@ -179,7 +179,7 @@ _PAGE = 4096 - 256  # a part that is shorter than a page less a line is the last
 
 
 def parse(proto: int, text: bytes, pinned: Pinned) -> set[int]:
-    """Ports that are bound, in the text of a file of protocol `proto`. Lines of any other shape say nothing."""
+    """Ports that are bound, in the text of a file of protocol `proto`. Lines of any other format are ignored."""
     ports: set[int] = set()
     for address, port in _BOUND[proto].findall(text):
         packed = _WORD.pack(int(address, 16)) if len(address) == 8 else b"\0"
@@ -223,7 +223,7 @@ class ProcTables:
 
 
 def _read(fd: int, proto: int) -> bytes:
-    """The part of a file that matters."""
+    """The relevant part of a file."""
     parts = []
     offset = 0
     while part := os.pread(fd, _READ_SIZE, offset):

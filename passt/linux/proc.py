@@ -1,4 +1,4 @@
-"""Facts from /proc: who we are mapped to, whether a PID exists, what is open, which ports are ephemeral."""
+"""Facts from /proc: id mappings, existence of a PID, open descriptors, ephemeral ports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ INIT_USERNS_MAP = ["0", "0", "4294967295"]  # the identity over all 32-bit ids
 
 
 def in_init_userns(uid_map: str = "/proc/self/uid_map") -> bool:
-    """Whether user ids mean what they mean on the machine: we are not inside a user namespace."""
+    """Whether the process is in the initial user namespace."""
     try:
         with open(uid_map) as f:
             return f.read().split() == INIT_USERNS_MAP
@@ -30,7 +30,7 @@ def may_set_groups() -> bool:
 
 
 def overflow_uid(path: str = "/proc/sys/kernel/overflowuid") -> int:
-    """What users are called that do not exist in a user namespace."""
+    """The uid that stands for users who do not exist in a user namespace."""
     try:
         with open(path) as f:
             return int(f.read())
@@ -39,7 +39,7 @@ def overflow_uid(path: str = "/proc/sys/kernel/overflowuid") -> int:
 
 
 def ephemeral_ports(path: str = "/proc/sys/net/ipv4/ip_local_port_range") -> range | None:
-    """Ports that the kernel gives to sockets that ask for none; None if it does not tell."""
+    """Ports that the kernel assigns to sockets without a port; None if the range cannot be read."""
     try:
         with open(path) as f:
             first, last = map(int, f.read().split())
@@ -54,7 +54,7 @@ def exists(pid: int) -> bool:
 
 
 def describe(pid: int) -> str:
-    """'process 1 is systemd of root', or as much of it as can be known. For error messages: psutil takes its time."""
+    """'process 1 is systemd of root', or 'process 1'. For error messages only: psutil is slow to import."""
     import psutil
 
     try:
@@ -65,8 +65,8 @@ def describe(pid: int) -> str:
 
 
 def inherited_fds() -> list[int]:
-    """Descriptors from 3 up that are open now: what whoever started us left open, when asked first thing."""
-    # The directory itself is open during the listing, under a number that is free again afterwards.
+    """Descriptors from 3 up that are open now: the inherited ones, if called before any other is opened."""
+    # The directory itself is open during the listing, under a number that is free again afterwards
     return [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2 and _is_open(fd)]
 
 

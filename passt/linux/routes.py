@@ -1,14 +1,14 @@
-"""Routes, addresses and links as plain values, and every decision about them: pure functions, no socket.
+"""Routes, addresses and links as plain values, and all decisions about them: pure functions, no socket.
 
-What a host's tables look like varies without end (a /32 with an on-link gateway, equal-cost paths, next-hop objects,
-tunnels without addresses, several defaults, none). So nothing here refuses: each function takes what it can use and
-leaves the rest, and the caller says in one line what was left.
+The tables of hosts vary widely (a /32 with an on-link gateway, equal-cost paths, next-hop objects, tunnels without
+addresses, several defaults, none). So no function here fails: each uses the entries that it can use and ignores the
+rest, and the caller logs one line about ignored entries.
 
     template interface   that of the best default route of a family, else that of its first route beyond link-local
-    addresses            all of it, but those of link scope (the namespace makes its own) and deprecated ones
-    routes               unicast, main table, through that interface; hops through others are left out
+    addresses            all of it, except those of link scope (the namespace has its own) and deprecated ones
+    routes               unicast, main table, through that interface; hops through other interfaces are left out
 
-Routes are put in an order in which each gateway is reachable when its route is added: on-link ones first. Lifetimes,
+Routes are sorted so that each gateway is reachable when its route is added: on-link routes first. Lifetimes,
 preferred sources and metrics of the host's link (path MTU, windows) are not copied: they belong to that link.
 """
 
@@ -23,7 +23,7 @@ RT_SCOPE_UNIVERSE = 0
 RT_SCOPE_LINK = 253
 RT_SCOPE_HOST = 254
 RTPROT_BOOT = 3
-COPY_LIMIT = 4096  # a host with a full Internet table has nothing in it that the namespace needs
+COPY_LIMIT = 4096  # a namespace does not need a full Internet table
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One way of a route. A gateway of the other family (RFC 5549) has the other length."""
+    """A next hop of a route. A gateway of the other family (RFC 5549) has the other length."""
 
     index: int
     gateway: bytes | None = None
@@ -76,13 +76,13 @@ class Route:
         return self.prefix_len == 0
 
     def __str__(self) -> str:
-        ways = " ".join(f"via {addr.text(h.gateway)}" for h in self.hops if h.gateway)
-        return f"{'default' if self.default else f'{addr.text(self.dst)}/{self.prefix_len}'} {ways}".rstrip()
+        hops = " ".join(f"via {addr.text(h.gateway)}" for h in self.hops if h.gateway)
+        return f"{'default' if self.default else f'{addr.text(self.dst)}/{self.prefix_len}'} {hops}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What netlink told about the host, once, at start."""
+    """The host's configuration, read by netlink once, at start."""
 
     links: tuple[Link, ...] = ()
     addresses: tuple[Address, ...] = ()
@@ -101,13 +101,13 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class NsPlan:
-    """What the tap in the namespace should become."""
+    """The configuration of the tap in the namespace."""
 
     ifname: str
-    mac: bytes | None = None  # None: the one that the kernel drew
-    mtu: int = 0  # 0: left alone
+    mac: bytes | None = None  # None: the kernel's random address
+    mtu: int = 0  # 0: not set
     txqlen: int = 1000
-    configure: bool = False  # the rest only applies then
+    configure: bool = False  # whether addresses and routes are set
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
 
@@ -116,7 +116,7 @@ class NsPlan:
 
 
 def pick_interface(host: Host, v6: bool) -> tuple[int, str]:
-    """Index of the template interface of a family (0: none), and why that one.
+    """Index of the template interface of a family (0: none), and the reason.
 
     The default route with the lowest metric decides, the first of equals; else the first route beyond link-local.
     """
@@ -139,7 +139,7 @@ def pick_interface(host: Host, v6: bool) -> tuple[int, str]:
 
 
 def _among(host: Host, index: int, metric: int, metrics: dict[int, int]) -> str:
-    """What sets apart the default route through `index` from those through other interfaces."""
+    """The difference of the default route through `index` from those through other interfaces."""
     others = ", ".join(f"{_name(host, i)} has {m}" for i, m in sorted(metrics.items()) if i != index)
     if not others:
         return ""
@@ -158,7 +158,7 @@ def _name(host: Host, index: int) -> str:
 
 
 def pick_address(host: Host, index: int, v6: bool) -> Address | None:
-    """The address that stands for interface `index`: longest prefix, first among equals, not deprecated."""
+    """The main address of interface `index`: longest prefix, first among equals, not deprecated."""
     candidates = [
         a
         for a in host.addresses
@@ -176,7 +176,7 @@ def pick_link_local(host: Host, index: int) -> bytes | None:
 def pick_gateway(host: Host, index: int, v6: bool) -> bytes | None:
     """Gateway of the default route through `index`; of several paths that with the highest weight, first of equals.
 
-    An IPv4 route through an IPv6 gateway has none that could be told to a DHCP client.
+    An IPv4 route through an IPv6 gateway has none that DHCP could send.
     """
     through = [r for r in host.routes(v6) if r.default and any(h.index == index for h in r.hops)]
     for route in sorted(through, key=lambda r: r.metric):
@@ -190,7 +190,7 @@ def pick_gateway(host: Host, index: int, v6: bool) -> bytes | None:
 
 
 def addresses_to_copy(host: Host, index: int, v6: bool) -> tuple[Address, ...]:
-    """All addresses of the template interface that make sense in the namespace."""
+    """All addresses of the template interface that are copied to the namespace."""
     return tuple(
         a
         for a in host.addresses
@@ -215,7 +215,7 @@ def cut(found: tuple[Route, ...]) -> tuple[Route, ...]:
 
 
 def unresolved(host: Host, v6: bool) -> int:
-    """How many routes name no interface: next-hop objects that the kernel does not spell out."""
+    """Number of routes without an interface: next-hop objects that the kernel does not expand."""
     return sum(not any(h.index for h in r.hops) for r in host.routes(v6))
 
 
@@ -233,10 +233,10 @@ def single_routes(gateway: bytes, address: bytes | None, prefix_len: int) -> tup
 
 
 def add_in_passes(routes: Iterable[Route], add: Callable[[Route], None]) -> list[tuple[Route, OSError]]:
-    """add(route) for all, repeating those that fail until a pass makes no progress; returns the rest and why.
+    """add(route) for all, repeating failed ones until a pass makes no progress; returns failed ones with their errors.
 
-    What still fails is tried once more with its gateways declared on-link: that is how a gateway outside every
-    prefix was reachable on the host.
+    A route that still fails is tried once more with its gateways declared on-link: so a gateway outside every prefix
+    was reachable on the host.
     """
     pending = list(routes)
     while True:
@@ -254,7 +254,7 @@ def _one_pass(routes: Sequence[Route], add: Callable[[Route], None]) -> list[tup
         try:
             add(route)
         except FileExistsError:
-            continue  # the kernel made it itself, together with an address
+            continue  # the kernel has added it together with an address
         except OSError as e:
             failed.append((route, e))
     return failed

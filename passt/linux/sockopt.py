@@ -1,16 +1,16 @@
-"""Socket options that CPython 3.11 has no name for, what the kernel says in error queues, and probes of what it can do.
+"""Socket options that CPython 3.11 has no name for, entries of error queues, and probes of the kernel's features.
 
 Numbers are those of include/uapi/linux/{udp,in,in6,errqueue}.h and asm-generic/socket.h (all architectures that Debian
-supports use the generic ones for the options named here). A probe tries the option on a socket of its own: what a
-kernel can do is asked, never inferred from its version.
+supports use the generic ones for the options named here). A probe tries the option on a socket of its own: features are
+never inferred from the kernel's version.
 
-    option              since   what for
+    option              since   purpose
     ------------------  ------  -----------------------------------------------------------------
-    UDP_SEGMENT         4.18    one send of a run of equal-sized datagrams
-    UDP_GRO             5.0     one receive of such a run; a control message tells the size
-    IP(V6)_RECVERR      2.2     ICMP errors, with their offender and what they quote
-    SO_PEEK_OFF (TCP)   6.9     peeking goes on where it stopped
-    SO_MEMINFO          4.6     how full a socket's buffers are
+    UDP_SEGMENT         4.18    send a GSO batch of equal-sized datagrams
+    UDP_GRO             5.0     receive such a batch; a control message has the datagram size
+    IP(V6)_RECVERR      2.2     ICMP errors, with their offender and the quoted packet
+    SO_PEEK_OFF (TCP)   6.9     a peek continues where the last one ended
+    SO_MEMINFO          4.6     use of a socket's buffers
 """
 
 from __future__ import annotations
@@ -46,29 +46,29 @@ _HOPS = {
     (16, True): (socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS),
 }
 
-# Origins of an extended error: who says so (struct sock_extended_err.ee_origin).
+# Origins of an extended error (struct sock_extended_err.ee_origin)
 ORIGIN_LOCAL = 1
 ORIGIN_ICMP = 2
 ORIGIN_ICMP6 = 3
 
-ERRORS_PER_DRAIN = 64  # what one call of read_errors takes at most; epoll reports the rest
+ERRORS_PER_DRAIN = 64  # limit of one call of read_errors; epoll reports the rest
 QUOTE_MAX = 1280  # no ICMP error quotes more (RFC 4443, 2.4 (c); RFC 1812, 4.3.2.3 stops at 576)
 _CONTROL_SIZE = 256
 
 
 def creating(family: int, kind: int, proto: int = 0) -> Call:
-    """socket(2) of that kind, which has flags beside it (SOCK_NONBLOCK, SOCK_CLOEXEC), and protocol."""
+    """socket(2) of that kind, which may have flags (SOCK_NONBLOCK, SOCK_CLOEXEC), and of that protocol."""
     return Call("socket", (Condition(0, family), Condition(1, kind, 0xF), Condition(2, proto)))
 
 
 def setting(*options: tuple[int, int], mode: str | None = None) -> Calls:
-    """setsockopt(2) of these (level, option) and no others: some are a guest's way to the host's packet filters, to
-    addresses of others (IP_TRANSPARENT), to programs that the kernel runs (SO_ATTACH_FILTER).
+    """setsockopt(2) of these (level, option) alone. Other options would give a hostile guest access to the host's
+    packet filters, to foreign addresses (IP_TRANSPARENT), and to BPF programs (SO_ATTACH_FILTER).
     """
     return tuple(Call("setsockopt", (Condition(1, level), Condition(2, option)), mode) for level, option in options)
 
 
-# TCP and UDP. Who sets an option declares it
+# TCP and UDP. A module that sets an option declares it
 CALLS = (
     *(
         creating(family, kind)
@@ -85,7 +85,7 @@ def recverr(family: int) -> tuple[int, int]:
 
 
 def freebind(family: int) -> tuple[int, int]:
-    """(level, option) that lets a socket be bound to an address that is on no interface."""
+    """(level, option) that allows bind(2) to an address that is on no interface."""
     return (socket.IPPROTO_IP, IP_FREEBIND) if family == socket.AF_INET else (socket.IPPROTO_IPV6, IPV6_FREEBIND)
 
 
@@ -99,13 +99,13 @@ HOPS = tuple(_HOPS.values())
 
 
 def hops_option(dst: bytes) -> tuple[int, int]:
-    """(level, option) of the TTL or hop limit of what is sent to `dst`, a packed address."""
+    """(level, option) of the TTL or hop limit of packets to `dst`, a packed address."""
     return _HOPS[len(dst), addr.is_multicast(dst)]
 
 
 @dataclass(frozen=True, slots=True)
 class ExtendedError:
-    """struct sock_extended_err and the address of who reported it.
+    """struct sock_extended_err and the address of its reporter.
 
     errno u32 | origin u8 | type u8 | code u8 | pad u8 | info u32 | data u32 | struct sockaddr offender
     """
@@ -115,7 +115,7 @@ class ExtendedError:
     type: int
     code: int
     info: int  # the next hop's MTU, when the error is about a datagram that is too big
-    offender: bytes | None  # packed address, None when the kernel itself complains
+    offender: bytes | None  # packed address, None for an error of the local kernel
 
     @classmethod
     def parse(cls, data: bytes) -> ExtendedError:
@@ -152,9 +152,9 @@ class ExtendedError:
 
 
 def read_errors(sock: socket.socket) -> list[tuple[ExtendedError, bytes]]:
-    """Empty the error queue of `sock`: each error and the payload of the datagram that caused it, as far as quoted.
+    """Empty the error queue of `sock`: each error and the quoted payload of the datagram that caused it.
 
-    A bounded number per call. Ends with the socket's pending error cleared, so that EPOLLERR is off unless more waits.
+    A bounded number per call. The socket's pending error is cleared, so that EPOLLERR is off unless entries are left.
     """
     found: list[tuple[ExtendedError, bytes]] = []
     for _ in range(ERRORS_PER_DRAIN):
@@ -180,7 +180,7 @@ def default_hops() -> dict[int, int]:
             with socket.socket(family, socket.SOCK_DGRAM) as s:
                 hops[len(dst)] = s.getsockopt(*hops_option(dst))
         except OSError:
-            pass  # this host does without the family, so nothing will be sent in it
+            pass  # the host lacks the family, so no packet of it will be sent
     return hops
 
 
@@ -194,10 +194,10 @@ def _accepts(kind: int, level: int, option: int, value: int) -> bool:
 
 
 def probe_udp_gro() -> bool:
-    """Whether UDP sockets deliver runs of datagrams in one piece."""
+    """Whether UDP sockets coalesce received datagrams."""
     return _accepts(socket.SOCK_DGRAM, SOL_UDP, UDP_GRO, 1)
 
 
 def probe_udp_segment() -> bool:
-    """Whether UDP sockets cut what is sent into datagrams."""
+    """Whether UDP sockets segment a sent buffer into datagrams."""
     return _accepts(socket.SOCK_DGRAM, SOL_UDP, UDP_SEGMENT, 1000)

@@ -1,4 +1,4 @@
-"""System calls that the standard library of CPython 3.11 lacks, by ctypes; its own functions where it has them.
+"""System calls that the standard library of CPython 3.11 lacks, by ctypes; functions of the library where they exist.
 
 `os.setns` and `os.unshare` came with 3.12, `os.timerfd_*` with 3.13. All of them raise OSError with the errno.
 """
@@ -17,7 +17,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check(result: int, what: str) -> int:
-    """`result` of a C function that says -1 on error; raises OSError naming the call."""
+    """`result` of a C function that returns -1 on error; raises OSError naming the call."""
     if result < 0:
         e = ctypes.get_errno()
         raise OSError(e, f"{what}: {os.strerror(e)}")
@@ -126,7 +126,7 @@ PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str = "") -> None:
-    """Mount; `fstype` is empty when only the place or the propagation of a mount changes."""
+    """Mount; `fstype` is empty if only the mount point or the propagation changes."""
     args = source.encode(), os.fsencode(target), fstype.encode() or None, ctypes.c_ulong(flags), data.encode() or None
     check(_libc.mount(*args), "mount")
 
@@ -137,24 +137,24 @@ def umount(target: str, flags: int) -> None:
 
 
 def pivot_root(number: int, new: str, old: str) -> None:
-    """Make `new` the root, and find the old one at `old`. The C library has no function for it: give its number."""
+    """Make `new` the root, and move the old one to `old`. The C library has no function for it: pass its number."""
     check(_libc.syscall(ctypes.c_long(number), os.fsencode(new), os.fsencode(old)), "pivot_root")
 
 
 def open_tree(number: int, path: str, *, recursive: bool) -> int:
-    """A descriptor of a new mount, which is nowhere in the file system, of what is below the directory `path`."""
+    """A descriptor of a new detached mount of the directory `path`."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
     return check(_libc.syscall(ctypes.c_long(number), _AT_FDCWD, os.fsencode(path), ctypes.c_uint(flags)), "open_tree")
 
 
 def prctl(option: int, value: int) -> int:
-    """prctl(2) for options that take one number; returns what it says."""
+    """prctl(2) for options with one number; returns its result."""
     zero = ctypes.c_ulong(0)
     return check(_libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl")
 
 
 def parent_death_signal() -> int:
-    """The signal that we get when our parent dies (PR_GET_PDEATHSIG); 0: none."""
+    """The parent-death signal (PR_GET_PDEATHSIG); 0: none."""
     number = ctypes.c_int()
     zero = ctypes.c_ulong(0)
     check(_libc.prctl(PR_GET_PDEATHSIG, ctypes.byref(number), zero, zero, zero), "prctl")
@@ -179,12 +179,12 @@ def _capabilities() -> tuple[bytes, int, int]:
 
 
 def has_capability(cap: int) -> bool:
-    """Whether the calling thread has `cap` in effect, in its user namespace."""
+    """Whether `cap` is in the effective set of the calling thread, in its user namespace."""
     return bool(_capabilities()[1] >> cap & 1)
 
 
 def set_capabilities(*kept: int) -> None:
-    """Leave the calling thread those of its permitted capabilities that are `kept`, in effect, and no others."""
+    """Set the effective and permitted sets of the calling thread to those of its permitted capabilities in `kept`."""
     header, _, permitted = _capabilities()
     bits = permitted & sum(1 << cap for cap in kept)
     low, high = bits & 0xFFFFFFFF, bits >> 32
@@ -229,5 +229,5 @@ def inotify_init() -> int:
 
 
 def inotify_add_watch(fd: int, path: str, mask: int) -> int:
-    """Watch what `path` leads to; returns the watch."""
+    """Watch the file at `path`; returns the watch."""
     return check(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(mask)), "inotify_add_watch")

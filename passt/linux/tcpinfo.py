@@ -1,8 +1,8 @@
-"""What the kernel tells about a TCP socket: TCP_INFO and SO_MEMINFO, and what this kernel lacks of it.
+"""State of a TCP socket in the kernel: TCP_INFO and SO_MEMINFO, and a probe for missing fields.
 
-struct tcp_info (include/uapi/linux/tcp.h) only ever grew at its end, so a field exists if the kernel returned enough
-bytes. Every field used here has a fallback where it is used; `HAS` is probed once by `probe` and may be replaced by a
-test to hide a field.
+struct tcp_info (include/uapi/linux/tcp.h) has only grown at its end, so a field exists if the kernel returns enough
+bytes. Each field used here has a fallback where it is used. `probe` runs once; a test may replace its result to hide a
+field.
 
     field              offset  size  since
     tcpi_state              0     1  2.4
@@ -39,7 +39,7 @@ TCP_CLOSE = 7  # tcpi_state, include/net/tcp_states.h
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the kernel offers on TCP sockets."""
+    """Features of TCP sockets of the running kernel."""
 
     bytes_acked: bool = True
     min_rtt: bool = True
@@ -49,7 +49,7 @@ class Features:
 
 
 def probe() -> Features:
-    """Ask a socket of the running kernel."""
+    """Probe the running kernel with a socket."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
         n = len(s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_LEN))
         return Features(
@@ -70,17 +70,17 @@ def _works(s: socket.socket, call: Any) -> bool:
 
 
 def tcp_info(sock: Any) -> bytes:
-    """The raw structure, as long as the kernel has it (at most TCP_INFO_LEN). Raises OSError."""
+    """The raw structure, in the length of the kernel (at most TCP_INFO_LEN). Raises OSError."""
     info: bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_LEN)
     return info
 
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What an operator may want to know of a socket. None: this kernel does not tell, or there was nothing to measure.
+    """Figures of a socket for users. None: the kernel lacks the field, or has no measurement yet.
 
-    `acked` and `received` count SYN and FIN as a byte each, where those were acknowledged and received: all but the SYN
-    of a socket that was accepted, and the peer's.
+    `acked` and `received` count SYN and FIN as a byte each, if these were acknowledged and received: all except the SYN
+    of an accepted socket, and the peer's.
     """
 
     rtt: float | None  # s
@@ -102,7 +102,7 @@ class Details:
 
 
 def details(sock: Any) -> Details | None:
-    """Of a socket; None if it has none any more."""
+    """The figures of a socket; None if it has none any more."""
     try:
         return Details.parse(tcp_info(sock))
     except OSError:
@@ -110,7 +110,7 @@ def details(sock: Any) -> Details | None:
 
 
 def is_closed(sock: Any) -> bool:
-    """Whether a socket that was connected is so no more: reset, or at its end in both directions. Raises OSError."""
+    """Whether a socket is no longer connected: reset, or closed in both directions. Raises OSError."""
     return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE)
 
 
@@ -127,7 +127,7 @@ def u64(info: bytes, offset: int) -> int:
 def send_buffer(sock: Any, features: Features) -> tuple[int, int]:
     """(size, used) of the send buffer in bytes of kernel memory. Raises OSError.
 
-    Without SO_MEMINFO the use is unknown: half of the buffer is taken as used, which promises less than there is.
+    Without SO_MEMINFO the use is unknown and half of the buffer is assumed, which is conservative.
     """
     if features.meminfo:
         m = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))

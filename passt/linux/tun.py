@@ -1,17 +1,17 @@
-"""The tap device: created in the network namespace of the calling thread, with every offload that the kernel gives.
+"""The tap device: created in the network namespace of the calling thread, with all offloads that the kernel has.
 
-`IFF_VNET_HDR` puts a 10-byte virtio-net header before each frame. With it the kernel hands us frames whose checksums
-are not computed yet and whose payload is up to 64 KiB at any MTU, and takes such frames from us. TUNSETOFFLOAD says
-what we are ready to *receive*; the namespace sees it as the features of its interface (`ethtool -k`):
+`IFF_VNET_HDR` puts a 10-byte virtio-net header before each frame. With it, frames in both directions may have partial
+checksums and up to 64 KiB of payload at any MTU. TUNSETOFFLOAD declares the offloads that we can *receive*; the
+namespace sees them as the features of its interface (`ethtool -k`):
 
     flag          meaning for us                                           kernel
     ------------  -------------------------------------------------------  ------
     TUN_F_CSUM    frames with partial checksums                            2.6.27
     TUN_F_TSO4/6  TCP super-frames                                         2.6.27
-    TUN_F_USO4/6  UDP super-frames, each a run of equal-sized datagrams    6.2
+    TUN_F_USO4/6  UDP super-frames, each a batch of equal-sized datagrams  6.2
 
-The device lives as long as its descriptor: it vanishes with the process. One that was made by somebody else, and whose
-descriptor we inherit, may lack the vnet header, and with it all offloads.
+The device exists as long as its descriptor: it vanishes with the process. An inherited descriptor of a device that
+another program created may lack the vnet header, and with it all offloads.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6 = 0x01, 0x02, 0x04, 0
 _TSO = TUN_F_TSO4 | TUN_F_TSO6
 _USO = TUN_F_USO4 | TUN_F_USO6
 
-# What is asked for, best first.
+# Sets of offloads to request, best first
 OFFLOAD_SETS = (
     ("checksum, TSO and USO", TUN_F_CSUM | _TSO | _USO),
     ("checksum and TSO", TUN_F_CSUM | _TSO),
@@ -62,7 +62,7 @@ CALLS = one_of("ioctl", 1, TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, mode=PASTA
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """An open tap device and what it may hand us. Without `vnet` frames have no vnet header, and no offloads."""
+    """An open tap device and its offloads. Without `vnet`, frames have no vnet header and no offloads."""
 
     fd: int
     ifname: str
@@ -88,7 +88,7 @@ def open_tap(ifname: str) -> Tap:
 def attach(fd: int, ifname: str) -> Tap:
     """Create `ifname` in the namespace in which `fd` was opened, and attach `fd` to it. Raises OSError.
 
-    That is possible again when somebody has deleted the interface, from whatever namespace the calling thread is in.
+    This can be repeated after a deletion of the interface, from any namespace.
     """
     try:
         fcntl.ioctl(fd, TUNSETIFF, _IFREQ.pack(ifname.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
@@ -99,10 +99,10 @@ def attach(fd: int, ifname: str) -> Tap:
 
 
 def inherited_tap(fd: int) -> tuple[Tap, bytes]:
-    """The tap device that somebody else made and left open as `fd`, and its MAC address. Raises OSError saying why not.
+    """The inherited tap device `fd`, and its MAC address. Raises OSError with the reason if it cannot be used.
 
-    It is used as it is, but for the size of the vnet header and the offloads, which are matters of the descriptor. It
-    must have been made with IFF_NO_PI: that cannot be looked up, IFF_NOFILTER is reported in its place.
+    Its configuration stays, except the size of the vnet header and the offloads, which belong to the descriptor. It
+    must have been created with IFF_NO_PI: that cannot be checked, since IFF_NOFILTER is reported in its place.
     """
     try:
         name, flags = _IFREQ.unpack(fcntl.ioctl(fd, TUNGETIFF, bytes(_IFREQ.size)))
@@ -138,7 +138,7 @@ def _hint(e: int | None) -> str:
 
 
 def _set_offloads(tunsetoffload: Callable[[int], object]) -> int:
-    """Ask for the sets of offloads, best first; returns the flags of the first that the kernel takes."""
+    """Request sets of offloads, best first; returns the flags of the first that the kernel accepts."""
     for name, flags in OFFLOAD_SETS:
         try:
             tunsetoffload(flags)

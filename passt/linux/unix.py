@@ -1,11 +1,11 @@
-"""UNIX domain sockets in the file system (unix(7)): listening at a path, and who is at the other end.
+"""UNIX domain sockets in the file system (unix(7)): listening at a path, and credentials of the peer.
 
-A socket is made with mode 0700: whoever may connect to it may speak for us. A path at which nobody listens any more is
-taken over, one at which somebody does is an error, and so is anything that is no socket.
+A socket is created with mode 0700: a program that may connect has full control. A stale socket, at which no program
+listens any more, is replaced. A path at which a program listens is an error, and so is a file that is not a socket.
 
-The kernel notes who connected (SO_PEERCRED), and tells the ids as they are in the user namespace of who asks, with the
-same number for all of those that are unknown there. So ids are compared that were both read from sockets: those of
-a peer, and those of who started us, which a pair of sockets made at start keeps (`Origin`).
+The kernel records the credentials of a peer (SO_PEERCRED), and maps the ids to the user namespace of the reader, with
+the same number for all unmapped ids. So both ids of a comparison come from sockets: that of a peer, and that of the
+user who started the process, which a pair of sockets opened at start keeps (`Origin`).
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def listen_at(path: str, backlog: int = 1) -> socket.socket:
 
 
 def _clear(path: str) -> None:
-    """Remove a socket that nobody listens at any more. Raises Fatal for anything else that is there."""
+    """Remove a stale socket. Raises Fatal for any other file at the path."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise Fatal(f"Couldn't bind UNIX socket {path}: there is a file of that name, which is no socket")
+            raise Fatal(f"Couldn't bind UNIX socket {path}: there is a file of that name, which is not a socket")
     except FileNotFoundError:
         return
     except OSError as e:
         raise Fatal(f"Couldn't bind UNIX socket {path}: {e.strerror}") from None
-    # A socket of another kind is refused either way, but for a reason that depends on whether somebody is there. One of
-    # the same kind would be accepted, and a passt with --one-off would take that for its guest, and end with it.
+    # A datagram socket is refused in both cases, with an error that depends on whether a program listens. A stream
+    # socket would be accepted, and a passt with --one-off would take it for its guest, and end with it.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         error = probe.connect_ex(path)
     if error in (0, errno.EPROTOTYPE):
@@ -65,18 +65,18 @@ def _clear(path: str) -> None:
 
 
 def credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """PID, UID and GID of the other end, as they are in our namespaces now. Raises OSError."""
+    """PID, UID and GID of the peer, mapped to our namespaces. Raises OSError."""
     return _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
 
 
 class Origin:
-    """Who made it, as a socket would show them."""
+    """The user that the process runs as when this is created, as credentials of a socket."""
 
     def __init__(self) -> None:
         self._pair = socket.socketpair()
 
     def uid(self) -> int:
-        """In the user namespace that we are in now. Raises OSError."""
+        """The uid, mapped to our current user namespace. Raises OSError."""
         return credentials(self._pair[0])[1]
 
     def close(self) -> None:

@@ -68,7 +68,7 @@ def test_what_is_no_socket_stays(tmp_path: Path, make: Callable[[Path], None]) -
     path = tmp_path / "there"
     make(path)
     before = os.lstat(path)
-    with pytest.raises(Fatal, match="which is no socket"):
+    with pytest.raises(Fatal, match="which is not a socket"):
         passt.listen(str(path))
     assert os.lstat(path) == before
 
