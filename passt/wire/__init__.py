@@ -1,5 +1,5 @@
-"""Formats: bytes <-> values, and nothing else. No sockets, no clock, no log.
+"""Formats: bytes <-> values. No sockets, no clock, no log.
 
 A module per protocol holds the layout, the RFC section, `parse` and `emit` side by side.
-Whatever reads bytes of a guest does so through `cursor.Cursor` and may raise only `cursor.Malformed`.
+Code that reads bytes of a guest uses `cursor.Cursor` and may raise only `cursor.Malformed`.
 """

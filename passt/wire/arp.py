@@ -17,7 +17,7 @@ REPLY = 2
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """What stands after the Ethernet header."""
+    """The packet after the Ethernet header."""
 
     operation: int
     sender_mac: bytes

@@ -1,8 +1,8 @@
 """The Internet checksum (RFC 1071) over any amount of bytes, without a loop per byte.
 
 The one's complement sum of 16-bit words is the value of the bytes modulo 0xffff, since 2**16 = 1 (mod 0xffff);
-`int.from_bytes` and `%` therefore do the whole work in C. Zero has two representations: a sum that is a
-non-zero multiple of 0xffff is represented by 0xffff, as end-around carry would leave it.
+`int.from_bytes` and `%` therefore do the whole work in C. Zero has two representations: a sum that is a non-zero
+multiple of 0xffff is represented by 0xffff, the result of an end-around carry.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def checksum(*parts: bytes | bytearray | memoryview) -> int:
 def pseudo_sum(src: bytes, dst: bytes, proto: int, length: int) -> int:
     """Folded sum of the pseudo-header (RFC 9293, 3.1; RFC 8200, 8.1), addresses of 4 or 16 bytes.
 
-    This is what a checksum field holds when the kernel is asked to complete it (VIRTIO_NET_HDR_F_NEEDS_CSUM).
+    A checksum field holds it if the kernel is to complete the checksum (VIRTIO_NET_HDR_F_NEEDS_CSUM).
     """
     return fold(ones_sum(src) + ones_sum(dst) + proto + (length >> 16) + (length & 0xFFFF))
 

@@ -1,6 +1,6 @@
 """A bounded cursor over untrusted bytes, and the one exception that wire formats raise.
 
-Every overrun, lying length or impossible value becomes `Malformed` with a short reason, which is also the
+Each overrun, wrong length or invalid value becomes `Malformed` with a short reason, which is also the
 name under which the drop is counted. It is caught in one place (`tap.py`), never inside a protocol.
 """
 
@@ -21,7 +21,7 @@ class Malformed(Exception):
 
 
 class Cursor:
-    """Reads forward through `data`; nothing beyond `end` can be seen."""
+    """Reads forward through `data`, never beyond `end`."""
 
     __slots__ = ("data", "end", "pos", "what")
 

@@ -1,4 +1,4 @@
-"""DHCP messages (RFC 2131, 2) and their options (RFC 2132), and BOOTP (RFC 951) which they grew from.
+"""DHCP messages (RFC 2131, 2) and their options (RFC 2132), and BOOTP (RFC 951), their predecessor.
 
     op htype hlen hops | xid | secs flags | ciaddr | yiaddr | siaddr | giaddr | chaddr 16 | sname 64 | file 128
     magic cookie | options: code, length, value ... | 255 | zero padding
@@ -53,7 +53,7 @@ OVERLOAD_SNAME = 2
 
 OPTIONS_MIN = 60  # cookie and options are never shorter than BOOTP's 64 bytes of vendor information (RFC 951, 3)
 BOOTP_SIZE = 300  # of any BOOTP message (RFC 951, 3)
-SIZE_MIN = 576  # every client takes an IP datagram of this size (RFC 2131, 2)
+SIZE_MIN = 576  # every client accepts an IP datagram of this size (RFC 2131, 2)
 OPTIONS_MAX = 512  # there are 254 codes, and a message of 64 KiB can hold 250 full options
 CLIENT_ID_MAX = 255  # bytes of one option
 
@@ -149,8 +149,8 @@ class Message:
         budget = OPTIONS_MAX
         if c.left >= len(COOKIE) and c.take(len(COOKIE)) == COOKIE:
             budget = _parse_options(c.rest(), options, budget)
-        # Fields that hold options hold no names (RFC 2132, 9.3); `file` is read first. Then the option that says so has
-        # served, and means nothing where it comes again.
+        # Fields that hold options hold no names (RFC 2132, 9.3); `file` is read first. The overload option has no
+        # meaning inside these fields.
         overload = int.from_bytes(options.pop(OPT_OVERLOAD, b""), "big")
         if overload & OVERLOAD_FILE:
             budget = _parse_options(file, options, budget)

@@ -32,7 +32,7 @@ OPT_SERVER_ID = 2
 OPT_IA_NA = 3
 OPT_IA_TA = 4
 OPT_IA_ADDRESS = 5
-OPT_REQUESTED = 6  # option codes that the client would like to have (RFC 8415, 21.7)
+OPT_REQUESTED = 6  # Option Request: codes of options that the client requests (RFC 8415, 21.7)
 OPT_PREFERENCE = 7  # of this server among others (RFC 8415, 21.8)
 OPT_STATUS = 13
 OPT_RAPID_COMMIT = 14
@@ -87,7 +87,7 @@ def find(options: Options, code: int) -> bytes | None:
 
 
 def requests(options: Options, code: int) -> bool:
-    """Whether the client would like to have the option `code`. Raises Malformed."""
+    """Whether the client requests the option `code`. Raises Malformed."""
     codes = find(options, OPT_REQUESTED) or b""
     if len(codes) % 2:
         raise Malformed("DHCPv6 option request truncated")
@@ -109,7 +109,7 @@ class Message:
 
     @classmethod
     def parse(cls, data: bytes) -> Message:
-        """Raises Malformed, also for what relays say to servers: that has another layout."""
+        """Raises Malformed, also for messages between relays and servers: these have another layout."""
         c = Cursor(data, "DHCPv6")
         kind, transaction = c.unpack(_MESSAGE)
         if kind in (RELAY_FORW, RELAY_REPL):

@@ -1,7 +1,7 @@
 """Domain names as bytes (RFC 1035, 3.1 and 4.1.4), for search lists: DHCP (RFC 3397), DHCPv6 (RFC 3646), RA (RFC 8106).
 
 Text is ASCII with dots between labels; a dot at the end is the root, which every encoded name ends with anyway.
-DHCP compresses: a name may end in a pointer, 0xc000 plus the offset in the list of where its rest already stands.
+DHCP compresses: a name may end in a pointer, 0xc000 plus the offset in the list of an earlier occurrence of its rest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def labels(name: str) -> list[bytes]:
 
 
 def is_name(text: str) -> bool:
-    """Whether it can be encoded, and printed as it is."""
+    """Whether `text` can be encoded, and printed without escapes."""
     try:
         return bool(labels(text)) and text.isprintable() and " " not in text
     except ValueError:
@@ -60,7 +60,7 @@ def leading(names: Iterable[str], room: int) -> tuple[str, ...]:
 
 
 def compress_list(names: Iterable[str]) -> bytes:
-    """Names one after the other, with pointers into what went before (RFC 3397, section 2)."""
+    """Names one after the other, with pointers to earlier ones (RFC 3397, section 2)."""
     out = bytearray()
     seen: dict[tuple[bytes, ...], int] = {}
     for name in names:

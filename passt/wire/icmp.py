@@ -6,11 +6,11 @@
     +--------+--------+-----------------+
     |  identifier     |    sequence     |   echo; in errors: zero, or the MTU of the next hop
     +-----------------+-----------------+
-    |  echo data, or the packet that the error is about, cut to what fits
+    |  echo data, or the packet that caused the error, truncated
 
-An error quotes as much of the packet as fits into what every host must be able to receive: 576 bytes (RFC 1812,
-4.3.2.3) or 1280 (RFC 4443, 2.4 c). We never kept the packet; `quote` rebuilds it from the flow and the payload that
-the socket's error queue returns.
+An error quotes the packet up to the size that every host must be able to receive: 576 bytes (RFC 1812, 4.3.2.3) or 1280
+(RFC 4443, 2.4 c). The packet itself was not kept; `quote` rebuilds it from the flow and the payload that the socket's
+error queue returns.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ def error(src: bytes, dst: bytes, kind: int, code: int, word: int, packet: bytes
 
 
 def port_unreachable(src: bytes, dst: bytes, packet: bytes) -> bytes:
-    """A complete "nobody listens on this port" about `packet`, from `src` to `dst`."""
+    """A complete Port Unreachable about `packet`, from `src` to `dst`."""
     if len(src) == 4:
         return error(src, dst, UNREACHABLE, UNREACHABLE_PORT, 0, packet)
     return error(src, dst, UNREACHABLE6, UNREACHABLE6_PORT, 0, packet)
 
 
 def too_big(src: bytes, dst: bytes, mtu: int, packet: bytes) -> bytes:
-    """A complete "does not fit, the next hop takes `mtu` bytes" about `packet`, from `src` to `dst`."""
+    """A complete Fragmentation Needed or Packet Too Big about `packet`, with the `mtu` of the next hop."""
     if len(src) == 4:
         return error(src, dst, UNREACHABLE, UNREACHABLE_FRAGMENTATION, min(mtu, 0xFFFF), packet)
     return error(src, dst, PACKET_TOO_BIG6, 0, mtu, packet)

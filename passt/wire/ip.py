@@ -58,8 +58,8 @@ def skip_extensions(buf: bytes | bytearray | memoryview, offset: int, end: int, 
     """Walk the extension headers of `next_header` at `offset` of a packet that ends at `end` (RFC 8200, 4).
 
     Returns the upper-layer protocol and its offset. A fragment is reported as (FRAGMENT, offset), for the caller to
-    drop; one that is the whole datagram (RFC 6946) is walked over like any other header. What is unknown, and ESP
-    which hides the rest, counts as an upper-layer protocol. Raises Malformed: truncated, no next header, too many.
+    drop; an atomic fragment (RFC 6946) is skipped like any other header. An unknown header, and ESP, which encrypts the
+    rest, count as an upper-layer protocol. Raises Malformed: truncated, no next header, too many.
     """
     for _ in range(EXTENSIONS_MAX):
         if next_header == NO_NEXT_HEADER:

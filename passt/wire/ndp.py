@@ -1,8 +1,8 @@
 """Neighbour discovery for IPv6 (RFC 4861) with the options of router advertisements (RFC 4861, 4.6; RFC 8106).
 
 Messages are ICMPv6: type, code and checksum come first. `emit` leaves the checksum zero, `ether.icmp6_frame` fills it
-in. `parse` checks what RFC 4861 (6.1 and 7.1) lets a receiver see in the message itself; what depends on the packet
-around it (hop limit, source, destination) is for the caller.
+in. `parse` does the validation of RFC 4861 (6.1 and 7.1) that concerns the message itself; the caller validates the
+packet (hop limit, source, destination).
 
 An option is type, length in units of 8 bytes, value. An option is skipped, whatever it holds, where its type is unknown
 (RFC 4861, 4.6) or is not one of those that the message is specified to have (RFC 4861, 6.1 and 7.1). A message of more
@@ -134,7 +134,7 @@ class Dnssl:
     @classmethod
     def parse(cls, c: Cursor) -> Dnssl:
         _, lifetime = c.unpack(cls.LAYOUT)
-        # RFC 8106, 5.2 forbids compression, by which a frame could name hundreds of times its size
+        # RFC 8106, 5.2 forbids compression, by which the names of a frame could be hundreds of times its size
         return cls(domain.decode_list(c.rest(), compressed=False), lifetime)
 
     @classmethod
@@ -174,7 +174,7 @@ def _options(c: Cursor, parsers: Parsers) -> tuple[Option, ...]:
         with c.exactly(8 * size - _OPTION.size):
             if kind in parsers:
                 found.append(parsers[kind](c))
-            c.rest()  # a known option may have grown since
+            c.rest()  # a known option may be longer in a later RFC
     if c.left:
         raise Malformed("NDP too many options")
     return tuple(found)

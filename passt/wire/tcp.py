@@ -1,4 +1,4 @@
-"""TCP segments (RFC 9293, 3.1): header layout, flags, and the two options we speak.
+"""TCP segments (RFC 9293, 3.1): header layout, flags, and the two supported options.
 
      0                   1                   2                   3
     |          source port          |       destination port        |
@@ -8,8 +8,8 @@
     |           checksum            |         urgent pointer        |
     |                    options, padded to 32 bits                 |
 
-Only the maximum segment size and the window scale are sent or understood: no SACK, no timestamps, since the link to
-the guest neither reorders nor has a round trip worth measuring.
+Only the maximum segment size and the window scale are sent and parsed: no SACK, no timestamps, since the link to the
+guest does not reorder and its round-trip time is negligible.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def flag_names(flags: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SynOptions:
-    """Options of a SYN. `ws` None: the option is absent, neither side scales (RFC 7323, 2.2)."""
+    """Options of a SYN. `ws` None: the option is absent, and neither end scales (RFC 7323, 2.2)."""
 
     mss: int | None = None
     ws: int | None = None
@@ -70,7 +70,7 @@ class SynOptions:
     def emit(self) -> bytes:
         """A multiple of four bytes; the MSS must be set."""
         if self.mss is None:
-            raise ValueError("a SYN of ours always carries the MSS")
+            raise ValueError("a SYN must have an MSS")
         if self.ws is None:
             return _MSS.pack(OPT_MSS, 4, self.mss)
         return _MSS_WS.pack(OPT_MSS, 4, self.mss, OPT_NOP, OPT_WS, 3, self.ws)
