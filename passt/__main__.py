@@ -1,4 +1,4 @@
-"""Where the commands begin: `pasta`, also `python -m passt`, and `passt`, also `python -m passt.vm`."""
+"""Entry points of the commands: `pasta`, also `python -m passt`, and `passt`, also `python -m passt.vm`."""
 
 import signal
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, return the exit status. `argv` is sys.argv by default."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends us, without a traceback of our imports
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends the process without a traceback
     from .cli import main as run
 
     return run(argv)

@@ -24,8 +24,8 @@ def is_loopback(a: bytes) -> bool:
 def is_martian(a: bytes) -> bool:
     """An address that no packet on a link may have (RFC 1812, 5.3.7): loopback, or IPv4 mapped into IPv6.
 
-    The latter is how a program writes IPv4 addresses to its own kernel (RFC 4291, 2.5.5.2): ::ffff:127.0.0.1 is its
-    loopback, too.
+    The latter is the notation of IPv4 addresses between a program and its own kernel (RFC 4291, 2.5.5.2):
+    ::ffff:127.0.0.1 is its loopback, too.
     """
     return is_loopback(a) or a[:12] == V4_MAPPED_PREFIX
 
@@ -52,7 +52,7 @@ def is_link_local(a: bytes) -> bool:
 
 
 def is_unicast(a: bytes) -> bool:
-    """An address that a connection can have an endpoint at: not unspecified, multicast or limited broadcast."""
+    """An address that an endpoint of a connection can have: not unspecified, multicast or limited broadcast."""
     return any(a) and not is_multicast(a) and a != BROADCAST4
 
 
@@ -73,7 +73,7 @@ def packed(s: str) -> bytes:
 
 
 def endpoint(a: bytes, port: int) -> str:
-    """[addr]:port, the form of the flow log lines."""
+    """[addr]:port, the format of log lines about flows."""
     return f"[{text(a)}]:{port}"
 
 

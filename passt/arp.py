@@ -1,8 +1,8 @@
-"""ARP towards the guest (RFC 826): addresses that the guest does not have lead to us.
+"""ARP towards the guest (RFC 826): our MAC address answers for addresses that the guest does not have.
 
-We are the gateway and, by translation, everything behind it. A probe (RFC 5227, 2.1.1) is a request without a sender
-address: the guest asks whether it may take the target. An answer to a probe means a conflict, so that only addresses
-that are in use on the link are answered for: the gateway, mapped addresses, resolvers (`Config.ours`).
+We are the gateway and, by translation, all hosts behind it. A probe (RFC 5227, 2.1.1) is a request without a sender
+address: the guest asks whether it may take the target. An answer to a probe means a conflict, so a probe has an answer
+only if its target is in use on the link: the gateway, mapped addresses, resolvers (`Config.ours`).
 
     request                                                  answer
     -------------------------------------------------------  ------------------------------
@@ -20,7 +20,7 @@ that are in use on the link are answered for: the gateway, mapped addresses, res
     a packet whose sender is an address of ours: a conflict  an announcement of ours (RFC 5227, 2.4 c), at most one
                                                                in `DEFEND_INTERVAL`, and a line in the log
 
-Replies and announcements of the guest teach us nothing else: `tap.py` knows its MAC from every frame.
+Replies and announcements of the guest have no other effect: `tap.py` has its MAC from every frame.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Arp:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._defend_at = 0.0  # no announcement before
+        self._defend_at = 0.0  # earliest time of the next announcement
 
     def tap_handler(self, src_mac: bytes, payload: bytes, now: float) -> None:
-        """A packet from the guest, from behind the Ethernet header. Raises Malformed."""
+        """A packet from the guest, without its Ethernet header. Raises Malformed."""
         packet = Packet.parse(payload)
         config = self._ctx.config
         if conflict(packet, config):

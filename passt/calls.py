@@ -1,17 +1,17 @@
-"""System calls that a module makes while the loop turns: its `CALLS`, declared beside the code that makes them.
+"""System calls that a module makes at run time: its `CALLS`, declared beside the code that makes them.
 
-`seccomp.py` collects them from all modules that are loaded and allows these and no others. A call may be allowed for
-certain arguments only; of several declarations of the same call any one suffices. Names are those of x86-64; what other
-architectures call them is a matter of `seccomp.py`.
+`seccomp.py` collects them from all loaded modules and allows no others. A call may be allowed for certain arguments
+only; of several declarations of the same call one suffices. Names are those of x86-64; `seccomp.py` knows the names on
+other architectures.
 
-What a function of Python's library asks of the kernel is not always what it is called: strace(1) tells.
+A function of Python's library does not always make the system call of its name: use strace(1).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-ALL_BITS = 0xFFFFFFFF  # the arguments tested are ints, whose upper half in a register means nothing
+ALL_BITS = 0xFFFFFFFF  # tested arguments are ints: the upper half of the register is undefined
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A system call, if all tests hold; in one mode only (PASTA, PASST) if `mode` says so."""
+    """A system call, allowed if all tests hold; in one mode only (PASTA, PASST) if `mode` is set."""
 
     name: str
     tests: tuple[Condition, ...] = ()

@@ -1,9 +1,9 @@
 """The commands: `pasta`, also called `passt4netns`, or `python -m passt`; and `passt`, or `python -m passt.vm`.
 
-As with the original, which of them it is follows from the name that it is called by. A name that has neither is pasta:
-who executes a script by its descriptor, as nsjail does, calls it /dev/fd/N.
+As in the original, the name of the program selects the mode. Any other name means pasta: a script that is executed by
+its descriptor, as by nsjail, has the name /dev/fd/N.
 
-Only what parsing needs is imported here, so that --help, --version and errors are quick.
+This module imports only modules that parsing needs, so that --help, --version and errors are quick.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ NETNS_ALIAS = "passt4netns"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, return the exit status. `argv` is sys.argv by default."""
-    name, *words = sys.argv if argv is None else argv
+    name, *arguments = sys.argv if argv is None else argv
     _fill_stdio()
     inherited = inherited_fds()
     try:
-        options = parse(words, mode(name), ephemeral_ports())
+        options = parse(arguments, mode(name), ephemeral_ports())
         if options.print_seccomp:
             from .daemon import syscalls
 
@@ -60,20 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def mode(name: str) -> str:
-    """What the program is, called `name`: PASST or PASTA."""
+    """The mode that the program's `name` selects: PASST or PASTA."""
     base = os.path.basename(name)
     return PASST if "passt" in base and "pasta" not in base and base != NETNS_ALIAS else PASTA
 
 
 def _fill_stdio() -> None:
-    """Where standard input, output or error is closed, put /dev/null, lest something that we open take its number."""
+    """Open /dev/null for closed standard streams, so that no other file gets the number of one."""
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(fd, True)
     os.close(fd)
 
 
 def _fail(*lines: str) -> int:
-    """A line for each on standard error, even where messages go elsewhere by now."""
+    """Log errors, in any case on standard error; returns the exit status."""
     log.start_stderr()
     for line in lines:
         log.err(" ".join(line.splitlines()))
@@ -81,7 +81,7 @@ def _fail(*lines: str) -> int:
 
 
 def _want_random_hashes() -> None:
-    """Start over without PYTHONHASHSEED: with a key that is known, a guest could make the flow table slow."""
+    """Re-execute without PYTHONHASHSEED: with a known hash key, a guest could slow down the flow table."""
     if os.environ.get(HASH_SEED, "random") == "random" or sys.flags.ignore_environment:
         return
     env = dict(os.environ)
@@ -90,7 +90,7 @@ def _want_random_hashes() -> None:
 
 
 def _command_environment() -> dict[str, str]:
-    """The environment for the command, as it was before `_want_random_hashes`."""
+    """The environment for the command, without the change of `_want_random_hashes`."""
     env = dict(os.environ)
     if SAVED_HASH_SEED in env:
         env[HASH_SEED] = env.pop(SAVED_HASH_SEED)

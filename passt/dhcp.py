@@ -1,4 +1,4 @@
-"""The DHCP server of the guest (RFC 2131, RFC 2132): one lease, the same for whoever asks, and for ever.
+"""The DHCP server of the guest (RFC 2131, RFC 2132): one infinite lease, the same for all clients.
 
     from the guest                  answer                                          not if
     ------------------------------  ----------------------------------------------  ------------------------
@@ -6,16 +6,16 @@
     DISCOVER with Rapid Commit      ACK with Rapid Commit (RFC 4039)
     REQUEST of our address, or of   ACK
       none in particular
-    REQUEST of any other address    NAK: the client begins anew (RFC 2131, 4.3.2)
+    REQUEST of any other address    NAK: the client starts again (RFC 2131, 4.3.2)
     INFORM                          ACK without address and lease (4.3.5)
     BOOTP request (no type)         BOOTP reply (RFC 1534, 2)
     DECLINE, RELEASE                none, a line in the log
     with the identifier of another  none
       server, or by a relay agent
       of another subnet
-    others                          none
+    any other                       none
 
-    where the answer goes (RFC 2131, 4.1), the first that holds     address      port  MAC
+    destination of the answer (RFC 2131, 4.1), first match          address      port  MAC
     --------------------------------------------------------------  -----------  ----  ----------------------
     a relay agent forwarded the request                             giaddr       67    sender of the frame
     NAK                                                             broadcast    68    broadcast
@@ -23,17 +23,17 @@
     the client set the broadcast flag                               broadcast    68    broadcast
     anything else                                                   the offered  68    chaddr
 
-Options stand in the order of the client's parameter request list, the rest behind it in ascending order; the message
-type comes first unless the list says where, and the mask before the router (RFC 2132, 3.3). The client's identifier
-comes back (RFC 6842). A gateway outside the assigned subnet (a /32, say) is made reachable by
-classless routes (RFC 3442). A client that tells its name, or asks for it, is told ours for it (--fqdn), and that we
-update no DNS (RFC 4702, 4).
+Options have the order of the client's parameter request list, then all others in ascending order; the message type
+comes first unless the list contains it, and the mask before the router (RFC 2132, 3.3). The answer has the client's
+identifier (RFC 6842). Classless routes (RFC 3442) make a gateway outside the assigned subnet (for instance, a /32)
+reachable. A client that sends or requests the FQDN option gets the name of --fqdn, with the flag for no DNS update (RFC
+4702, 4).
 
-The answer is never longer than the client takes: 300 bytes for BOOTP, 576 for DHCP unless the client says more (RFC
-2131, 2; option 57) and the link takes it. What does not fit is left out in the order of `DISPENSABLE`.
+The answer is never longer than the client accepts: 300 bytes for BOOTP, 576 for DHCP unless the client allows more (RFC
+2131, 2; option 57), within the MTU. Options that do not fit are left out in the order of `DISPENSABLE`.
 
-Left out: leases in a table, timers, other clients. The guest is one, and keeps what it got; nothing is remembered of
-clients, however many they say they are. An address that was declined is offered again, since there is no other.
+Left out: leases in a table, timers, other clients. There is one guest, and its lease never ends; no state of clients is
+kept, so the number of client identifiers does not matter. A declined address is offered again, since it is the only one.
 docs/services.md has the requirements of the RFCs one by one.
 """
 
@@ -53,12 +53,12 @@ ETHERNET = 1, 6  # hardware type, length of an address
 PARAMETERS_MAX = 255  # of a request list: there are no more codes
 IP_UDP = ip.HEADER4.size + udp.HEADER.size
 
-# The answer to a message type; None stands for BOOTP, which has no type.
+# The answer to a message type; None is BOOTP, which has no type
 ANSWERS = {dhcp.DISCOVER: dhcp.OFFER, dhcp.REQUEST: dhcp.ACK, dhcp.INFORM: dhcp.ACK, None: None}
 NAMES = {dhcp.REQUEST: "request", dhcp.INFORM: "inform"}
-NOTED = frozenset((dhcp.DECLINE, dhcp.RELEASE))  # what has no answer, but says something
+NOTED = frozenset((dhcp.DECLINE, dhcp.RELEASE))  # messages without an answer that are logged
 
-# What a client can do without, first what it needs least; the rest fits into the shortest of messages.
+# Options that a client can do without, the least important one first; all other options fit into the shortest message
 DISPENSABLE = (dhcp.OPT_SEARCH, dhcp.OPT_FQDN, dhcp.OPT_HOSTNAME, dhcp.OPT_MTU, dhcp.OPT_DNS)
 
 
@@ -84,7 +84,7 @@ def ignore(request: Message, config: Config) -> bool:
 
 
 def rapid(request: Message) -> bool:
-    """Whether the client wants to be told at once, without an offer."""
+    """Whether the client requests an ACK at once, without an offer (Rapid Commit)."""
     return message_type(request) == dhcp.DISCOVER and dhcp.OPT_RAPID_COMMIT in request.options
 
 
@@ -109,12 +109,12 @@ def configuration(ip4: Ip4, gateway: bytes, config: Config) -> dict[int, bytes]:
         options[dhcp.OPT_SEARCH] = domain.compress_list(config.dns_search)
     if not addr.in_subnet(gateway, ip4.addr, ip4.prefix_len):
         on_link = b"\x20" + gateway + addr.ANY4
-        options[dhcp.OPT_ROUTES] = on_link + b"\0" + gateway  # and the default route by way of it
+        options[dhcp.OPT_ROUTES] = on_link + b"\0" + gateway  # and the default route through it
     return options
 
 
 def lease(request: Message, gateway: bytes) -> dict[int, bytes]:
-    """The options that make it an answer of DHCP, not BOOTP."""
+    """The options of a DHCP answer; none for BOOTP."""
     kind = dhcp.ACK if rapid(request) else ANSWERS[message_type(request)]
     if kind is None:
         return {}
@@ -135,20 +135,20 @@ def identity(request: Message, kind: int, gateway: bytes) -> dict[int, bytes]:
 
 
 def full_name(request: Message, name: str) -> bytes | None:
-    """The client FQDN option of the answer, encoded as the client does it; None if it is not to be sent.
+    """The client FQDN option of the answer, in the client's encoding; None if it is not to be sent.
 
     Raises Malformed.
     """
-    told = request.options.get(dhcp.OPT_FQDN)
-    if not name or (told is None and dhcp.OPT_FQDN not in request.options.get(dhcp.OPT_PARAMETERS, b"")):
+    sent = request.options.get(dhcp.OPT_FQDN)
+    if not name or (sent is None and dhcp.OPT_FQDN not in request.options.get(dhcp.OPT_PARAMETERS, b"")):
         return None
-    asked = Fqdn.CANONICAL if told is None else Fqdn.parse(told).flags
+    asked = Fqdn.CANONICAL if sent is None else Fqdn.parse(sent).flags
     flags = Fqdn.NO_UPDATES | (asked & Fqdn.CANONICAL) | (Fqdn.OVERRIDDEN if asked & Fqdn.SERVER_UPDATES else 0)
     return Fqdn(flags, domain.encode(name) if flags & Fqdn.CANONICAL else name.encode()).emit()
 
 
 def ordered(options: dict[int, bytes], wanted: bytes) -> dict[int, bytes]:
-    """`options` as the client's parameter request list wants them, then the others ascending."""
+    """`options` in the order of the client's parameter request list, then the others ascending."""
     first = wanted if not wanted or dhcp.OPT_TYPE in wanted else bytes((dhcp.OPT_TYPE,)) + wanted
     codes = list(dict.fromkeys((*first, *sorted(options))))
     if {dhcp.OPT_MASK, dhcp.OPT_ROUTER} <= options.keys() and codes.index(dhcp.OPT_MASK) > codes.index(dhcp.OPT_ROUTER):
@@ -213,7 +213,7 @@ def destination(request: Message, answer: Message, src_mac: bytes, src: bytes) -
 
 
 def room(request: Message, config: Config) -> int:
-    """Bytes that an answer may have, as UDP payload."""
+    """The maximum size of the answer, in bytes of UDP payload."""
     if message_type(request) is None:
         return dhcp.BOOTP_SIZE
     asked = int.from_bytes(request.options.get(dhcp.OPT_MAX_SIZE, b""), "big")
@@ -221,7 +221,7 @@ def room(request: Message, config: Config) -> int:
 
 
 def fit(answer: Message, limit: int, names: tuple[str, ...]) -> Message:
-    """`answer` in `limit` bytes. The search list, of `names`, goes name by name from its end, others go as a whole."""
+    """`answer` in `limit` bytes. The search list, of `names`, is shortened from its end; other options are removed."""
     options = dict(answer.options)
     answer = replace(answer, options=options)
     while len(answer.emit()) > limit:
@@ -235,7 +235,7 @@ def fit(answer: Message, limit: int, names: tuple[str, ...]) -> Message:
 
 
 def describe(request: Message) -> str:
-    """What is done about a request that is not ignored, for the log."""
+    """The log message about the answer to a request."""
     if rapid(request):
         return "DHCP: ack to discover (Rapid Commit)"
     kind = message_type(request)
@@ -260,7 +260,7 @@ class Dhcp:
         self._ctx = ctx
 
     def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, payload: bytes, now: float) -> None:
-        """A UDP payload from the guest to port 67, whatever address. Raises Malformed."""
+        """A UDP payload from the guest to port 67 of any address. Raises Malformed."""
         config = self._ctx.config
         request = Message.parse(payload)
         ip4 = config.ip4

@@ -1,4 +1,4 @@
-"""The DHCPv6 server of the guest (RFC 8415): one address, the same for all clients, and for ever.
+"""The DHCPv6 server of the guest (RFC 8415): one address with infinite lifetime, the same for all clients.
 
     from the guest             server identifier   answer      not if
     -------------------------  ------------------  ----------  -----------------------------------------------
@@ -10,34 +10,34 @@
     RELEASE, DECLINE           ours                REPLY       (to a unicast address: UseMulticast, and no more)
     INFORMATION-REQUEST        ours or none        REPLY       --no-dhcpv6, no address, sent to a unicast
                                                                  address, or it has an identity association
-    others                     any                 none
+    any other                  any                 none
 
 The address goes to one association: the first IA_NA that names it, or else the first IA_NA. The answer has each
 association that the client sent, up to `ASSOCIATIONS_MAX`, and no other:
 
-    message                    association                        what it holds in the answer
+    message                    association                        its contents in the answer
     -------------------------  ---------------------------------  ---------------------------------------------
     REQUEST                    names an address of another link   status NotOnLink: the client solicits again
-    SOLICIT, REQUEST, RENEW,   the one with the address           the address, for ever
+    SOLICIT, REQUEST, RENEW,   the one with the address           the address, with infinite lifetime
       REBIND                   any other IA_NA, or IA_TA          status NoAddrsAvail
                                IA_PD                              status NoPrefixAvail
     RENEW, REBIND              names addresses or prefixes that   these with lifetime 0, beside or instead of the
                                  it does not have                   above: the client stops using them
     RELEASE, DECLINE           does not have the address          status NoBinding
 
-The whole answer to a CONFIRM is one status: Success where all addresses are on the link, which is the /64 that
-router advertisements have, or else NotOnLink. RELEASE and DECLINE have status Success, too; the address that was given
-up is given again, since there is no other.
+The answer to a CONFIRM is one status: Success if all addresses are on the link, which is the /64 of router
+advertisements, or else NotOnLink. RELEASE and DECLINE have status Success, too; the released address is assigned again,
+since it is the only one.
 
-The server's identifier is a DUID-LLT of our MAC and the time at which we started. An ADVERTISE has the highest
-preference, so that the client does not wait for other servers. Search lists are not compressed. A client that tells its
-name, or asks for it, is told ours for it (--fqdn), and that we update no DNS (RFC 4704, 6).
+The server's identifier is a DUID-LLT of our MAC and the start time. An ADVERTISE has the highest preference, so that
+the client does not wait for other servers. Search lists are not compressed. A client that sends or requests the FQDN
+option gets the name of --fqdn, with the flag for no DNS update (RFC 4704, 6).
 
-An answer is no longer than the link takes in one packet: search domains at the end that do not fit are left out, as are
-addresses and prefixes to give up beyond `WITHDRAWN_MAX`.
+An answer fits into one packet: search domains at the end that do not fit are left out, as are addresses and prefixes to
+give up beyond `WITHDRAWN_MAX`.
 
-Left out: leases and their timers (nothing ends), prefixes, temporary addresses, relays, Reconfigure. docs/services.md
-has the requirements of the RFC one by one.
+Left out: leases and their timers (lifetimes are infinite), prefixes, temporary addresses, relays, Reconfigure.
+docs/services.md has the requirements of the RFC one by one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from .policy.config import MTU_MAX, Config, Ip6
 from .wire import dhcpv6, domain, ether, ip, udp
 from .wire.dhcpv6 import Fqdn, Ia, IaAddress, Message, Prefix
 
-NONE, OURS, EITHER = range(3)  # what the server identifier of a message must be
+NONE, OURS, EITHER = range(3)  # required server identifier of a message
 
 # Message type -> (server identifier, answer)
 RULES = {
@@ -64,11 +64,11 @@ RULES = {
     dhcpv6.DECLINE: (OURS, dhcpv6.REPLY),
     dhcpv6.INFORMATION_REQUEST: (EITHER, dhcpv6.REPLY),
 }
-GIVEN_UP = frozenset((dhcpv6.RELEASE, dhcpv6.DECLINE))  # what the client does to the address
+GIVEN_UP = frozenset((dhcpv6.RELEASE, dhcpv6.DECLINE))  # messages by which the client gives up the address
 EXTENDED = frozenset((dhcpv6.RENEW, dhcpv6.REBIND))
 LINK_PREFIX = 64  # of the addresses on the link, as router advertisements say
-ASSOCIATIONS_MAX = 8  # that are looked at
-WITHDRAWN_MAX = 8  # so that an answer fits into 1280 bytes, whatever the client asks for
+ASSOCIATIONS_MAX = 8  # further ones are ignored
+WITHDRAWN_MAX = 8  # so that an answer to any request fits into 1280 bytes
 NOW = b"\xff"  # a preference that ends the client's wait for other servers (RFC 8415, 18.2.1)
 IP_UDP = ip.HEADER6.size + udp.HEADER.size
 
@@ -90,7 +90,7 @@ def status(code: int) -> dhcpv6.Option:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """An association of a message, with what it names, read once."""
+    """An association of a message, with its addresses, parsed once."""
 
     ia: Ia
     addresses: tuple[bytes, ...] = ()
@@ -174,22 +174,22 @@ def unknown(asked: tuple[Asked, ...], assigned: bytes) -> dhcpv6.Options:
 
 
 def names(message: Message, ip6: Ip6, config: Config) -> dhcpv6.Options:
-    """Resolvers and the client's name, as far as they are to be told. Raises Malformed."""
+    """The options with resolvers and the client's name, if they are to be sent. Raises Malformed."""
     options = []
     if config.advertise_dns and ip6.dns:
         options.append((dhcpv6.OPT_DNS, b"".join(ip6.dns)))
-    told = dhcpv6.find(message.options, dhcpv6.OPT_FQDN)
-    if config.fqdn and (told is not None or dhcpv6.requests(message.options, dhcpv6.OPT_FQDN)):
-        asked = 0 if told is None else Fqdn.parse(told).flags
+    sent = dhcpv6.find(message.options, dhcpv6.OPT_FQDN)
+    if config.fqdn and (sent is not None or dhcpv6.requests(message.options, dhcpv6.OPT_FQDN)):
+        asked = 0 if sent is None else Fqdn.parse(sent).flags
         flags = Fqdn.NO_UPDATES | (Fqdn.OVERRIDDEN if asked & Fqdn.SERVER_UPDATES else 0)
         options.append(Fqdn(flags, domain.encode(config.fqdn)).emit())
     return tuple(options)
 
 
 def search(domains: tuple[str, ...], room: int) -> dhcpv6.Options:
-    """The search list, as far as it and its header fit into `room` bytes."""
-    told = domain.leading(domains, room - dhcpv6.OPTION.size)
-    return ((dhcpv6.OPT_SEARCH, domain.encode_list(told)),) if told else ()
+    """The option with the leading domains that fit into `room` bytes with its header."""
+    fitting = domain.leading(domains, room - dhcpv6.OPTION.size)
+    return ((dhcpv6.OPT_SEARCH, domain.encode_list(fitting)),) if fitting else ()
 
 
 def reply(
@@ -262,8 +262,8 @@ class Dhcpv6:
     ) -> bytes | None:
         """A UDP payload from the guest to port 547. Raises Malformed.
 
-        Returns the address that the guest was given, None if it was given none: it is the guest's from now on, and the
-        caller may take it as seen before the first packet comes from it.
+        Returns the assigned address, None if none was assigned. The caller may use it as the guest's address before the
+        first packet from it.
         """
         config = self._ctx.config
         message = Message.parse(payload)

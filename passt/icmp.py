@@ -1,19 +1,19 @@
-"""Ping, both ways and both families. Errors that the kernel reports go to the guest (`flow/errors.py`).
+"""Ping in both directions and both families. Errors that the kernel reports go to the guest (`flow/errors.py`).
 
 Echo. Each (guest address, destination, identifier) is a flow with a ping socket of its own (SOCK_DGRAM, IPPROTO_ICMP or
-IPPROTO_ICMPV6), which needs no privilege where net.ipv4.ping_group_range (it rules IPv6, too) has one of our groups.
+IPPROTO_ICMPV6), which needs no privilege if net.ipv4.ping_group_range (for IPv6, too) contains one of our groups.
 
-    guest -> host   the request is sent as it is: the kernel writes the socket's identifier and the checksum
+    guest -> host   the request is sent unchanged: the kernel writes the socket's identifier and the checksum
     host -> guest   the reply gets the guest's identifier back; sequence number and data stay
 
-The socket's identifier is the guest's when nobody else on the host has it, else the kernel's choice. A ping socket
-takes replies from anybody who knows its identifier: those that are not from the destination are dropped, unless the
-destination is a group, whose members answer each for itself. In a namespace, a reply with the sequence number of the
-one before is a duplicate and dropped, until the guest asks with that number again.
+The socket's identifier is the guest's if no other ping socket of the host has it, else the kernel's choice. A ping
+socket receives replies with its identifier from any source: those that are not from the destination are dropped, unless
+the destination is a group, where each member answers from its own address. In a namespace, a reply with the sequence
+number of the previous one is a duplicate and dropped, until the guest sends a request with that number again.
 
 A flow ends after 60 s without a request or a reply.
 
-Left out: ICMP messages of the guest other than echo requests; there is no socket that could send them.
+Left out: ICMP messages of the guest other than echo requests; no socket can send them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .wire.fragment import fragments
 
 PING_TIMEOUT = 60.0  # s
 PING_FLOWS_MAX = 1024
-DESCRIPTOR_SHARE = 8  # of the descriptors that the process may have, at most one in so many
+DESCRIPTOR_SHARE = 8  # ping flows use at most 1/8 of the process's descriptors
 REPLIES_PER_EVENT = 32
 NO_SEQUENCE = -1
 
@@ -71,13 +71,13 @@ class PingFlow(IdleFlow):
         self.hops = 0  # TTL or hop limit set on the socket, 0: the system's
 
     def endpoints(self) -> Endpoints:
-        """The guest's end has its identifier where others have a port, the others none."""
+        """The endpoints; the guest's has the identifier in place of a port, the others have none."""
         ident = int.from_bytes(self.echo_id, "big")
         return Endpoints(GUEST, addr.host_port(self.src, ident), addr.text(self.dst), addr.text(self.host))
 
 
 def refuse(src: bytes, dst: bytes, echo: memoryview) -> str | None:
-    """Why an echo message of the guest is not for us, None if it is."""
+    """The reason why an echo message of the guest is dropped, None if it is not."""
     if len(echo) < icmp.ECHO.size:
         return "icmp: truncated"
     if echo[0] != (icmp.ECHO_REQUEST if len(src) == 4 else icmp.ECHO_REQUEST6) or echo[1] != 0:
@@ -100,7 +100,7 @@ class PingNotAllowed(Exception):
 
 
 def probe() -> None:
-    """Warn if ping sockets are kept from us: for who goes to the background, where nobody might see it later."""
+    """Warn if ping sockets are not allowed. A daemon calls this at start, since later warnings may not be seen."""
     for family, proto in ((socket.AF_INET, socket.IPPROTO_ICMP), (socket.AF_INET6, socket.IPPROTO_ICMPV6)):
         try:
             socket.socket(family, socket.SOCK_DGRAM, proto).close()
@@ -108,7 +108,7 @@ def probe() -> None:
             log.warn(str(PingNotAllowed()))
             return
         except OSError:
-            continue  # a family that this host does not have
+            continue  # the host lacks this family
         else:
             return
 
@@ -180,13 +180,13 @@ class Icmp:
             flow.last_seq = NO_SEQUENCE
         try:
             if hops and hops != flow.hops:
-                # Kept, so that `ping -t` and `traceroute -I` find the routers on the way
+                # The guest's value is kept, so that `ping -t` and `traceroute -I` find the routers on the path
                 flow.sock.setsockopt(*hops_option(flow.host), hops)
                 flow.hops = hops
             try:
                 flow.sock.send(echo)
             except OSError:
-                self._report(flow, now)  # an error of an earlier request may be in the way of this one
+                self._report(flow, now)  # clears a pending error of an earlier request, which may be the reason
                 flow.sock.send(echo)
             flow.to_host += len(echo)
         except BlockingIOError:
@@ -195,7 +195,7 @@ class Icmp:
             self._refused(e, src, dst, echo, now)
 
     def _new_flow(self, src: bytes, dst: bytes, echo: memoryview, now: float) -> PingFlow | None:
-        """A flow for a request that passed `refuse`; None, counted and told to the guest, if there can be none."""
+        """A flow for a request that passed `refuse`; on failure None, with a drop counted and an error to the guest."""
         ctx = self._ctx
         if ctx.fwd.family(dst) is None:
             ctx.drops["icmp: address family is off"] += 1
@@ -221,21 +221,21 @@ class Icmp:
         return flow
 
     def _refused(self, e: OSError, src: bytes, dst: bytes, echo: memoryview, now: float) -> None:
-        """Opening, connecting or sending failed: the guest gets to know what a router would tell it."""
+        """Opening, connecting or sending failed: send the guest the ICMP error that a router would send."""
         self._ctx.drops[f"icmp: {errno.errorcode.get(e.errno or 0, e.errno)}"] += 1
         if addr.is_unicast(dst):
             packet = icmp.quote(src, dst, icmp.protocol(dst), bytes(echo))
             self._errors.refused(e.errno or 0, src, dst, packet, now)
 
     def _not_allowed(self, e: PingNotAllowed) -> None:
-        """The host keeps ping sockets from us: say what to do, once, and go on without them."""
+        """Ping sockets are not allowed: warn once, with advice, and go on without them."""
         self._ctx.drops["icmp: no ping sockets"] += 1
         if not self._warned:
             self._warned = True
             log.warn(str(e))
 
     def sock_handler(self, ref: int, events: int, now: float) -> None:
-        """Errors first: they are about requests that came before what can be read."""
+        """Handle errors first: they are about requests that precede the replies to be read."""
         flow: Any = self._ctx.flows.by_index[ref & 0xFFFFFFFF]
         if events & EPOLLERR:
             self._report(flow, now)
@@ -247,11 +247,11 @@ class Icmp:
         self._flows.close_all("guest gone")
 
     def fault(self, ref: int) -> None:
-        """A handler failed on flow ref_data(ref): end that flow, and only that."""
+        """A handler failed on flow ref_data(ref): end that flow only."""
         self._flows.fault(ref_data(ref))
 
     def _report(self, flow: PingFlow, now: float) -> None:
-        """Hand what is in the error queue to the guest, quoting the request with its own identifier."""
+        """Send the errors in the queue to the guest, each quoting the request with the guest's identifier."""
         for error, quoted in read_errors(flow.sock):
             if log.debug_on:
                 log.debug(f"Flow {flow.index} (ping): error on socket {flow.fd}: {error}")
@@ -293,8 +293,8 @@ class Icmp:
         self._send_reply(sender if group else flow.dst, flow.src, self._mv[:n])
 
     def _send_reply(self, src: bytes, dst: bytes, message: memoryview) -> None:
-        """Frame an echo reply, in fragments where it must be. Its checksum is ours to write: a kernel would not where a
-        raw socket takes it, as ping(8)'s of root.
+        """Frame an echo reply, in fragments if necessary, with its checksum: the guest's kernel does not complete a
+        partial one for a raw socket, such as that of root's ping(8).
         """
         ctx = self._ctx
         proto, mtu = icmp.protocol(src), self._mtu

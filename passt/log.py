@@ -1,18 +1,18 @@
-"""Messages to the operator: levels, targets, rate limits.
+"""Log messages: levels, targets, rate limits.
 
-    target                             gets
+    target                             messages
     ---------------------------------  ----------------------------------------------------------------------------
-    standard error                     everything, up to the moment the daemon goes to the background; only warnings
-                                       and errors once a command shares it (`quiet_stderr`), unless debugging
-    the log file (`log_file.py`)       everything from the moment options are parsed on
-    syslog, where there is no file     likewise, unless debugging
+    standard error                     all, until the daemon goes to the background; only warnings and errors once a
+                                       command shares it (`quiet_stderr`), unless debugging
+    the log file (`log_file.py`)       all, after options are parsed
+    syslog, if there is no log file    likewise, unless debugging
 
-"Everything" is what the level lets through. Reports were asked for by name (--stats, signal USR1) and go to all targets
-at any level. Lines of the file, and all when debugging, carry seconds since start. Messages cost nothing when their
-level is off: test `log.debug_on` before building an expensive one.
+"All" means all messages at the current level. Reports (--stats, signal USR1) go to all targets at any level. Lines of
+the file, and all lines when debugging, have seconds since the start. A message whose level is off costs little; test
+`log.debug_on` before building an expensive one.
 
-What the guest or a peer can cause is limited in rate (`warn_ratelimited`), by a key out of few. How many messages were
-held back is told with the next one, or when the time is over in which there may be none, or at the end of the program.
+Messages that the guest or a peer can cause are limited in rate (`warn_ratelimited`), by a small set of keys. The number
+of messages held back is logged with the next one, at the end of the interval, or at the end of the program.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .calls import calls
 from .log_file import LogFile
 
 ERR, WARNING, INFO, DEBUG, TRACE = 3, 4, 6, 7, 8
-FILE_SIZE = 1 << 20  # bytes that the log file may have, unless somebody says otherwise
-KEYS_MAX = 64  # of messages that are limited in rate; those of the program are fewer
+FILE_SIZE = 1 << 20  # default limit of the log file, in bytes
+KEYS_MAX = 64  # keys of rate limits; the program uses fewer
 NEVER = float("inf")
 
 _START = time.monotonic()
@@ -44,20 +44,20 @@ _stderr: TextIO | None = sys.stderr
 _stderr_level = TRACE
 _timestamps = False
 _syslog: socket.socket | None = None
-_in_journal = False  # what is written to standard error: syslog would bring it there again
+_in_journal = False  # standard error is the journal, where syslog would repeat its messages
 _file: LogFile | None = None
 _PREFIX = {ERR: "ERROR:", WARNING: "WARNING:", INFO: "info:", DEBUG: "", TRACE: ""}
 
-# Called as on_held(when) where a message is held back: somebody should call `flush_held` then.
+# Called as on_held(when) when a message is held back: `flush_held` must be called at `when`
 on_held: Callable[[float], None] | None = None
 
 CALLS = calls("write", "sendto")
 
 
 class Fatal(Exception):
-    """The program cannot go on: a line saying what failed, why, and what to do; or several of them. Exit status 1.
+    """The program cannot go on: one or more lines with the failure, its reason and advice. Exit status 1.
 
-    What is quoted in a line may be anything, such as another line, or commands to a terminal: it is escaped.
+    A line may quote any text, such as newlines or terminal sequences: these are escaped.
     """
 
     def __init__(self, *lines: object) -> None:
@@ -72,13 +72,13 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in spaced)
 
 
-"".encode("unicode_escape")  # a codec is a file, and later there may be none to read
+"".encode("unicode_escape")  # loads the codec while files can be read
 
 def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None, log_size: int = FILE_SIZE) -> None:
-    """Set the name, the level (ERR..TRACE), and where messages go beside standard error. Called once, after parsing.
+    """Set the name, the level (ERR..TRACE), and the target beside standard error. Called once, after parsing.
 
-    That is `log_file`, of at most `log_size` bytes, or else /dev/log if `syslog`. Raises Fatal when the file cannot be
-    opened.
+    The target is `log_file`, of at most `log_size` bytes, or else /dev/log if `syslog`. Raises Fatal if the file cannot
+    be opened.
     """
     global _ident, _level, debug_on, trace_on, _timestamps, _syslog, _in_journal, _file
     _ident, _level = ident, level
@@ -106,31 +106,31 @@ def _open_syslog() -> socket.socket | None:
     try:
         s.connect("/dev/log")
     except OSError:
-        s.close()  # no syslog daemon on this machine: standard error is what there is
+        s.close()  # no syslog daemon on this machine: only standard error is left
         return None
     return s
 
 
 def stop_stderr() -> None:
-    """From here on nothing is written to standard error: the daemon has left its terminal."""
+    """Stop writing to standard error: the daemon has left its terminal."""
     global _stderr
     _stderr = None
 
 
 def only_stderr() -> None:
-    """From here on nothing is written but to standard error: file and syslog are not this process's to keep open."""
+    """Write to standard error alone from now on: this process must not keep file and syslog open."""
     global _file, _syslog
     _file = _syslog = None
 
 
 def quiet_stderr() -> None:
-    """From here on standard error gets warnings and errors only: a command shares it with us."""
+    """Write only warnings and errors to standard error from now on: a command shares it."""
     global _stderr_level
     _stderr_level = WARNING
 
 
 def start_stderr() -> None:
-    """Write to standard error again: the program ends, and whoever started it must see why."""
+    """Write to standard error again: the program ends, and the user must see the reason."""
     global _stderr
     _stderr = sys.stderr
 
@@ -141,22 +141,22 @@ def _write(level: int, text: str, *, asked: bool = False) -> None:
         try:
             os.write(_stderr.fileno(), f"{prefix}{text}\n".encode(errors="backslashreplace"))
         except OSError:
-            pass  # standard error is gone (closed terminal, full pipe): there is nowhere to say so
+            pass  # standard error is gone (closed terminal, full pipe), and with it the place for an error
     if _file is not None:
         try:
             line = f"{time.monotonic() - _START:.4f}: {_PREFIX[level]:<9}{text}\n"
             _file.write(line.encode(errors="backslashreplace"))
         except OSError:
-            pass  # the disk is full: a log line is not worth ending for
+            pass  # the disk is full, which must not end the process
     if _syslog is not None and not (_in_journal and _stderr is not None):
         try:
             _syslog.send(f"<{min(level, DEBUG)}> {_ident}: {text}".encode(errors="backslashreplace"))
         except OSError:
-            pass  # the syslog daemon went away or is too slow: a log line is not worth stalling traffic
+            pass  # the syslog daemon is gone or too slow, which must not delay traffic
 
 
 def say(level: int, text: str) -> None:
-    """A message whose level is a value."""
+    """A message of the level `level`."""
     if _level >= level:
         _write(level, text)
 
@@ -186,7 +186,7 @@ def trace(text: str) -> None:
 
 
 def report(lines: Iterable[str]) -> None:
-    """What somebody has asked for: it is said at any level, on standard error, too, if that is still ours."""
+    """Log output that the user has requested: at any level, on standard error, too, if that is still open."""
     for line in lines:
         _write(INFO, line, asked=True)
 
@@ -196,7 +196,7 @@ def report(lines: Iterable[str]) -> None:
 
 @dataclass(slots=True)
 class _Held:
-    """A message that was said, or several alike: the next ones are held back `until` then."""
+    """A logged message: further ones with its key are held back `until` a time."""
 
     until: float
     interval: float
@@ -204,7 +204,7 @@ class _Held:
     text: str = ""
     count: int = 0
 
-    def tell(self) -> None:
+    def log_count(self) -> None:
         if self.count:
             say(self.level, f"{self.text}{_similar(self.count)}")
 
@@ -214,25 +214,25 @@ _flush_at = NEVER
 
 
 def warn_ratelimited(key: str, text: str, now: float, interval: float = 10.0) -> None:
-    """Warn at most once per `interval` seconds for each `key`; how many were held back is told then."""
+    """Warn at most once per `interval` seconds for each `key`, then with the number of messages held back."""
     _ratelimited(WARNING, key, text, now, interval)
 
 
 def info_ratelimited(key: str, text: str, now: float, interval: float = 10.0) -> bool:
-    """The same for what is no warning, but that a guest can cause as often as it likes. Tells whether it was said."""
+    """The same for information that a guest can cause at any rate. Returns whether it was logged."""
     return _ratelimited(INFO, key, text, now, interval)
 
 
 def flush_held(now: float) -> None:
-    """Tell of what was held back until `now`; NEVER: of everything, the program ends."""
+    """Log counts of messages that were held back until `now`; NEVER: all counts, since the program ends."""
     global _flush_at
     _flush_at = NEVER
     for key, held in list(_held.items()):
         if held.until > now:
             continue
-        held.tell()
+        held.log_count()
         if held.count and now != NEVER:
-            held.count, held.until = 0, now + held.interval  # that was a message, too
+            held.count, held.until = 0, now + held.interval  # the count is a message, too
         else:
             del _held[key]
     waiting = [held.until for held in _held.values() if held.count]
@@ -249,7 +249,7 @@ def _ratelimited(level: int, key: str, text: str, now: float, interval: float) -
         return False
     say(level, f"{text}{_similar(held.count)}" if held is not None and held.count else text)
     if held is None and len(_held) >= KEYS_MAX:
-        _held.pop(min(_held, key=lambda k: _held[k].until)).tell()
+        _held.pop(min(_held, key=lambda k: _held[k].until)).log_count()
     _held[key] = _Held(now + interval, interval, level)
     return True
 

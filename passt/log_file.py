@@ -1,24 +1,23 @@
-"""A log file that does not grow beyond a size: it rotates inside itself, by descriptors that were opened at start.
+"""A log file of limited size: it rotates in place, by descriptors that were opened at start.
 
     0        header              cut                                      size
     | header | oldest lines      | newest lines                           |
     '--------+-------------------+----------------------------------------'
-             '<------------------'    moved to the front, the rest cut off
+             '<------------------'    moved to the front, the rest truncated
 
-When a line would make the file longer than `limit`, the newest KEEP of that stay, from the beginning of a line on, and
-the line is written behind them. The header, the file's first line, stays where it is. So at least half of the limit is
-history at any time, and a byte is moved about twice in its life.
+When a line would exceed the `limit`, the newest part of the file stays (the fraction KEEP of the limit, from the
+beginning of a line), and the line is written after it. The header, the file's first line, stays. So at least half of
+the limit is history at any time, and a byte is moved about twice.
 
-There are two descriptors. Lines are appended (O_APPEND): somebody who empties the file (logrotate's copytruncate) does
-not get one with a hole. pwrite(2) ignores its offset on such a descriptor, so what is moved is moved by another one,
-without the flag; it also tells whether the file is shorter than it was. To `tail -f` a rotation is a file that was
-truncated, which it says, and goes on.
+There are two descriptors. Lines are appended (O_APPEND): a program that truncates the file (logrotate's copytruncate)
+does not create a hole. pwrite(2) ignores its offset on such a descriptor, so data is moved by another one without the
+flag; it also detects a truncated file. `tail -f` reports a rotation as a truncated file, and goes on.
 
-Not a regular file (a pipe, a terminal, /dev/null): lines are written, and none is waited for; what a reader leaves in a
-full pipe costs us no traffic, but the lines that do not fit.
+Any file but a regular one (a pipe, a terminal, /dev/null): writes do not block; a full pipe does not delay traffic, but
+loses lines.
 
-Left out: FALLOC_FL_COLLAPSE_RANGE, which would spare the moving. Few file systems have it, it cuts whole blocks only,
-and moving costs 0.2 ms for each MiB of the limit, once for each third of it written.
+Left out: FALLOC_FL_COLLAPSE_RANGE, which would avoid the move. Few file systems have it, it removes whole blocks only,
+and a move costs 0.2 ms for each MiB of the limit, once for each third of it written.
 """
 
 from __future__ import annotations
@@ -58,21 +57,21 @@ class LogFile:
             self.close()
             raise
         self._header = len(line)
-        self._size = len(line)  # when a line was last written
+        self._size = len(line)  # after the last write
 
     def write(self, data: bytes) -> None:
         """Append a line, or several. Raises OSError."""
         if self._mover >= 0:
             size = self._size
             if size and not os.pread(self._mover, 1, size - 1):
-                size = self._header = 0  # somebody has emptied the file, and taken the header, too
+                size = self._header = 0  # the file was truncated, without its header
             if size + len(data) > self._limit:
                 data, size = self._make_room(data, size)
             self._size = size + len(data)
         os.write(self._fd, data)
 
     def close(self) -> None:
-        """For tests, and for an end at start."""
+        """Close the descriptors, in tests and after a failed start."""
         for fd in (self._fd, self._mover):
             if fd >= 0:
                 os.close(fd)
@@ -81,19 +80,19 @@ class LogFile:
     # Rotation --------------------------------------------------------------------------------------------------------
 
     def _make_room(self, data: bytes, size: int) -> tuple[bytes, int]:
-        """Cut what is oldest, so that `data` fits; returns what does of that, and the size of the file."""
+        """Remove the oldest lines; returns `data`, truncated if it is longer than the file may be, and the new size."""
         room = self._limit - self._header
         if len(data) > room:
             data = data[: room - 1] + b"\n"
         if not size:
-            return data, 0  # somebody has just emptied it: there is nothing to keep
+            return data, 0  # the file was just truncated: there is no line to keep
         keep = min(self._limit * KEEP[0] // KEEP[1], room - len(data))
         return data, self._move(self._line_after(size - keep))
 
     def _line_after(self, offset: int) -> int:
-        """Where the first line begins that begins at `offset` or behind it: the end of the file, if none does.
+        """The offset of the first line that begins at `offset` or after it; the end of the file, if there is none.
 
-        `offset` is behind the header: less is kept than there is, and nothing of a file that is just the header.
+        `offset` is after the header: the kept part is shorter than the file, and empty for the header alone.
         """
         while chunk := os.pread(self._mover, _CHUNK, offset - 1):
             newline = chunk.find(b"\n")
@@ -103,7 +102,7 @@ class LogFile:
         return offset
 
     def _move(self, start: int) -> int:
-        """Let everything from `start` on follow the header, and nothing follow that; returns where it ends."""
+        """Move the data from `start` on to the header's end, and truncate the file; returns its size."""
         to = self._header
         while chunk := os.pread(self._mover, _CHUNK, start):
             os.pwrite(self._mover, chunk, to)

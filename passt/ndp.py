@@ -1,11 +1,11 @@
-"""Neighbour discovery towards the guest (RFC 4861): every neighbour is us, and we are the router.
+"""Neighbour discovery towards the guest (RFC 4861): our MAC address answers for every neighbour; we are the router.
 
     from the guest                  answer                                          not if
     ------------------------------  ----------------------------------------------  ----------------------
     neighbour solicitation          advertisement: our MAC, whatever the target     --no-ndp
     the same from ::, a probe for   for an address of ours (`Config.ours`), to all  --no-ndp
       duplicates (RFC 4862, 5.4)      nodes; none for another: it is free
-    router solicitation             router advertisement to who asked               --no-ndp, --no-ra
+    router solicitation             router advertisement to the sender              --no-ndp, --no-ra
     advertisements, redirects       none
 
     timer                           value           consequence
@@ -15,19 +15,19 @@
 
     change of the configuration                       consequence
     ------------------------------------------------  ---------------------------------------------------
-    an advertisement says something else: resolvers,  one to all nodes at once; resolvers and domains that
-      search domains, MTU, prefix                       are no more have lifetime 0 in it (RFC 8106, 5.1)
-    IPv6 is off, or on again                          advertisements end, or begin again
+    contents of an advertisement: resolvers,          one to all nodes at once, with lifetime 0 for resolvers
+      search domains, MTU, prefix                       and domains that were removed (RFC 8106, 5.1)
+    IPv6 turned off, or on again                      advertisements end, or begin again
 
 A router advertisement carries the /64 of the guest's address for autoconfiguration, our MAC, the MTU, resolvers and
-search list, as many domains of it as the link takes in one packet; all lifetimes are as long as the format allows. Its
-M flag is set where our DHCPv6 has an address to give.
+search list, as many of its domains as fit into one packet; all lifetimes are as long as the format allows. Its M flag
+is set if our DHCPv6 server has an address to assign.
 
-An advertisement for an address of ours overrides what the guest knew; one that we send on behalf of the network, as a
-proxy does (RFC 4861, 7.2.4), does not: a neighbour that has the address itself prevails.
+An advertisement for an address of ours overrides an existing neighbour cache entry. One that we send as a proxy for
+the network (RFC 4861, 7.2.4) does not: a neighbour that has the address itself prevails.
 
-Left out: routers' other duties. No redirects, no duplicate detection for our own link-local address (nobody else is
-on the link), no reachability state: the guest's MAC is that of its last frame.
+Left out: other tasks of a router. No redirects, no duplicate address detection for our own link-local address (the
+guest is the only other node), no reachability state: the guest's MAC is that of its last frame.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ RA_INTERVAL = 200, 599  # s; RFC 4861, 6.2.1: MinRtrAdvInterval and MaxRtrAdvInt
 ROUTER_LIFETIME = 65535  # s; RFC 8319, 4
 HOP_LIMIT = 255
 SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")  # and the last 3 bytes of an address (RFC 4291, 2.7.1)
-PREFIX_LEN = 64  # what SLAAC takes (RFC 4862, 5.5.3 d, with interface identifiers of 64 bits)
+PREFIX_LEN = 64  # required by SLAAC (RFC 4862, 5.5.3 d, with interface identifiers of 64 bits)
 
 
 def check_source(src: bytes, options: tuple[ndp.Option, ...]) -> None:
@@ -69,7 +69,7 @@ def ignore(src: bytes, target: bytes, config: Config) -> bool:
 
 
 def advertises(config: Config) -> bool:
-    """Whether we send router advertisements: in answer to any solicitation, and unasked."""
+    """Whether we send router advertisements, solicited and unsolicited."""
     return config.ip6 is not None and not config.no_ndp and not config.no_ra
 
 
@@ -82,7 +82,7 @@ def neighbour_advertisement(src: bytes, target: bytes, config: Config) -> Neighb
 
 
 def router_advertisement(ip6: Ip6, config: Config, former: Config | None = None) -> RouterAdvertisement:
-    """What a router on this link says; the same to everybody. What only `former` said about names is taken back."""
+    """The router advertisement, the same for all receivers. DNS settings of `former` alone get lifetime 0."""
     options: list[ndp.Option] = []
     if ip6.addr is not None:
         half = PREFIX_LEN // 8
@@ -102,15 +102,15 @@ def router_advertisement(ip6: Ip6, config: Config, former: Config | None = None)
     if not config.advertise_search:
         return advertisement
     for names, lifetime in ((config.dns_search, ndp.INFINITE), (_no_more(former, config), 0)):
-        told = ndp.Dnssl.leading(names, room)
-        if told:
-            options.append(ndp.Dnssl(told, lifetime))
+        fitting = ndp.Dnssl.leading(names, room)
+        if fitting:
+            options.append(ndp.Dnssl(fitting, lifetime))
             room -= len(options[-1].emit())
     return replace(advertisement, options=tuple(options))
 
 
 def _no_more(former: Config | None, config: Config) -> tuple[str, ...]:
-    """Search domains that were told before."""
+    """Search domains of `former` that `config` lacks."""
     return () if former is None else tuple(name for name in former.dns_search if name not in config.dns_search)
 
 
@@ -122,7 +122,7 @@ class Ndp:
         self._timer = -1
 
     def start(self, now: float) -> None:
-        """Begin to send unsolicited router advertisements, whenever there are to be any. Raises OSError."""
+        """Start unsolicited router advertisements, for as long as the configuration has them. Raises OSError."""
         self._begin(now)
         self._ctx.settings.react(self._changed)
 
@@ -160,7 +160,7 @@ class Ndp:
         if not advertises(self._ctx.config):
             return
         log.debug("NDP: received RS, sending RA")
-        # Without a source there is nobody to answer to but everybody (RFC 4861, 6.2.6).
+        # The answer to a solicitation without a source goes to all nodes (RFC 4861, 6.2.6)
         self._send_ra(src_mac, addr.ALL_NODES6 if addr.is_unspecified(src) else src)
 
     def _unsolicited(self, now: float) -> None:
@@ -171,17 +171,17 @@ class Ndp:
         self._send_ra(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6)
 
     def _changed(self, former: Config, now: float) -> None:
-        """The configuration is another one. The timer goes on if it was armed already."""
+        """Advertise a changed configuration at once. A timer that is armed stays so."""
         config = self._ctx.config
         if config.ip6 is None or not advertises(config):
             return
-        told = former if advertises(former) else None
-        if told is None:
+        last = former if advertises(former) else None
+        if last is None:
             self._begin(now)
-        elif told.ip6 is not None and router_advertisement(told.ip6, told) == router_advertisement(config.ip6, config):
+        elif last.ip6 is not None and router_advertisement(last.ip6, last) == router_advertisement(config.ip6, config):
             return
         log.debug("NDP: sending RA, the configuration has changed")
-        self._send_ra(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6, told)
+        self._send_ra(ether.multicast_mac(addr.ALL_NODES6), addr.ALL_NODES6, last)
 
     def _arm(self, now: float) -> int:
         """Draw the time until the next unsolicited advertisement; returns it, in seconds."""
@@ -191,10 +191,10 @@ class Ndp:
 
     def _send_ra(self, dst_mac: bytes, dst: bytes, former: Config | None = None) -> None:
         ip6 = self._ctx.config.ip6
-        assert ip6 is not None  # `advertises` said so
+        assert ip6 is not None, "`advertises` has checked it"
         self._send(dst_mac, dst, router_advertisement(ip6, self._ctx.config, former).emit())
 
     def _send(self, dst_mac: bytes, dst: bytes, message: bytes) -> None:
         config = self._ctx.config
-        assert config.ip6 is not None  # nothing is answered without it
+        assert config.ip6 is not None, "there is no message without IPv6"
         self._ctx.link.send_frame(ether.icmp6_frame(dst_mac, config.our_mac, config.ip6.our_ll, dst, message))

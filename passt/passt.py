@@ -1,15 +1,15 @@
-"""The virtual machine's side: the UNIX socket that QEMU connects to, and the one guest behind it.
+"""The interface to a virtual machine: the UNIX socket that QEMU connects to, and the one guest behind it.
 
-    state       event                                   what happens
+    state       event                                   consequence
     ----------  --------------------------------------  -------------------------------------------------------------
     waiting     a client connects                       it is the guest
-    serving     another client connects                 accepted and closed at once, unless the guest is gone already:
-                                                        then what is left of it is read first, and this one is the next
+    serving     another client connects                 accepted and closed at once. If the guest has disconnected
+                                                        already, its data is read first, then the client is the guest
     any         a client connects, no descriptor left   accepted with a spare one, and closed at once (`flow/spare.py`)
-    serving     the guest's socket closes, fails,       its flows end, what was observed of it is forgotten; waiting
-                or its framing makes no sense           again, or the end with --one-off and --fd
+    serving     the guest's socket closes, fails,       its flows end, its observed state is reset; waiting again, or
+                or its framing is invalid               the end with --one-off and --fd
 
-The socket is made in the file system by `linux/unix.py`: with mode 0700, over what a predecessor has left behind.
+`linux/unix.py` creates the socket in the file system, with mode 0700, in place of a stale one.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = "/tmp/passt_{}.socket"
 DEFAULT_MAX = 99
-LINES = 256  # of the log about those who come and go, at once; and then LINES_PER_SECOND
+LINES = 256  # log lines about connections: this many at once, then LINES_PER_SECOND
 LINES_PER_SECOND = 10
-SEND_BUFFER = 4 << 20  # bytes asked for; net.core.wmem_max decides
+SEND_BUFFER = 4 << 20  # bytes requested; net.core.wmem_max is the limit
 
 CALLS = (
     *setting((socket.SOL_SOCKET, socket.SO_SNDBUF), mode=PASST),
@@ -81,9 +81,9 @@ def inherited(fd: int) -> socket.socket:
 
 
 class Clients:
-    """Who is connected, one at a time. `listener` is None where nobody else can come.
+    """The connected guest, one at a time. `listener` is None if there can be no other.
 
-    `on_end()` is called when the guest is gone and the program with it; None: the next one may come.
+    `on_end()` is called when the guest has disconnected and the program is to end; None: another may connect.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Clients:
         self._listener = listener
         self._on_end = on_end
         self._sock: socket.socket | None = None
-        self._lines, self._said = float(LINES), 0.0  # that may still be said, and when the last one was
+        self._lines, self._said = float(LINES), 0.0  # tokens for log lines, time of the last one
         ctx.stats.gauges["guests"] = lambda: int(self._sock is not None)
         link.want_write = self._want_write
         link.on_error = lambda e: self.gone(failure(e))
@@ -113,15 +113,15 @@ class Clients:
         assert self._listener is not None
         guest = self._sock
         while self._sock is not None and _hung_up(self._sock):
-            self._stream.read(now)  # what the guest has left behind: it went before this one came
+            self._stream.read(now)  # data of the guest that has disconnected before this client
         try:
             fd, _, _ = accept(self._listener.fileno())
         except BlockingIOError:
-            return  # it has gone again
+            return  # the client has disconnected
         except OSError as e:
-            if self._sock is guest:  # else there are descriptors when this turn ends
+            if self._sock is guest:  # else the end of this turn frees descriptors
                 log.warn_ratelimited("guest accept", f"Couldn't accept a guest: {e.strerror}", now)
-                self._spare.accept_failed(self._listener.fileno(), e, now, self._turn_away)
+                self._spare.accept_failed(self._listener.fileno(), e, now, self._refuse)
             return
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         if self._sock is not None:
@@ -129,11 +129,11 @@ class Clients:
             sock.close()
             return
         pid = unix.credentials(sock)[0]
-        self._say(f"Accepted connection{f' from PID {pid}' if pid else ''}", now)  # 0: it is in no PID namespace we see
+        self._say(f"Accepted connection{f' from PID {pid}' if pid else ''}", now)  # 0: in a foreign PID namespace
         self.serve(sock)
 
-    def _turn_away(self, fd: int) -> None:
-        """There is no descriptor for a client, but for a moment."""
+    def _refuse(self, fd: int) -> None:
+        """Close a client on the spare descriptor `fd`."""
         self._ctx.drops["guest: no descriptor"] += 1
         os.close(fd)
 
@@ -146,7 +146,7 @@ class Clients:
         self._ctx.reactor.watch(sock.fileno(), TYPE_GUEST, 0, EPOLLIN)
 
     def _handle(self, ref: int, events: int, now: float) -> None:
-        """The guest's socket has something for us, takes more, or is no more."""
+        """The guest's socket is readable, writable, or closed."""
         if events & EPOLLOUT:
             self._link.writable(now)
         if events & ~EPOLLOUT and self._sock is not None:
@@ -157,7 +157,7 @@ class Clients:
             self._ctx.reactor.change(self._sock.fileno(), EPOLLIN | (EPOLLOUT if wanted else 0))
 
     def gone(self, what: str) -> None:
-        """The guest is no more; `what` is a sentence that says what happened."""
+        """The guest has disconnected; `what` is a sentence with the event."""
         sock, self._sock = self._sock, None
         if sock is None:
             return
@@ -171,7 +171,7 @@ class Clients:
             self._tap.forget()
 
     def _say(self, text: str, now: float) -> None:
-        """Tell the log, unless they come and go for nothing else."""
+        """Log a line about a connection, within a rate limit."""
         self._lines = min(self._lines + (now - self._said) * LINES_PER_SECOND, LINES)
         self._said = now
         if self._lines >= 1:
@@ -182,9 +182,9 @@ class Clients:
 
 
 def _hung_up(sock: socket.socket) -> bool:
-    """Whether the other end is closed, though there may be something from it to read."""
+    """Whether the peer has closed its end, even if unread data is left."""
     try:
-        sock.send(b"")  # sends nothing, and finds out that nobody could receive it
+        sock.send(b"")  # sends nothing, and fails if the peer is closed
     except BlockingIOError:
         return False
     except OSError:

@@ -1,22 +1,22 @@
-"""The namespace that is connected: a new one with a command in it, that of a PID, or one given by path or name.
+"""The namespace to connect: a new one with a command in it, that of a PID, or one given by path or name.
 
-Both kinds end in the same `Target`: a descriptor of the network namespace, one of the user namespace that gives us
-rights in it, and what to wait for. Spawning is making a child and then attaching to it.
+Each results in a `Target`: a descriptor of the network namespace, one of the user namespace that gives rights in it,
+and the object whose end is the namespace's end. Spawning creates a child and then attaches to its namespace.
 
-                     rights to enter the network namespace come from      then
+    process          rights to enter the network namespace                afterwards
     ---------------  ---------------------------------------------------  --------------------------------------------
-    ordinary user    the user namespace, which is joined first            stays there
-    root             being root                                           becomes nobody (--runas), joins that of its
-                                                                          own child, if there is one
+    ordinary user    of the user namespace, which it joins first          stays in the user namespace
+    root             of root                                              becomes `nobody` (--runas), joins the user
+                                                                          namespace of its own child, if any
 
-What must be done inside (creating the tap, opening sockets) is done by a thread that enters (`linux/netns.py`).
+A thread that enters the namespace does all work inside: creating the tap, opening sockets (`linux/netns.py`).
 
-If somebody deletes the tap it is created anew, as it was, when we can neither enter a namespace nor open a file any
-more: its descriptor belongs to the namespace that it was opened in for good, and so does the netlink socket that sets
-the new one up (`Tap`). What it takes is CAP_NET_ADMIN there.
+A deleted tap is created again, with its configuration, when the process can neither enter a namespace nor open a file
+any more: its descriptor stays in the namespace that it was opened in, and so does the netlink socket that configures
+the new device (`Interface`). This needs CAP_NET_ADMIN there.
 
-Gone: a namespace bound to a file is watched by inotify (deletion in its directory), one under /proc by a pidfd of its
-process. What neither is possible for is looked at once per second, from its directory.
+End of the namespace: one bound to a file is watched by inotify (deletion in its directory), one under /proc by a pidfd
+of its process. If neither is possible, the path is checked once per second, from its directory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CALLS = (
 
 
 class Init:
-    """Our side of the first process of a spawned namespace (`namespace/init.py`)."""
+    """The interface of pasta to the first process of a spawned namespace (`namespace/init.py`)."""
 
     def __init__(self, pid: int, control: int) -> None:
         self.pid = pid
@@ -64,47 +64,47 @@ class Init:
         self._control = control
 
     def start(self) -> None:
-        """The network is ready: let the command begin."""
-        self._tell(supervisor.START)
+        """The network is ready: start the command."""
+        self._write(supervisor.START)
 
     def signal(self, number: int) -> None:
         """Send the command a signal."""
-        self._tell(number)
+        self._write(number)
 
-    def _tell(self, value: int) -> None:
+    def _write(self, value: int) -> None:
         try:
             os.write(self._control, bytes((value,)))
         except BrokenPipeError:
-            pass  # it has just ended: its exit status is on the way and says all there is to say
+            pass  # it has just ended, and its exit status follows
 
     def wait(self) -> int:
-        """Wait for the end of the command; its status as a shell gives it."""
+        """Wait for the end of the command; returns its status in shell convention."""
         _, status = os.waitpid(self.pid, 0)
         return supervisor.shell_status(status)
 
     def abandon(self) -> None:
-        """The start failed: the namespace and its processes go, and are gone when this returns."""
+        """The start failed: end the namespace and its processes, and wait for it."""
         os.close(self._control)
         os.waitpid(self.pid, 0)
 
 
 @dataclass(slots=True)
 class Target:
-    """The namespaces to work in. None are known (`netns` is -1) of a tap device that was given to us alone."""
+    """The namespaces to work in. They are unknown (`netns` is -1) for an inherited tap device (--fd alone)."""
 
     netns: int
-    userns: int | None  # gives rights over `netns`; None: we have them, or must do without
-    path: str | None = None  # the file whose end is that of the namespace
-    init: Init | None = None  # of a namespace that was spawned
+    userns: int | None  # gives rights over `netns`; None: no other rights are needed or available
+    path: str | None = None  # the file whose deletion is the end of the namespace
+    init: Init | None = None  # first process of a spawned namespace
 
 
 # Attaching ---------------------------------------------------------------------------------------------------------
 
 
 def find(name: str, run_dir: str) -> tuple[int | None, str]:
-    """What --netns NAME|PATH means: a PID, or a path. Raises Fatal.
+    """The value of --netns NAME|PATH: a PID, or a path. Raises Fatal.
 
-    A number that is not the name of a namespace is a PID: the script that stands for slirp4netns(1) gives such.
+    A number that is not the name of a namespace is a PID, as in the script that replaces slirp4netns(1).
     """
     path = netns.path_of(name, run_dir)
     if not (name.isascii() and name.isdecimal()) or os.path.lexists(path):
@@ -131,12 +131,12 @@ def _open(kind: str, path: str) -> int:
     try:
         return netns.open_ns(path, CLONE_NEWNET if kind == "network" else CLONE_NEWUSER)
     except OSError as e:
-        hint = f" ({_whose(path)}you must own it, or be root)" if e.errno in (errno.EACCES, errno.EPERM) else ""
+        hint = f" ({_owner(path)}you must own it, or be root)" if e.errno in (errno.EACCES, errno.EPERM) else ""
         raise Fatal(f"Couldn't open {kind} namespace {path}: {e.strerror}{hint}") from None
 
 
-def _whose(path: str) -> str:
-    """Whose namespace `path` is, for a path under /proc: a mistyped PID shows by the process that it names."""
+def _owner(path: str) -> str:
+    """The process of the namespace `path` under /proc, which reveals a mistyped PID."""
     pid = proc.pid_of_path(path)
     return "" if pid is None else f"{proc.describe(pid)}: "
 
@@ -144,11 +144,11 @@ def _whose(path: str) -> str:
 def check_foreign(target: Target) -> None:
     """Raise Fatal for our own network namespace: its addresses and routes, copied into itself, would break it."""
     if netns.same_ns(target.netns, "/proc/self/ns/net"):
-        raise Fatal(f"{target.path} is the network namespace that we are in ourselves: there is nothing to connect")
+        raise Fatal(f"{target.path} is the network namespace that pasta runs in: give another one")
 
 
 def join_userns(target: Target) -> None:
-    """Enter the user namespace of `target`, unless we are in it. Raises Fatal."""
+    """Enter the user namespace of `target`, unless it is the current one. Raises Fatal."""
     if target.userns is None or netns.same_ns(target.userns, "/proc/self/ns/user"):
         return
     try:
@@ -163,7 +163,7 @@ def join_userns(target: Target) -> None:
 
 
 def spawn(command: Command, identity: Identity, userns_path: str | None, netns_only: bool) -> Target:
-    """Make namespaces with a process that waits in them to start `command`. Raises Fatal."""
+    """Create namespaces with a process in them that waits to start `command`. Raises Fatal."""
     join = _open("user", userns_path) if userns_path else None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control_reader, control = os.pipe2(os.O_CLOEXEC)
@@ -190,7 +190,7 @@ def spawn(command: Command, identity: Identity, userns_path: str | None, netns_o
 def _helper(
     command: Command, identity: Identity, join: int | None, new_userns: bool, report: socket.socket, control: int
 ) -> None:
-    """The forked helper: reports descriptors, or why there are none, and ends."""
+    """The forked helper: report descriptors, or an error, and end."""
     try:
         isolation.become(identity)
         if join is not None:
@@ -208,7 +208,7 @@ def _helper(
 
 
 def inside(target: Target, function: Callable[[], T]) -> T:
-    """function() in the network namespace of `target`, by a thread. Raises Fatal."""
+    """Run function() in the network namespace of `target`, by a thread. Raises Fatal."""
     try:
         return netns.run_in(target.netns, function)
     except netns.NoEntry as e:
@@ -219,16 +219,16 @@ def inside(target: Target, function: Callable[[], T]) -> T:
 
 @dataclass(slots=True)
 class Interface:
-    """The tap inside, and what it takes to make it anew."""
+    """The tap inside, and the means to create it again."""
 
     device: tun.Tap
     mac: bytes
-    problems: list[str]  # what could not be set up
-    netlink: netlink.Rtnetlink | None  # None: it was given to us, and is not ours to make
+    problems: list[str]  # failed steps of the set-up
+    netlink: netlink.Rtnetlink | None  # None: the tap was inherited, and cannot be created again
     plan: NsPlan
 
-    def make_anew(self) -> None:
-        """Somebody has deleted it. The descriptor stays the same. Raises OSError naming the step."""
+    def recreate(self) -> None:
+        """Create it again after a deletion, with the same descriptor. Raises OSError naming the step."""
         assert self.netlink is not None
         self.device = tun.attach(self.device.fd, self.plan.ifname)
         _, self.problems = netlink.configure(self.netlink, self.plan)
@@ -277,11 +277,11 @@ def inherit_tap(target: Target, fd: int, plan: NsPlan) -> Interface:
 
 
 class Watch:
-    """Notices that the file of a namespace is gone. Made while we may still look; `gone` says so later.
+    """Detects the deletion of a namespace's file. It is created before the sandbox; `gone` checks later.
 
-    What ends with a process is told by `pidfd`, readable then; a file that goes, by `changes`, if `in_directory`;
-    `poll` says that somebody must ask `gone` now and then as well, which looks from `directories` (descriptors, none
-    without `poll`), since paths lead nowhere then.
+    `pidfd` is readable at the end of the process. `changes` reports a deleted file, if `in_directory`. With `poll` the
+    caller must call `gone` periodically as well, which uses `directories` (descriptors, none without `poll`), since
+    paths cannot be opened in the sandbox.
     """
 
     def __init__(self, path: str, changes: Changes) -> None:
@@ -307,7 +307,7 @@ class Watch:
         try:
             self.pidfd = os.pidfd_open(pid)
         except OSError as e:
-            log.debug(f"Watching {self.path} by looking at it: {e}")
+            log.debug(f"Polling {self.path}: {e}")
             self.poll = True
 
     def _watch_directory(self) -> None:
@@ -317,7 +317,7 @@ class Watch:
         try:
             self._watch = self.changes.watch(os.path.dirname(self.path), inotify.DELETE)
         except OSError as e:
-            log.debug(f"Watching {self.path} by looking at it: {e}")
+            log.debug(f"Polling {self.path}: {e}")
             self.poll = True
 
     def _open_directory(self) -> None:
@@ -333,21 +333,21 @@ class Watch:
 
     @property
     def name(self) -> str:
-        """What a message calls it."""
+        """Its name in messages."""
         return self.path if self.path.startswith("/proc/") else os.path.basename(self.path)
 
     @property
     def in_directory(self) -> bool:
-        """Whether `changes` tells."""
+        """Whether `changes` reports a deletion."""
         return self._watch >= 0
 
     def deleted(self, found: Sequence[Event]) -> bool:
-        """Whether the file's end is among what `changes` told."""
+        """Whether the file's deletion is among the events `found`."""
         name = os.path.basename(self.path)
         return any((e.watch, e.name) == (self._watch, name) and e.mask & inotify.DELETE for e in found)
 
     def gone(self) -> bool:
-        """Whether the path leads nowhere any more."""
+        """Whether the file does not exist any more."""
         path, directory = self.path, None
         if self._directory >= 0:
             path, directory = os.path.basename(path), self._directory
@@ -356,5 +356,5 @@ class Watch:
         except (FileNotFoundError, ProcessLookupError):
             return True
         except OSError:
-            return False  # it is there, and none of our business any more
+            return False  # it exists, but may not be opened
         return False

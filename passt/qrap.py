@@ -1,15 +1,15 @@
-"""qrap: connect to passt, then become QEMU: for a QEMU that has no `-netdev stream` (before 7.2).
+"""qrap: connect to passt, then execute QEMU, for a QEMU without `-netdev stream` (before 7.2).
 
     qrap FD QEMU ARGS...     the connection is descriptor FD, which the arguments name: -net socket,fd=FD
-    qrap ARGS...             QEMU is found, its network arguments are replaced by ones for descriptor 5
+    qrap ARGS...             QEMU is searched, its network arguments are replaced by ones for descriptor 5
 
-`-netdev socket` and `-netdev stream` speak the same protocol, but the former cannot connect to a UNIX socket by itself.
-Which of the sockets /tmp/passt_N.socket has a passt behind it that is free is found out as a guest would: a passt that
-has its guest closes the connection at once, a free one answers an ARP request, or a neighbour solicitation where it has
-no IPv4. Whole frames are read, because QEMU goes on where we stop. A passt whose last guest has just gone may not have
-noticed yet, so the search is repeated as long as there is one that closes the connection.
+`-netdev socket` and `-netdev stream` have the same protocol, but the former cannot connect to a UNIX socket by itself.
+qrap finds a free passt among the sockets /tmp/passt_N.socket with a probe: a passt with a guest closes the connection
+at once; a free one answers an ARP request, or, without IPv4, a neighbour solicitation. Whole frames are read, because
+QEMU continues on the same stream. A passt that has just lost its guest may still be busy, so the search is repeated as
+long as a passt closes the connection.
 
-After exec(2) nothing of us is left but the descriptor.
+After execve(2) only the descriptor is left.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ TRIES = 50
 INTERVAL = 0.05  # seconds between tries, while a passt is busy
 LENGTH = Struct("!I")
 
-# What the probe claims to be, and asks for. No host has 0.0.0.0 (RFC 1122, 3.2.1.3), so that an answer for it tells no
-# guest that an address is taken; a solicitation with a source is answered for every address.
+# Source and targets of the probe. No host has 0.0.0.0 (RFC 1122, 3.2.1.3), so an answer for it does not make a guest
+# believe that an address is taken. A solicitation with a source has an answer for every address.
 MAC = bytes.fromhex("020000000001")
 LINK_LOCAL = bytes.fromhex("fe8000000000000000000000000000ff")
 TARGET4 = ANY4
@@ -56,11 +56,11 @@ CONFLICTING = ("virtio-net-pci", "virtio-net-ccw", "e1000", "e1000e", "rtl8139")
 
 
 class QrapError(Exception):
-    """Why QEMU is not started."""
+    """QEMU cannot be started; the reason."""
 
 
 def probe() -> bytes:
-    """An ARP request and a neighbour solicitation, as the stream has them."""
+    """An ARP request and a neighbour solicitation, in the format of the stream."""
     request = arp.Packet(arp.REQUEST, MAC, ANY4, bytes(6), TARGET4)
     group = bytes.fromhex("ff0200000000000000000001ff") + TARGET6[13:]  # solicited-node (RFC 4291, 2.7.1)
     solicitation = ndp.NeighbourSolicitation(TARGET6)
@@ -72,7 +72,7 @@ def probe() -> bytes:
 
 
 def _answers(sock: socket.socket) -> bool:
-    """Whether passt sends a frame; it is read to its end. ConnectionResetError if it closes the connection instead."""
+    """Whether passt sends a frame, which is read as a whole. ConnectionResetError if it closes the connection."""
     sock.settimeout(TIMEOUT)
     sock.sendall(probe())
     try:
@@ -94,7 +94,7 @@ def _read(sock: socket.socket, size: int) -> bytes:
 
 
 def attach(path: str) -> socket.socket | None:
-    """A connection to the free passt at `path`, or None. ConnectionResetError, BrokenPipeError: one that is busy."""
+    """A connection to the free passt at `path`, or None. ConnectionResetError, BrokenPipeError: a busy passt."""
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.connect(path)
@@ -104,7 +104,7 @@ def attach(path: str) -> socket.socket | None:
         sock.close()
         raise
     except OSError:
-        pass  # no socket there, or nobody behind it, or not for us
+        pass  # no socket there, no listener, or no permission
     sock.close()
     return None
 
@@ -151,7 +151,7 @@ def patched(args: Sequence[str]) -> list[str]:
 
 
 def command(args: Sequence[str]) -> tuple[int, list[str]]:
-    """Descriptor and command line that `args` ask for. QrapError: a descriptor that cannot be."""
+    """Descriptor and command line of QEMU from `args`. QrapError: an invalid descriptor."""
     if len(args) >= 2 and args[0].isascii() and args[0].isdigit():
         fd = int(args[0])
         if not 2 < fd < os.sysconf("SC_OPEN_MAX"):
@@ -161,7 +161,7 @@ def command(args: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def run(args: Sequence[str]) -> None:
-    """Become QEMU; QrapError if that fails."""
+    """Execute QEMU; QrapError if that fails."""
     fd, argv = command(args)
     path, sock = search(PATHS)
     sock.settimeout(None)
@@ -177,7 +177,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status, if there is any return: 0 for --help, 1 for an error. `argv` is sys.argv by default."""
+    """Execute QEMU, or return the exit status: 0 for --help, 1 for an error. `argv` is sys.argv by default."""
     args = list((sys.argv if argv is None else argv)[1:])
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if args else sys.stderr)

@@ -1,27 +1,27 @@
-"""The system calls that are left when everything is set up: seccomp(2), by libseccomp.
+"""The system calls allowed after the set-up: seccomp(2), by libseccomp.
 
-Whatever is not allowed here ends the process at once (SECCOMP_RET_KILL_PROCESS); the kernel writes a line with the
-number of the call to its log (`dmesg`, type=1326). The list is made of the `CALLS` of all modules that are loaded, and
-of what the interpreter itself needs (below); `--print-seccomp` prints it. Installed after initialisation and before
-the first byte of the guest is read, and for all threads.
+Any other call ends the process at once (SECCOMP_RET_KILL_PROCESS); the kernel logs a line with the number of the call
+(`dmesg`, type=1326). The list consists of the `CALLS` of all loaded modules and the needs of the interpreter (below);
+`--print-seccomp` prints it. The filter is installed after initialisation, before the first byte of the guest is read,
+for all threads.
 
-    call                             allowed with                              what that closes
+    call                             allowed with                              denied
     -------------------------------  ----------------------------------------  -----------------------------------------
-    mmap, mprotect                   no PROT_EXEC                              code of one's own
+    mmap, mprotect                   no PROT_EXEC                              injected code
     socket                           TCP, UDP and ping, IPv4 or IPv6           netlink, packet and raw sockets
-    setsockopt                       each option by itself                     filters, others' addresses, marks
-    ioctl                            the requests that are made                TIOCSTI, and drivers' own
-    fcntl                            the commands that are made                locks, leases, signals to others
-    openat, readlinkat               to read, in directories with files that   all other files
-                                     are followed (resolv.conf)
+    setsockopt                       declared options                          filters, foreign addresses, marks
+    ioctl                            declared requests                         TIOCSTI, requests of drivers
+    fcntl                            declared commands                         locks, leases, signals to processes
+    openat, readlinkat               reading, in directories with followed     all other files
+                                     files (resolv.conf)
     kill                             signal 0                                  signals
 
 There is no clone, execve, setns, unshare, mount, ptrace or prctl, and no open by path: the root is empty anyway.
 
-The names are those of x86-64. Where another architecture has another call for the same thing that one is allowed, too
-(`ALTERNATIVES`); where an argument cannot be tested, because it lies in memory or behind socketcall(2), it is not.
+The names are those of x86-64. If another architecture has another call for the same purpose, that one is allowed, too
+(`ALTERNATIVES`). An argument that cannot be tested, because it is in memory or behind socketcall(2), is not tested.
 
-Python's binding of libseccomp is pyseccomp, or Debian's package python3-seccomp, whose interface it has.
+Python's binding of libseccomp is pyseccomp, or Debian's package python3-seccomp with the same interface.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from .log import Fatal
 CALLS: Calls = (
     *calls("futex", "munmap", "mremap", "brk", "rt_sigreturn", "clock_gettime", "exit_group"),
     Call("mmap", (Condition(2, 0, mmap.PROT_EXEC),)),
-    # The heap of a second thread; and waiting for each other goes on by restart_syscall(2), at the kernel's own
-    # instance, when it was interrupted by SIGSTOP, strace(1) or the freezing of a cgroup (podman pause, suspend)
+    # The heap of a second thread; and restart_syscall(2), by which the kernel resumes a futex wait after SIGSTOP,
+    # strace(1) or the freezing of a cgroup (podman pause, suspend)
     Call("mprotect", (Condition(2, 0, mmap.PROT_EXEC),), PASTA),
     *calls("madvise", "restart_syscall", mode=PASTA),
 )
@@ -79,10 +79,10 @@ UNTESTABLE = {  # machine -> calls whose arguments are in memory there
 def binding() -> Any:
     """Python's binding of libseccomp. Raises Fatal."""
     try:
-        with _names_instead_of_a_search():
+        with _loading_by_name():
             import pyseccomp
     except ImportError:
-        pass  # Debian has the other one
+        pass  # Debian has the other binding
     except (OSError, RuntimeError) as e:
         raise Fatal(f"Couldn't load libseccomp: {e}: install it (Debian: libseccomp2)") from None
     else:
@@ -97,21 +97,21 @@ def binding() -> Any:
 
 
 @contextmanager
-def _names_instead_of_a_search() -> Iterator[None]:
-    """Let pyseccomp load its libraries as all programs do, by their names.
+def _loading_by_name() -> Iterator[None]:
+    """Make pyseccomp load its libraries by name.
 
-    It asks ctypes.util.find_library(), which runs ldconfig(8), or a compiler, where it finds that they exist. That
-    module takes longer to import than all the rest, so a stand-in has its place for that moment.
+    It calls ctypes.util.find_library(), which runs ldconfig(8) or a compiler. The import of that module takes longer
+    than all other imports, so a stand-in takes its place for the duration.
     """
 
     def find_library(name: str) -> str | None:
-        return "libseccomp.so.2" if name == "seccomp" else None  # None: what the interpreter is linked with
+        return "libseccomp.so.2" if name == "seccomp" else None  # None: libraries that the interpreter is linked with
 
     name = "ctypes.util"
     before, stand_in = sys.modules.get(name), ModuleType(name)
     stand_in.find_library = find_library  # type: ignore[attr-defined]
     sys.modules[name] = stand_in
-    setattr(ctypes, "util", stand_in)  # noqa: B010  # whom type checkers take for a module
+    setattr(ctypes, "util", stand_in)  # noqa: B010  # type checkers take the attribute for a module
     try:
         yield
     finally:
@@ -123,7 +123,7 @@ def _names_instead_of_a_search() -> Iterator[None]:
 
 
 def collect(mode: str, modules: Iterable[ModuleType] | None = None) -> dict[str, list[Call]]:
-    """The calls of `mode` by name, in alphabetical order, from what `modules` (all that are loaded) declare."""
+    """The calls of `mode` by name, in alphabetical order, declared in `modules` (default: all loaded ones)."""
     if modules is None:
         package = __package__ + "."
         modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(package)]
@@ -139,7 +139,7 @@ def collect(mode: str, modules: Iterable[ModuleType] | None = None) -> dict[str,
 
 
 def in_directories(descriptors: Iterable[int]) -> Calls:
-    """Opening files to read them, and following links, in these directories."""
+    """Opening files for reading, and reading links, in these directories."""
     reading = Condition(2, os.O_RDONLY, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC)
     return tuple(
         call
@@ -149,7 +149,7 @@ def in_directories(descriptors: Iterable[int]) -> Calls:
 
 
 def build(mode: str, machine: str, extra: Sequence[Call] = ()) -> Any:
-    """The filter, not loaded yet, for architecture `machine` as uname(2) has it. Raises Fatal or OSError."""
+    """The filter, not loaded yet, for the architecture `machine` of uname(2). Raises Fatal or OSError."""
     library = binding()
     rules = library.SyscallFilter(library.KILL_PROCESS)
     rules.set_attr(library.Attr.ACT_BADARCH, library.KILL_PROCESS)
@@ -161,7 +161,7 @@ def build(mode: str, machine: str, extra: Sequence[Call] = ()) -> Any:
 
 
 def fill(rules: Any, library: Any, machine: str, allowed: Iterable[Call]) -> None:
-    """Add a rule for each call, under all names that it has on some architecture. Raises OSError."""
+    """Add a rule for each call and its alternatives on other architectures. Raises OSError."""
     untestable = UNTESTABLE.get(machine, frozenset())
     for call in allowed:
         tests = () if call.name in untestable else call.tests
@@ -173,7 +173,7 @@ def fill(rules: Any, library: Any, machine: str, allowed: Iterable[Call]) -> Non
 
 
 def load(rules: Any) -> None:
-    """From here on nothing else is possible, for any thread. Raises Fatal."""
+    """Install the filter for all threads, for good. Raises Fatal."""
     try:
         rules.load()
     except OSError as e:
@@ -189,7 +189,7 @@ def number(name: str) -> int:
 
 
 def table(mode: str) -> list[tuple[str, str, str]]:
-    """What is allowed in a mode, for people: (call, arguments that it is allowed with, modules that declare it)."""
+    """The allowed calls of a mode, as text: (call, tests of arguments, modules that declare it)."""
     rows = []
     for name, variants in collect(mode).items():
         users = [module[len(__package__) + 1 :] for module in sorted(sys.modules) if _declares(module, name, mode)]

@@ -200,7 +200,7 @@ def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, interface: Interfa
     log.warn_ratelimited("tap", f"Interface {name} was deleted: creating it again", time.monotonic())
     ctx.reactor.forget(link.fd)
     try:
-        interface.make_anew()
+        interface.recreate()
     except OSError as e:
         end.failed(f"Interface {name} was deleted and can't be created again, exiting: {e.strerror}")
         return

@@ -80,7 +80,7 @@ def test_what_netns_names(tmp_path: Path) -> None:
 
 def test_own_network_namespace_is_refused(sleeper: subprocess.Popen[bytes]) -> None:
     target = open_target(sleeper.pid, "", None, netns_only=True)
-    with pytest.raises(Fatal, match=f"^/proc/{sleeper.pid}/ns/net is the network namespace that we are in ourselves"):
+    with pytest.raises(Fatal, match=f"^/proc/{sleeper.pid}/ns/net is the network namespace that pasta runs in"):
         pasta.check_foreign(target)
     os.close(target.netns)
     with open("/proc/self/ns/user") as other:
@@ -190,7 +190,7 @@ def test_tap_is_made_anew_on_the_same_descriptor(inside: list[str], monkeypatch:
     made = create_tap(Target(9, None), NsPlan("tap5"))
     attached: list[tuple[int, str]] = []
     monkeypatch.setattr(tun, "attach", lambda fd, name: attached.append((fd, name)) or made.device)
-    made.make_anew()
+    made.recreate()
     assert attached == [(made.device.fd, "tap5")]
     assert inside == ["enter 9", "open tap5"]
     assert plans == [NsPlan("tap5"), NsPlan("tap5", mac=b"\2" * 6)]  # which was the kernel's choice

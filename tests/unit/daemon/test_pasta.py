@@ -29,7 +29,7 @@ class FakeInterface:
         self.problems = ["not all"]
         self._error = error
 
-    def make_anew(self) -> None:
+    def recreate(self) -> None:
         if self._error is not None:
             raise self._error
 
