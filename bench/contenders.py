@@ -1,4 +1,4 @@
-"""What is compared: each contender starts for a guest namespace and says where the host is found from there.
+"""The compared programs: each contender starts for a guest namespace and knows the host's addresses from there.
 
 | name        | what it is                                                                                      |
 |-------------|-------------------------------------------------------------------------------------------------|

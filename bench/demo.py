@@ -48,7 +48,7 @@ def measured(console: Console, figures: Figures) -> None:
 
 
 def cost(program: str, pid: int, figures: Figures) -> None:
-    """What the daemon has used so far."""
+    """Resources that the daemon has used so far."""
     figures.append((f"processor time of {program} for all this", f"{cpu_seconds(pid):.2f} s"))
     figures.append((f"resident memory of {program}", f"{resident_kib(pid) / 1024:.0f} MiB"))
 

@@ -112,7 +112,7 @@ class Placement:
 
     @staticmethod
     def argv(cpu: int | None) -> list[str]:
-        """What to put before a command so that it runs on `cpu`."""
+        """The prefix of a command that makes it run on `cpu`."""
         return [] if cpu is None else ["taskset", "-c", str(cpu)]
 
 

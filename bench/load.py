@@ -20,8 +20,8 @@ scheduler. Connections run in one process for each flow, because there five bloc
 epoll bookkeeping of a connection.
 
 Datagrams go and come by sendmmsg(2) and recvmmsg(2), 64 a call: the sender hands over single datagrams, as any
-program would, but does not take a core for itself alone to do so. It never waits for anybody: what arrives is what
-is counted, over a window that opens with the first datagram.
+program would, but does not take a core for itself alone to do so. It does not wait for the receiver, which counts the
+datagrams that arrive in a window that opens with the first one.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def udp_sink(address: str, port: int) -> None:
 
 
 def udp_source(address: str, port: int) -> None:
-    """Send to whoever asks, for the time that the request says."""
+    """Send to the source of a request, for the time in the request."""
     sock = _bound(socket.SOCK_DGRAM, address, port)
     _ready()
     while True:

@@ -1,8 +1,8 @@
-"""What is measured: the rows of the table, and how one sample of each comes about.
+"""The measurements: the rows of the table, and how one sample of each is taken.
 
 A row has a server and a client. Every sample starts its own, lasts `seconds`, and notes the daemon's processor time
-around the client's life. Directions are named from the guest: "out" is guest to host, "in" is host to guest. Who opens
-is the row's `Route`:
+around the client's life. Directions are named from the guest: "out" is guest to host, "in" is host to guest. The row's
+`Route` says which end connects:
 
     route     client   server   to
     --------  -------  -------  -----------------------------------------------
@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What a measurement needs: the laboratory, who is measured, on which processors, and for how long."""
+    """The parameters of a measurement: laboratory, contender, processors, duration."""
 
     lab: Lab
     contender: Contender
@@ -112,7 +112,7 @@ def _cpu(seat: Seat) -> float:
 
 
 def _client(bench: Bench, where: Namespace, command: list[str]) -> tuple[str, float]:
-    """What the client printed, and the daemon's processor time meanwhile."""
+    """The client's output, and the daemon's processor time meanwhile."""
     before = _cpu(bench.seat)
     printed = where.run([*Placement.argv(bench.place.client), *command], timeout=bench.seconds + GRACE)
     return printed, _cpu(bench.seat) - before
@@ -288,7 +288,7 @@ def _costs() -> list[Row]:
 
 
 def _machines() -> list[Row]:
-    """What is served over a UNIX socket: a relay for a fast machine, and an emulated one."""
+    """Rows with a guest on a UNIX socket: a relay for a fast machine, and an emulated one."""
     rows = []
     for mtu, target in ((BIG, "1 x C"), (SMALL, "0.6 x C")):
         for reverse in (False, True):
