@@ -5,8 +5,8 @@
     python -m fuzz --runs 10000000 --record
 
 With --record, executions are added to those of earlier runs until each target has `--runs` of them; the corpus and
-docs/fuzzing.md are written after each slice, so that an end at any time loses no more than that. What crashes a target
-is left in build/fuzz/TARGET, and the run goes on with the next target.
+docs/fuzzing.md are written after each slice, so that an end at any time loses no more than that. An input that crashes
+a target is left in build/fuzz/TARGET, and the run goes on with the next target.
 """
 
 from __future__ import annotations

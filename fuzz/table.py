@@ -37,7 +37,7 @@ class Target(NamedTuple):
         return cast(Module, importlib.import_module(f"fuzz.targets.{self.name}"))
 
     def corpus(self) -> list[bytes]:
-        """What earlier runs left, and the inputs that found bugs."""
+        """Inputs of earlier runs, and the inputs that found bugs."""
         path = CORPUS / f"{self.name}.hex"
         lines = path.read_text().split("\n") if path.exists() else []
         found = [bytes.fromhex(line) for line in lines if line]

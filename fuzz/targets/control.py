@@ -189,7 +189,7 @@ class World:
         r.end_turn(self.now)
         for client in self.control._clients:
             if client is not None:
-                assert len(client.input) <= client.dialect.request_max + READ_MAX
+                assert len(client.input) <= client.protocol.request_max + READ_MAX
                 assert len(client.output) <= OUTPUT_MAX + (1 << 20), "answers are made faster than they are taken"
 
     def connect(self, which: int) -> None:

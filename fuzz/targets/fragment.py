@@ -23,7 +23,7 @@ def seeds() -> Iterable[bytes]:
 
 
 def pieces(v4: bool, message: bytes, mtu: int) -> Iterable[tuple[bytes, int, bool, bytes]]:
-    """What `Reassembly.add` gets of each fragment."""
+    """The arguments of `Reassembly.add` for each fragment."""
     for packet in fragments(*ENDS[v4], 17, message, mtu, 7):
         assert len(packet) <= mtu
         if v4:

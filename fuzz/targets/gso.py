@@ -33,7 +33,7 @@ def seeds() -> Iterable[bytes]:
 
 
 def header(v4: bool, tcp: bool, payload: int, size: int, seq: int, ident: int, flags: int) -> bytes:
-    """What the services write in front of a super-frame."""
+    """The headers of a super-frame, as the services write them."""
     src, dst = ENDS[4 if v4 else 16]
     proto, l4_len = (PROTO_TCP, 20) if tcp else (PROTO_UDP, 8)
     length = l4_len + payload

@@ -185,7 +185,7 @@ def step(world: World, steps: Steps) -> None:
 
 
 def check(world: World) -> None:
-    """What went to the guest."""
+    """Frames that were sent to the guest."""
     fake = link(world.ctx)
     queue = Reassembly(world.ctx.drops)
     assert not any(map(any, fake.vnet)), "something is left to the guest's kernel"

@@ -1,4 +1,4 @@
-"""What the kernel tells: sock_diag messages, the files under /proc/net, inotify events.
+"""Tables and events of the kernel: sock_diag messages, the files under /proc/net, inotify events.
 
 Invariants: any bytes give ports or an `OSError` that the kernel meant; ports are of 16 bits, never 0 in a file;
 addresses are of 127/8; names of inotify events have no zero byte at their end and lie inside the bytes.

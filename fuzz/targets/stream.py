@@ -22,7 +22,7 @@ LENGTHS = (14, 15, 60, 64, 200, 1514, 3000, 65535)
 
 
 class Sock:
-    """What the guest sends, read in pieces."""
+    """The guest's stream, read in pieces."""
 
     def __init__(self) -> None:
         self.waiting = bytearray()

@@ -171,7 +171,7 @@ class Sock:
 
 
 class Talk:
-    """What the guest knows of a connection, and what it sends: GUEST_DATA from its initial sequence number on."""
+    """The guest's state of a connection, and its data: GUEST_DATA from its initial sequence number on."""
 
     def __init__(self, number: int) -> None:
         self.port = 40000 + number
@@ -306,7 +306,7 @@ class World:
         return sock
 
     def first(self, sock: Sock) -> int:
-        """What SYN counts in `tcpi_bytes_acked`."""
+        """The count of SYN in `tcpi_bytes_acked`."""
         return 0 if any(t.sock is sock and t.theirs for t in self.talks) else 1
 
     def fire(self, sock: Sock, events: int) -> None:
@@ -404,7 +404,7 @@ def segment(world: World, talk: Talk, steps: Steps, batch: Batch) -> bool:
 
 
 def _believe(talk: Talk, flags: int, at: int, n: int, ack: int, window: int) -> None:
-    """What follows from a segment for what may be expected."""
+    """Update the expectations after a segment."""
     if flags & RST:
         talk.wild = True
     talk.high = max(talk.high, at + n)
@@ -560,7 +560,7 @@ def answer(world: World, talk: Talk) -> None:
 
 
 def settle(world: World) -> None:
-    """What came of it."""
+    """The result of the connection."""
     world.reactor.end_turn(world.now)
     for talk in world.talks:
         sock = talk.sock

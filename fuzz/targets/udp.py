@@ -216,7 +216,7 @@ def pick(world: World, steps: Steps) -> Sock | None:
 
 
 def answers(world: World, steps: Steps) -> None:
-    """The host peer sends: runs of datagrams, or answers to queries."""
+    """The host peer sends: batches of datagrams, or answers to queries."""
     sock, count = pick(world, steps), steps.byte() & 15
     if sock is None:
         return
