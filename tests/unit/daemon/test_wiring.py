@@ -59,7 +59,9 @@ class Wired:
         self.ctx: Context
         self.link: TapLink
         self.tap: Tap
-        self.ctx, _, link_and_tap = wiring.wire(cast(Any, Decision), device, GUEST_MAC, Namespace(-1), NO_SOCKETS, NO_SOCKETS)
+        self.ctx, _, link_and_tap = wiring.wire(
+            cast(Any, Decision), device, GUEST_MAC, Namespace(-1), NO_SOCKETS, NO_SOCKETS
+        )
         assert link_and_tap is not None
         self.link, self.tap = link_and_tap
 
@@ -161,7 +163,9 @@ def test_loopback_to_loopback_without_a_tap(monkeypatch: pytest.MonkeyPatch, pro
         rule = Rule("-T x", proto, True, at, at, to)
         SpliceOnly.config = replace(CONFIG, ip6=None, splice_only=True, forwards=(rule,))
         ns = open_side(SpliceOnly.config, outbound=True)
-        ctx, _, link_and_tap = wiring.wire(cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, Namespace(-1), NO_SOCKETS, ns)
+        ctx, _, link_and_tap = wiring.wire(
+            cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, Namespace(-1), NO_SOCKETS, ns
+        )
         assert link_and_tap is None and isinstance(ctx.link, NoLink)
         if proto == PROTO_TCP:
             server.listen()
