@@ -1,4 +1,4 @@
-"""Sends as many frames as it can, for a while, and says how many: what a guest does that means harm.
+"""A hostile guest: sends frames at the highest possible rate for some time, and prints their number.
 
     python -m tests.security.flooder FD KIND SECONDS MAC GUEST4 GUEST6 GATEWAY4 GATEWAY6 PORT
 
@@ -6,8 +6,8 @@ FD is a packet socket (AF_PACKET, SOCK_RAW) that is bound to the guest's interfa
 MAC is the guest's, PORT one that is listened on at the gateway, which stands for the host's loopback. The answer is a
 line, the number of frames that were sent.
 
-POOL frames are made in advance, from a generator whose seed is fixed, and sent over and over again, BATCH of them with
-one sendmmsg(2). Checksums are left out: nobody between here and the daemon looks at them, and the daemon does not.
+POOL frames are made in advance, from a generator with a fixed seed, and sent repeatedly, BATCH of them with one
+sendmmsg(2). Checksums are left out: neither the path to the daemon nor the daemon checks them.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Frames:
         return self.net.gateway4 if self.rng.randrange(4) else self.net.gateway6
 
     def _somewhere(self) -> bytes:
-        """An address of the documentation's ranges: if it left the laboratory, it would come to nobody."""
+        """An address of the documentation's ranges, which no host has."""
         rng = self.rng
         if rng.randrange(4):
             return bytes((203, 0, 113, rng.randrange(256))) if rng.randrange(2) else b"\xc6\x12" + rng.randbytes(2)

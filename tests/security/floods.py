@@ -1,4 +1,4 @@
-"""A guest that floods, what it does to the daemon, and to a transfer beside it.
+"""Floods by a guest, and their effect on the daemon and on a concurrent transfer.
 
     python -m tests.security.floods [--seconds 30] [--write FILE] [KIND ...]     all floods, unless some are named
 
@@ -72,7 +72,7 @@ def block(at: int) -> bytes:
 
 @dataclass
 class Sample:
-    """What the daemon holds: bytes of memory, descriptors."""
+    """Resources of the daemon: bytes of memory, descriptors."""
 
     memory: int
     descriptors: int
@@ -144,7 +144,7 @@ class Transfer:
 
 @dataclass
 class Result:
-    """What came of a flood."""
+    """The result of a flood."""
 
     kind: str
     seconds: float
@@ -291,7 +291,7 @@ def run(lan: Lan, user: User, kind: str, seconds: float, *, haste: bool, descrip
 
 
 def settled(pid: int, before: Sample, deadline: float) -> Sample:
-    """What is held when the flows of the flood have timed out, or time is over."""
+    """Resources when the flows of the flood have timed out, or at the deadline."""
     end = time.monotonic() + deadline
     while (now := Sample.of(pid)).descriptors > before.descriptors + DESCRIPTORS_LEFT and time.monotonic() < end:
         time.sleep(0.1)

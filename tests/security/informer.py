@@ -1,24 +1,24 @@
-"""The program itself, in its own sandbox, with handlers that tell on themselves.
+"""The program itself, in its own sandbox, with handlers that report each call.
 
 Each line of standard input asks for a run, to its end: WAY, VICTIM, path of resolv.conf, pasta or passt, OPTION...,
-between tabs. Nothing is added to the filter: what is told goes to standard output by write(2), a line each.
+between tabs. The filter is unchanged: reports go to standard output by write(2), a line each.
 
     @ PID          it begins
-    + NAME         a handler was made known: registered with the loop or a timer, or one that its name gives away
+    + NAME         a handler is known: registered with the loop or a timer, or recognised by its name
     *              the filter is in force
     - NAME         a handler came back, in the sandbox
     ! NAME: WHY    it raised what no handler may
     = STATUS       it has ended, as os.waitstatus_to_exitcode() has it
 
-A handler is what the program registers, found where it does so, and any method that is called like one (`*_handler`),
-or is in CALLED. VICTIM is the one that makes a call that nobody declares, getppid(2): if it is
-empty, nothing is imported before the program does that. WAY changes the circumstances:
+A handler is a function that the program registers, or a method with the name of one (`*_handler`), or one in CALLED.
+VICTIM is a handler that is made to call getppid(2), which no module declares: if it is empty, no module is imported
+before the program does so. WAY changes the circumstances:
 
     "faulty"    each handler of events and each timer's callback fails the first time, in the sandbox
     "starved"   there are no descriptors left but a few, from when the filter is in force
     "polling"   the kernel has no pidfd_open(2), so the end of a namespace is looked for
-    "given"     there is a tap device made by somebody else, without a vnet header, in the namespace of process OPTION,
-                the last one, as descriptor GIVEN_TAP
+    "given"     there is a tap device of another program, without a vnet header, in the namespace of process OPTION, the
+                last one, as descriptor GIVEN_TAP
 
 Time runs SPEED times as fast, so that minutes of idleness are over in the middle of a test.
 """
@@ -43,7 +43,7 @@ from passt.linux import netns, syscall, tun
 from passt.loop import changes, reactor, timers
 
 SPEED = 50
-DESCRIPTORS = 3  # that are left to who is starved
+DESCRIPTORS = 3  # left in a "starved" run
 OUTPUT = 1
 GIVEN_TAP = 100
 CALLED = frozenset(
@@ -212,7 +212,7 @@ def hurry() -> None:
 
     time.monotonic = lambda: begin + (real() - begin) * SPEED
     timers.timerfd_settime = fast_settime  # type: ignore[attr-defined]
-    netns._GONE_TIMEOUT *= SPEED  # somebody else's haste
+    netns._GONE_TIMEOUT *= SPEED  # in seconds of that clock
 
 
 def no_pidfd(pid: int, flags: int = 0) -> int:

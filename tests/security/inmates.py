@@ -1,8 +1,8 @@
 """Services in the sandbox: `inmates.py MODE LOG` replays the corpora of the stateful fuzzing targets there.
 
-What these reach is what a guest, a client of the control sockets or a writer of resolv.conf can: error paths, limits,
-faults, log lines at every level, which go to a file that was opened before. The filter is the daemon's own: sockets of
-the targets are fakes, and what they prepare once is prepared before.
+The targets reach the code that a guest, a client of the control sockets or a writer of resolv.conf can reach: error
+paths, limits, faults, log lines at every level, which go to a file that was opened before. The filter is the daemon's
+own: sockets of the targets are fakes, and their preparation comes before the filter.
 """
 
 from __future__ import annotations

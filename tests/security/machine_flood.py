@@ -1,8 +1,7 @@
 """The floods of `floods.py` from a virtual machine: through the socket of passt, in its protocol.
 
-All frames of a machine go through one stream, so whoever floods also keeps the transfer beside it going: it takes the
-bytes of one connection, in order, and acknowledges them between the frames of the flood. What comes back otherwise is
-thrown away.
+All frames of a machine go through one stream, so the flooding machine also serves the concurrent transfer: it reads the
+bytes of one connection, in order, and acknowledges them between the frames of the flood. It ignores other frames.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Processes in the sandbox that try to get out: `prisoner.py MODE` (pasta or passt), one for each attempt below.
 
-Each goes through the very steps of the daemon (`daemon.common.detach`), in the foreground, with the modules of that
-mode loaded, and then does what an attacker who has taken it over would: a system call as such, not Python's wrapper of
-it. For each a line of JSON is printed: [name, exit status or minus the signal, what it said]. It says "ready", and then
-what came of it ("error NAME" or "done"), unless it is killed before.
+Each goes through the steps of the daemon (`daemon.common.detach`), in the foreground, with the modules of that mode
+loaded, and then makes an attacker's system call, without Python's wrapper. For each a line of JSON is printed: [name,
+exit status or minus the signal, output]. The output is "ready", and then the result ("error NAME" or "done"), unless
+the process is killed before.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ plain("kexec_load", 0, 0, 0, 0)
 plain("swapon", b"/dev/sda", 0)
 plain("reboot", 0, 0, 0, 0)
 plain("syslog", 3, ctypes.addressof(BUFFER), 10)
-# Who we are
+# Identity
 plain("setuid", 0)
 plain("setresuid", 0, 0, 0)
 plain("capset", 0, 0)

@@ -1,7 +1,7 @@
-"""Ways out of the sandbox, tried by a process that is in it (`prisoner.py`): each is death, or what is listed here.
+"""Attempts to leave the sandbox, by a process in it (`prisoner.py`): each ends the process, or has the result here.
 
-The kernel kills the process (SIGSYS) for what the filter does not allow. The errors are of a call that is allowed for
-some arguments, since the filter cannot look at what a pointer leads to; and one attempt succeeds, as it should.
+The kernel kills the process (SIGSYS) for a call that the filter does not allow. A call that is allowed for some
+arguments can return an error, since the filter cannot read memory behind a pointer. One attempt succeeds, as it should.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Outcome = tuple[int, str]  # exit status or minus the signal; what the prisoner 
 
 
 def outcomes(user: User, mode: str) -> dict[str, Outcome]:
-    """What came of each attempt."""
+    """The result of each attempt."""
     command = user.command([user.python, "-m", "tests.security.prisoner", mode])
     done = subprocess.run(
         command, cwd=REPOSITORY, env=user.env, capture_output=True, text=True, timeout=150, check=False

@@ -1,4 +1,4 @@
-"""Everything that reads input of a stranger: what fuzzing has found is replayed, and it goes on for a while.
+"""Parsers of untrusted input: inputs found by fuzzing are replayed, and a short run looks for more.
 
 The invariants are those of `fuzz/targets/`. How far it went is recorded in docs/fuzzing.md.
 """
@@ -53,7 +53,7 @@ def test_there_is_a_target_for_whatever_is_kept() -> None:
 
 
 def test_how_far_it_went() -> None:
-    """Who adds a target, or begins a row anew, lets `make fuzz-long` run."""
+    """A new target, or a row that begins again, needs a run of `make fuzz-long`."""
     record = read_record()
     assert {t.name: record[t.name].executions for t in TARGETS if record[t.name].executions < GOAL} == {}
 

@@ -1,8 +1,8 @@
-"""Handlers need nothing that the sandbox takes away; and if one did, this would show.
+"""Handlers need no system call that the sandbox denies. A handler that does is detected.
 
-A daemon with every option is visited until all handlers that it has told of ran in its sandbox (`informer.py`,
-`visitors.py`): as it is, with handlers that fail, without descriptors, and with every way to end. Then each of them,
-one after the other, is made to do what nobody declares, which must end the daemon. `inmates.py` has the rest.
+A daemon with every option gets traffic until all handlers that it reports have run in its sandbox (`informer.py`,
+`visitors.py`): unchanged, with handlers that fail, without descriptors, and with every kind of end. Then each handler,
+one after the other, makes a call that no module declares, which must end the daemon. `inmates.py` has the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WAYS = {
     PASTA: ("plain", "faulty", "starved", "leaving", "polling", "named", "given", "spawning"),
     PASST: ("plain", "faulty", "starved"),
 }
-# What is registered in vain: a machine has no tap device, and no loopback to splice to
+# Handlers that never run: a machine has no tap device, and no loopback to splice to
 NEVER = {
     PASTA: frozenset[str](),
     PASST: frozenset(
@@ -50,7 +50,7 @@ __all__ = ["someone"]
 
 @dataclass
 class Record:
-    """What became of the handlers of a mode, for a user."""
+    """The state of the handlers of a mode, for a user."""
 
     prison: Prison
     known: set[str] = field(default_factory=set)
@@ -67,7 +67,7 @@ class Record:
         self.faults += inmate.faults
 
     def _missing(self, way: str, inmate: Inmate) -> set[str]:
-        """What must run before the end of a way."""
+        """Handlers that must run before the end of a way."""
         names = inmate.known - inmate.ran.keys() - NEVER[self.prison.mode]
         missing = {name for name in names if not name.startswith(ENDING)}
         afterwards = {name for name in missing if name.endswith(AFTER_FAULT)}
@@ -109,7 +109,7 @@ def test_every_handler_runs(record: Record) -> None:
 
 
 def test_every_handler_is_held(record: Record) -> None:
-    """None of them could make a call that nobody declares. Root has the filter that all have: a few are enough."""
+    """No handler can make an undeclared call. Root has the same filter: a few handlers are enough."""
     statuses = {}
     chosen = sorted(record.ran)[:: 5 if record.prison.user.is_root else 1]
     for name in chosen:

@@ -1,5 +1,5 @@
-"""What a guest or a peer can make us keep, and what happens when it is too much: the limits that have no test beside
-the code that they are part of. docs/security.md lists all of them.
+"""Limits of the state that a guest or a peer can create, and the behaviour at each limit: those without a test beside
+their code. docs/security.md lists all of them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_connections_that_wait_for_the_host_are_limited_and_the_next_ones_refuse
 
 
 @pytest.mark.parametrize("end", ["established", "refused", "reset by guest", "unanswered"])
-def test_who_is_through_or_gone_makes_room(end: str) -> None:
+def test_established_and_closed_connections_make_room(end: str) -> None:
     talk = Talk()
     opening = talk.tcp.opening
     opening.opening_max = 1
@@ -138,7 +138,7 @@ def test_a_full_table_refuses_connections_and_harms_none() -> None:
     assert talk.ctx.drops == {"flow table full": 1} and flow.state != FREE
 
 
-# What is written down -----------------------------------------------------------------------------------------------
+# Documented limits ---------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "security.md").read_text()
@@ -178,7 +178,7 @@ def calls_of(tree: ast.AST, where: str = "") -> Iterator[tuple[str, ast.AST]]:
         yield from calls_of(node, name)
 
 
-# What a reason of a drop may have in it besides text: names of errnos, kinds of flows
+# Variable parts of a drop reason: names of errnos, kinds of flows
 OF_REASONS = {
     "reason(e)", "reason(why)", "reason", "flow.kind", "errno.errorcode[e.errno or 0]",
     "errno.errorcode.get(error, error)", "errno.errorcode.get(error.errno, error.errno)",
@@ -209,19 +209,19 @@ def test_reasons_of_drops_are_few_whatever_the_guest_sends() -> None:
     assert few <= more and len(more) <= len(few) + 10 and len(more) < 100, sorted(more)
 
 
-# Functions that say something at any rate, and what bounds it: they run once, at start or at the end; who causes it is
-# the operator, by an option or the control socket; or the function says itself how often it speaks.
+# Functions that log without a rate limit, since they are bounded otherwise: they run once, at start or at the end; the
+# user causes them, by an option or the control socket; or the function limits its own rate.
 SPOKEN = {
     "cli.py": {"_fail"},
     "daemon/common.py": {"report", "attach_capture", "go_background", "run", "failed", "_namespace_gone", "detach"},
     "daemon/passt.py": {"build"},
-    "daemon/pasta.py": {"tap_gone"},  # which ends us
+    "daemon/pasta.py": {"tap_gone"},  # ends the process
     "dhcp.py": {"tap_handler"},  # behind a line that is limited
     "ports/forwards.py": {"_restore"},
     "icmp.py": {"probe", "_not_allowed"},  # once
     "sandbox/isolation.py": {"map_ids"},
     "link/pcap.py": {"_end"},  # once
-    "linux/netns.py": {"_guarded"},  # a fault of ours, in opening sockets
+    "linux/netns.py": {"_guarded"},  # an internal error, in opening sockets
     "passt.py": {"_say"},  # counts its lines
     "pasta.py": {"_open_directory"},
     "namespace/init.py": {"_init", "_attempt"},
@@ -229,7 +229,7 @@ SPOKEN = {
 }
 
 
-def test_what_is_said_without_a_limit_cannot_be_caused_by_a_guest() -> None:
+def test_messages_without_a_rate_limit_cannot_be_caused_by_a_guest() -> None:
     spoken: dict[str, set[str]] = {}
     for path in (ROOT / "passt").rglob("*.py"):
         name = path.relative_to(ROOT / "passt").as_posix()

@@ -1,4 +1,4 @@
-"""Where user namespaces are forbidden, as hardened hosts do: whoever needs one is told so, and nothing stays behind.
+"""Hosts that forbid user namespaces: a program that needs one ends with advice, and leaves nothing behind.
 
 The limit (user.max_user_namespaces) is one of each user namespace, so it is set in one that is made for the test. In
 there passt is an ordinary user without any right, as on a host.
@@ -22,7 +22,7 @@ HINT = "user namespaces are forbidden or used up: raise sysctl user.max_user_nam
 
 
 def run_forbidden(user: User, *command: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """`command` to its end, after `before` (lines of sh), where no user namespace may be made."""
+    """Run `command` to its end, after `before` (lines of sh), where no user namespace can be created."""
     script = f'{before}\n{FORBID}"$@"'
     enter = ["unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-ec", script, "sh"]
     command = (*user.command([*enter, *command]),)

@@ -1,7 +1,7 @@
 """The AppArmor and SELinux policies in contrib/, compiled by the distributions' tools. Neither needs the kernel's part.
 
-What they allow was found out by having them enforced (contrib/README.md); what is tested here is that they compile, as
-they are installed, that they speak of all commands, and that they agree with the sandbox about what it does.
+Their rules were derived from enforced runs (contrib/README.md). These tests check that they compile, as installed, that
+they cover all commands, and that they agree with the steps of the sandbox.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAKEFILE = "/usr/share/selinux/devel/Makefile"
 COMMANDS = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"])
 
 PROFILES = ["passt_python", "pasta_python", "pesto_python", "qrap_python"]
-# What libvirt's profiles have that matters here, with the name that they have in Debian
+# The relevant part of libvirt's profiles, by their names in Debian
 MACHINE = """
 include <tunables/global>
 profile libvirt-machine flags=(attach_disconnected) {

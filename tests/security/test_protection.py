@@ -1,7 +1,7 @@
-"""The host is protected from the guest, and the guest from everybody but whom it let in.
+"""The host is protected from the guest, and the guest from all hosts without a forwarded port.
 
-The guest writes frames by a packet socket, so it says what no kernel would say for it. What must not arrive is proved
-by what was sent behind it and does: one thread handles all frames, in their order.
+The guest writes frames by a packet socket, so it can send frames that no kernel would send. A later frame that arrives
+proves that an earlier one did not: one thread handles all frames, in their order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["fake_sockets", "lan", "open_dir"]
 
 OUR_MAC = "9a:55:9a:55:9a:55"
 FORWARDED = 18080
-STRANGER = "198.51.100.77"  # nobody's address, of the link's own network
+STRANGER = "198.51.100.77"  # an unused address of the link's own network
 FENCE, FORBIDDEN = b"fence", b"forbidden"
 CLOSED = "-t", "none", "-u", "none", "-T", "none", "-U", "none"
 
@@ -47,12 +47,12 @@ class Writer:
         self.sock.send(bytes(Ether(src=self.mac, dst=OUR_MAC) / packet))
 
     def to(self, dst: str, rest: Packet, src: str = "") -> None:
-        """A packet of the guest, or of whom it says it is."""
+        """A packet of the guest, from any source address."""
         v6 = ":" in dst
         self.send((IPv6 if v6 else IP)(src=src or (HOST6 if v6 else HOST), dst=dst) / rest)
 
     def program(self) -> socket.socket:
-        """What clients of the forwarded port are led to."""
+        """The address that clients of the forwarded port reach."""
         sock = self.guest.make_socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("0.0.0.0", 80))
@@ -130,7 +130,7 @@ def test_the_hosts_loopback_is_reached_by_no_address_of_its_own(lan: Lan, writer
 
 
 @pytest.mark.parametrize("src", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255"])
-def test_nobody_is_written_to_from_an_address_that_none_can_have(lan: Lan, writer: Writer, src: str) -> None:
+def test_no_packet_is_sent_from_an_invalid_source(lan: Lan, writer: Writer, src: str) -> None:
     with everywhere(lan, socket.SOCK_DGRAM) as server:
         port = server.getsockname()[1]
         writer.to(GATEWAY6 if ":" in src else GATEWAY, UDP(sport=4001, dport=port) / FORBIDDEN, src)
@@ -162,7 +162,7 @@ def test_without_its_map_the_gateway_is_not_the_host(lan: Lan, ordinary_user: Us
 
 
 @pytest.mark.parametrize("src", [STRANGER, PEER, "203.0.113.9"])
-def test_the_host_and_its_network_see_the_hosts_address_whoever_the_guest_says_it_is(
+def test_the_host_and_its_network_see_the_hosts_address_for_any_source_of_the_guest(
     lan: Lan, writer: Writer, src: str
 ) -> None:
     with lan.peer.listen(PEER, socket.SOCK_DGRAM) as server, lan.peer.listen(PEER) as listener:
@@ -216,7 +216,7 @@ def test_clients_are_led_to_the_address_that_the_guest_used_last(lan: Lan, write
     program.close()
 
 
-def test_udp_answers_come_only_from_whom_was_asked(lan: Lan, writer: Writer) -> None:
+def test_udp_answers_come_only_from_the_peer_of_the_flow(lan: Lan, writer: Writer) -> None:
     with (
         lan.peer.listen(PEER, socket.SOCK_DGRAM) as server,
         lan.peer.listen(PEER, socket.SOCK_DGRAM) as other_port,

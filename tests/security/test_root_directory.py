@@ -14,7 +14,7 @@ import pytest
 
 from ..system.support import REPOSITORY, Host, alive, environment, new_host, wait_for
 
-# What a Python, the package and its libraries live in
+# Directories of Python, the package and its libraries
 TREES = ("/usr", "/etc", "/dev", "/proc", "/sys", "/root", "/home", "/tmp", "/var", "/opt", "/run")
 TMP = f"/tmp/pasta-root-{os.getpid()}"
 LINKS = ("/bin", "/lib", "/lib64", "/sbin")

@@ -1,4 +1,4 @@
-"""Root of a user namespace, as in a container: whom it becomes, and what works then."""
+"""Root of a user namespace, as in a container: the identity that it changes to, and the features that work then."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def hold(user: User, *ids: int) -> Iterator[Runner]:
 
 @pytest.fixture
 def container(root: User, ordinary_user: User) -> Iterator[Runner]:
-    """Root where there is nobody, too."""
+    """Root of a user namespace that has the user `nobody` as well."""
     yield from hold(ordinary_user, NOBODY)
 
 
@@ -125,7 +125,7 @@ def test_it_stays_where_there_is_nobody_else(alone: Runner, directory: Path, ord
 def test_a_namespace_that_it_names(
     container: Runner, ordinary_user: User, options: tuple[str, ...], becomes: int | None
 ) -> None:
-    """As podman does: whoever started podman must be able to end it. If told to, it becomes another user there, too."""
+    """As podman does: the user who started podman must be able to end it. With --runas it changes there, too."""
     target = container.namespace(userns=False)
     pid = container.daemon("-q", "--config-net", *options, str(target))
     assert uids(pid) == [ordinary_user.uid if becomes is None else becomes] * 4

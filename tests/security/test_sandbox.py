@@ -1,4 +1,4 @@
-"""What a running daemon has left: read from /proc by somebody else, for every way to start one."""
+"""The remaining rights of a running daemon, read from /proc by another process, for every kind of start."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def attached(pasta: Runner, stack: ExitStack, *options: str, configured: bool = True) -> Inmate:
-    """pasta in the background, for a namespace of somebody else."""
+    """pasta in the background, for a namespace of another user."""
     options = ("--config-net", *options) if configured else options
     if pasta.user.is_root:
         target = stack.enter_context(new_host())
@@ -121,7 +121,7 @@ def test_no_rights_are_left(pasta: Runner, stack: ExitStack, start: Start) -> No
     for thread in os.listdir(f"/proc/{inmate.pid}/task"):
         own = Path(f"/proc/{inmate.pid}/task/{thread}/status").read_text()
         assert re.search(r"^Seccomp:\s2$", own, re.M) and int(re.findall(r"CapEff:\s(\w+)", own)[0], 16) == allowed
-    assert os.stat(f"/proc/{inmate.pid}/environ").st_uid == 0  # not dumpable: its memory is nobody else's
+    assert os.stat(f"/proc/{inmate.pid}/environ").st_uid == 0  # not dumpable: no other process can read its memory
 
 
 @pytest.mark.parametrize("start", [attached, spawning])
@@ -188,7 +188,7 @@ for what in "mem", "maps", "environ", "fd":
 
 
 def test_the_first_process_of_a_command_has_nothing_of_ours(pasta: Runner, stack: ExitStack) -> None:
-    """It is a copy of us, in the hands of whoever is root in the namespace."""
+    """It is a copy of pasta, under the control of root in the namespace."""
     directory = stack.enter_context(TemporaryDirectory())
     os.chmod(directory, 0o777)
     files = "-P", f"{directory}/pid", "-l", f"{directory}/log", "-p", f"{directory}/pcap"
@@ -196,10 +196,10 @@ def test_the_first_process_of_a_command_has_nothing_of_ours(pasta: Runner, stack
     (init,) = psutil.Process(pasta.processes[-1].pid).children()
     open_there = Inmate(init.pid).descriptors()
     assert [what for fd, what in open_there.items() if fd > 2 and not what.startswith("pipe:")] == []
-    anew = b"/supervisor.py\0" in Path(f"/proc/{init.pid}/cmdline").read_bytes()
-    assert anew or pasta.user.is_root, "nobody may not execute root's interpreter, but others may"
-    if anew:
-        assert libc(init.pid).isdisjoint(libc(pasta.processes[-1].pid)), "it was not executed anew"
+    executed = b"/supervisor.py\0" in Path(f"/proc/{init.pid}/cmdline").read_bytes()
+    assert executed or pasta.user.is_root, "nobody may not execute root's interpreter, but others may"
+    if executed:
+        assert libc(init.pid).isdisjoint(libc(pasta.processes[-1].pid)), "it is still a copy"
         return
     assert os.stat(f"/proc/{init.pid}/environ").st_uid == 0  # not dumpable
     done = pasta.run("-q", "--config-net", *files, "--", DEBIAN_PYTHON, "-c", TAKE)
@@ -225,7 +225,7 @@ print(s.recv(1000).decode())
 
 
 def ask(user: User, path: str) -> str:
-    """What the control socket at `path` answers."""
+    """The answer of the control socket at `path`."""
     command = user.command([DEBIAN_PYTHON, "-c", ASK, path])
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
 
@@ -234,7 +234,7 @@ def ask(user: User, path: str) -> str:
 def test_others_do_not_control_what_root_has_started(
     root_pasta: Runner, ordinary_user: User, stack: ExitStack, start: Start
 ) -> None:
-    """Even if somebody opens the socket's mode."""
+    """Even if the socket's mode allows it."""
     directory = stack.enter_context(TemporaryDirectory())
     path = f"{directory}/control"
     start(root_pasta, stack, "-c", path)

@@ -1,6 +1,6 @@
-"""UDP ports that pasta has are nobody else's: other users of the host get none of the guest's traffic.
+"""UDP ports of pasta are exclusive: other users of the host get none of the guest's traffic.
 
-Whose a socket is says its file: root makes one and gives it away, which is all that the kernel looks at.
+The owner of a socket is that of its file: root creates a socket and changes its owner, which the kernel checks.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_the_port_of_a_flow_that_the_guest_begins(lan: Lan, guest: Guest) -> Non
 
 @pytest.mark.parametrize("port", [FORWARDED, AT_ADDRESS])
 def test_a_forwarded_port(lan: Lan, guest: Guest, port: int) -> None:
-    """Each client has a socket of its own, and nobody else has one."""
+    """Each client has a socket of its own, which no other user can share."""
     server = server_at(guest, INSIDE + (port == AT_ADDRESS))
     expected = set()
     for place in (lan.peer, lan.host):
@@ -126,8 +126,8 @@ def test_a_port_of_the_hosts_loopback(lan: Lan, guest: Guest) -> None:
     assert shared(lan.host, 41001, "127.0.0.1") == []
 
 
-def test_nobody_gets_in_while_clients_come(lan: Lan, guest: Guest) -> None:
-    """New ports all the time, as whoever wants the listener to share its port can send from."""
+def test_no_other_user_gets_the_port_while_clients_connect(lan: Lan, guest: Guest) -> None:
+    """New client ports all the time: each could make the listener share its port."""
     server_at(guest, INSIDE)
     done = threading.Event()
 

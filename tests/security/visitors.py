@@ -1,8 +1,8 @@
-"""Whoever makes the handlers of a daemon run: guests, clients of the host, the operator.
+"""Traffic that makes the handlers of a daemon run: guests, clients of the host, the user's signals and requests.
 
 `Prison` starts daemons that tell which of their handlers ran (`informer.py`); the visits of a mode are methods of
-`Visitors` and of one of its subclasses. All of them are made over and over again, until the daemon has told what is
-waited for, or has ended. What they get for an answer is not looked at: other tests do that.
+`Visitors` and of one of its subclasses. All visits are repeated until the daemon has reported the expected handlers, or
+has ended. Answers are not checked: other tests do that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RESOLVER = "192.0.2.53"
 LOG_SIZE = 40960
 QUERY = b"\x12\x34\1\0\0\1\0\0\0\0\0\0\7example\3org\0\0\1\0\1"
 FRAMES = [frame[VNET_LEN:] for frame in VALID]
-NAMES = f"nameserver {HOST}\n", f"nameserver {PEER}\nnameserver 2001:db8:ffff::1\n"  # nobody answers
+NAMES = f"nameserver {HOST}\n", f"nameserver {PEER}\nnameserver 2001:db8:ffff::1\n"  # no resolver answers
 REQUESTS = (
     '{"command":"show"}',
     '{"command":"stats"}',
@@ -62,7 +62,7 @@ SLIRP = (
     "[" * 3000,
 )
 WITH_GUEST = "plain", "faulty", "starved", "given"
-SIGNALS = {  # that are sent at the end of a way; who is faulty may be deaf for the first ones
+SIGNALS = {  # sent at the end of a way; a faulty handler may ignore the first ones
     "faulty": (signal.SIGTERM,) * 5,
     "spawning": (signal.SIGTERM, signal.SIGINT),
     **dict.fromkeys(("leaving", "polling", "named", "given"), ()),
@@ -155,7 +155,7 @@ class Prison:
             inmate.wait(lambda: inmate.status is not None)
 
     def _lines(self, seconds: float) -> Iterator[str]:
-        """What is told, until `seconds` have passed."""
+        """Reports, until `seconds` have passed."""
         assert self._process.stdout is not None
         fd, end = self._process.stdout.fileno(), time.monotonic() + seconds
         while True:
@@ -175,7 +175,7 @@ class Prison:
             command = self.user.command(["unshare", "--user", "--map-root-user", "--net", "--mount"])
             self._guest = Namespace(self.lan.host.argv(command), self.user)
             self._guest.run("ip", "link", "set", "lo", "up")
-            self._guest.run("ip", "route", "add", "blackhole", PEER)  # for a client who never gets an answer
+            self._guest.run("ip", "route", "add", "blackhole", PEER)  # for a client that never gets an answer
         return self._guest
 
     def end_guest(self) -> None:
@@ -186,7 +186,7 @@ class Prison:
 
     @contextlib.contextmanager
     def identity(self) -> Iterator[None]:
-        """Be the user meanwhile: who root is depends on the user namespace of who asks."""
+        """Run with the user's identity: the meaning of root depends on the user namespace of the caller."""
         before = os.geteuid()
         os.seteuid(self.user.uid)
         try:
@@ -195,7 +195,7 @@ class Prison:
             os.seteuid(before)
 
     def complaints(self) -> str:
-        """What was said on standard error."""
+        """The output on standard error."""
         return (self.directory / "said").read_text()
 
     def close(self) -> None:
@@ -257,7 +257,7 @@ class Visitors:
     # Conversations ---------------------------------------------------------------------------------------------------
 
     def stream(self, where: Namespace, address: str, port: int, server: socket.socket | None) -> None:
-        """A connection with data both ways, more than anybody takes; ended by one side, or reset."""
+        """A connection with data in both directions, more than either end reads; ended by one end, or reset."""
         with where.make_socket() as client:
             client.settimeout(PATIENCE)
             client.connect((address, port))
@@ -340,7 +340,7 @@ class Neighbours(Visitors):
             for address in addresses:
                 talks[f"datagrams {port} {address}"] = partial(self.datagrams, where, address, port, datagrams[which])
                 talks[f"stream {port} {address}"] = partial(self.stream, where, address, port, streams[which])
-        for address, port in ((RESOLVER, 53), (MAPPED, 9), (GATEWAY, 9), ("203.0.113.1", 9)):  # nobody is there
+        for address, port in ((RESOLVER, 53), (MAPPED, 9), (GATEWAY, 9), ("203.0.113.1", 9)):  # no host is there
             talks[f"datagrams {address}"] = partial(self.datagrams, self._guest, address, port, None)
             talks[f"stream {address}"] = partial(self.stream, self._guest, address, port, None)
         # The last, since what it has not read by then is gone
@@ -378,7 +378,7 @@ class Machines(Visitors):
         self.leave()
 
     def guest(self) -> Client:
-        """Who is there, or comes."""
+        """The connected client, or the next one."""
         if self._guest is None:
             self._guest = Guest(socket.socket(socket.AF_UNIX))
             self._guest.sock.connect(self._path)
