@@ -59,7 +59,7 @@ def tun_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ordinary_user() -> User:
-    """Somebody without privileges: whoever runs the tests, or an account made for them by root."""
+    """A user without privileges: the one who runs the tests, or an account created by root for them."""
     return make_user(TEST_USER) if os.geteuid() == 0 else current_user()
 
 

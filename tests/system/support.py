@@ -32,7 +32,7 @@ USER_EXISTS = 9  # exit status of useradd(8)
 
 @dataclass(frozen=True)
 class User:
-    """Who runs pasta: ids, a Python that this user may execute, and the environment it needs."""
+    """A user who runs pasta: ids, a Python that the user may execute, and its environment."""
 
     name: str
     uid: int
@@ -272,7 +272,7 @@ class Pty:
         os.close(self._fd)
 
 
-# What is seen -------------------------------------------------------------------------------------------------------
+# State of namespaces and processes ----------------------------------------------------------------------------------
 
 INSIDE = """
 import json, os, socket, subprocess
@@ -287,7 +287,7 @@ print(json.dumps({
 
 
 def inside(pasta: Runner, *args: str) -> Any:
-    """What a command sees."""
+    """The network of a command."""
     done = pasta.run(*args, "--", "/usr/bin/python3", "-c", INSIDE)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -317,7 +317,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def enter(pid: int, *command: str) -> bytes:
-    """What `command` prints in the user and network namespaces of `pid`."""
+    """The output of `command` in the user and network namespaces of `pid`."""
     nsenter = ["nsenter", f"--target={pid}", "--user", "--preserve-credentials", "--net", "--", *command]
     return subprocess.run(nsenter, check=True, capture_output=True).stdout
 

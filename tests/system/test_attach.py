@@ -148,7 +148,7 @@ def test_netns_by_name_in_another_directory(root_pasta: Runner, tmp_path: Path) 
 
 
 def test_netns_that_is_a_pid(pasta: Runner) -> None:
-    """What stands for slirp4netns(1) gives it so: the user namespace of the process is joined, too."""
+    """As in the script that replaces slirp4netns(1): the user namespace of the process is joined, too."""
     target = pasta.namespace()
     daemon = pasta.daemon("-q", "--ipv4-only", "-a", "10.0.2.0", "-n", "24", "-g", "10.0.2.2", "--dns-forward",
                           "10.0.2.3", "-m", "1500", "--no-ndp", "--no-dhcpv6", "--no-dhcp", "--config-net",
@@ -268,7 +268,7 @@ def test_pcap_file(pasta: Runner) -> None:
     try:
         done = pasta.run("-p", str(path), "--config-net", "--", "ping", "-c", "1", "-W", "1", "169.254.7.7")
         data = path.read_bytes()
-        assert done.returncode == 1  # nobody is there
+        assert done.returncode == 1  # no host is there
         assert path.stat().st_mode & 0o777 == 0o600
     finally:
         path.unlink()

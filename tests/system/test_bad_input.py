@@ -1,4 +1,4 @@
-"""What goes wrong at start: status 1, one line, nothing left behind."""
+"""Errors at start: status 1, one line, nothing left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the namespace is configured with, on hosts of every kind."""
+"""The configuration of the namespace, on hosts of every kind."""
 
 from __future__ import annotations
 

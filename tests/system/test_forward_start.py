@@ -78,7 +78,7 @@ class Place:
         return s
 
     def listening(self, port: int, kind: int = socket.SOCK_STREAM) -> bool:
-        """Whether somebody has `port` on 127.0.0.1."""
+        """Whether a socket listens on `port` of 127.0.0.1."""
         with self.sock(kind=kind) as s:
             if kind == socket.SOCK_STREAM:
                 return s.connect_ex(("127.0.0.1", port)) != errno.ECONNREFUSED  # it may reset us at once
@@ -149,7 +149,7 @@ def test_restart_on_the_same_ports(hosted: Runner, on_host: Place) -> None:
 
 
 def test_low_ports(hosted: Runner, on_host: Place) -> None:
-    """Root binds them and then becomes nobody; others are told what to do."""
+    """Root binds them and then becomes nobody; other users get advice."""
     target = hosted.namespace(userns=not hosted.user.is_root)
     if not hosted.user.is_root:
         done = hosted.run(*options(t=f"{LOW}"), str(target))
@@ -163,7 +163,7 @@ def test_low_ports(hosted: Runner, on_host: Place) -> None:
     assert os.stat(f"/proc/{daemon}").st_uid != 0
     with guest(target) as place:
         talk(place.server(LOW), on_host.client(LOW))
-    done = hosted.run("--config-net", *options(u=f"{LOW}"), "--", "id", "-u")  # a command is nobody's, too
+    done = hosted.run("--config-net", *options(u=f"{LOW}"), "--", "id", "-u")  # the command runs as `nobody`, too
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
@@ -308,7 +308,7 @@ def test_nothing_wakes_us_without_automatic_ports(hosted: Runner, more: list[str
 
 
 def settled(pid: int) -> list[str]:
-    """What is counted, if it has not changed for a moment."""
+    """The counters, if they have not changed for a moment."""
     before = switches(pid)
     time.sleep(0.3)
     return before if switches(pid) == before else []
@@ -430,7 +430,7 @@ def is_closed(client: socket.socket) -> bool:
 
 
 def heard(accepted: socket.socket) -> bytes:
-    """What comes first on a connection; nothing if it was left without a word."""
+    """The first data of a connection; empty if it ends without data."""
     with accepted:
         accepted.settimeout(DEADLINE)
         try:

@@ -1,4 +1,4 @@
-"""pasta -F: a tap device that somebody else made, with and without vnet header, with and without its namespace."""
+"""pasta -F: a tap device of another program, with and without vnet header, with and without its namespace."""
 
 from __future__ import annotations
 

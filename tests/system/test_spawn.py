@@ -134,7 +134,7 @@ def test_signals_are_passed_on(pasta: Runner, number: signal.Signals) -> None:
     assert process.wait(DEADLINE) == 9
 
 
-def test_statistics_are_for_whoever_asks(pasta: Runner) -> None:
+def test_statistics_on_a_signal_are_not_for_the_command(pasta: Runner) -> None:
     """SIGUSR1 is ours: the command, which has a trap for it, hears nothing."""
     script = "trap 'echo hit' USR1; echo ready; while :; do sleep 0.05; done"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -242,7 +242,7 @@ def test_interactive_shell_inside_has_job_control(shell: Pty) -> None:
 
 
 def test_terminal_is_given_back_by_a_shell_inside(anyone: User) -> None:
-    """A script has no job control: if nobody took the terminal back, its next read would fail."""
+    """A script has no job control: unless pasta took the terminal back, its next read would fail."""
     pasta = f"{anyone.python} -m passt -q -- bash --norc --noprofile --noediting -i"
     script = f'{pasta}; echo status=$?.; read line; echo "read $line"'
     pty = Pty(anyone.command(["sh", "-c", script]), {**anyone.env, "PS1": "in> ", "TERM": "dumb"})

@@ -1,4 +1,4 @@
-"""What clients rely on, once pasta says that it is ready: each a function of the site, the daemon and the network.
+"""Properties that clients rely on, once pasta is ready: each is a function of the site, the daemon and the network.
 
 All of it must hold at once when the first process has ended. Only where a client itself has to wait, for a process
 in the foreground, does a test.
@@ -68,7 +68,7 @@ def listeners(where: Namespace) -> set[tuple[str, str]]:
     return found
 
 
-# What was said, and the interface -----------------------------------------------------------------------------------
+# Output, and the interface ------------------------------------------------------------------------------------------
 
 
 def silent(site: Site, daemon: Daemon, lan: Lan) -> None:
@@ -188,7 +188,7 @@ def forwards_out(port: int, inner: int) -> Check:
 
 
 def to_loopback_of_guest(port: int, inner: int) -> Check:
-    """What connects to the host's loopback comes to that of the namespace (--host-lo-to-ns-lo)."""
+    """A connection to the host's loopback reaches that of the namespace (--host-lo-to-ns-lo)."""
 
     def check(site: Site, daemon: Daemon, lan: Lan) -> None:
         with listen(site.guest, "127.0.0.1", inner) as server:

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of clients: the commands as they are installed, and who executes them on a host."""
+"""Fixtures of the tests of clients: the installed commands, and the programs that execute them on a host."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def runtime(lan: Lan) -> Callable[[User], None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def low_ports(lan: Lan) -> None:
-    """Ports below 1024 for everybody, as containers and pods that publish them have it."""
+    """Ports below 1024 for all users, as containers and pods that publish them have it."""
     lan.host.write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")
     # `all` is what is not ephemeral; a socket for each would be more than who runs the tests may have
     lan.host.write("/proc/sys/net/ipv4/ip_local_port_range", "9000 65535")
@@ -88,7 +88,7 @@ def root_client(
 def engine(
     lan: Lan, ordinary_user: User, commands: Callable[[User], Path], runtime: Callable[[User], None]
 ) -> Iterator[Client]:
-    """What podman is: a program of an ordinary user that has become root in a user and a mount namespace of its own."""
+    """A program like podman: of an ordinary user, who is root in a user and a mount namespace of its own."""
     runtime(ordinary_user)
     place = Within(lan.host, ordinary_user)
     yield from _client(place, ordinary_user, commands, runtime)

@@ -56,7 +56,7 @@ sys.exit(main())
 
 
 def install(directory: Path, python: str) -> None:
-    """The commands as pip makes them, for whoever may execute `python`; they need nothing of the environment."""
+    """The commands as pip installs them, for a user who may execute `python`; they need no environment variable."""
     path = [str(REPOSITORY), str(Path(pytest.__file__).parents[1])]
     for name, module in _PROGRAMS.items():
         script = directory / name
@@ -79,7 +79,7 @@ class Within(Namespace):
 
 @dataclass
 class Daemon:
-    """What a client has started: its PID, and what came out of the pipes before."""
+    """A daemon that a client has started: its PID, and the output of the pipes."""
 
     pid: int
     output: str = ""
@@ -90,7 +90,7 @@ class Daemon:
         return self.process.poll() is None if self.process else alive(self.pid)
 
     def said(self) -> str:
-        """What it has written to standard error so far."""
+        """Its output on standard error so far."""
         return os.pread(self.log.fileno(), 1 << 20, 0).decode(errors="replace") if self.log else self.output
 
     def expect_end(self, why: str, deadline: float = DEADLINE) -> None:
@@ -178,7 +178,7 @@ class Client:
         return daemon
 
     def stay(self, line: str | Sequence[str], **kw: Any) -> Daemon:
-        """A command line with --foreground. What it needs from subprocess.Popen, and names, are in `kw`."""
+        """A command line with --foreground. Arguments of subprocess.Popen, and names, are in `kw`."""
         defaults: dict[str, Any] = {
             "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "pass_fds": (), "preexec_fn": None, "cwd": "/",
         }  # fmt: skip
@@ -310,7 +310,7 @@ def sandbox(client: Client, *flags: str, owner: User | None = None) -> Site:
 
 
 class Bound(Site):
-    """A namespace bound to a file, as podman and rootlesskit have it; nobody needs to be in it."""
+    """A namespace bound to a file, as podman and rootlesskit have it; it may have no process."""
 
     def __init__(self, client: Client, path: str, where: Namespace | None = None, root: str = "") -> None:
         """`path` as seen from `where` (None: the client's place), whose root directory is `root` for pasta."""
@@ -327,7 +327,7 @@ class Bound(Site):
         self.guest.close()
 
     def unbind(self) -> None:
-        """As podman tears a network down: umount2(MNT_DETACH), unlink, and no signal to anybody."""
+        """As podman tears a network down: umount2(MNT_DETACH), unlink, and no signal."""
         if self._bound:
             self.where.run("sh", "-c", 'umount -l "$1" && rm "$1"', "sh", self.path)
             self._bound = False

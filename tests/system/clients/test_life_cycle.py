@@ -1,4 +1,4 @@
-"""From the first process to the last: what pasta and passt are started with, what they leave open, and what ends them.
+"""From the first process to the last: inherited state, open descriptors, and the end of pasta and passt.
 
 Most of it is held by every line of the other tests, through `Client.start`. Here is what only some clients do.
 """
@@ -49,7 +49,7 @@ def null_only(pid: int) -> None:
 @pytest.mark.parametrize("line", [PASTA, PASST], ids=["pasta", "passt"])
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_started_with_closed_streams(site: Site, closed: str, line: str) -> None:
-    """What is opened must not take the number of a stream that somebody writes to later."""
+    """A file that is opened must not get the number of a standard stream."""
     daemon = site.start(f"sh -c 'exec \"$@\" {closed}' sh {line}")
     assert read_pid(site.client.dir / "pid") == daemon.pid
     null_only(daemon.pid)
@@ -157,7 +157,7 @@ def test_pid_to_a_pipe_from_the_background(site: Site) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("line", [PASTA, PASST], ids=["pasta", "passt"])
 def test_signal_as_soon_as_the_pid_is_there(site: Site, line: str, number: signal.Signals) -> None:
-    """Whoever reads the PID may mean it."""
+    """A program that reads the PID may send a signal at once."""
     reader, writer = os.pipe()
     os.fchown(writer, site.client.user.uid, site.client.user.gid)
     with open(reader) as pipe:
@@ -179,7 +179,7 @@ def test_signal_as_soon_as_the_socket_is_there(client: Client) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_ports_are_free_when_the_process_is_gone(site: Site, lan: Lan, number: signal.Signals) -> None:
-    """Whoever waits for the process may bind at once, though a connection was open."""
+    """A program that waits for the process may bind at once, though a connection was open."""
     daemon = site.stay(in_foreground(PASTA))
     wait_for(lambda: not daemon.alive() or ("tcp", "*:2222") in listeners(lan.host), "the port is open")
     with listen(site.guest, "0.0.0.0", 22) as server:

@@ -34,7 +34,7 @@ LIBVIRT_ADDRESSES = ("1.2.3.4/32", "2001:db8:ac10:fd01::1:10/128")  # of the hos
 
 @pytest.fixture(scope="module")
 def libvirt(lan: Lan) -> Iterator[None]:
-    """What libvirt's lines suppose: its directory, the interface eth42, addresses to listen on."""
+    """The host of libvirt's lines: its directory, the interface eth42, addresses to listen on."""
     lan.host.run("ip", "link", "add", "eth42", "type", "veth", "peer", "name", "eth42-far")
     for name in ("eth42", "eth42-far"):
         lan.host.run("ip", "link", "set", name, "up")
@@ -59,7 +59,7 @@ def libvirt_dir(libvirt: None, client: Client) -> str:
     return LIBVIRT
 
 
-# What machines rely on ----------------------------------------------------------------------------------------------
+# Properties that machines rely on -----------------------------------------------------------------------------------
 
 Machine = Callable[[vm.Client, Lan], None]
 
@@ -212,7 +212,7 @@ def _path(client: Client, line: str) -> str:
 
 
 def _use(daemon: Daemon, path: str, row: Row, lan: Lan) -> None:
-    """What the row relies on, by a machine for each; then its end."""
+    """The properties of the row, each with a machine; then the end of passt."""
     with contextlib.ExitStack() as machines:
         for relied in row.relies:
             machines.close()  # one at a time; the next one waits for its turn
@@ -243,7 +243,7 @@ def test_background(row: Row, client: Client, libvirt_dir: str, lan: Lan) -> Non
 
 @pytest.mark.parametrize("row", FOREGROUND, ids=[row.client for row in FOREGROUND])
 def test_foreground(row: Row, client: Client, lan: Lan) -> None:
-    """The socket's node is all that these wait for: whoever sees it may connect. It has mode 0700, and an owner."""
+    """These clients wait only for the socket's node, and connect at once. It has mode 0700, and an owner."""
     daemon = client.stay(row.line)
     path = _path(client, row.line)
     wait_for(lambda: not daemon.alive() or os.path.exists(path), "the socket's node")

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("resolver")
 
 
 def unbound(site: Site, daemon: Daemon) -> None:
-    """The file is unmounted and removed, nobody says anything to pasta."""
+    """The file is unmounted and removed, without a signal to pasta."""
     assert isinstance(site, Bound)
     site.leave()
     assert daemon.alive()
@@ -52,7 +52,7 @@ def unbound(site: Site, daemon: Daemon) -> None:
 
 
 def left(site: Site, daemon: Daemon) -> None:
-    """The process in the namespace ends, nobody says anything to pasta."""
+    """The process in the namespace ends, without a signal to pasta."""
     site.guest.close()
     daemon.expect_end("the process is gone")
 

@@ -1,4 +1,4 @@
-"""Who changes ports while pasta runs: the port drivers of podman 6 and rootlesskit 3.1, by their command lines."""
+"""Changes of ports while pasta runs: the port drivers of podman 6 and rootlesskit 3.1, by their command lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What podman does beyond one command line: restarts, the network of its bridges, and what it makes of failures."""
+"""podman beyond one command line: restarts, the network of its bridges, and its handling of failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients ask before they start, and the words that they look for in the answer."""
+"""Probes of clients before a start, and the text that they look for in the answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from .support import Client
 
-# What is looked for in --help: kakoi's options, stado's, devsandbox's, libguestfs's
+# Options that clients look for in --help: kakoi, stado, devsandbox, libguestfs
 KNOWN = (
     "--host-lo-to-ns-lo", "--map-host-loopback", "--splice-only", "--map-guest-addr", "--no-map-gw", "--foreground",
     "--config-net", "--dns-forward", "--userns", "--netns", "--quiet", "--pid", "--interface", "--ns-ifname",

@@ -20,7 +20,7 @@ UNITS = sorted((REPOSITORY / "contrib/systemd").glob("*/*.service"))
 
 
 def settings(unit: Path, section: str) -> dict[str, str]:
-    """What stands in a section."""
+    """The settings of a section."""
     lines = unit.read_text().partition(f"\n[{section}]\n")[2].partition("\n[")[0].splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
@@ -74,7 +74,7 @@ def test_machine(kind: str, request: pytest.FixtureRequest, lan: Lan) -> None:
 
 
 class Outside:
-    """The machine itself, but for its network: where `ip netns` makes namespaces for everybody."""
+    """The machine itself, but for its network: where `ip netns` makes namespaces for all users."""
 
     def __init__(self, host: Host) -> None:
         self._host = host

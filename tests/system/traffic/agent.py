@@ -1,4 +1,4 @@
-"""Makes sockets in the namespace it runs in, for a test outside: a socket stays where it was made, whoever holds it.
+"""Creates sockets in its own namespace, for a test outside: a socket stays in its namespace when it is passed on.
 
 Standard input is a SOCK_SEQPACKET socket. Each message on it is a JSON array [family, type, protocol]; the answer is
 the descriptor of a new socket, with an empty JSON object, or {"errno": N}. The first message out is {"pid": N}: the

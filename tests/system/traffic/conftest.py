@@ -15,7 +15,7 @@ from .support import Guest, Lan, new_lan, root_user
 
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
-    """A directory for everybody: pytest's own are for its user only."""
+    """A directory for all users: pytest's own are for its user only."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o777)
         yield Path(name)

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 AGENT = Path(__file__).with_name("agent.py")
-AGENT_PYTHON = "/usr/bin/python3"  # everybody may execute it, and it starts fast
+AGENT_PYTHON = "/usr/bin/python3"  # all users may execute it, and it starts fast
 PASTA = os.environ.get("PASTA")  # another pasta than ours, to try the tests themselves
 START = "\nimport sys; from passt.cli import main; sys.exit(main(['pasta', *sys.argv[1:]]))"
 NAMESPACES = {"user": "-U", "mnt": "-m", "net": "-n", "pid": "-p"}
@@ -178,7 +178,7 @@ class Namespace:
 
 
 class Guest(Namespace):
-    """What is behind a pasta that runs for `user` on `host`."""
+    """The guest of a pasta that runs for `user` on `host`."""
 
     def __init__(self, host: Namespace, user: User, *options: str, descriptors: int = 0, before: str = "") -> None:
         pasta = [PASTA] if PASTA else [user.python, *(["-c", before + START] if before else ["-m", "passt"])]
@@ -205,7 +205,7 @@ class Guest(Namespace):
         return self.process.poll() is None
 
     def said(self) -> str:
-        """What pasta wrote to its standard error so far."""
+        """Output of pasta on standard error so far."""
         # Its position in the file is pasta's, too.
         return os.pread(self._stderr.fileno(), 1 << 20, 0).decode(errors="replace")
 
@@ -290,7 +290,7 @@ def new_lan(root: User, v4: bool = True, v6: bool = True, pings: bool = True) ->
 
 
 def root_user() -> User:
-    """Who makes the namespaces: root, or an ordinary user who is root in a user namespace of its own."""
+    """The owner of the namespaces: root, or an ordinary user who is root in a user namespace of its own."""
     return User("root", os.geteuid(), os.getegid(), AGENT_PYTHON, environment(HOME="/tmp", SHELL="/bin/sh"))
 
 

@@ -1,4 +1,4 @@
-"""Ports that are changed while pasta runs, by pesto and by the API of slirp4netns, and clients with bad manners."""
+"""Changes of ports while pasta runs, by pesto and by the API of slirp4netns, and hostile clients."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Controlled:
         )  # fmt: skip
 
     def change(self, *args: str) -> None:
-        """What has nothing to say."""
+        """A change without output."""
         done = self.pesto(*args)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
     def fails(self, *args: str) -> str:
-        """Why pesto fails, having changed nothing."""
+        """The error of pesto, with no rule changed."""
         before = self.rules()
         done = self.pesto(*args)
         assert (done.returncode, done.stdout) == (1, "")
@@ -116,7 +116,7 @@ def controlled(standing: Controlled, lan: Lan) -> Iterator[Controlled]:
 
 
 def is_free(host: Namespace, port: int, kind: int = STREAM) -> bool:
-    """Whether somebody on the host could have the port, as servers do, who do not mind old connections."""
+    """Whether a server of the host could bind the port, in spite of old connections."""
     with host.make_socket(socket.AF_INET6, kind) as sock:
         try:
             if kind == STREAM:
@@ -140,7 +140,7 @@ def converse(client: socket.socket, server: socket.socket) -> None:
 
 @pytest.mark.parametrize("path", ["tap", "loopback"])
 def test_tcp(controlled: Controlled, lan: Lan, path: str) -> None:
-    """As rootlesskit does it. Who is connected stays so, others are not let in any more."""
+    """As rootlesskit does it. Open connections stay, new ones are refused."""
     where, address = (lan.peer, HOST) if path == "tap" else (lan.host, "127.0.0.1")
     server = server_in(controlled.guest, socket.AF_INET, 80)
     assert refused(lambda: where.connect(address, 8080))
@@ -220,7 +220,7 @@ def test_outbound(controlled: Controlled, lan: Lan, kind: int) -> None:
 
 
 def test_leading_elsewhere(controlled: Controlled, lan: Lan) -> None:
-    """The port is never closed, and whoever came stays where it was led."""
+    """The port is never closed, and open connections keep their target."""
     first, second = (server_in(controlled.guest, socket.AF_INET, port) for port in (8001, 8002))
     controlled.change("-t", "7001:8001")
     early = lan.host.connect("127.0.0.1", 7001)
@@ -290,7 +290,7 @@ def test_automatic_ones(controlled: Controlled, lan: Lan) -> None:
     assert is_free(lan.host, 7101)
 
 
-# What cannot be ------------------------------------------------------------------------------------------------------
+# Failures ------------------------------------------------------------------------------------------------------------
 
 
 def test_all_or_nothing(controlled: Controlled, lan: Lan) -> None:
@@ -305,7 +305,7 @@ def test_all_or_nothing(controlled: Controlled, lan: Lan) -> None:
 
 
 def test_low_ports(controlled: Controlled) -> None:
-    """Whoever started it: it is nobody who could have them by now."""
+    """Refused for root as well, since pasta runs as `nobody` by now."""
     said = controlled.fails("-A", "-t", "81")
     assert said.splitlines() == [
         "Failed to bind port 81 (Permission denied) for option '-t 81'",
@@ -323,7 +323,7 @@ def test_again_and_again(controlled: Controlled) -> None:
     assert controlled.fails("-A", "-t", "7400:0").startswith("Invalid port specifier -t 7400:0: '0' at character 6")
 
 
-# What goes on --------------------------------------------------------------------------------------------------------
+# Queries -------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -384,7 +384,7 @@ def test_the_live_view(controlled: Controlled, lan: Lan) -> None:
     assert screen.endswith(b"\x1b[?25h\x1b[?1049l"), "the terminal is as it was"
 
 
-# Clients with bad manners --------------------------------------------------------------------------------------------
+# Hostile clients -----------------------------------------------------------------------------------------------------
 
 
 def garbage(c: Controlled) -> None:
@@ -490,7 +490,7 @@ def test_hostile_clients(controlled: Controlled, lan: Lan, hurt: Callable[[Contr
     assert "Traceback" not in controlled.guest.said()
 
 
-# Who may speak -------------------------------------------------------------------------------------------------------
+# Access --------------------------------------------------------------------------------------------------------------
 
 
 def test_others_may_not(controlled: Controlled) -> None:
@@ -504,7 +504,7 @@ def test_others_may_not(controlled: Controlled) -> None:
         done = controlled.pesto("--show", user=other)
     finally:
         os.chmod(controlled.path, 0o700)
-    if controlled.user.is_root:  # whoever the user namespace does not know looks like whoever started it: root
+    if controlled.user.is_root:  # an unmapped user looks like the user who started it, root, in its user namespace
         assert done.returncode == 0
     else:
         assert done.returncode == 1 and "is not allowed: connect as the user who started it" in done.stderr
@@ -552,7 +552,7 @@ def test_a_request_without_a_newline(controlled: Controlled) -> None:
 
 
 def test_paths(pasta: Runner, open_dir: Path) -> None:
-    """What is stale is taken over, what is in use is not; a start that fails leaves nothing there."""
+    """A stale socket is replaced, a live one is not; a failed start leaves no socket."""
     path = str(open_dir / "socket")
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(path)

@@ -152,7 +152,7 @@ def test_localhost_whatever_family_the_server_listens_on(served: Guest, lan: Lan
 
 @pytest.mark.parametrize("path", ["tap", "loopback"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nobody_listens(served: Guest, lan: Lan, family: str, path: str) -> None:
+def test_a_port_without_a_listener(served: Guest, lan: Lan, family: str, path: str) -> None:
     _, host, loopback, _ = FAMILIES[family]
     with pytest.raises(ConnectionResetError):  # which may come before the client's connect() has returned
         client_of(lan, path).connect(loopback if path == "loopback" else host, 7010).recv(1)
@@ -170,7 +170,7 @@ def test_resets_go_through(served: Guest, lan: Lan, path: str) -> None:
 
 
 def test_a_client_that_speaks_at_once(served: Guest, lan: Lan) -> None:
-    """What was sent before the guest answered, and the end after it, arrive."""
+    """Data sent before the guest's answer, and the end of the stream, arrive."""
     server = server_in(served, socket.AF_INET, 7001)
     for path in ("tap", "loopback"):
         client = client_of(lan, path).connect("127.0.0.1" if path == "loopback" else HOST, 7001)
@@ -356,7 +356,7 @@ def test_a_target_beyond_the_guest(lan: Lan, ordinary_user: User) -> None:
                 assert accepted.recv(10) == b"hello"
 
 
-def test_a_flood_is_refused_and_harms_nobody(lan: Lan, ordinary_user: User) -> None:
+def test_a_flood_is_refused_and_other_connections_go_on(lan: Lan, ordinary_user: User) -> None:
     """More connections than descriptors: the ones beyond are reset, the first goes on, and then all is as before."""
     with lan.pasta(ordinary_user, "-q", "--config-net", "-t", "7105", descriptors=500) as guest:
         server = server_in(guest, socket.AF_INET, 7105)
@@ -394,7 +394,7 @@ def test_a_flood_is_refused_and_harms_nobody(lan: Lan, ordinary_user: User) -> N
 
 @pytest.fixture(scope="module")
 def auto_guest(lan: Lan, ordinary_user: User) -> Iterator[Guest]:
-    """A guest of pasta as most people start it: ports are forwarded as they are bound, in both directions."""
+    """A guest of pasta with default options: ports are forwarded as they are bound, in both directions."""
     with lan.pasta(ordinary_user, "-q", "--config-net") as made:
         yield made
 
@@ -404,7 +404,7 @@ def url(address: str, port: int) -> str:
 
 
 def answers(where: Namespace, address: str, port: int) -> bool:
-    """Whether somebody accepts connections there."""
+    """Whether a server accepts connections there."""
     with where.make_socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
         return sock.connect_ex((address, port)) == 0
 

@@ -1,7 +1,7 @@
 """Forwarded ports under load: short connections that end in every way while others carry bulk, and what is left then.
 
-What each conversation is about is decided by its first byte. Clients of the tap come back at once on the port that
-they were just reset on, as a busy client's kernel lets them.
+The first byte of a connection selects its kind. Clients of the tap come back at once on the port that they were just
+reset on, as a busy client's kernel lets them.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def test_short_connections_of_all_manners_beside_bulk(loaded_guest: Guest, lan: 
 
 
 def test_clients_killed_in_the_middle(loaded_guest: Guest, lan: Lan) -> None:
-    """Their connections end on both sides, and everybody else's go on."""
+    """Their connections end on both sides, and all others go on."""
 
     def established(where: Namespace) -> int:
         """Connections to PORT, at the server's side of them."""

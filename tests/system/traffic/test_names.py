@@ -23,7 +23,7 @@ from .support import GATEWAY, HOST6, PEER, PEER6, Guest, Lan, Namespace, new_lan
 from .test_configuration import PRIVATE, interface
 
 FORWARD, FORWARD6 = "169.254.1.1", "64:ff9b:1:4b8e:472e:a5c8:a9fe:101"  # as podman and Lix have them
-SILENT, CLOSED = "198.51.100.4", "198.51.100.5"  # the peer drops what comes to the first; nobody serves at the other
+SILENT, CLOSED = "198.51.100.4", "198.51.100.5"  # the peer drops packets to the first; no server listens at the other
 SECOND = "198.51.100.6"
 DROP = "table inet silent {{ chain input {{ type filter hook input priority 0; ip daddr {address} drop; }}; }}"
 DHCLIENT = """#!/bin/sh
@@ -87,7 +87,7 @@ def site() -> Iterator[Site]:
 
 
 def dig(guest: Guest, at: str, *question: str) -> str:
-    """What dig(1) prints, asked once, with the patience of glibc."""
+    """The output of dig(1) for one query, with the timeout of glibc."""
     where = [f"@{at}"] if at else []
     return guest.run("dig", "+short", "+time=5", "+tries=1", *where, *question).stdout.strip()
 
@@ -154,8 +154,8 @@ def test_long_answers(site: Site, anyone: User) -> None:
             assert sorted(found.splitlines()) == expected, options
 
 
-def test_nobody_answers(site: Site, ordinary_user: User) -> None:
-    """The guest is told at once, and the operator, too."""
+def test_no_resolver_answers(site: Site, ordinary_user: User) -> None:
+    """The guest gets an error at once, and the log a warning."""
     site.resolv_conf(CLOSED)
     with forwarding(site, ordinary_user) as guest:
         client = guest.connect(FORWARD, 53, socket.SOCK_DGRAM)

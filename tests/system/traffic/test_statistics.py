@@ -1,4 +1,4 @@
-"""What the operator sees of the traffic: statistics, lines of flows, and a log file that keeps its size."""
+"""Statistics of the traffic: tables and JSON, log lines of flows, and a log file of limited size."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_json_is_exact(lan: Lan, ordinary_user: User) -> None:
 
 def test_signal_to_a_daemon_with_a_log_file(lan: Lan, anyone: User, open_dir: Path) -> None:
     log, pid_file = open_dir / "log", open_dir / "pid"
-    with lan.pasta(anyone, "-q", "--config-net") as outer:  # somebody who has a namespace to be served
+    with lan.pasta(anyone, "-q", "--config-net") as outer:  # a process with a namespace to serve
         argv = [anyone.python, "-m", "passt", "-q", "-I", "other0", "-l", str(log), "-P", str(pid_file), str(outer.pid)]
         lan.host.run(*anyone.command(argv), env=anyone.env)
         pid = int(pid_file.read_text())

@@ -1,4 +1,4 @@
-"""What is seen of the traffic: the capture file, the trace; and that nothing happens while nothing is to do."""
+"""Capture file and trace of the traffic; and an idle process that does not wake up."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A client of the stream protocol that does everything by hand: what QEMU would never send, and in what pieces.
+"""A client of the stream protocol without QEMU: it can send any frame, in any pieces.
 
 Each frame goes and comes with its length before it, four bytes, big-endian. Frames are built and read with scapy, which
-shares no code with what is tested. `Client` is one connection; whoever accepts it is asked nothing beyond its frames.
+shares no code with the tested program. `Client` is one connection, and depends on the frames of the server only.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Client:
         return size if len(self._input) >= 4 + size else None
 
     def expect(self, wanted: Callable[[Packet], Answer | None], deadline: float = DEADLINE) -> Answer:
-        """What `wanted` makes of the first frame for which it is not None; frames before are dropped."""
+        """The result of `wanted` for the first frame for which it is not None; frames before are dropped."""
         end = time.monotonic() + deadline
         while (left := end - time.monotonic()) > 0:
             if frame := self.frame(left):

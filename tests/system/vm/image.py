@@ -30,7 +30,7 @@ DOWNLOAD_TIMEOUT = 120.0
 
 @dataclass(frozen=True)
 class Image:
-    """What QEMU boots."""
+    """Kernel and RAM disk for QEMU."""
 
     kernel: Path
     initrd: Path
@@ -59,7 +59,7 @@ def image() -> Image:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """A file that is there as a whole or not at all, whoever else makes it at the same time."""
+    """Create a file atomically, also if another process does so at the same time."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
         f.write(content)
     os.rename(f.name, path)

@@ -60,7 +60,7 @@ class VirtualMachine:
         self.start("-netdev", f"stream,id=s,server=off,addr.type=unix,addr.path={path}")
 
     def run(self, command: str, check: bool = True, deadline: float = DEADLINE) -> str:
-        """What a shell command prints, its errors included; with `check` it must succeed."""
+        """The output of a shell command, with its errors; with `check` it must succeed."""
         status, output = self.call(command, deadline)
         assert not check or status == 0, f"{command}: {status}\n{output}"
         return output
@@ -93,7 +93,7 @@ class VirtualMachine:
         self._console.close()
 
     def console(self) -> str:
-        """What the kernel and QEMU had to say."""
+        """Messages of the kernel and QEMU."""
         self._console.seek(0)
         return self._console.read()
 

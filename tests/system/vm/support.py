@@ -18,7 +18,7 @@ from ..traffic.support import PEER, PEER6, Lan, Namespace
 
 PASST = os.environ.get("PASST")  # another passt than ours, to try the tests themselves
 _OURS = "import sys; from passt.__main__ import main; sys.exit(main(['passt', *sys.argv[1:]]))"
-# What passt says of its clients
+# Messages of passt about its clients
 ACCEPTED = r"(?i)accepted connection"
 GONE = r"Client connection closed|The guest.*, (waiting for another|exiting)"
 START_DEADLINE = 10.0  # seconds to be ready, or to give up
@@ -103,7 +103,7 @@ class Passt:
         return self.process.poll() is None
 
     def said(self) -> str:
-        """What passt wrote to its standard error so far."""
+        """Output of passt on standard error so far."""
         said = os.pread(self._stderr.fileno(), 1 << 20, 0)  # its position in the file is passt's, too
         return _without_syslog(said.decode(errors="replace"))
 

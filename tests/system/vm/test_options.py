@@ -1,4 +1,4 @@
-"""What options of passt mean to its guest: which services there are, what they tell, and the MTU of what comes."""
+"""Options of passt as its guest sees them: available services, their answers, and the MTU of packets."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def service(packet: Packet) -> str | None:
 
 
 def answers(client: Client) -> dict[str, Packet]:
-    """What comes of asking all services, by service. ARP is asked last, and is always there with IPv4."""
+    """Answers of all services, by service. ARP is the last request, which always has an answer with IPv4."""
     client.send(client.dhcp("discover"), SOLICIT_ROUTER, SOLICIT_NEIGHBOUR, SOLICIT_DHCPV6, client.who_has(GATEWAY))
     found: dict[str, Packet] = {}
     while "ARP" not in found:
@@ -227,7 +227,7 @@ def test_garbage_leaves_nothing_behind(lan: Lan, ordinary_user: User) -> None:
 
 
 def test_guest_that_never_reads(lan: Lan, ordinary_user: User) -> None:
-    """What waits for it is bounded, the rest is dropped, and the host's services are there when it reads again."""
+    """Queued frames are bounded, the rest is dropped, and services answer when it reads again."""
     with served(lan, ordinary_user) as (server, client):
         client.configure()
         before = memory(server)

@@ -1,5 +1,5 @@
-"""How passt comes to its client: by a socket it makes, or a descriptor it is given; in the foreground or not; and when
-it goes. Tests of paths that nobody has asked for run with a /tmp of their own."""
+"""The connection of passt to its client: by a socket of its own, or an inherited descriptor; in the foreground or not;
+and its end. Tests of default paths run with a /tmp of their own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fails(host: Namespace, user: User, *options: str, text: str, pass_fds: Seque
 
 
 def complaints(server: Background) -> str:
-    """What a quiet passt has said, but for the warning that root gets."""
+    """Output of a quiet passt, except the warning for root."""
     return re.sub(".* to nobody.*\n", "", server.done.stderr)
 
 

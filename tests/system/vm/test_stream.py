@@ -1,4 +1,4 @@
-"""The stream protocol, spoken by hand: in bytes and in gulps, by one client after another, and with lies in it."""
+"""The stream protocol without QEMU: in single bytes and large writes, by successive clients, with invalid lengths."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_frames_in_pieces(server: Passt, piece: int, echo: socket.socket) -> Non
 
 
 def test_gulp(client: Client, echo: socket.socket) -> None:
-    """Four megabytes of small frames at once, all of which have an answer, while nobody reads answers at first."""
+    """Four megabytes of small frames at once, all of which have an answer, while no answer is read at first."""
     request = framed([client.who_has(GATEWAY)])
     count = GULP // len(request)
     with in_thread(client.send_bytes, request * count, GULP):
@@ -257,7 +257,7 @@ def test_connections_end_with_the_guest(server: Passt, echo: socket.socket) -> N
 
 
 def refused(server: Passt, data: bytes) -> None:
-    """What a client that says `data` gets: closed, one message, and the next one is served."""
+    """A client that sends `data` is disconnected, with one message, and the next one is served."""
     before = server.count(LIES)
     with attached(server) as client:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not read everything
@@ -338,7 +338,7 @@ def unharmed(server: Passt, client: Client, before: int) -> None:
 
 
 def test_discover_from_a_thousand_addresses(server: Passt, client: Client) -> None:
-    """Whoever asks is offered the same address, however many they are."""
+    """All clients are offered the same address, for any number of them."""
     before = resident_kib(server.daemon)
     flood = framed(client.dhcp("discover", xid=n, mac=mac(n)) for n in range(1000))
     offers = set()
@@ -351,7 +351,7 @@ def test_discover_from_a_thousand_addresses(server: Passt, client: Client) -> No
 
 
 def test_arp_for_everything(server: Passt, client: Client) -> None:
-    """Everybody on the network is us, but the guest itself."""
+    """Our MAC address answers for every address except the guest's."""
     before = resident_kib(server.daemon)
     client.send(*(client.who_has(f"198.51.100.{n}") for n in range(1, 255)))
     answered = set()
