@@ -109,16 +109,16 @@ class Getopt(Generic[OptionT]):
             raise Fatal(f"{self._program}: unrecognized option '--{name}': {advice} {self._program} --help")
         return self._long[matches[0]]
 
-    def _parse_short(self, letters: str) -> Iterator[tuple[OptionT, str]]:
-        while letters:
-            letter, letters = letters[0], letters[1:]
+    def _parse_short(self, cluster: str) -> Iterator[tuple[OptionT, str]]:
+        while cluster:
+            letter, cluster = cluster[0], cluster[1:]
             option = self._short.get(letter)
             if option is None:
                 raise Fatal(f"{self._program}: invalid option -- '{letter}': see {self._program} --help")
             if not option.arg:
                 yield option, ""
                 continue
-            if not letters and not self._left:
+            if not cluster and not self._left:
                 raise Fatal(f"{self._program}: option requires an argument -- '{letter}'")
-            yield option, letters or self._left.pop(0)
+            yield option, cluster or self._left.pop(0)
             return

@@ -100,8 +100,8 @@ TABLE = (
 def table(mode: str) -> tuple[Option, ...]:
     """The options that the parser knows in a mode, PASTA or PASST."""
     here = [row if row.is_in(mode) else _elsewhere(row) for row in TABLE]
-    letters = [_letter_elsewhere(row) for row in TABLE if row.short and not row.is_in(mode)]
-    return (*here, *letters)
+    short = [_letter_elsewhere(row) for row in TABLE if row.short and not row.is_in(mode)]
+    return (*here, *short)
 
 
 def _elsewhere(row: Option) -> Option:
