@@ -37,8 +37,8 @@ def markdown() -> str:
     text = [
         "# System calls in the sandbox",
         "",
-        "Made from the code (`make docs-seccomp`), and compared with it by a test. Whatever is not in this table ends",
-        "the process. Arguments are counted from 0; several alternatives are separated by semicolons.",
+        "Made from the code (`make docs-seccomp`), and compared with it by a test. A call that is not in this table",
+        "ends the process. Arguments are counted from 0; several alternatives are separated by semicolons.",
         "",
         f"pasta: {len(rows[PASTA])} calls. passt: {len(rows[PASST])} calls.",
         "",
