@@ -71,7 +71,7 @@ def test_unknown_shell() -> None:
 
 
 def complete(name: str, *words: str) -> list[str]:
-    """What bash offers for the last of `words`; it takes `=` for a word of its own."""
+    """The completions of bash for the last of `words`; it takes `=` for a word of its own."""
     line = " ".join(map(shlex.quote, (name, *words)))
     code = f"""
     compopt() {{ :; }}  # which works in the middle of a completion only
