@@ -1,6 +1,6 @@
 """The link of a conversation whose guest is a virtual machine.
 
-What is sent is recorded as by `FakeLink`, so that conversations read the same, and goes through the real link of a
+Sent frames are recorded as by `FakeLink`, so that conversations read the same, and goes through the real link of a
 machine as well: the frames that arrive there must say what was recorded, segment by segment, with whole checksums.
 """
 

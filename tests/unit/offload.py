@@ -1,4 +1,4 @@
-"""What the guest's kernel makes of a frame with a vnet header: checksums completed, UDP super-frames cut.
+"""The guest's kernel, which processes a frame with a vnet header: checksums completed, UDP super-frames cut.
 
 Software segmentation as in the kernel: the partial checksum of the super-frame is adjusted by the difference of the
 lengths, never computed from the addresses again, so a wrong one shows in every datagram.

@@ -1,4 +1,4 @@
-"""What unit tests share: a context whose link, reactor and timers record what is asked of them, and never wait.
+"""Common parts of unit tests: a context with a link, a reactor and timers that record calls, and never wait.
 
 A test begins with `ctx = make_context(mtu=1500)`, naming what differs from the configuration below; it calls a
 handler with T0 or later as `now`, and finds in `link(ctx).take()` what went to the guest, vnet headers taken off.

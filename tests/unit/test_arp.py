@@ -36,7 +36,7 @@ def request(target: bytes, sender: bytes = GUEST4, operation: int = REQUEST) -> 
         (request(NEIGHBOUR), False),
         (request(ANY4, ANY4), False),  # what qrap sends
         (request(GUEST4), True),
-        (request(GUEST4, ANY4), True),  # the guest's own probe for duplicates must find nobody
+        (request(GUEST4, ANY4), True),  # the guest's own probe for duplicates must have no answer
         (request(GUEST4, OTHER), True),
         (request(OTHER, OTHER), True),  # an announcement
         (request(GATEWAY4, operation=REPLY), True),

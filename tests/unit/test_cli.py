@@ -90,7 +90,7 @@ raise SystemExit(main(["pasta", "--version"]))
 
 
 def test_interrupted_at_start() -> None:
-    """While modules are imported: not a word, and whoever waits sees a signal."""
+    """During imports: no output, and the parent sees a signal."""
     done = python(INTERRUPTED.format("signal.default_int_handler"))
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 

@@ -1,4 +1,4 @@
-"""Command lines, good and bad, as somebody types them or a program gives them: exit status, standard output and error.
+"""Command lines, valid and invalid, of users and of programs: exit status, standard output and error.
 
 Everything is real up to where a daemon would begin, which only notes that it would.
 """
@@ -17,7 +17,7 @@ from passt.conf.table import usage
 
 PASTA_VERSION = f"pasta {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n"
 PASST_VERSION = PASTA_VERSION.replace("pasta", "passt")
-OPEN = [3, 5]  # descriptors that whoever started us left open
+OPEN = [3, 5]  # inherited descriptors
 IFNAME = "(1 to 15 characters, no blanks, '/', ':' or '%')"
 NETMASK = "(give 1 to 32 bits or a contiguous dotted mask)"
 MTU = "(give 68 to 65535, or 0 to assign none)"
@@ -216,7 +216,7 @@ class Begun(Exception):
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
-    """What a daemon would have begun with."""
+    """The arguments that a daemon would have started with."""
     begun: list[Options] = []
 
     def begin(options: Options, *_: object) -> NoReturn:
@@ -284,7 +284,7 @@ WITHOUT_EFFECT = "mode only, it has no effect"
 def test_without_effect(
     line: str, warnings: list[str], started: list[Options], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What the original accepts in both modes is no error, but said."""
+    """An option that the original accepts in both modes is a warning, not an error."""
     assert run(line) == 0
     assert capfd.readouterr() == ("", "".join(f"{warning}\n" for warning in warnings))
     assert len(started) == 1

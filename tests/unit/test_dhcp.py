@@ -1,4 +1,4 @@
-"""DHCP: one lease for whoever asks."""
+"""DHCP: one lease for all clients."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def goes_to(frame: bytes | None) -> tuple[bytes, bytes, int]:
     return frame[:6], frame[30:34], int.from_bytes(frame[36:38], "big")
 
 
-# Who is answered ---------------------------------------------------------------------------------------------------
+# Requests with an answer -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_replies_are_not_answered(ctx: Context) -> None:
     assert send(ctx, replace(request(), op=dhcp.BOOTREPLY)) is None
 
 
-# What they are told ------------------------------------------------------------------------------------------------
+# Answers -----------------------------------------------------------------------------------------------------------
 
 
 def test_offer(ctx: Context) -> None:
@@ -548,7 +548,7 @@ def test_log(ctx: Context, monkeypatch: pytest.MonkeyPatch, message: Message, li
 
 
 def heard(monkeypatch: pytest.MonkeyPatch, ctx: Context, *messages: Message) -> list[str]:
-    """What is logged about messages that come at the same time."""
+    """The log of messages that come at the same time."""
     lines: list[str] = []
     monkeypatch.setattr(log, "_held", {})
     monkeypatch.setattr(log, "info", lines.append)
@@ -559,7 +559,7 @@ def heard(monkeypatch: pytest.MonkeyPatch, ctx: Context, *messages: Message) -> 
 
 
 def test_a_flood_from_many_clients(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everybody is answered, nobody is remembered, and the log does not grow with them."""
+    """All clients have an answer, no state is kept, and the log does not grow with them."""
     server = Dhcp(ctx)
     monkeypatch.setattr(log, "_held", {})
     lines: list[str] = []

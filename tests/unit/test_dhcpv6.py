@@ -103,7 +103,7 @@ class Talk:
         return tuple(o for o in self.ask(kind, *options).options if o[0] in dhcpv6.IA_CODES)
 
 
-# Who is answered ---------------------------------------------------------------------------------------------------
+# Messages with an answer -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_off(change: dict[str, Any]) -> None:
     assert Talk(**change).send(dhcpv6.SOLICIT, ASKED) is None
 
 
-# What they are told ------------------------------------------------------------------------------------------------
+# Answers -----------------------------------------------------------------------------------------------------------
 
 
 def test_advertise() -> None:
@@ -510,7 +510,7 @@ def test_log(monkeypatch: pytest.MonkeyPatch, kind: str, line: str) -> None:
 
 
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged from now on."""
+    """Log lines from now on."""
     lines: list[str] = []
     monkeypatch.setattr(log, "_held", {})
     monkeypatch.setattr(log, "info", lines.append)

@@ -1,4 +1,4 @@
-"""What is told of flows, in all protocols: their ends, bytes, state; and why they ended."""
+"""Information about flows, in all protocols: endpoints, bytes, state, and the reason of the end."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Talk:
         reactor(self.ctx).fire(self.sock.fileno(), events, now)
 
     def packets(self) -> list[Packet]:
-        """What the guest's driver hands up, checked by scapy."""
+        """The packet that the guest's driver passes on, checked by scapy."""
         frames = received(self.link)
         assert [recomputed(f) for f in frames] == frames
         return [Ether(f)[IP if self.v4 else IPv6] for f in frames]
@@ -283,7 +283,7 @@ def test_a_flow_ends_after_a_silence(talk: Talk) -> None:
     assert talk.sock.fileno() == -1
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Refused -------------------------------------------------------------------------------------------------------------
 
 REQUEST4 = bytes.fromhex("0800 f7ff 0000 0000")
 

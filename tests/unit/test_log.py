@@ -242,7 +242,7 @@ def test_log_file_keeps_its_size(log_file: Path) -> None:
 
 
 def test_reports_go_everywhere(log_file: Path, stderr: Path) -> None:
-    """Somebody asked for them: neither --quiet nor a command on the same terminal keeps them."""
+    """They were requested: neither --quiet nor a command on the same terminal suppresses them."""
     log.setup("pasta", log.WARNING, syslog=False, log_file=str(log_file))
     log.quiet_stderr()
     log.info("nobody asked")

@@ -56,7 +56,7 @@ def test_the_newest_stay(file: LogFile, path: Path) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.binary(max_size=300).map(lambda b: b.replace(b"\n", b"") + b"\n"), max_size=60))
 def test_any_lines(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
-    """Whatever is written: the file is the header and the last of the lines."""
+    """After any writes, the file is the header and the last of the lines."""
     path = tmp_path_factory.mktemp("log") / "log"
     file = LogFile(str(path), HEADER, LIMIT)
     for line in lines:
@@ -89,7 +89,7 @@ def test_lines_longer_than_what_is_read_at_once(path: Path, monkeypatch: pytest.
     assert path.stat().st_size <= LIMIT
 
 
-def test_somebody_empties_the_file(file: LogFile, path: Path) -> None:
+def test_another_program_truncates_the_file(file: LogFile, path: Path) -> None:
     """As logrotate(8) does with copytruncate: no hole, and all of the limit is there again."""
     for i in range(50):
         file.write(number(i))

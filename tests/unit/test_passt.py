@@ -122,7 +122,7 @@ def test_descriptors_that_are_no_guest(tmp_path: Path) -> None:
 
 
 class Decision:
-    """What `wire_machine` reads of the decision: its configuration."""
+    """The part of the decision that `wire_machine` reads: its configuration."""
 
     config = CONFIG
 
@@ -377,7 +377,7 @@ def test_accept_that_fails_is_no_end(machine: Machine, monkeypatch: pytest.Monke
     assert receive(client, ARP)
 
 
-def test_a_client_for_whom_there_is_no_descriptor_is_closed_at_once(machine: Machine, said: list[str]) -> None:
+def test_a_client_without_a_descriptor_is_closed_at_once(machine: Machine, said: list[str]) -> None:
     """Unless the guest has gone: what it had is the next one's."""
     guest = machine.connect()
     with socket.socket(socket.AF_UNIX) as client, socket.socket(socket.AF_UNIX) as other, no_descriptors():

@@ -179,7 +179,7 @@ def test_tap_is_created_and_configured_inside(inside: list[str], monkeypatch: py
     assert made.plan == NsPlan("tap5", mac=b"\2" * 6)
 
 
-def test_tap_is_made_anew_on_the_same_descriptor(inside: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tap_is_created_again_on_the_same_descriptor(inside: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[NsPlan] = []
 
     def configure(nl: object, plan: NsPlan) -> tuple[bytes, list[str]]:
@@ -261,7 +261,7 @@ def test_others_watch_the_same_directory(tmp_path: Path, changes: Changes) -> No
 
 
 def test_file_is_replaced(tmp_path: Path, changes: Changes) -> None:
-    """What has its name now is not the namespace that we serve, and there is nobody left who could name that."""
+    """Another namespace has its name now, and the namespace that is served has no name any more."""
     path = tmp_path / "blue"
     path.touch()
     watch = Watch(str(path), changes)

@@ -65,7 +65,7 @@ def test_probe() -> None:
 
 
 def test_first_that_answers(paths: list[str]) -> None:
-    """The first path has nothing, the second a socket that nobody listens on."""
+    """The first path has nothing, the second a socket without a listener."""
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(paths[1])
     with passt_at(Path(paths[2]), ANSWER):

@@ -1,4 +1,4 @@
-"""What a connection costs, and that nothing of it stays: memory, reference cycles, tables."""
+"""Cost of a connection, and its complete release: memory, reference cycles, tables."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def remarks(decision: Decision) -> list[str]:
     return [text for _, text in decision.remarks.lines]
 
 
-# What is chosen ----------------------------------------------------------------------------------------------------
+# Choices ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_usual_host() -> None:

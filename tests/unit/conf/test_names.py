@@ -38,7 +38,7 @@ def resolv_conf(servers: str, *search: str) -> ResolvConf:
 
 
 def names(line: str, servers: str) -> Told:
-    """(told to the guest, forwarded, to whom)."""
+    """(given to the guest, forwarded addresses, resolvers)."""
     config = conf_names.apply(options_of(line), config_of(line), resolv_conf(servers))
     told = [s for ip in (config.ip4, config.ip6) if ip for s in ip.dns]
     one, two, three = (" ".join(map(addr.text, a)) for a in (told, config.dns_match, config.dns_hosts))
@@ -166,7 +166,7 @@ def test_an_address_that_stood_for_resolvers_goes_on_to_do_so() -> None:
 
 
 def test_nothing_but_names_depends_on_names() -> None:
-    """What follows later is the same as what would have been found at start."""
+    """A change has the same result as the same file at start."""
     options = options_of("--dns-forward 10.0.0.3")
     early, late = resolv_conf("9.9.9.9", "a"), resolv_conf("2620:fe::9 127.0.0.1", "b", "c")
     config = config_of("")

@@ -26,7 +26,7 @@ def parsed(option: str) -> tuple[Rule, ...]:
     return parse_spec(option[1], option[3:], ephemeral=EPHEMERAL)
 
 
-# What is good ------------------------------------------------------------------------------------------------------
+# Valid -------------------------------------------------------------------------------------------------------------
 
 # Each rule as first-last>to address%interface @target, where what is the usual is left out; "?" is auto, "~" is weak
 GOOD: list[tuple[str, list[str]]] = [
@@ -177,7 +177,7 @@ def test_a_rule_in_full() -> None:
     )  # fmt: skip
 
 
-# What is bad -------------------------------------------------------------------------------------------------------
+# Invalid -----------------------------------------------------------------------------------------------------------
 
 INVALID = "Invalid port specifier "
 MISSING = "a port is missing (give ports, ranges or exclusions like ~22, separated by commas)"

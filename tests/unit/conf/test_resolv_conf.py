@@ -37,7 +37,7 @@ def one(server: str) -> str:
     return f"nameserver {server}\n"
 
 
-# What it says ------------------------------------------------------------------------------------------------------
+# Contents ----------------------------------------------------------------------------------------------------------
 
 
 def test_parse() -> None:
@@ -90,7 +90,7 @@ class Watcher:
         return any(timers(self.ctx).services.deadlines)
 
     def events(self) -> None:
-        """What inotify has to say."""
+        """Handle the events of inotify."""
         fd = self.changes.fd
         if fd >= 0 and select.select([fd], [], [], 0)[0]:
             reactor(self.ctx).fire(fd, EPOLLIN, self.now)

@@ -1,4 +1,4 @@
-"""What is said at start: every line of it."""
+"""Every line of the summary at start."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_long_options_are_not_repeated(api: Api2, port: int) -> None:
         assert api.refused("add", rules=[text]).endswith(f"for option '-t {port}'")
 
 
-# What goes on --------------------------------------------------------------------------------------------------------
+# Queries -------------------------------------------------------------------------------------------------------------
 
 
 def test_counters(api: Api2) -> None:

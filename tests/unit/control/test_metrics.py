@@ -1,5 +1,5 @@
-"""Statistics as programs and people get them. A small parser of the Prometheus format, made from its description, reads
-what is exposed.
+"""Statistics as programs and users get them. A small parser of the Prometheus format, made from its description, reads
+the exposed text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def ctx() -> Context:
 
 
 def work(ctx: Context, times: int = 1) -> None:
-    """What counters would see of so much work."""
+    """Set the counters to values after some work."""
     r: Any = reactor(ctx)
     r.wakeups = getattr(r, "wakeups", 0) + 10 * times
     r.events = (r.events if isinstance(r.events, int) else 0) + 20 * times

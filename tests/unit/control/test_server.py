@@ -331,7 +331,7 @@ def test_no_descriptors(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert client.recv(10) == b"cba\n"
 
 
-# Who may speak -------------------------------------------------------------------------------------------------------
+# Access --------------------------------------------------------------------------------------------------------------
 
 
 def test_others_are_cut_off(make: Make) -> None:

@@ -92,7 +92,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
 
 @pytest.fixture(autouse=True)
 def default_signals() -> Iterator[None]:
-    """What a terminal sends, as pasta finds it: not ignored, though a shell may have started the tests with `&`."""
+    """Signals of a terminal are not ignored, as for pasta, even if a shell has started the tests with `&`."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in FROM_TERMINAL}
     yield
     for number, handler in before.items():
@@ -306,7 +306,7 @@ def test_background(tmp_path: Path) -> None:
         (tmp_path / "new").rename(report)
         parent.ready()
 
-    status, text = in_child(body)  # at the end of file nobody has our standard output any more
+    status, text = in_child(body)  # at the end of file no process has our standard output any more
     assert (status, text) == (0, b"")
     pid, ok = report.read_text().split()
     assert ok == "True"
@@ -337,7 +337,7 @@ def test_who_started_it_is_gone() -> None:
         parent = daemon_common.go_background(None, lambda: None)
         os.kill(os.getppid(), signal.SIGKILL)
         pipe = select.poll()
-        pipe.register(parent._pipe, 0)  # POLLERR comes unasked: nobody reads
+        pipe.register(parent._pipe, 0)  # POLLERR needs no request: there is no reader
         pipe.poll()
         with pytest.raises(Fatal, match="has not waited"):
             parent.ready()

@@ -1,4 +1,4 @@
-"""What is logged while the program runs: when, and since when."""
+"""Periodic log output: its times, and the intervals that it covers."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_json(ctx: Context, said: list[str]) -> None:
 
 
 def test_the_end(ctx: Context, said: list[str]) -> None:
-    """What happened since the last table is shown, and what was held back is told."""
+    """The end logs statistics since the last table, and counts of messages held back."""
     reports = Reports(ctx, Options(stats=60.0))
     reports.begin(ctx.stats.started)
     for _ in range(2):

@@ -43,7 +43,7 @@ from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST
 
 
 class Decision:
-    """What `wire` reads of the decision: its configuration."""
+    """The part of the decision that `wire` reads: its configuration."""
 
     config = CONFIG
 
@@ -198,7 +198,7 @@ SPLICE = {PROTO_TCP: TYPE_TCP_SPLICE, PROTO_UDP: TYPE_UDP_SPLICE}
 
 
 def received(s: socket.socket) -> bytes:
-    """What is there, nothing if there is nothing yet."""
+    """Available data, empty if there is none yet."""
     try:
         return s.recv(100, socket.MSG_DONTWAIT)
     except BlockingIOError:

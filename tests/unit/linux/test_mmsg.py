@@ -171,7 +171,7 @@ LINK_LOCAL, GLOBAL6 = addr.packed("fe80::9"), addr.packed("2001:db8::9")
 
 
 def envelope6(peer: bytes, scope: int, destination: bytes, interface: int) -> bytes:
-    """What the kernel writes about a datagram of IPv6."""
+    """The envelope of an IPv6 datagram, as the kernel writes it."""
     name = SOCKADDR6.pack(socket.AF_INET6, socket.htons(5000), 0, peer, scope)
     info = struct.pack("@Nii", socket.CMSG_LEN(20), socket.IPPROTO_IPV6, socket.IPV6_PKTINFO)
     return (name + info + struct.pack("=16sI", destination, interface)).ljust(32 + 40 + 32, b"\0")
@@ -201,7 +201,7 @@ KINDS = (0, IP_PKTINFO), (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO), (socket.SOL
     st.binary(min_size=20, max_size=20),
 )
 def test_any_envelope_of_a_kernel(family: int, name: bytes, kinds: list[tuple[int, int]], data: bytes) -> None:
-    """Whatever addresses are in it: those that come out are of one family."""
+    """For any addresses in it, the results are of one family."""
     padded = data.ljust(socket.CMSG_SPACE(20) - 16, b"\0")
     control = b"".join(struct.pack("@Nii", socket.CMSG_LEN(20), *kind) + padded for kind in kinds)
     envelope = struct.pack("=H", family) + name + control.ljust(2 * socket.CMSG_SPACE(20), b"\0")

@@ -79,7 +79,7 @@ def wait_for(s: socket.socket, event: int) -> bool:
     return bool(p.poll(5000))
 
 
-def test_read_errors_tells_what_was_quoted_and_by_whom(refused: socket.socket) -> None:
+def test_read_errors_returns_the_quoted_payload_and_the_offender(refused: socket.socket) -> None:
     refused.send(b"hello")
     assert wait_for(refused, select.POLLERR)
     ((error, quoted),) = read_errors(refused)

@@ -132,7 +132,7 @@ def test_hints(number: int, hint: str) -> None:
     assert bool(hint) == bool(tun._hint(number))
 
 
-# Made by somebody else ---------------------------------------------------------------------------------------------
+# Inherited ---------------------------------------------------------------------------------------------------------
 
 MAC = bytes.fromhex("0211223344aa")
 IFF_TUN, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x0001, 0x0002, 0x1000, 0x4000, 0x0100

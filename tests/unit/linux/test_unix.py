@@ -1,4 +1,4 @@
-"""UNIX sockets: who is at the other end. What is at a path already: `test_passt.py`."""
+"""UNIX sockets: credentials of the peer. `test_passt.py` has existing files at a path."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_forget_leaves_it_open(reactor: Reactor) -> None:
 def test_who_gets_a_forgotten_number_in_the_same_turn_gets_no_event_of_its_former_owner(
     reactor: Reactor, doomed: int
 ) -> None:
-    """Whichever of two is handled first forgets the other one, whose number a socket without events gets at once."""
+    """The first of two handlers forgets the other descriptor; a socket without events gets its number at once."""
     socks = [readable(), readable()]
     fresh: list[socket.socket] = []
     handled: Seen = []
@@ -193,7 +193,7 @@ def test_descriptor_number_is_not_reused_within_a_turn(reactor: Reactor) -> None
     assert not numbers & {s.fileno() for s in new}
     reactor.turn(5)
     assert sorted(seen[1:]) == [100, 101, 102, 103, 104]
-    again = readable()  # now a number of the old ones is free, and is nobody's
+    again = readable()  # now the number of a retired one is free, and has no owner
     assert again.fileno() in numbers
     for s in (*new, again):
         s.close()
@@ -283,7 +283,7 @@ def test_run_until_stopped(reactor: Reactor) -> None:
 def test_between_turns_descriptors_are_closed_already(
     reactor: Reactor, pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    """What was retired in the turn is closed then, and what is retired there can be closed at once."""
+    """Descriptors retired in the turn are closed then; those retired by the callback can be closed at once."""
     near, far = pair
     seen: list[bool] = []
 
@@ -350,7 +350,7 @@ def test_signals_are_handled_in_the_loop(reactor: Reactor) -> None:
 
 @pytest.mark.usefixtures("restore")
 def test_a_fault_for_one_signal_leaves_the_others(reactor: Reactor) -> None:
-    """What asks for a report may not swallow what asks us to end."""
+    """A signal for a report must not hide a signal that ends the process."""
     seen: list[int] = []
     faults: list[str] = []
 

@@ -154,7 +154,7 @@ def test_earlier_re_arms_later_does_not(clock: Clock) -> None:
     assert clock.settings == [(fd, now + 100), (fd, now + 50)]
 
 
-def test_after_firing_it_is_armed_anew(clock: Clock) -> None:
+def test_after_firing_it_is_armed_again(clock: Clock) -> None:
     fd = clock.pool.take(1)
     clock.pool.at(fd, time.monotonic())
     clock.turn()
@@ -252,7 +252,7 @@ def test_descriptors_do_not_block(clock: Clock) -> None:
 
 
 def test_timers_beyond_those_kept_are_closed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one of those closed, that is due in the same turn, fires for nobody."""
+    """And a closed one that is due in the same turn does not fire."""
     monkeypatch.setattr("passt.loop.timers.IDLE_MAX", 2)
     fds = [clock.pool.take(i) for i in range(5)]
     for fd in fds:

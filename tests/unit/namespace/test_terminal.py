@@ -1,4 +1,4 @@
-"""Whose terminal it is, on one of our own making."""
+"""Foreground of a terminal, on a pseudo-terminal of the test."""
 
 from __future__ import annotations
 

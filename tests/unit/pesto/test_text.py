@@ -1,4 +1,4 @@
-"""What is printed of flows, sizes and times."""
+"""Text output of flows, sizes and times."""
 
 from __future__ import annotations
 

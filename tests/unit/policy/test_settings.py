@@ -99,7 +99,7 @@ def test_a_fault_at_start_is_raised() -> None:
     settings = Settings(CONFIG)
     with pytest.raises(ZeroDivisionError):
         settings.subscribe(lambda config: [1 // 0])  # type: ignore[arg-type]
-    settings.replace(OTHER, T0)  # of which nobody is told
+    settings.replace(OTHER, T0)  # without a subscriber
 
 
 def test_a_subscriber_cannot_replace_the_configuration(said: list[str]) -> None:
@@ -114,7 +114,7 @@ def test_a_subscriber_cannot_replace_the_configuration(said: list[str]) -> None:
     assert [config.mtu for config in seen] == [1280, 1400], "and it may be replaced again"
 
 
-def test_whoever_comes_while_others_are_told_is_not_told_twice() -> None:
+def test_a_subscriber_that_comes_during_a_change_is_called_once() -> None:
     settings, seen = Settings(CONFIG), list[Config]()
     settings.react(lambda former, now: settings.subscribe(seen.append))
     settings.replace(OTHER, T0)

@@ -1,4 +1,4 @@
-"""Who we are, and become."""
+"""Identities: the initial one and changes."""
 
 from __future__ import annotations
 
