@@ -1,4 +1,4 @@
-"""What the benchmark compares with: other checkouts and builds."""
+"""The programs that the benchmark compares with: other checkouts and builds."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ A turn ends with the `at_turn_end` callbacks (acknowledgements without data, bat
 may be closed before the callback goes on (`close_retired`).
 
 A fault of a handler, a callback or a close goes to `on_fault(ref, exception, now)`, with the reference 0 where there is
-none, and the turn goes on with the others. If `on_fault` fails as well, the descriptor is not watched any more: an event
-that is neither handled nor ended would come again for ever.
+none, and the turn goes on with the others. If `on_fault` fails as well, the descriptor is not watched any more: an
+event that is neither handled nor ended would come again for ever.
 
 `now` is `time.monotonic()`, read once after the wait.
 """
