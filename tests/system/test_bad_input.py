@@ -80,7 +80,7 @@ def test_other_peoples_namespaces(user_pasta: Runner, root: User) -> None:
 
 
 def test_own_namespace(pasta: Runner) -> None:
-    fails(pasta.run(str(os.getpid())) if pasta.user.is_root else pasta.run("--netns", "/proc/self/ns/net"), "ourselves")
+    fails(pasta.run(str(os.getpid())) if pasta.user.is_root else pasta.run("--netns", "/proc/self/ns/net"), "that pasta runs in")
 
 
 def test_name_that_is_taken(root_pasta: Runner) -> None:
