@@ -33,7 +33,7 @@ The answer is never longer than the client accepts: 300 bytes for BOOTP, 576 for
 2131, 2; option 57), within the MTU. Options that do not fit are left out in the order of `DISPENSABLE`.
 
 Left out: leases in a table, timers, other clients. There is one guest, and its lease never ends; no state of clients is
-kept, so the number of client identifiers does not matter. A declined address is offered again, since it is the only one.
+kept, so the number of client identifiers does not matter. A declined address is offered again: it is the only one.
 docs/services.md has the requirements of the RFCs one by one.
 """
 
@@ -127,7 +127,7 @@ def lease(request: Message, gateway: bytes) -> dict[int, bytes]:
 
 
 def identity(request: Message, kind: int, gateway: bytes) -> dict[int, bytes]:
-    """What answer it is, from which server, and to which client (RFC 6842, 3)."""
+    """The options that identify the answer, the server and the client (RFC 6842, 3)."""
     options = {dhcp.OPT_TYPE: bytes((kind,)), dhcp.OPT_SERVER_ID: gateway}
     if dhcp.OPT_CLIENT_ID in request.options:
         options[dhcp.OPT_CLIENT_ID] = request.options[dhcp.OPT_CLIENT_ID]

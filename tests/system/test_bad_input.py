@@ -80,7 +80,8 @@ def test_other_peoples_namespaces(user_pasta: Runner, root: User) -> None:
 
 
 def test_own_namespace(pasta: Runner) -> None:
-    fails(pasta.run(str(os.getpid())) if pasta.user.is_root else pasta.run("--netns", "/proc/self/ns/net"), "that pasta runs in")
+    named = [str(os.getpid())] if pasta.user.is_root else ["--netns", "/proc/self/ns/net"]
+    fails(pasta.run(*named), "is the network namespace that pasta runs in: give another one")
 
 
 def test_name_that_is_taken(root_pasta: Runner) -> None:

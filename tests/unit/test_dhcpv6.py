@@ -173,7 +173,7 @@ def test_unicast_to_the_server_that_did_not_offer_it(kind: str) -> None:
 
 @pytest.mark.parametrize("src", ["::", "ff02::1"])
 def test_client_without_an_address(src: str) -> None:
-    """Where an answer would go to nobody, or to everybody."""
+    """Answers that no client or all clients would get."""
     assert Talk().send(dhcpv6.SOLICIT, ASKED, src=packed(src)) is None
 
 

@@ -37,7 +37,7 @@ esac
 }
 PRIVATE = 'mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && mkdir -p /var/lib/dhcpcd && exec "$@"'
 Client = Callable[..., None]
-FREE = HOST.rpartition(".")[0] + ".77"  # on the guest's subnet, and nobody's
+FREE = HOST.rpartition(".")[0] + ".77"  # on the guest's subnet, and no host's
 FREE6 = HOST6.rpartition(":")[0] + ":77"
 
 
