@@ -8,8 +8,8 @@ mutmut makes the mutants, in a copy of the tree below build/mutants, and runs fo
 function, out of the unit tests that are about the module: those of its family (the first word of its name, or of its
 folder's; what splices has tests of its own), and those that name it. Constants at the top of a module are not changed.
 
-What no test noticed is in build/mutants/MODULE.txt, as differences. Those that no test can notice are listed in
-docs/testing.md with the reason.
+The survivors, which no test noticed, are in build/mutants/MODULE.txt, as differences. Equivalent ones, which no test
+can notice, are listed in docs/testing.md with the reason.
 """
 
 from __future__ import annotations

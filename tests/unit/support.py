@@ -273,8 +273,8 @@ def no_descriptors() -> Iterator[None]:
 
 
 def free_ports(count: int = 1) -> int:
-    """The first of `count` consecutive ports that nobody has, outside those that the kernel gives away. Tests that run
-    beside these look for theirs elsewhere.
+    """The first of `count` consecutive free ports, outside the range of ephemeral ports. Tests that run beside these
+    look for theirs in another range.
     """
     for first in range(10000 + os.getpid() % 200 * 100, 32000, count):
         found = []

@@ -98,7 +98,7 @@ def _wait_for_port(where: Namespace, server: subprocess.Popen[str], address: str
 
 
 def _free_port(where: Namespace, address: str) -> int:
-    """One that nobody has, and that no client gets meanwhile: it is none of those that the kernel gives away."""
+    """A free port outside the range of ephemeral ports, so that no client gets it meanwhile."""
     while True:
         port = next(_PORTS)
         with where.make_socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
