@@ -32,6 +32,9 @@ reachable. A client that sends or requests the FQDN option gets the name of --fq
 The answer is never longer than the client accepts: 300 bytes for BOOTP, 576 for DHCP unless the client allows more (RFC
 2131, 2; option 57), within the MTU. Options that do not fit are left out in the order of `DISPENSABLE`.
 
+A new option has its code in `wire/dhcp.py` and its value in `configuration`. If its length varies, it also has a place
+in `DISPENSABLE`: all other options together must fit into the 300 bytes of BOOTP.
+
 Left out: leases in a table, timers, other clients. There is one guest, and its lease never ends; no state of clients is
 kept, so the number of client identifiers does not matter. A declined address is offered again: it is the only one.
 docs/services.md has the requirements of the RFCs one by one.

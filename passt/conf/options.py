@@ -2,6 +2,9 @@
 
 This is the table of options of pasta and passt: `row.py` describes a row, `conf/table.py` adds the options that set no
 field. Within a group, rows are in the order of --help and of the manual page.
+
+A new option is a row here, and a paragraph in passt.1, which a test demands. If the data plane needs its value, a field
+of the same name in `policy/config.py` gets it (`decide.py` copies by name). `make completions` brings it to the shells.
 """
 
 from __future__ import annotations
@@ -266,7 +269,7 @@ class Options(Record):
         values.runas, default=None,
     )  # fmt: skip
 
-    # DNS and namespace
+    # Namespace
     netns: str | None = file(
         "--netns PATH|NAME", NAMESPACE,
         "Join this network namespace; for NAME see ip-netns(8)",

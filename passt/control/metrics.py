@@ -9,6 +9,10 @@ that does not depend on the number of flows; the other formats are made from sna
     prometheus    text exposition format 0.0.4: a family for each kind of figure, labels for reasons and directions
     table         lines of at most WIDTH columns: differences between two snapshots, and totals
 
+A new figure is counted by its owner, or in `flow/stats.py`, and has a line each in `snapshot`, `_families` and `table`.
+pesto draws the table on its side, maybe from the snapshot of an older daemon. A new reason of a drop needs nothing
+here.
+
 The table leaves out kinds of flows, paths and drops that never occurred. Its rates are averages over the time between
 the two snapshots. Long numbers are in decimal multiples (k, M, G).
 """

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 PROGRAM = "pesto"
 SIDES = ("HOST", "SPLICE", "ALL")
 ADD, DELETE, REPLACE = "add", "delete", "replace"
-QUERIES = ("show", "flows", "stats", "metrics", "info")
 
 
 class Request:

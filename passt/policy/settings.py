@@ -8,6 +8,9 @@ A `Config` is frozen. A change is another `Config` that takes its place (`replac
                                `dns_match`, `dns_hosts`
     `ports.forwards.Forwards`  `forwards`                                        a client changes the rules
 
+All other fields keep their values. A host whose addresses or routes change is not followed yet: its follower would read
+`linux/netlink.py` again, decide as `conf/decide.py` does, and call `replace`.
+
 There are three interfaces. No object keeps a `Config`, or a part of one, by other means.
 
     interface           purpose                                   effect of a change
