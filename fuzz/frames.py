@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from fuzz.steps import Steps
-from passt.link.packet import VNET_LEN
-from passt.link.tap_device import NO_OFFLOAD
+from passt.wire.virtio import NO_OFFLOAD, VNET_LEN
 from tests.unit.hostile import CHANGES, answers, connections, seeds
 from tests.unit.support import GUEST_MAC, OUR_MAC
 

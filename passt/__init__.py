@@ -8,7 +8,7 @@ acknowledged, and a batch of datagrams is one system call (UDP_SEGMENT, UDP_GRO,
 Where a packet goes
 ===================
 
-    guest -> host   tap fd, or a machine's UNIX socket -> link.stream_input -> tap (classify, group by flow)
+    guest -> host   tap fd, or a machine's UNIX socket -> back end of link -> tap (classify, group by flow)
                         ARP -> arp    NS, RS -> ndp    UDP 67 -> dhcp    UDP 547 -> dhcpv6         answers -> link
                         echo -> icmp    UDP -> udp    TCP -> tcp         flow, or a new one: policy.forwarding
                                                                          -> host socket
@@ -45,7 +45,7 @@ Where a change goes: folders and modules of this level, each above its imports
     arp ndp dhcp dhcpv6     configuration services
     icmp                    ping
     flow                    common to all flows: the table, idle limits, errors, statistics; the Context
-    link                    devices and sockets that lead to the guest, the packet pool, captures
+    link                    back ends: devices and sockets that lead to the guest; the packet pool, captures
     policy                  Config and the one in force, rules, address translation, resolvers: no sockets, no clock
     loop                    epoll, timers, directory watches; walks over many, where a fault stays with one (`each`)
     linux                   the kernel, wrapped once
@@ -56,8 +56,8 @@ tests/test_layers.py has the order and fails on an import upward and on a circle
 same place in tests/unit.
 
 Each state has one writer: `tap` writes the observed state of the guest, `policy.settings` the configuration in force,
-`flow.table` the state of a flow, `tcp_engine.conn` the events of a connection, `link.tap_device` or `link.plain_tap`
-the tap device, `link.stream_socket` the UNIX socket.
+`flow.table` the state of a flow, `tcp_engine.conn` the events of a connection, the back end in `link` the device or the
+socket that leads to the guest.
 
 Vocabulary
 ==========

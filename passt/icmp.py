@@ -29,13 +29,13 @@ from .flow.context import Context
 from .flow.errors import Errors
 from .flow.idle import IdleFlow, IdleFlows, flow_limit
 from .flow.table import GUEST, Endpoints, TableFull
-from .link.tap_device import NO_OFFLOAD
 from .linux.sockopt import HOPS, RECVERR, creating, hops_option, read_errors, recverr, setting
 from .loop.reactor import EPOLLERR, EPOLLIN, TYPE_PING, ref_data
 from .policy.config import PASTA, Config
 from .policy.forwarding import Forwarding
 from .wire import ether, icmp, ip
 from .wire.fragment import fragments
+from .wire.virtio import NO_OFFLOAD
 
 PING_TIMEOUT = 60.0  # s
 PING_FLOWS_MAX = 1024

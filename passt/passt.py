@@ -24,15 +24,13 @@ from . import PASST, log
 from .calls import calls
 from .flow.context import Context
 from .flow.spare import Spare
-from .link.stream_input import Stream, failure
 from .linux import unix
 from .linux.sockopt import setting
 from .linux.syscall import accept
 from .log import Fatal
-from .loop.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, TYPE_GUEST_LISTEN
+from .loop.reactor import EPOLLIN, TYPE_GUEST_LISTEN
 
 if TYPE_CHECKING:
-    from .link.stream_socket import StreamLink
     from .tap import Tap
 
 DEFAULT_PATH = "/tmp/passt_{}.socket"
@@ -87,23 +85,15 @@ class Clients:
     """
 
     def __init__(
-        self,
-        ctx: Context,
-        link: StreamLink,
-        tap: Tap,
-        listener: socket.socket | None,
-        on_end: Callable[[], None] | None,
+        self, ctx: Context, tap: Tap, listener: socket.socket | None, on_end: Callable[[], None] | None
     ) -> None:
-        self._ctx, self._link, self._tap = ctx, link, tap
-        self._stream = Stream(ctx.pool, tap.received, self.gone)
+        self._ctx, self._link, self._tap = ctx, ctx.link, tap
         self._listener = listener
         self._on_end = on_end
         self._sock: socket.socket | None = None
         self._lines, self._said = float(LINES), 0.0  # tokens for log lines, time of the last one
         ctx.stats.gauges["guests"] = lambda: int(self._sock is not None)
-        link.want_write = self._want_write
-        link.on_error = lambda e: self.gone(failure(e))
-        ctx.reactor.handle(TYPE_GUEST, self._handle)
+        self._link.on_gone = self.gone
         if listener is not None:
             self._spare = Spare(ctx)
             ctx.reactor.handle(TYPE_GUEST_LISTEN, self._accept)
@@ -113,7 +103,7 @@ class Clients:
         assert self._listener is not None
         guest = self._sock
         while self._sock is not None and _hung_up(self._sock):
-            self._stream.read(now)  # data of the guest that has disconnected before this client
+            self._link.read(now)  # data of the guest that has disconnected before this client
         try:
             fd, _, _ = accept(self._listener.fileno())
         except BlockingIOError:
@@ -141,20 +131,7 @@ class Clients:
         """Make `sock` the guest."""
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._sock = sock
-        self._stream.attach(sock)
         self._link.attach(sock)
-        self._ctx.reactor.watch(sock.fileno(), TYPE_GUEST, 0, EPOLLIN)
-
-    def _handle(self, ref: int, events: int, now: float) -> None:
-        """The guest's socket is readable, writable, or closed."""
-        if events & EPOLLOUT:
-            self._link.writable(now)
-        if events & ~EPOLLOUT and self._sock is not None:
-            self._stream.read(now)
-
-    def _want_write(self, wanted: bool) -> None:
-        if self._sock is not None:
-            self._ctx.reactor.change(self._sock.fileno(), EPOLLIN | (EPOLLOUT if wanted else 0))
 
     def gone(self, what: str) -> None:
         """The guest has disconnected; `what` is a sentence with the event."""
@@ -162,9 +139,7 @@ class Clients:
         if sock is None:
             return
         self._say(f"{what}, {'exiting' if self._on_end else 'waiting for another'}", time.monotonic())
-        self._stream.attach(None)
         self._link.attach(None)
-        self._ctx.reactor.retire(sock.fileno(), sock)
         if self._on_end is not None:
             self._on_end()
         else:

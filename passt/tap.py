@@ -1,16 +1,12 @@
 """The way in: frames of the guest, read in batches, classified, grouped by flow, handed on.
 
-    tap fd -> packet pool -> Ethernet -> ARP                               -> arp
+    link back end -> pool -> Ethernet -> ARP                               -> arp
                                          IPv4, IPv6 -> ICMP echo           -> icmp
                                                        ND, RS              -> ndp
                                                        UDP 67, 547         -> dhcp, dhcpv6
                                                        UDP, TCP            -> by flow, in order of arrival -> udp, tcp
 
 Only this module writes what was observed of the guest (`ctx.guest`).
-
-Reading. Frames are read one after the other into the packet pool until the tap is empty, the pool is full, or the
-budget is used up. Asking an empty tap costs as much as reading a small frame, so the budget follows what was there
-last time, and grows when it was used up several times running; what is left over is reported by epoll again.
 
 Length fields. A packet ends where its IP header says, at most where the frame ends (frames may be padded). Every
 header is inside the packet before it is read. What fails is dropped and counted, by reason:
@@ -40,21 +36,17 @@ A fault in a handler costs the frame, and ends the TCP connection or UDP flow th
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from struct import Struct
 
-from . import PASTA, addr, log
+from . import addr, log
 from .arp import Arp
-from .calls import calls
 from .dhcp import Dhcp
 from .dhcpv6 import Dhcpv6
 from .flow.context import Context
 from .icmp import Icmp
-from .link.packet import FRAME_ROOM, VNET_LEN
+from .link.backend import Receiver
+from .link.packet import FRAME_ROOM
 from .link.reassembly import LENGTH_MAX, Reassembly
-from .link.tap_device import NO_OFFLOAD, VNET
-from .loop.reactor import EPOLLIN, TYPE_TAP, ref_fd
 from .ndp import Ndp
 from .policy.config import Config
 from .tcp import Tcp
@@ -63,9 +55,7 @@ from .wire import ip
 from .wire.checksum import PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP
 from .wire.cursor import Malformed
 from .wire.ether import TYPE_ARP, TYPE_IPV4, TYPE_IPV6
-
-BUDGET_MAX = 512  # frames in one turn, so that sockets get theirs
-PATIENCE = 8  # turns that use up the budget before it doubles
+from .wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
 
 _ETH_IP4 = Struct("!HBBHHHBB")  # from the EtherType: type, version and length, TOS, total, id, fragment, TTL, protocol
 _ETH_IP4_UNPACK = _ETH_IP4.unpack_from
@@ -79,18 +69,16 @@ _ECHO = {PROTO_ICMP: 8, PROTO_ICMPV6: 128}
 _ND_TYPES = range(133, 138)
 Groups = dict[bytes, list[int]]
 
-CALLS = calls("readv", mode=PASTA)
 
-
-class Tap:
-    """Reads the tap and dispatches. The services are its collaborators, wired by the composition root."""
+class Tap(Receiver):
+    """Dispatches frames. The services are its collaborators, wired by the composition root."""
 
     def __init__(
-        self, ctx: Context, *, arp: Arp, ndp: Ndp, dhcp: Dhcp, dhcpv6: Dhcpv6, icmp: Icmp, udp: Udp, tcp: Tcp,
-        vnet: bool = True,
+        self, ctx: Context, *, arp: Arp, ndp: Ndp, dhcp: Dhcp, dhcpv6: Dhcpv6, icmp: Icmp, udp: Udp, tcp: Tcp
     ) -> None:  # fmt: skip
         self._ctx = ctx
-        self._vnet = vnet  # whether the bytes before a frame are a vnet header, and not of another frame
+        self._link = ctx.link
+        self._vnet = ctx.link.reads_vnet  # fixed for each back end
         self._pool, self._guest = ctx.pool, ctx.guest
         self._arp, self._ndp, self._dhcp, self._dhcpv6 = arp, ndp, dhcp, dhcpv6
         self._icmp, self._udp, self._tcp = icmp, udp, tcp
@@ -98,16 +86,9 @@ class Tap:
         ctx.settings.subscribe(self._adopt)
         self._reassembly = Reassembly(ctx.drops)
         self._stats = ctx.stats
-        self._front = 0 if vnet else VNET_LEN  # bytes before a frame that a device without the header does not fill
-        self._first = (ctx.pool.mv[self._front : FRAME_ROOM],)
-        self._budget = 1
-        self._streak = 0
         self._tcp_groups: Groups = {}
         self._udp_groups: Groups = {}
         self._udp_hops: dict[bytes, int] = {}  # TTL or hop limit of the first datagram of a group
-        self.capture: Callable[[bool, bytes], None] | None = None  # capture(to_guest, vnet header + frame)
-        self.on_gone: Callable[[OSError], None] | None = None  # the device does not answer any more
-        ctx.reactor.handle(TYPE_TAP, self.handler)
 
     def _adopt(self, config: Config) -> None:
         """Hosts behind the guest are those that rules lead to: what they answer does not tell where the guest is.
@@ -121,46 +102,10 @@ class Tap:
             behind |= {a for a in gone if any(len(key) == 2 * len(a) + 4 and key.startswith(a) for key in keys)}
         self._behind = behind
 
-    def watch(self, fd: int) -> None:
-        """Begin to read frames from the tap device `fd`."""
-        self._ctx.reactor.watch(fd, TYPE_TAP, 0, EPOLLIN)
-
-    # One turn ----------------------------------------------------------------------------------------------------
-
-    def handler(self, ref: int, events: int, now: float) -> None:
-        """Read what the tap has, at most one budget of it, and handle it."""
-        pool = self._pool
-        mv, fd, readv, front = pool.mv, ref_fd(ref), os.readv, self._front
-        room = pool.size - 2 * FRAME_ROOM  # the last frame's room is kept for reassembled packets
-        offset, left, frames = 0, self._budget, []
-        place = self._first
-        try:
-            while offset <= room:
-                n = readv(fd, place)
-                left -= 1
-                frames.append(offset)
-                offset += front + n
-                frames.append(offset)
-                if not left:
-                    break
-                place = (mv[offset + front : offset + FRAME_ROOM],)
-        except BlockingIOError:
-            self._budget = max(1, self._budget - left)
-            self._streak = 0
-        except OSError as e:
-            if self.on_gone is None:
-                raise
-            self.on_gone(e)
-        else:
-            self._streak += 1
-            if self._streak >= PATIENCE:
-                self._budget = min(self._budget * 2, BUDGET_MAX)
-                self._streak = 0
-        if frames:
-            self.received(frames, offset - (len(frames) >> 1) * VNET_LEN, now)
+    # A batch -------------------------------------------------------------------------------------------------------
 
     def received(self, frames: list[int], octets: int, now: float) -> None:
-        """Count frames of `octets` bytes in all that are in the pool, wherever they came from, and handle them."""
+        """Count and handle a batch, a flat list of (start, end) in the pool, with `octets` bytes of Ethernet."""
         stats = self._stats
         stats.frames_from_guest += len(frames) >> 1
         stats.bytes_from_guest += octets
@@ -172,7 +117,7 @@ class Tap:
             mac = self._pool.mv[frames[0] + VNET_LEN + 6 : frames[0] + VNET_LEN + 12]
             if mac != self._guest.mac:
                 self._new_mac(mac.tobytes())
-        capture = self.capture
+        capture = self._link.capture
         for i in range(0, len(frames), 2):
             if capture is not None:
                 header = frames[i] + VNET_LEN

@@ -94,7 +94,7 @@ class Tcp:
         self._ctx = ctx
         self._pool = ctx.pool
         self._features = features or tcpinfo.probe()
-        self._out = TcpOut(ctx, self._features, tso=ctx.link.tso)
+        self._out = TcpOut(ctx, self._features)
         self._by_index = ctx.flows.by_index
         self._table = TcpTable(ctx, self._out)
         self._acks = TcpAck(ctx, self._out, self._table, self._features)

@@ -46,7 +46,6 @@ from .flow.context import Context
 from .flow.errors import Errors
 from .flow.idle import IdleFlows, flow_limit
 from .flow.table import TableFull
-from .link.tap_device import VNET
 from .linux.mmsg import SLOT, Receiver
 from .linux.sockopt import default_hops, probe_udp_gro, probe_udp_segment, read_errors
 from .loop.each import each
@@ -62,6 +61,7 @@ from .udp_engine.sock import Client, open_socket
 from .wire import ether, icmp, udp
 from .wire.checksum import PROTO_UDP
 from .wire.fragment import fragments
+from .wire.virtio import VNET
 
 UDP_FLOWS_MAX = 16384
 DESCRIPTOR_SHARE = 2  # at most one in so many of the descriptors that the process may have

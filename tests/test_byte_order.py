@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from tests.test_layers import TREES
 
 NATIVE = {
-    ("passt.link.tap_device", "=BBHHHH"),  # struct virtio_net_hdr
+    ("passt.wire.virtio", "=BBHHHH"),  # struct virtio_net_hdr
     ("passt.udp_engine.flow", "=BBHH"),  # its first half
     ("passt.link.pcap", "=IHHiIII"),  # pcap files: the magic tells the reader
     ("passt.link.pcap", "=IIII"),

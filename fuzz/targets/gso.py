@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from fuzz.steps import Steps
 from fuzz.targets.builders import total
 from passt.link.gso import Gso
-from passt.link.tap_device import F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VNET
 from passt.wire import ether, ip
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP, checksum, pseudo_sum
 from passt.wire.tcp import HEADER
+from passt.wire.virtio import F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VNET
 
 SIZE = 1 << 18
 OUT = memoryview(bytearray(SIZE))

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from fuzz.steps import Steps
-from passt.link.packet import VNET_LEN
-from passt.link.stream_input import FRAME_MAX, FRAME_MIN, Stream
+from passt.link.backend import Receiver
+from passt.link.stream_socket import SENT_MAX, SENT_MIN, StreamLink
+from passt.wire.virtio import VNET_LEN
 from tests.unit.support import T0, make_context
 
 DATA = bytes(i * 57 + (i >> 8) & 0xFF for i in range(1 << 17))
@@ -30,6 +31,9 @@ class Sock:
         self.error = 0
         self.ended = False
 
+    def fileno(self) -> int:
+        return 1000
+
     def recv_into(self, buf: memoryview) -> int:
         if self.error:
             raise OSError(self.error, "failed")
@@ -42,7 +46,7 @@ class Sock:
         return n
 
 
-class Way:
+class Way(Receiver):
     """Stands for the tap: notes frames."""
 
     def __init__(self) -> None:
@@ -60,13 +64,9 @@ WAY = Way()
 ENDS: list[str] = []
 
 
-def end(why: str) -> None:
-    """As the owner does, who lets go of the socket."""
-    ENDS.append(why)
-    STREAM.attach(None)
-
-
-STREAM = Stream(CTX.pool, WAY.received, end)
+STREAM = StreamLink(CTX.drops)
+STREAM.on_gone = ENDS.append
+STREAM.start(CTX.reactor, CTX.pool, WAY)
 
 
 def seeds() -> Iterable[bytes]:
@@ -83,7 +83,7 @@ def expected(sent: bytes) -> tuple[list[bytes], int, bool]:
     at = 0
     while at + 4 <= len(sent):
         length = int.from_bytes(sent[at : at + 4], "big")
-        if not FRAME_MIN <= length <= FRAME_MAX:
+        if not SENT_MIN <= length <= SENT_MAX:
             return frames, length, False
         if at + 4 + length > len(sent):
             break

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from fuzz.steps import Steps
 from passt import addr
-from passt.link.tap_device import Buffer
+from passt.link.backend import Buffer
 from passt.linux import tcpinfo
 from passt.linux.tcpinfo import SO_MEMINFO, SO_PEEK_OFF, Features
 from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP

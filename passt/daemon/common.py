@@ -39,14 +39,11 @@ if TYPE_CHECKING:
     from ..conf.decide import Decision
     from ..conf.resolv_conf import Follower
     from ..flow.context import Context
-    from ..link.plain_tap import PlainLink
-    from ..link.stream_socket import StreamLink
-    from ..link.tap_device import Capture, TapLink
+    from ..link.backend import Capture
     from ..linux.inotify import Event
     from ..linux.netns import Namespace
     from ..loop.changes import Changes
     from ..pasta import Init, Watch
-    from ..tap import Tap
 
 IF_INET6 = "/proc/net/if_inet6"  # exists if the kernel has IPv6
 FILE_MODE = 0o600
@@ -126,9 +123,7 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def attach_capture(
-    ctx: Context, link: TapLink | PlainLink | StreamLink, tap: Tap, options: Options, file: FileIO | None
-) -> None:
+def attach_capture(ctx: Context, options: Options, file: FileIO | None) -> None:
     """Attach the pcap file and --trace to both directions. A capture that fails ends; the other one goes on."""
     captures: list[Capture] = []
 
@@ -142,7 +137,7 @@ def attach_capture(
     def end(ended: Capture) -> None:
         captures.remove(ended)
         if not captures:
-            link.capture = tap.capture = None
+            ctx.link.capture = None
 
     if log.trace_on:
         from ..link import trace
@@ -156,7 +151,7 @@ def attach_capture(
         pcap.on_end = partial(end, pcap.capture)
         pcap.flush()
     if captures:
-        link.capture = tap.capture = capture
+        ctx.link.capture = capture
 
 
 def _take(take: Capture, to_guest: bool, data: bytes) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NoReturn
 
-from .. import log, seccomp
+from .. import addr, log, seccomp
 from ..conf.argv import Options
 from ..control import sockets as control_sockets
 from ..loop.changes import Changes
@@ -32,7 +32,7 @@ from .reports import Reports
 if TYPE_CHECKING:
     from ..conf.resolv_conf import Follower
     from ..sandbox.isolation import Identity
-    from .wiring import WiredMachine
+    from .wiring import Wired
 
 
 def run(options: Options, inherited: Sequence[int]) -> NoReturn:
@@ -52,11 +52,12 @@ def run(options: Options, inherited: Sequence[int]) -> NoReturn:
                 undo.callback(_remove, path)
             controls = control_sockets.Sockets(options)
             undo.callback(controls.remove)
-            ctx, forwards, link, tap = build(options, identity, files.names, path)
+            ctx, forwards, tap = build(options, identity, files.names, path)
             controls.serve(ctx, forwards)
             end = End(ctx, None)
-            common.attach_capture(ctx, link, tap, options, files.pcap)
-            clients = passt.Clients(ctx, link, tap, listener, end.done if options.one_off else None)
+            assert tap is not None  # a machine has one
+            common.attach_capture(ctx, options, files.pcap)
+            clients = passt.Clients(ctx, tap, listener, end.done if options.one_off else None)
             end.start()
             reports = Reports(ctx, options)
         gc.collect()
@@ -74,11 +75,12 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def build(options: Options, identity: Identity, names: Follower, path: str | None) -> WiredMachine:
+def build(options: Options, identity: Identity, names: Follower, path: str | None) -> Wired:
     """Create the services from the host's configuration. The process runs as `identity` afterwards."""
     # The user that we become may not be able to read Python's files
     from ..conf import decide as conf_decide
     from ..conf import summary as conf_summary
+    from ..link import choose
     from ..linux import netlink
     from ..linux.syscall import CAP_SYS_ADMIN
     from ..ports import sockets as port_sockets
@@ -93,7 +95,7 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
     port_sockets.check_limit(decision.config)
     owner, changing = identity.uid if isolation.opens_as_root(identity) else None, control_sockets.wanted(options)
     host = port_sockets.open_side(decision.config, outbound=False, owner=owner, changing=changing)
-    wired = wiring.wire_machine(decision, host)
+    wired = wiring.wire(decision, choose.for_machine(), addr.BROADCAST_MAC, None, host, port_sockets.NO_SOCKETS)
     common.follow_names(wired.ctx, options, names)
     isolation.become(identity, CAP_SYS_ADMIN)  # without a user namespace, where root would look like any other user
     isolation.gain_rights()  # its errors come before the summary

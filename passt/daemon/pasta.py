@@ -38,11 +38,8 @@ from .reports import Reports
 if TYPE_CHECKING:
     from ..conf.resolv_conf import Follower
     from ..flow.context import Context
-    from ..link.plain_tap import PlainLink
-    from ..link.tap_device import TapLink
     from ..linux.routes import NsPlan
     from ..pasta import Interface, Target, Watch
-    from ..tap import Tap
     from .wiring import Wired
 
 
@@ -56,16 +53,13 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> N
     controls = None
     try:
         controls = control_sockets.Sockets(options)
-        (ctx, forwards, link_and_tap), interface = build(options, target, identity, files.names)
+        (ctx, forwards, _), interface = build(options, target, identity, files.names)
         controls.serve(ctx, forwards)
         end = End(ctx, target.init)
-        if link_and_tap is not None and interface is not None:
-            link, tap = link_and_tap
-            if options.fd is None:
-                tap.on_gone = link.on_error = lambda e: reopen(ctx, link, tap, interface, end)
-            else:
-                tap.on_gone = link.on_error = lambda e: tap_gone(interface, end)
-            common.attach_capture(ctx, link, tap, options, files.pcap)
+        if interface is not None:
+            gone = partial(tap_gone, interface, end) if options.fd is not None else partial(reopen, ctx, interface, end)
+            ctx.link.on_gone = gone
+            common.attach_capture(ctx, options, files.pcap)
         end.start(watch)  # a reader of the PID file may send a signal at once
         reports = Reports(ctx, options)
         gc.collect()
@@ -73,7 +67,7 @@ def run(options: Options, env: Mapping[str, str], inherited: Sequence[int]) -> N
         sandbox = Sandbox(
             options.mode,
             background=target.init is None and not options.foreground,
-            capabilities=isolation.running_capabilities(own_tap=link_and_tap is not None and options.fd is None),
+            capabilities=isolation.running_capabilities(own_tap=interface is not None and options.fd is None),
             namespace=ctx.ns.namespace if ctx.ns is not None else None,
             directories=(*files.names.directories, *(watch.directories if watch is not None else ())),
         )
@@ -122,13 +116,14 @@ def open_all(
 def build(
     options: Options, target: Target, identity: Identity, names: Follower
 ) -> tuple[Wired, Interface | None]:
-    """Create the services from the host's configuration; no link and tap with --splice-only. The process runs as
+    """Create the services from the host's configuration; no interface with --splice-only. The process runs as
     `identity` afterwards.
     """
     # Includes the imports of `report` and `wire`: the user that we become may not be able to read Python's files
     from .. import pasta
     from ..conf import decide as conf_decide
     from ..conf import summary as conf_summary  # noqa: F401
+    from ..link import choose
     from ..linux import netlink
     from ..ports import sockets as port_sockets
     from . import wiring
@@ -149,7 +144,9 @@ def build(
         isolation.become(identity)
         pasta.join_userns(target)
     interface = _open_tap(options, target, plan)
+    link = None
     if interface:
+        link = choose.for_device(interface.device)
         decision = replace(decision, plan=interface.plan)
     ns = port_sockets.NO_SOCKETS
     if (changing and target.netns >= 0) or any(rule.outbound or rule.auto for rule in config.forwards):
@@ -164,9 +161,9 @@ def build(
     spawned = target.init is not None
     quiet, background = spawned and not log.debug_on, not spawned and not options.foreground
     common.report(identity, decision, problems, quiet=quiet, background=background)
-    device, mac = (interface.device, interface.mac) if interface else (None, addr.BROADCAST_MAC)
+    mac = interface.mac if interface else addr.BROADCAST_MAC
     namespace = Namespace(target.netns) if target.netns >= 0 else None
-    wired = wiring.wire(decision, device, mac, namespace, host, ns)
+    wired = wiring.wire(decision, link, mac, namespace, host, ns)
     common.follow_names(wired.ctx, options, names)
     if target.userns is not None:
         os.close(target.userns)
@@ -179,8 +176,6 @@ def _open_tap(options: Options, target: Target, plan: NsPlan) -> Interface | Non
     from ..linux import netlink
 
     if options.fd is not None:
-        from ..link import plain_tap  # noqa: F401  # it and NumPy are imported while files can be read
-
         return pasta.inherit_tap(target, options.fd, plan)
     if options.splice_only:
         pasta.inside(target, netlink.loopback_up)
@@ -188,17 +183,17 @@ def _open_tap(options: Options, target: Target, plan: NsPlan) -> Interface | Non
     return pasta.create_tap(target, plan)
 
 
-def tap_gone(interface: Interface, end: End) -> None:
+def tap_gone(interface: Interface, end: End, why: str) -> None:
     """The tap passed by --fd was deleted: end, since there is no guest any more."""
     log.info(f"Interface {interface.plan.ifname} was deleted, exiting")
     end.done()
 
 
-def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, interface: Interface, end: End) -> None:
+def reopen(ctx: Context, interface: Interface, end: End, why: str) -> None:
     """The tap was deleted: create it again under the same descriptor; if that fails, end the program."""
     name = interface.plan.ifname
     log.warn_ratelimited("tap", f"Interface {name} was deleted: creating it again", time.monotonic())
-    ctx.reactor.forget(link.fd)
+    ctx.link.unwatch()
     try:
         interface.recreate()
     except OSError as e:
@@ -206,4 +201,4 @@ def reopen(ctx: Context, link: TapLink | PlainLink, tap: Tap, interface: Interfa
         return
     for problem in interface.problems:
         log.warn_ratelimited(problem, problem, time.monotonic())
-    tap.watch(link.fd)
+    ctx.link.watch()

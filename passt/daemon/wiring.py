@@ -9,9 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from .. import addr
 from ..arp import Arp
 from ..conf.decide import Decision
 from ..dhcp import Dhcp
@@ -19,11 +18,9 @@ from ..dhcpv6 import Dhcpv6
 from ..flow.context import Context
 from ..flow.table import FlowTable, check_hash
 from ..icmp import Icmp
-from ..link.packet import PacketPool
-from ..link.tap_device import Link, NoLink, TapLink
+from ..link.backend import Link, NoLink
 from ..linux.netns import Namespace
 from ..linux.nspool import NsSockets
-from ..linux.tun import Tap as TapDevice
 from ..loop.each import record
 from ..loop.reactor import (
     TYPE_DNS,
@@ -46,82 +43,46 @@ from ..policy.settings import Settings
 from ..ports.forwards import Forwards
 from ..ports.listen import Listeners
 from ..ports.scan import Scanner
-from ..ports.sockets import NO_SOCKETS, Side
+from ..ports.sockets import Side
 from ..ports.udp_in import UdpIn
 from ..splice.tcp import TcpSplice
 from ..tap import Tap
 from ..tcp import Tcp
 from ..udp import Udp
 
-if TYPE_CHECKING:
-    from ..link.plain_tap import PlainLink
-    from ..link.stream_socket import StreamLink
-
 
 class Wired(NamedTuple):
-    """The parts for a namespace: services, rules in force, and, if there is a tap device, link (out) and tap (in)."""
+    """The parts for a guest: services, rules in force, and, if there is a link, the tap, which takes its frames."""
 
     ctx: Context
     forwards: Forwards
-    link_and_tap: tuple[TapLink | PlainLink, Tap] | None
-
-
-class WiredMachine(NamedTuple):
-    """The parts for a virtual machine."""
-
-    ctx: Context
-    forwards: Forwards
-    link: StreamLink
-    tap: Tap
+    tap: Tap | None
 
 
 Faults = dict[int, Callable[[int], None]]  # by type of the epoll reference
 
 
 def wire(
-    decision: Decision, device: TapDevice | None, mac: bytes, namespace: Namespace | None, host: Side, ns: Side
+    decision: Decision, link: Link | None, mac: bytes, namespace: Namespace | None, host: Side, ns: Side
 ) -> Wired:
-    """All services for a namespace.
+    """All services for a guest. `link` leads to it; None: without a tap.
 
     `namespace` is the guest's, if known; `host` and `ns` are the sockets opened in the host and in the namespace.
     """
-    drops: Counter[str] = Counter()
-    out = _tap_link(device, drops) if device else None
-    ctx, faults = _context(decision, out or NoLink(drops), drops, mac)
+    ctx, faults = _context(decision, link or NoLink(Counter()), mac)
     ctx.ns = NsSockets(namespace) if namespace else None
-    udp = tcp = link_and_tap = None
-    if device is not None and out is not None:
+    udp = tcp = tap = None
+    if link is not None:
         udp, tcp = Udp(ctx), Tcp(ctx)
-        tap = _wire_tap(ctx, udp, tcp, faults, vnet=device.vnet)
-        tap.watch(out.fd)
-        link_and_tap = out, tap
-    return Wired(ctx, _wire_ports(ctx, tcp, udp, namespace, host, ns, faults), link_and_tap)
+        tap = _wire_tap(ctx, udp, tcp, faults)
+        link.on_room = tcp.resume
+    forwards = _wire_ports(ctx, tcp, udp, namespace, host, ns, faults)
+    if link is not None and tap is not None:
+        link.start(ctx.reactor, ctx.pool, tap)
+    return Wired(ctx, forwards, tap)
 
 
-def _tap_link(device: TapDevice, drops: Counter[str]) -> TapLink | PlainLink:
-    if device.vnet:
-        return TapLink(device.fd, drops, tso=device.tso, uso=device.uso)
-    from ..link.plain_tap import PlainLink
-
-    return PlainLink(device.fd, drops)
-
-
-def wire_machine(decision: Decision, host: Side) -> WiredMachine:
-    """All services for a virtual machine, before its connection."""
-    from ..link.stream_socket import StreamLink
-
-    drops: Counter[str] = Counter()
-    link = StreamLink(drops, lambda _: None)
-    ctx, faults = _context(decision, link, drops, addr.BROADCAST_MAC)
-    udp, tcp = Udp(ctx), Tcp(ctx)
-    tap = _wire_tap(ctx, udp, tcp, faults, vnet=False)
-    link.on_room = tcp.resume
-    forwards = _wire_ports(ctx, tcp, udp, None, host, NO_SOCKETS, faults)
-    ctx.reactor.at_turn_end.append(link.at_turn_end)
-    return WiredMachine(ctx, forwards, link, tap)
-
-
-def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) -> tuple[Context, Faults]:
+def _context(decision: Decision, link: Link, mac: bytes) -> tuple[Context, Faults]:
     """The Context that all services share, and the empty table of fault handlers."""
     check_hash()
     config = decision.config
@@ -132,17 +93,17 @@ def _context(decision: Decision, link: Link, drops: Counter[str], mac: bytes) ->
         guest.addr6 = config.ip6.addr
     reactor = Reactor()
     faults: Faults = {}
-    reactor.on_fault = partial(_fault, faults, drops)
-    timers, pool, settings = TimerPool(reactor), PacketPool(), Settings(config, drops)
+    reactor.on_fault = partial(_fault, faults, link.drops)
+    timers, pool, settings = TimerPool(reactor), link.make_pool(), Settings(config, link.drops)
     fwd, resolvers = Forwarding(settings), Resolvers(settings)
-    ctx = Context(settings, reactor, timers, pool, link, FlowTable(), fwd, resolvers, guest, drops)
+    ctx = Context(settings, reactor, timers, pool, link, FlowTable(), fwd, resolvers, guest, link.drops)
     return ctx, faults
 
 
-def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults, *, vnet: bool) -> Tap:
+def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults) -> Tap:
     """The tap and the handlers of the guest's frames."""
     ndp, icmp = Ndp(ctx), Icmp(ctx)
-    tap = Tap(ctx, arp=Arp(ctx), ndp=ndp, dhcp=Dhcp(ctx), dhcpv6=Dhcpv6(ctx), icmp=icmp, udp=udp, tcp=tcp, vnet=vnet)
+    tap = Tap(ctx, arp=Arp(ctx), ndp=ndp, dhcp=Dhcp(ctx), dhcpv6=Dhcpv6(ctx), icmp=icmp, udp=udp, tcp=tcp)
     ndp.start(time.monotonic())
     faults.update({TYPE_TCP: tcp.fault, TYPE_TCP_TIMER: tcp.fault, TYPE_PING: icmp.fault})
     faults.update({TYPE_UDP: udp.fault, TYPE_DNS: udp.dns.fault})

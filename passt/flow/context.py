@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..link.backend import Link
 from ..link.packet import PacketPool
-from ..link.tap_device import Link
 from ..linux.nspool import NsSockets
 from ..loop.reactor import Reactor
 from ..loop.timers import TimerPool

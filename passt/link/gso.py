@@ -37,7 +37,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read on import: no idle th
 import numpy as np
 
 from ..wire.checksum import ones_sum
-from .tap_device import VNET, Buffer
+from ..wire.virtio import VNET
+from .backend import Buffer
 
 LENGTH = Struct("!I")
 SCALAR_MAX = 2048  # bytes

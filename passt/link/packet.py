@@ -7,6 +7,9 @@ beyond the pool.
     +---------------------------------------------------------------------------+
     | vnet header + frame 0 | vnet header + frame 1 | ...   at least FRAME_ROOM |
     +---------------------------------------------------------------------------+
+
+A back end may give another pool (`link/backend.py`), whose `buf` has the headers of frames and whose `mv` finds payload
+where it lies.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from struct import Struct
 from typing import Any
 
 from ..wire.cursor import Malformed
+from ..wire.virtio import VNET_LEN
 
-VNET_LEN = 10  # struct virtio_net_hdr
 FRAME_MAX = 14 + 65535  # Ethernet header and the longest IPv4 packet; an IPv6 one may be 40 bytes longer
 FRAME_ROOM = VNET_LEN + FRAME_MAX + 40 + 1  # one byte more than is valid, so that an oversized frame shows
 POOL_SIZE = 1 << 20

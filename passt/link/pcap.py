@@ -28,7 +28,7 @@ from struct import Struct
 from .. import log
 from ..calls import calls
 from ..wire.checksum import ones_sum
-from .tap_device import F_NEEDS_CSUM, VNET
+from ..wire.virtio import F_NEEDS_CSUM, VNET
 
 FILE_HEADER = Struct("=IHHiIII")  # magic, version 2.4, time zone, accuracy, snap length, link type
 RECORD = Struct("=IIII")  # seconds, microseconds, saved length, original length

@@ -1,4 +1,4 @@
-"""The way out for virtual machines: frames to the stream socket of QEMU's `-netdev stream`, each after its length.
+"""The stream socket of a virtual machine, QEMU's `-netdev stream`: frames in both directions, each after its length.
 
 A UNIX stream socket has no offloads, so what the kernel does for a tap is done by `gso`, while frames are written into
 one buffer, from which one system call takes all that a turn has produced:
@@ -19,6 +19,18 @@ one buffer, from which one system call takes all that a turn has produced:
 Payload is copied: it lies in a buffer that the next peek overwrites, and a copy of 64 KiB (1 us) costs less than a
 system call for each super-frame. Memory that was never reached is never touched.
 
+The other way, frames are parsed where they lie, in the packet pool, and are handed on with the place of a virtio-net
+header before each (bytes of no meaning: there are no offloads here):
+
+    +--------+-------+--------+-------+--------+---
+    | length | frame | length | frame | length | fra      one recv_into, as much as there is
+    +--------+-------+--------+-------+--------+---
+      4 bytes, big-endian; a frame is an Ethernet frame of 14 to 65535 bytes
+
+What is left of a frame at the end is moved to the front of the pool, and the next read continues there. Nothing is
+copied otherwise. A length that no frame can have means that the two sides do not understand each other: there is no way
+to find the next frame, so the guest is gone, with one message, and another may come.
+
 `full` and `on_room` are for those who can wait instead of being dropped. Without a client, all frames are drops ("no
 guest").
 """
@@ -28,55 +40,134 @@ from __future__ import annotations
 import mmap
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from .. import PASST
 from ..calls import calls
-from .tap_device import NO_OFFLOAD, TRANSIENT, VNET, Buffer, Capture
-
-if TYPE_CHECKING:
-    from .gso import Gso
+from ..loop.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, Reactor
+from ..wire.ether import HEADER as ETHER
+from ..wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
+from .backend import TRANSIENT, Buffer, Link, Receiver
+from .gso import LENGTH, Gso
+from .packet import FRAME_ROOM, PacketPool
 
 LIMIT = 1 << 22  # bytes that may wait for the socket
 FLUSH_AT = 5 << 16  # bytes after which a turn's end is not waited for: more than one peek of TCP brings
-FRAME_MAX = 4096 + 65536  # bytes of a frame that QEMU has room for (NET_BUFSIZE)
-LENGTH_LEN = 4
+NET_BUFSIZE = 4096 + 65536  # bytes of a frame that QEMU has room for
+SENT_MIN, SENT_MAX = ETHER.size, 65535  # bytes of a frame that QEMU sends
+LENGTH_LEN = LENGTH.size
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_FRONT = 16  # where the first length stands: a virtio-net header ends where its frame begins
+_BEFORE = LENGTH_LEN - VNET_LEN  # from a length to the start of the virtio-net header
 
-CALLS = calls("sendto", "sendmsg", "write", mode=PASST)
+CALLS = calls("recvfrom", "sendto", "sendmsg", "write", mode=PASST)
 
 
-class StreamLink:
-    """A connected stream socket, while there is one. The owner watches it, and calls `writable` and `at_turn_end`.
+class StreamLink(Link):
+    """A connected stream socket, while there is one."""
 
-    `at_turn_end` must be the last of the loop's callbacks, behind all that send. `want_write(wanted)` is called when
-    EPOLLOUT begins or ceases to matter, `on_error` once for a socket, which is forgotten then. Super-frames must have
-    their headers, and nothing else, in their first part.
-    """
+    reads_vnet = False
 
-    tso = True
-    uso = True
+    _reactor: Reactor
+    _pool: PacketPool
+    _receiver: Receiver
 
-    def __init__(self, drops: Counter[str], want_write: Callable[[bool], None]) -> None:
-        from .gso import Gso  # imports NumPy, which only this link needs
-
+    def __init__(self, drops: Counter[str]) -> None:
+        super().__init__(drops, tso=True, uso=True)
         self._out = memoryview(mmap.mmap(-1, 2 * LIMIT))
-        self._gso: Gso = Gso(self._out)
-        self._drops = drops
-        self.sent_frames = self.sent_bytes = 0  # written to the buffer
-        self.want_write = want_write
-        self.on_room: Callable[[float], None] | None = None  # called when `full` ends
-        self.on_error: Callable[[OSError], None] | None = None
-        self.capture: Capture | None = None  # capture(to_guest, vnet header + frame), frames as the guest gets them
-        self.attach(None)
+        self._gso = Gso(self._out)
+        self._octets = 0  # of frames that were written to the buffer
+        self._sock: socket.socket | None = None
+        self._reset()
+
+    def start(self, reactor: Reactor, pool: PacketPool, receiver: Receiver) -> None:
+        """Serve guests from now on."""
+        self._reactor, self._pool, self._receiver = reactor, pool, receiver
+        self._limit = pool.size - FRAME_ROOM  # room that the tap keeps for reassembled packets
+        reactor.handle(TYPE_GUEST, self._handle)
+        reactor.at_turn_end.append(self.at_turn_end)
 
     def attach(self, sock: socket.socket | None) -> None:
-        """Send to `sock` from now on, or to nobody. What waited for another one is thrown away."""
-        self._sock = sock
+        """Serve the guest at `sock` from now on, or none. What is left of another one, either way, is thrown away."""
+        former, self._sock = self._sock, sock
+        self._reset()
+        if former is not None:
+            self._reactor.retire(former.fileno(), former)
+        if sock is not None:
+            self._reactor.watch(sock.fileno(), TYPE_GUEST, 0, EPOLLIN)
+
+    def _reset(self) -> None:
         self.full = False
         self._head = self._tail = 0
-        self._mark = FLUSH_AT if sock is not None else 0
+        self._mark = FLUSH_AT if self._sock is not None else 0
+        self._fill = _FRONT  # end of what was read and not handled
+
+    def _handle(self, ref: int, events: int, now: float) -> None:
+        """The guest's socket has something for us, takes more, or is no more."""
+        if events & EPOLLOUT:
+            self.writable(now)
+        if events & ~EPOLLOUT:
+            self.read(now)
+
+    def _end(self, why: str) -> None:
+        """The guest is gone."""
+        self.attach(None)
+        self.gone(why)
+
+    # From the guest --------------------------------------------------------------------------------------------------
+
+    def read(self, now: float) -> None:
+        """Read what there is, hand on the frames that are complete."""
+        sock = self._sock
+        if sock is None:
+            return
+        try:
+            n = sock.recv_into(self._pool.mv[self._fill : self._limit])
+        except BlockingIOError:
+            return
+        except OSError as e:
+            self._end(_failure(e))
+            return
+        if not n:
+            where = "" if self._fill == _FRONT else " in the middle of a frame"
+            self._end(f"The guest closed the connection{where}")
+            return
+        frames, left, lie = self._frames(self._fill + n)
+        if frames:
+            self._receiver.received(frames, left - _FRONT - (len(frames) >> 1) * LENGTH_LEN, now)
+        if self._sock is not sock:
+            return
+        if lie >= 0:
+            self._end(f"The guest sent a frame length of {lie} ({SENT_MIN} to {SENT_MAX} are possible)")
+        else:
+            self._keep(left, self._fill + n)
+
+    def _frames(self, fill: int) -> tuple[list[int], int, int]:
+        """Complete frames as (start of the virtio-net header, end)*, where the rest begins, a lying length or -1."""
+        unpack, buf = LENGTH.unpack_from, self._pool.buf
+        frames: list[int] = []
+        at, last = _FRONT, fill - LENGTH_LEN
+        while at <= last:
+            (length,) = unpack(buf, at)
+            if not SENT_MIN <= length <= SENT_MAX:
+                return frames, at, length
+            end = at + LENGTH_LEN + length
+            if end > fill:
+                break
+            frames.append(at + _BEFORE)
+            frames.append(end)
+            at = end
+        return frames, at, -1
+
+    def _keep(self, start: int, end: int) -> None:
+        """Move the rest to the front."""
+        rest = end - start
+        if rest and start != _FRONT:
+            buf = self._pool.buf
+            buf[_FRONT : _FRONT + rest] = buf[start:end]
+        self._fill = _FRONT + rest
+
+    # To the guest ----------------------------------------------------------------------------------------------------
 
     def send(self, hdr: bytearray) -> None:
         """Send a frame that is complete in `hdr`, vnet header first."""
@@ -88,16 +179,16 @@ class StreamLink:
         if hdr[1]:  # gso_type
             self._send_segments(hdr, parts[1] if len(parts) == 2 else b"".join(parts[1:]))
             return
-        length = sum(map(len, parts)) - VNET.size
+        length = sum(map(len, parts)) - VNET_LEN
         at = self._tail
-        if at + LENGTH_LEN + length > self._mark or length > FRAME_MAX:
+        if at + LENGTH_LEN + length > self._mark or length > NET_BUFSIZE:
             at = self._room(LENGTH_LEN + length, 1, length)
             if at < 0:
                 return
         self._gso.frame(at, length, parts)
         self._tail = at + LENGTH_LEN + length
         self.sent_frames += 1
-        self.sent_bytes += length
+        self._octets += length
         if self.capture is not None:
             self._show(at)
 
@@ -105,16 +196,21 @@ class StreamLink:
         """Send a finished Ethernet frame, checksums and all: no vnet header, no offload."""
         self.send_payload((NO_OFFLOAD, frame))
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of frames that were written to the buffer."""
+        return self._octets
+
     def _send_segments(self, hdr: Buffer, payload: Buffer) -> None:
         """Send a super-frame."""
         size = VNET.unpack_from(hdr)[3]
         count = -(-len(payload) // size)
-        head = len(hdr) - VNET.size
+        head = len(hdr) - VNET_LEN
         at = self._room(count * (LENGTH_LEN + head) + len(payload), count, head + size)
         if at >= 0:
             self._tail = self._gso.cut(at, hdr, payload)
             self.sent_frames += count
-            self.sent_bytes += self._tail - at - count * LENGTH_LEN
+            self._octets += self._tail - at - count * LENGTH_LEN
             if self.capture is not None:
                 self._show(at)
 
@@ -124,10 +220,10 @@ class StreamLink:
             self._flush()
         pending = self._tail - self._head
         why = "no guest" if self._sock is None else "stream full" if pending + need > LIMIT else ""
-        if longest > FRAME_MAX:
+        if longest > NET_BUFSIZE:
             why = "stream: frame too long"
         if why:
-            self._drops[why] += count
+            self.drops[why] += count
             return -1
         if self._tail + need > len(self._out):
             self._out[:pending] = self._out[self._head : self._tail]
@@ -156,7 +252,7 @@ class StreamLink:
             self._head += sock.send(self._out[self._head : self._tail], _SEND_FLAGS)
         except OSError as e:
             if e.errno not in TRANSIENT:
-                self._failed(e)
+                self._end(_failure(e))
                 return
         full = self._head != self._tail
         if full:
@@ -166,14 +262,7 @@ class StreamLink:
             self._mark = FLUSH_AT
         if full != self.full:
             self.full = full
-            self.want_write(full)
-
-    def _failed(self, e: OSError) -> None:
-        """The guest is gone."""
-        self.attach(None)
-        if self.on_error is None:
-            raise e
-        self.on_error(e)
+            self._reactor.change(sock.fileno(), EPOLLIN | (EPOLLOUT if full else 0))
 
     def _show(self, at: int) -> None:
         """Hand what was written from `at` on to `capture`, frame by frame."""
@@ -182,3 +271,8 @@ class StreamLink:
             frame = at + LENGTH_LEN
             at = frame + int.from_bytes(self._out[at:frame], "big")
             self.capture(True, NO_OFFLOAD + self._out[frame:at])
+
+
+def _failure(e: OSError) -> str:
+    """What to say of a connection that failed."""
+    return f"The guest's connection failed: {e.strerror}"

@@ -1,11 +1,13 @@
-"""The way out: frames to the guest. The only writer of the tap.
+"""The tap device of a namespace, with its virtio-net header: frames of up to 64 KiB at any MTU, in both directions.
 
-A pre-cooked frame is a `bytearray` that starts with the 10-byte vnet header (native byte order, as the kernel wants
-it), then Ethernet, IP and transport headers; the caller has written the fields that change. The payload is a view of
-wherever the data lies. One frame is one `writev`; with offloads it may be up to 64 KiB at any MTU.
+Sending: one frame is one `writev`, of a pre-cooked header and a view of the payload. What the device does not take now
+is a drop.
 
-    struct virtio_net_hdr (include/uapi/linux/virtio_net.h, VIRTIO_NET_HDR_F_* and _GSO_*)
-    flags u8 | gso_type u8 | hdr_len u16 | gso_size u16 | csum_start u16 | csum_offset u16
+Reading. Frames are read one after the other into the packet pool until the tap is empty, the pool is full, or the
+budget is used up. Asking an empty tap costs as much as reading a small frame, so the budget follows what was there
+last time, and grows when it was used up several times running; what is left over is reported by epoll again.
+
+The device keeps its descriptor when it has to be made anew: `unwatch` before, `watch` after.
 """
 
 from __future__ import annotations
@@ -13,72 +15,93 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from struct import Struct
-from typing import Protocol
+from collections.abc import Sequence
 
 from .. import PASTA
 from ..calls import calls
+from ..loop.reactor import EPOLLIN, TYPE_TAP, Reactor
+from ..wire.virtio import NO_OFFLOAD, VNET_LEN
+from .backend import TRANSIENT, Buffer, Link, Receiver
+from .packet import FRAME_ROOM, PacketPool
 
-VNET = Struct("=BBHHHH")
-F_NEEDS_CSUM = 1
-GSO_NONE = 0
-GSO_TCPV4 = 1
-GSO_TCPV6 = 4
-GSO_UDP_L4 = 5
-NO_OFFLOAD = bytes(VNET.size)
+BUDGET_MAX = 512  # frames in one turn, so that sockets get theirs
+PATIENCE = 8  # turns that use up the budget before it doubles
 
-# The guest's side could not take a frame now: a drop, which the transport above repairs, as on any link.
-TRANSIENT = frozenset((errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOSPC, errno.EIO, errno.ENOMEM))
-
-Buffer = bytes | bytearray | memoryview
-Capture = Callable[[bool, bytes], None]
-
-CALLS = calls("write", "writev", mode=PASTA)
+CALLS = calls("readv", "write", "writev", mode=PASTA)
 
 
-class Link(Protocol):
-    """What protocols may ask of the way out."""
-
-    tso: bool  # whether TCP super-frames may be sent
-    uso: bool  # whether UDP super-frames may be sent
-    full: bool  # whether frames would be dropped now, so that who can wait should
-
-    @property
-    def sent_frames(self) -> int:
-        """How many were sent; a super-frame of a device that takes such is one."""
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes in them, from the Ethernet header on."""
-
-    def send(self, hdr: bytearray) -> None:
-        """Send a frame that is complete in `hdr`, vnet header first."""
-
-    def send_payload(self, parts: Sequence[Buffer]) -> None:
-        """Send one frame made of `parts`, the first of which starts with the vnet header."""
-
-    def send_frame(self, frame: bytes) -> None:
-        """Send a finished Ethernet frame, checksums and all: no vnet header, no offload."""
-
-
-class TapLink:
+class TapLink(Link):
     """A tap device opened with IFF_VNET_HDR."""
 
-    full = False  # its queue is the guest's; what does not fit is a drop
+    _reactor: Reactor
+    _pool: PacketPool
+    _receiver: Receiver
+    _first: tuple[memoryview]
 
     def __init__(self, fd: int, drops: Counter[str], *, tso: bool = True, uso: bool) -> None:
+        super().__init__(drops, tso=tso, uso=uso)
         self.fd = fd
-        self.tso = tso
-        self.uso = uso
-        self._drops = drops
-        self.sent_frames = 0
-        self._written = 0  # bytes, with vnet headers: what writes return
-        self.capture: Capture | None = None  # capture(to_guest, vnet header + frame)
-        self.on_error: Callable[[OSError], None] | None = None  # the device is gone
+        self._written = 0  # bytes, with virtio-net headers: what writes return
+        self._front = 0 if self.reads_vnet else VNET_LEN  # bytes before a frame that the device does not fill
+        self._budget = 1
+        self._streak = 0
+
+    # From the guest --------------------------------------------------------------------------------------------------
+
+    def start(self, reactor: Reactor, pool: PacketPool, receiver: Receiver) -> None:
+        """Read frames from now on."""
+        self._reactor, self._pool, self._receiver = reactor, pool, receiver
+        self._first = (pool.mv[self._front : FRAME_ROOM],)
+        reactor.handle(TYPE_TAP, self.readable)
+        self.watch()
+
+    def watch(self) -> None:
+        """Look at the device for frames."""
+        self._reactor.watch(self.fd, TYPE_TAP, 0, EPOLLIN)
+
+    def unwatch(self) -> None:
+        """Cease to, until `watch`."""
+        self._reactor.forget(self.fd)
+
+    def read(self, now: float) -> None:
+        """Read what is there, and hand it on."""
+        self.readable(0, EPOLLIN, now)
+
+    def readable(self, ref: int, events: int, now: float) -> None:
+        """Read what the tap has, at most one budget of it, and hand it on."""
+        pool, fd, readv, front = self._pool, self.fd, os.readv, self._front
+        mv = pool.mv
+        room = pool.size - 2 * FRAME_ROOM  # the last frame's room is kept for reassembled packets
+        offset, left = 0, self._budget
+        frames: list[int] = []
+        place = self._first
+        try:
+            while offset <= room:
+                n = readv(fd, place)
+                left -= 1
+                frames.append(offset)
+                offset += front + n
+                frames.append(offset)
+                if not left:
+                    break
+                place = (mv[offset + front : offset + FRAME_ROOM],)
+        except BlockingIOError:
+            self._budget = max(1, self._budget - left)
+            self._streak = 0
+        except OSError as e:
+            self.gone(_failure(e))
+        else:
+            self._streak += 1
+            if self._streak >= PATIENCE:
+                self._budget = min(self._budget * 2, BUDGET_MAX)
+                self._streak = 0
+        if frames:
+            self._receiver.received(frames, offset - (len(frames) >> 1) * VNET_LEN, now)
+
+    # To the guest ----------------------------------------------------------------------------------------------------
 
     def send(self, hdr: bytearray) -> None:
-        """Send a frame that is complete in `hdr`, vnet header first."""
+        """Send a frame that is complete in `hdr`, virtio-net header first."""
         try:
             self._written += os.write(self.fd, hdr)
         except OSError as e:
@@ -89,7 +112,7 @@ class TapLink:
             self.capture(True, bytes(hdr))
 
     def send_payload(self, parts: Sequence[Buffer]) -> None:
-        """Send one frame made of `parts`, the first of which starts with the vnet header."""
+        """Send one frame made of `parts`, the first of which starts with the virtio-net header."""
         try:
             self._written += os.writev(self.fd, parts)
         except OSError as e:
@@ -100,42 +123,25 @@ class TapLink:
             self.capture(True, b"".join(parts))
 
     def send_frame(self, frame: bytes) -> None:
-        """Send a finished Ethernet frame, checksums and all: no vnet header, no offload."""
+        """Send a finished Ethernet frame, checksums and all: no virtio-net header, no offload."""
         self.send_payload((NO_OFFLOAD, frame))
 
     @property
     def sent_bytes(self) -> int:
         """Bytes of frames that were sent."""
-        return self._written - self.sent_frames * VNET.size
+        return self._written - self.sent_frames * VNET_LEN
 
-    def _failed(self, e: OSError) -> None:
+    # Failures --------------------------------------------------------------------------------------------------------
+
+    def _failed(self, e: OSError) -> bool:
+        """A write failed. Whether the device still takes frames."""
         if e.errno in TRANSIENT:
-            self._drops[f"tap write: {errno.errorcode[e.errno or 0]}"] += 1
-        elif self.on_error is not None:
-            self.on_error(e)
-        else:
-            raise e
+            self.drops[f"tap write: {errno.errorcode[e.errno or 0]}"] += 1
+            return True
+        self.gone(_failure(e))
+        return False
 
 
-class NoLink:
-    """No tap at all (--splice-only): there is nobody to send a frame to."""
-
-    tso = False
-    uso = False
-    full = False
-    sent_frames = sent_bytes = 0
-
-    def __init__(self, drops: Counter[str]) -> None:
-        self._drops = drops
-
-    def send(self, hdr: bytearray) -> None:
-        """Count a drop."""
-        self._drops["no tap"] += 1
-
-    def send_payload(self, parts: Sequence[Buffer]) -> None:
-        """Count a drop."""
-        self._drops["no tap"] += 1
-
-    def send_frame(self, frame: bytes) -> None:
-        """Count a drop."""
-        self._drops["no tap"] += 1
+def _failure(e: OSError) -> str:
+    """What to say of a device that does not answer any more."""
+    return f"The tap device failed: {e.strerror}"

@@ -25,11 +25,11 @@ from struct import Struct
 
 from .. import PASTA, log
 from ..calls import one_of
+from ..wire.virtio import VNET_LEN
 from .syscall import ioctl_number
 
 TUN_DEVICE = "/dev/net/tun"
 IFNAMSIZ = 16
-VNET_HDR_LEN = 10
 
 IFF_TAP = 0x0002
 IFF_NO_PI = 0x1000
@@ -124,7 +124,7 @@ def inherited_tap(fd: int) -> tuple[Tap, bytes]:
 
 
 def _with_offloads(fd: int, ifname: str) -> Tap:
-    fcntl.ioctl(fd, TUNSETVNETHDRSZ, _INT.pack(VNET_HDR_LEN))
+    fcntl.ioctl(fd, TUNSETVNETHDRSZ, _INT.pack(VNET_LEN))
     offloads = _set_offloads(lambda flags: fcntl.ioctl(fd, TUNSETOFFLOAD, flags))
     return Tap(fd, ifname, bool(offloads & TUN_F_CSUM), bool(offloads & _TSO), bool(offloads & _USO))
 

@@ -46,11 +46,11 @@ from struct import Struct
 
 from .. import addr, log
 from ..flow.table import GUEST, HOST, Endpoints, Flow, FlowInfo, TcpInfo
-from ..link.tap_device import F_NEEDS_CSUM, GSO_NONE, VNET
 from ..linux import tcpinfo
 from ..policy.resolvers import Tried
 from ..wire import tcp
 from ..wire.checksum import PROTO_TCP, fold, ones_sum, pseudo_sum
+from ..wire.virtio import F_NEEDS_CSUM, GSO_NONE, VNET
 
 TAP_SYN_RCVD = 1 << 0
 TAP_SYN_ACK_SENT = 1 << 1

@@ -40,12 +40,12 @@ from struct import Struct
 from ..calls import calls
 from ..flow.context import Context
 from ..flow.errors import Errors
-from ..link.tap_device import GSO_NONE, GSO_TCPV4, GSO_TCPV6
 from ..linux.sockopt import setting
 from ..linux.tcpinfo import SO_PEEK_OFF, Features
 from ..policy.config import Config
 from ..wire import icmp, tcp
 from ..wire.checksum import PROTO_TCP, fold
+from ..wire.virtio import GSO_NONE, GSO_TCPV4, GSO_TCPV6
 from .conn import (
     ESTABLISHED,
     L3,
@@ -79,11 +79,10 @@ CALLS = (*setting((socket.SOL_SOCKET, SO_PEEK_OFF)), *calls("recvmsg", "recvfrom
 class TcpOut:
     """The sender of all connections."""
 
-    def __init__(self, ctx: Context, features: Features, *, tso: bool) -> None:
+    def __init__(self, ctx: Context, features: Features) -> None:
         self._link = ctx.link
         self._guest = ctx.guest
         self._errors = Errors(ctx)
-        self._tso = tso
         self._peek_off = features.peek_off
         self.stalled: dict[int, TcpConn] = {}  # by index: connections that wait for the link to take frames
         self._buf = memoryview(bytearray(PEEK_MAX))
@@ -96,11 +95,11 @@ class TcpOut:
 
     def build_header(self, conn: TcpConn) -> None:
         """Prepare the header of a new connection."""
-        build_header(conn, self._guest.mac, self._our_mac, self._mtu, tso=self._tso)
+        build_header(conn, self._guest.mac, self._our_mac, self._mtu, tso=self._link.tso)
 
     def limit_mss(self, conn: TcpConn) -> None:
         """Limit the MSS that the guest announced, and the length of frames by it."""
-        limit_mss(conn, self._mtu, tso=self._tso)
+        limit_mss(conn, self._mtu, tso=self._link.tso)
 
     def header(self, conn: TcpConn, seq: int, flags: int, length: int, options: int = 0) -> None:
         """Write the fields that change into the pre-cooked header: `length` and `options` are in bytes."""

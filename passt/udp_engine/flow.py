@@ -22,10 +22,10 @@ from struct import Struct
 from .. import addr
 from ..flow.idle import IdleFlow
 from ..flow.table import GUEST, HOST, Endpoints
-from ..link.tap_device import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
 from ..linux.sockopt import HOPS, hops_option, setting
 from ..wire import ether, ip, udp
 from ..wire.checksum import PROTO_UDP, fold, ones_sum, pseudo_sum
+from ..wire.virtio import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
 from .sock import Client
 
 FLOW_TIMEOUT = 180.0  # s

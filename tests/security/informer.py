@@ -50,9 +50,9 @@ CALLED = frozenset(
     (
         "passt.conf.names.follow",  # by resolv_conf.Follower
         "passt.link.plain_tap.PlainLink.send_payload",  # in the place of the link that all other ways have
-        "passt.daemon.pasta.reopen",  # by the tap and its link
+        "passt.daemon.pasta.reopen",  # by the link
         "passt.daemon.pasta.tap_gone",  # likewise
-        "passt.passt.Clients.gone",  # by the stream and its link
+        "passt.passt.Clients.gone",  # by its link
         "passt.ports.scan.Scanner.start",  # by forwards
     )
 )

@@ -176,7 +176,7 @@ def main() -> None:
         from passt import passt  # noqa: F401
         from passt.daemon import passt as daemon_passt  # noqa: F401
         from passt.daemon import wiring  # noqa: F401
-        from passt.link import stream_input, stream_socket  # noqa: F401
+        from passt.link import stream_socket  # noqa: F401
     from passt.conf import resolv_conf  # noqa: F401
     from passt.control import api as control_api  # noqa: F401
     from passt.control import slirp as control_slirp  # noqa: F401

@@ -33,7 +33,7 @@ NEVER = {
     PASTA: frozenset[str](),
     PASST: frozenset(
         (
-            "passt.tap.Tap.handler",
+            "passt.link.tap_device.TapLink.readable",
             "passt.splice.tcp.TcpSplice.fault",
             "passt.splice.tcp.TcpSplice.sock_handler",
             "passt.splice.udp.UdpSplice.fault",

@@ -23,7 +23,7 @@ from scapy.packet import Packet
 
 from fuzz.frames import VALID
 from passt import PASST, PASTA
-from passt.link.packet import VNET_LEN
+from passt.wire.virtio import VNET_LEN
 
 from ..system.support import User
 from ..system.traffic.support import GATEWAY, HOST, PEER, Lan, Namespace

@@ -57,15 +57,15 @@ from passt.arp import Arp
 from passt.dhcp import Dhcp
 from passt.dhcpv6 import Dhcpv6
 from passt.icmp import Icmp
-from passt.link.packet import VNET_LEN
-from passt.link.tap_device import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET
+from passt.link.tap_device import BUDGET_MAX, TapLink
 from passt.loop.reactor import EPOLLIN, TYPE_TAP, make_ref
 from passt.ndp import Ndp
 from passt.policy.guest import Guest
-from passt.tap import BUDGET_MAX, Tap
+from passt.tap import Tap
 from passt.tcp import Tcp
 from passt.tcp_engine import sock as tcp_sock
 from passt.udp import Udp
+from passt.wire.virtio import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET, VNET_LEN
 from tests.unit.support import (
     GATEWAY4,
     GATEWAY6,
@@ -206,7 +206,8 @@ class Stack:
             tcp=self.tcp,
         )
         self.tap._fault = self.fault  # type: ignore[method-assign]
-        self.tap.watch(TAP_FD)
+        self.device_link = TapLink(TAP_FD, self.ctx.drops, uso=True)
+        self.device_link.start(self.ctx.reactor, self.ctx.pool, self.tap)
         self.now = T0
         for first, second in connections():
             self.batch([first])
@@ -234,7 +235,7 @@ class Stack:
         """Frames, vnet headers first, that are read in one turn."""
         self.ctx.pool.buf[:] = self.fill
         self.device.frames = list(frames)
-        self.tap._budget = BUDGET_MAX
+        self.device_link._budget = BUDGET_MAX
         reactor(self.ctx).handlers[TYPE_TAP](make_ref(TYPE_TAP, TAP_FD, 0), EPOLLIN, self.now)
         assert not self.device.frames, "frames were left over"
         reactor(self.ctx).end_turn(self.now)

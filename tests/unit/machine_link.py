@@ -9,12 +9,15 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, cast
 
+from passt.link.backend import Buffer
+from passt.link.packet import PacketPool
 from passt.link.stream_socket import LENGTH_LEN, StreamLink
-from passt.link.tap_device import VNET, Buffer
 from passt.wire.checksum import PROTO_TCP, fold, ones_sum, pseudo_sum
+from passt.wire.virtio import VNET
 
-from .support import FakeLink
+from .support import FakeLink, FakeReactor, FakeReceiver
 
 ETH = 14
 
@@ -27,7 +30,9 @@ class MachineLink(FakeLink):
         near, self._far = socket.socketpair()
         near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._drops: Counter[str] = Counter()
-        self._link = StreamLink(self._drops, lambda _: None)
+        self._link = StreamLink(self._drops)
+        pool = PacketPool(1)
+        self._link.start(cast(Any, FakeReactor()), pool, FakeReceiver(pool.mv))
         self._link.attach(near)
         self._near = near
 

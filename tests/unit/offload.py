@@ -6,8 +6,8 @@ lengths, never computed from the addresses again, so a wrong one shows in every 
 
 from __future__ import annotations
 
-from passt.link.tap_device import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
 from passt.wire.checksum import checksum, ones_sum
+from passt.wire.virtio import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
 
 from .support import FakeLink
 

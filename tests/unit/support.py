@@ -18,8 +18,8 @@ from typing import Any, cast
 from passt import addr
 from passt.flow.context import Context
 from passt.flow.table import FlowTable
+from passt.link.backend import Buffer, Link, Receiver
 from passt.link.packet import PacketPool
-from passt.link.tap_device import VNET, Buffer
 from passt.loop.reactor import TYPE_NAMES, Closable, Handler, make_ref
 from passt.loop.timers import NEVER, NO_OWNER
 from passt.policy.config import Config, Ip4, Ip6
@@ -27,6 +27,7 @@ from passt.policy.forwarding import Forwarding
 from passt.policy.guest import Guest
 from passt.policy.resolvers import Resolvers
 from passt.policy.settings import Settings
+from passt.wire.virtio import VNET, VNET_LEN
 
 T0 = 1000.0  # the time at which conversations begin
 
@@ -43,16 +44,18 @@ IP6 = Ip6(addr=GUEST6, prefix_len=64, gateway=GATEWAY6, our_ll=GATEWAY6, map_hos
 CONFIG = Config(ip4=IP4, ip6=IP6, our_mac=OUR_MAC)
 
 
-class FakeLink:
+class FakeLink(Link):
     """Records frames. `vnet[i]` is the vnet header that `frames[i]` was sent with, b"" for a finished frame."""
 
     def __init__(self, *, tso: bool = True, uso: bool = True) -> None:
-        self.tso = tso
-        self.uso = uso
-        self.full = False
-        self.sent_frames = self.sent_bytes = 0
+        super().__init__(Counter(), tso=tso, uso=uso)
+        self.octets = 0
         self.frames: list[bytes] = []
         self.vnet: list[bytes] = []
+
+    @property
+    def sent_bytes(self) -> int:
+        return self.octets
 
     def send(self, hdr: bytearray) -> None:
         self.send_payload((hdr,))
@@ -229,6 +232,23 @@ class FakeTimers:
             self.expiry[fd] = NEVER
             if self.owner[fd] != NO_OWNER:
                 self.callback(self.owner[fd], due)
+
+
+class FakeReceiver(Receiver):
+    """Stands for the tap: keeps the frames that it is handed, as bytes, and how many there were."""
+
+    def __init__(self, mv: memoryview) -> None:
+        self.mv = mv
+        self.frames: list[bytes] = []
+        self.batches = self.count = self.octets = 0
+
+    def received(self, frames: list[int], octets: int, now: float) -> None:
+        self.count += len(frames) // 2
+        self.octets += octets
+        self.batches += 1
+        for start, end in zip(frames[::2], frames[1::2], strict=True):
+            assert start >= 0
+            self.frames.append(bytes(self.mv[start + VNET_LEN : end]))
 
 
 new_link: Callable[[], FakeLink] = FakeLink  # what a context's link is made by; conversations have others, too

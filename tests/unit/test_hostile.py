@@ -19,8 +19,8 @@ from scapy.packet import Raw
 
 from passt import addr
 from passt.link.packet import PacketPool
-from passt.link.tap_device import NO_OFFLOAD
 from passt.tap import Tap
+from passt.wire.virtio import NO_OFFLOAD
 from tests.unit import hostile
 from tests.unit.hostile import CHANGES, FILLS, Stack, build, check, harmless, random_frames, seeds
 from tests.unit.support import GUEST4, GUEST_MAC, OUR_MAC, link

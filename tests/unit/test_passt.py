@@ -20,6 +20,7 @@ from scapy.packet import Packet
 from passt import addr, log, passt
 from passt.daemon import wiring
 from passt.flow import spare
+from passt.link import choose
 from passt.log import Fatal
 from passt.passt import Clients
 from passt.ports.sockets import NO_SOCKETS
@@ -122,7 +123,7 @@ def test_descriptors_that_are_no_guest(tmp_path: Path) -> None:
 
 
 class Decision:
-    """The part of the decision that `wire_machine` reads: its configuration."""
+    """The part of the decision that `wire` reads: its configuration."""
 
     config = CONFIG
 
@@ -132,10 +133,12 @@ class Machine:
 
     def __init__(self, path: Path, one_off: bool = False) -> None:
         self.path = str(path)
-        self.ctx, _, self.link, self.tap = wiring.wire_machine(cast(Any, Decision), NO_SOCKETS)
+        decision = cast(Any, Decision)
+        self.ctx, _, tap = wiring.wire(decision, choose.for_machine(), addr.BROADCAST_MAC, None, NO_SOCKETS, NO_SOCKETS)
+        assert tap is not None
         self.listener, _ = passt.listen(self.path)
         self.ended = 0
-        self.clients = Clients(self.ctx, self.link, self.tap, self.listener, self._end if one_off else None)
+        self.clients = Clients(self.ctx, tap, self.listener, self._end if one_off else None)
         self.open: list[socket.socket] = []
 
     def _end(self) -> None:
@@ -336,7 +339,7 @@ def test_a_guest_that_does_not_read_stops_tcp_and_loses_nothing(
         with accepted:
             accepted.sendall(data[:50_000])
             machine.turn()
-            assert machine.link.full
+            assert machine.ctx.link.full
             accepted.sendall(data[50_000:])
             machine.turn()
             raw = stream = b""

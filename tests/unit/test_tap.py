@@ -33,14 +33,16 @@ from scapy.packet import Packet, Raw
 
 from passt import addr
 from passt.flow.table import Flow
-from passt.link.packet import FRAME_ROOM, VNET_LEN
-from passt.link.tap_device import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET
+from passt.link.packet import FRAME_ROOM
+from passt.link.plain_tap import PlainLink
+from passt.link.tap_device import BUDGET_MAX, PATIENCE, TapLink
 from passt.loop.reactor import EPOLLIN, TYPE_TAP, make_ref
 from passt.policy.guest import Guest
 from passt.policy.rules import Rule
-from passt.tap import BUDGET_MAX, PATIENCE, Tap
+from passt.tap import Tap
 from passt.wire.checksum import PROTO_TCP
 from passt.wire.cursor import Malformed
+from passt.wire.virtio import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET, VNET_LEN
 from tests.unit.support import (
     GATEWAY4,
     GUEST4,
@@ -93,10 +95,14 @@ class FakeTap:
         self.ctx = make_context(pool_size=1 << 18, **config)
         self.calls: list[Call] = []
         self.services = {n: Service(n, self) for n in ("arp", "ndp", "dhcp", "dhcpv6", "icmp", "udp", "tcp")}
-        self.tap = Tap(self.ctx, **cast(Any, self.services), vnet=vnet)
         self.device, self.guest = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.device.setblocking(False)
-        self.tap.watch(self.device.fileno())
+        drops = self.ctx.drops
+        fd = self.device.fileno()
+        self.link = TapLink(fd, drops, uso=True) if vnet else PlainLink(fd, drops)
+        self.ctx.link = self.link
+        self.tap = Tap(self.ctx, **cast(Any, self.services))
+        self.link.start(self.ctx.reactor, self.ctx.pool, self.tap)
         self.now = T0
 
     def copied(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -132,7 +138,7 @@ class FakeTap:
 
     def batch(self, *frames: bytes | Packet, vnet: bytes = NO_OFFLOAD) -> list[Call]:
         """Frames that are read in one turn; the calls they make."""
-        self.tap._budget = BUDGET_MAX
+        self.link._budget = BUDGET_MAX
         self.put(*frames, vnet=vnet)
         self.calls = []
         self.turn()
@@ -677,7 +683,7 @@ def test_budget_follows_what_there_was(tap: FakeTap, monkeypatch: pytest.MonkeyP
 
 def test_full_pool_ends_a_turn(tap: FakeTap, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(ip4(udp(bytes(60000))), monkeypatch)
-    tap.tap._budget = BUDGET_MAX
+    tap.link._budget = BUDGET_MAX
     tap.turn()
     assert 2 <= source.reads < 10  # a quarter of a MiB, and the fake checks that each frame has its room
     assert sum(len(args[1]) for _, args in tap.calls) == source.reads
@@ -686,20 +692,20 @@ def test_full_pool_ends_a_turn(tap: FakeTap, monkeypatch: pytest.MonkeyPatch) ->
 def test_device_is_gone(tap: FakeTap, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(V4, monkeypatch)
     source.left, source.error = 2, OSError(errno.EBADFD, "File descriptor in bad state")
-    tap.tap._budget = 10
-    with pytest.raises(OSError, match="bad state"):
+    tap.link._budget = 10
+    with pytest.raises(ConnectionError, match="bad state"):
         tap.turn()
-    gone: list[OSError] = []
-    tap.tap.on_gone = gone.append
+    gone: list[str] = []
+    tap.link.on_gone = gone.append
     source.left = 2
     tap.turn()
-    assert gone == [source.error]
+    assert gone == ["The tap device failed: File descriptor in bad state"]
     assert len(tap.calls[-1][1][1]) == 2, "what came before is handled"
 
 
 def test_capture_sees_every_frame_as_it_came(tap: FakeTap) -> None:
     captured: list[tuple[bool, bytes]] = []
-    tap.tap.capture = lambda to_guest, data: captured.append((to_guest, data))
+    tap.link.capture = lambda to_guest, data: captured.append((to_guest, data))
     frames = [ip4(udp()), b"short", ip6(tcp())]
     tap.batch(*frames)
     assert captured == [(False, NO_OFFLOAD + f) for f in frames]
@@ -775,7 +781,7 @@ def test_device_without_vnet_header(start: Start) -> None:
     """Frames are read behind the place of one, and what lies there from a batch before means nothing."""
     tap = start(vnet=False)
     seen: list[bytes] = []
-    tap.tap.capture = lambda to_guest, data: seen.append(data)
+    tap.link.capture = lambda to_guest, data: seen.append(data)
     frames = [ip4(udp(b"%d" % i)) for i in range(3)]
     tap.ctx.pool.buf[:] = b"\xff" * len(tap.ctx.pool.buf)
     calls = tap.batch(*frames, vnet=b"")

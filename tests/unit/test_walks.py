@@ -40,7 +40,6 @@ from passt.flow.idle import IdleFlow, IdleFlows
 from passt.flow.spare import Spare
 from passt.flow.table import FREE, Flow
 from passt.link import trace
-from passt.link.tap_device import VNET
 from passt.linux import inotify
 from passt.loop.changes import Changes
 from passt.loop.each import each
@@ -59,6 +58,7 @@ from passt.udp_engine.io import PAUSE, Pauses
 from passt.udp_engine.sock import Client
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 from passt.wire.tcp import ACK, RST, SYN
+from passt.wire.virtio import VNET
 
 from . import walks
 from .control.test_server import Rig as ControlRig
@@ -748,13 +748,12 @@ def takers_of_frames(stage: Stage) -> None:
     ctx = make_context()
     stage_faults(ctx)
     stage.monkeypatch.setattr(log, "trace_on", True)
-    link, tap = SimpleNamespace(capture=None), SimpleNamespace(capture=None)
     with FileIO(stage.tmp_path / "pcap", "w") as file:
         options = Options(pcap="pcap")
-        common.attach_capture(ctx, cast(Any, link), cast(Any, tap), options, file)
+        common.attach_capture(ctx, options, file)
         with stage:
-            assert link.capture is not None
-            link.capture(True, bytes(VNET.size) + b"a frame")
+            assert ctx.link.capture is not None
+            ctx.link.capture(True, bytes(VNET.size) + b"a frame")
         assert stage.victim == trace.capture
         reactor(ctx).end_turn(T0)
     assert (stage.tmp_path / "pcap").read_bytes().endswith(b"a frame") and ctx.drops["fault"] == 1

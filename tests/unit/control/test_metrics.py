@@ -18,7 +18,7 @@ from passt.control.metrics import WIDTH, table
 from passt.flow.context import Context
 from passt.flow.table import LABELS, Flow, FlowInfo
 
-from ..support import make_context, reactor, stage_faults
+from ..support import link, make_context, reactor, stage_faults
 from ..tcp_support import fake_sockets, open_connection
 
 __all__ = ["fake_sockets"]
@@ -39,8 +39,8 @@ def work(ctx: Context, times: int = 1) -> None:
     r.events = (r.events if isinstance(r.events, int) else 0) + 20 * times
     ctx.stats.frames_from_guest += 100 * times
     ctx.stats.bytes_from_guest += 150_000 * times
-    ctx.link.sent_frames += 200 * times  # type: ignore[misc]
-    ctx.link.sent_bytes += 9_000_000 * times  # type: ignore[misc]
+    ctx.link.sent_frames += 200 * times
+    link(ctx).octets += 9_000_000 * times
     ctx.stats.spliced["tcp"][0].bytes += 5000 * times
     ctx.flows.opened["tcp"] += 8 * times
     ctx.flows.closed["tcp", "both ended"] += 5 * times

@@ -6,7 +6,6 @@ import os
 import select
 import signal
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
@@ -21,9 +20,9 @@ from passt.conf.options import Options
 from passt.daemon import common as daemon_common
 from passt.daemon.common import FROM_TERMINAL, End
 from passt.flow.context import Context
-from passt.link.tap_device import VNET, TapLink
 from passt.log import Fatal
 from passt.loop.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS
+from passt.wire.virtio import VNET
 
 from ..support import T0, reactor, timers
 
@@ -215,25 +214,6 @@ def test_failure(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 
-class FakeTap:
-    """The way in, as far as it is told about descriptors."""
-
-    def __init__(self) -> None:
-        self.watched: list[int] = []
-        self.capture: Callable[[bool, bytes], None] | None = None
-
-    def watch(self, fd: int) -> None:
-        self.watched.append(fd)
-
-
-
-
-
-
-
-
-
-
 # Files -------------------------------------------------------------------------------------------------------------
 
 
@@ -382,13 +362,11 @@ def test_foreground(tmp_path: Path) -> None:
 
 def test_capture_of_both_directions(ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "info", lambda text: None)
-    link, tap = TapLink(-1, Counter(), uso=True), FakeTap()
     with FileIO(tmp_path / "pcap", "w") as file:
-        daemon_common.attach_capture(ctx, link, cast(Any, tap), Options(pcap="pcap"), file)
-        assert link.capture is not None
-        assert tap.capture is not None
-        link.capture(True, bytes(VNET.size) + b"out")
-        tap.capture(False, bytes(VNET.size) + b"in")
+        daemon_common.attach_capture(ctx, Options(pcap="pcap"), file)
+        assert ctx.link.capture is not None
+        ctx.link.capture(True, bytes(VNET.size) + b"out")
+        ctx.link.capture(False, bytes(VNET.size) + b"in")
         reactor(ctx).end_turn(T0)
     data = (tmp_path / "pcap").read_bytes()
     assert data[24:].endswith(b"in")
@@ -396,9 +374,8 @@ def test_capture_of_both_directions(ctx: Context, tmp_path: Path, monkeypatch: p
 
 
 def test_no_capture_costs_nothing(ctx: Context) -> None:
-    link, tap = TapLink(-1, Counter(), uso=True), FakeTap()
-    daemon_common.attach_capture(ctx, link, cast(Any, tap), Options(), None)
-    assert link.capture is tap.capture is None
+    daemon_common.attach_capture(ctx, Options(), None)
+    assert ctx.link.capture is None
     assert reactor(ctx).at_turn_end == []
 
 

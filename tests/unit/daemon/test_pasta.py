@@ -14,10 +14,9 @@ from passt.daemon import pasta as daemon_pasta
 from passt.flow.context import Context
 from passt.link.tap_device import TapLink
 from passt.linux.routes import NsPlan
-from passt.loop.reactor import EPOLLIN
 
-from ..support import reactor
-from .test_common import FakeTap, attached
+from ..support import FakeReceiver, reactor
+from .test_common import attached
 from .test_common import default_signals as default_signals
 
 
@@ -34,15 +33,23 @@ class FakeInterface:
             raise self._error
 
 
+def started(ctx: Context, fd: int) -> TapLink:
+    """The back end of a tap device, as the one of `ctx`."""
+    ctx.link = link = TapLink(fd, Counter(), uso=True)
+    link.start(ctx.reactor, ctx.pool, FakeReceiver(ctx.pool.mv))
+    return link
+
+
 def test_tap_comes_back_under_its_number(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     fd, other = os.pipe()
-    reactor(ctx).watch(fd, 1, 0, EPOLLIN)
     said: list[str] = []
     monkeypatch.setattr(log, "_held", {})
     monkeypatch.setattr(log, "say", lambda level, text: said.append(text))
-    link, tap = TapLink(fd, Counter(), uso=True), FakeTap()
-    daemon_pasta.reopen(ctx, link, cast(Any, tap), cast(Any, FakeInterface()), attached(ctx))
-    assert (tap.watched, reactor(ctx).refs, link.fd) == ([fd], {}, fd)
+    link = started(ctx, fd)
+    refs = dict(reactor(ctx).refs)
+    monkeypatch.setattr(FakeInterface, "recreate", lambda _: reactor(ctx).refs == {} or pytest.fail("it is watched"))
+    daemon_pasta.reopen(ctx, cast(Any, FakeInterface()), attached(ctx), "The tap device failed")
+    assert (reactor(ctx).refs, link.fd) == (refs, fd)
     assert said == ["Interface tap5 was deleted: creating it again", "not all"]
     os.close(fd)
     os.close(other)
@@ -55,10 +62,10 @@ def test_tap_that_cannot_come_back_ends_us(ctx: Context, monkeypatch: pytest.Mon
     monkeypatch.setattr(log, "err", said.append)
     end = attached(ctx)
     fd, other = os.pipe()
-    reactor(ctx).watch(fd, 1, 0, EPOLLIN)
-    tap, gone = FakeTap(), FakeInterface(PermissionError(errno.EPERM, "not allowed"))
-    daemon_pasta.reopen(ctx, TapLink(fd, Counter(), uso=True), cast(Any, tap), cast(Any, gone), end)
-    assert (end.status, reactor(ctx).stopped, tap.watched) == (1, True, [])
+    started(ctx, fd)
+    gone = FakeInterface(PermissionError(errno.EPERM, "not allowed"))
+    daemon_pasta.reopen(ctx, cast(Any, gone), end, "The tap device failed")
+    assert (end.status, reactor(ctx).stopped, reactor(ctx).refs) == (1, True, {})
     assert said == ["Interface tap5 was deleted and can't be created again, exiting: not allowed"]
     os.close(fd)
     os.close(other)
@@ -68,5 +75,5 @@ def test_tap_that_was_given_to_us_ends_with_us(ctx: Context, monkeypatch: pytest
     said: list[str] = []
     monkeypatch.setattr(log, "info", said.append)
     end = attached(ctx)
-    daemon_pasta.tap_gone(cast(Any, FakeInterface()), end)
+    daemon_pasta.tap_gone(cast(Any, FakeInterface()), end, "The tap device failed")
     assert (end.status, reactor(ctx).stopped, said) == (0, True, ["Interface tap5 was deleted, exiting"])

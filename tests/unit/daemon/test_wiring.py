@@ -19,7 +19,8 @@ from scapy.packet import Packet
 from passt import addr, log
 from passt.daemon import wiring
 from passt.flow.context import Context
-from passt.link.tap_device import NO_OFFLOAD, VNET, NoLink, TapLink
+from passt.link import choose
+from passt.link.backend import NoLink
 from passt.linux import netns
 from passt.linux.netns import Namespace
 from passt.linux.tun import Tap as Device
@@ -37,8 +38,8 @@ from passt.loop.reactor import (
 )
 from passt.policy.rules import Rule
 from passt.ports.sockets import NO_SOCKETS, open_side
-from passt.tap import Tap
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
+from passt.wire.virtio import NO_OFFLOAD, VNET
 from tests.unit.support import CONFIG, GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST_MAC, OUR_MAC, free_ports
 
 
@@ -56,14 +57,11 @@ class Wired:
         self.device.setblocking(False)
         self.guest.settimeout(5)
         device = Device(self.device.fileno(), "tap0", csum=True, tso=True, uso=False)
+        self.link = choose.for_device(device)
         self.ctx: Context
-        self.link: TapLink
-        self.tap: Tap
-        self.ctx, _, link_and_tap = wiring.wire(
-            cast(Any, Decision), device, GUEST_MAC, Namespace(-1), NO_SOCKETS, NO_SOCKETS
-        )
-        assert link_and_tap is not None
-        self.link, self.tap = link_and_tap
+        self.ctx, _, tap = wiring.wire(cast(Any, Decision), self.link, GUEST_MAC, Namespace(-1), NO_SOCKETS, NO_SOCKETS)
+        assert tap is not None
+        self.tap = tap
 
     def sends(self, packet: Packet, turns: int = 1) -> None:
         ether = Ether(src=addr.mac_text(GUEST_MAC), dst=addr.mac_text(OUR_MAC))
@@ -163,10 +161,8 @@ def test_loopback_to_loopback_without_a_tap(monkeypatch: pytest.MonkeyPatch, pro
         rule = Rule("-T x", proto, True, at, at, to)
         SpliceOnly.config = replace(CONFIG, ip6=None, splice_only=True, forwards=(rule,))
         ns = open_side(SpliceOnly.config, outbound=True)
-        ctx, _, link_and_tap = wiring.wire(
-            cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, Namespace(-1), NO_SOCKETS, ns
-        )
-        assert link_and_tap is None and isinstance(ctx.link, NoLink)
+        ctx, _, tap = wiring.wire(cast(Any, SpliceOnly), None, addr.BROADCAST_MAC, Namespace(-1), NO_SOCKETS, ns)
+        assert tap is None and isinstance(ctx.link, NoLink)
         if proto == PROTO_TCP:
             server.listen()
         for s in (server, client):

@@ -16,14 +16,15 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
 from passt.link import gso
+from passt.link.backend import Buffer
 from passt.link.gso import Gso
-from passt.link.tap_device import GSO_NONE, GSO_TCPV4, GSO_TCPV6, NO_OFFLOAD, VNET, Buffer
 from passt.linux.tcpinfo import Features
 from passt.tcp_engine.conn import TcpConn, build_header, set_segmentation
 from passt.tcp_engine.output import TcpOut
 from passt.udp_engine.flow import UdpFlow
 from passt.wire.checksum import ones_sum, pseudo_sum
 from passt.wire.tcp import ACK, FIN, PSH, SYN, SynOptions
+from passt.wire.virtio import GSO_NONE, GSO_TCPV4, GSO_TCPV6, NO_OFFLOAD, VNET
 
 from ..offload import arrive
 from ..support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, GUEST_MAC, OUR_MAC, make_context
@@ -76,7 +77,7 @@ def tcp(case: Case, payload: Buffer, flags: int, seq: int) -> tuple[Buffer, ...]
     build_header(conn, GUEST_MAC, OUR_MAC, 0, tso=True)
     if len(payload) > case.size:
         set_segmentation(conn, GSO_TCPV4 if case.version == 4 else GSO_TCPV6)
-    TcpOut(make_context(), Features(), tso=True).header(conn, seq, flags, len(payload))
+    TcpOut(make_context(), Features()).header(conn, seq, flags, len(payload))
     return conn.hdr, payload
 
 
@@ -254,7 +255,7 @@ def test_options_after_the_header() -> None:
     options = SynOptions(1460, 8).emit()
     conn = TcpConn(KEYS[6])
     build_header(conn, GUEST_MAC, OUR_MAC, 1500, tso=True)
-    TcpOut(make_context(), Features(), tso=True).header(conn, 1, SYN, 0, len(options))
+    TcpOut(make_context(), Features()).header(conn, 1, SYN, 0, len(options))
     (frame,) = written((conn.hdr, options))
     verify(frame, Case("tcp", 6, 1440))
     assert Ether(frame)[TCP].options == [("MSS", 1460), ("NOP", None), ("WScale", 8)]

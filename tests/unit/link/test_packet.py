@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passt.link.packet import FRAME_MAX, FRAME_ROOM, VNET_LEN, PacketPool
+from passt.link.packet import FRAME_MAX, FRAME_ROOM, PacketPool
 from passt.wire.cursor import Malformed
+from passt.wire.virtio import VNET_LEN
 
 LAYOUT = Struct("!HH")
 

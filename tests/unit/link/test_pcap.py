@@ -20,8 +20,8 @@ from scapy.utils import rdpcap
 
 from passt import log
 from passt.link.pcap import Pcap, complete
-from passt.link.tap_device import F_NEEDS_CSUM, VNET
 from passt.wire.checksum import pseudo_sum
+from passt.wire.virtio import F_NEEDS_CSUM, VNET
 
 ETHER = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
 PLAIN = VNET.pack(0, 0, 0, 0, 0, 0)

@@ -8,7 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -16,10 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passt.link import stream_socket
-from passt.link.stream_socket import FLUSH_AT, FRAME_MAX, StreamLink
-from passt.link.tap_device import GSO_NONE, GSO_TCPV6, NO_OFFLOAD, VNET, Buffer, Link
+from passt.link.backend import Buffer, Link
+from passt.link.packet import PacketPool
+from passt.link.stream_socket import FLUSH_AT, NET_BUFSIZE, StreamLink
+from passt.loop.reactor import EPOLLOUT
+from passt.wire.virtio import GSO_NONE, GSO_TCPV6, NO_OFFLOAD, VNET
 
-T0 = 1000.0
+from ..support import T0, FakeReactor, FakeReceiver
+
 PLAIN = VNET.pack(0, GSO_NONE, 0, 0, 0, 0)
 
 
@@ -47,13 +51,32 @@ def parse(stream: bytes) -> list[bytes]:
     return frames
 
 
+class Loop(FakeReactor):
+    """Notes whether EPOLLOUT is wanted, when that changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wants: list[bool] = []
+
+    def change(self, fd: int, events: int) -> None:
+        super().change(fd, events)
+        self.wants.append(bool(events & EPOLLOUT))
+
+
+def start(link: StreamLink, loop: FakeReactor) -> None:
+    pool = PacketPool()
+    link.start(cast(Any, loop), pool, FakeReceiver(pool.mv))
+
+
 class Guest:
-    """A link, the other end of its socket, and what it wants of its owner."""
+    """A link, the other end of its socket, and what it wants of the loop."""
 
     def __init__(self, sndbuf: int = 0) -> None:
         self.drops: Counter[str] = Counter()
-        self.wants: list[bool] = []
-        self.link = StreamLink(self.drops, self.wants.append)
+        self.link = StreamLink(self.drops)
+        self.loop = Loop()
+        self.wants = self.loop.wants
+        start(self.link, self.loop)
         self.stream = b""
         self.connect(sndbuf)
 
@@ -141,6 +164,9 @@ def test_one_turn_one_call(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Non
     calls: list[int] = []
 
     class Sock:
+        def fileno(self) -> int:
+            return guest.ours.fileno()
+
         def send(self, data: memoryview, flags: int) -> int:
             calls.append(len(data))
             return len(data)
@@ -175,7 +201,7 @@ def test_counts_are_of_frames_as_the_guest_gets_them(guest: Guest) -> None:
     guest.link.send_frame(b"x" * 60)
     guest.link.send_payload(super_frame(20, 1460))
     frames = guest.end_turn()
-    guest.link.send_frame(b"x" * (FRAME_MAX + 1))  # a drop
+    guest.link.send_frame(b"x" * (NET_BUFSIZE + 1))  # a drop
     assert (guest.link.sent_frames, guest.link.sent_bytes) == (21, sum(map(len, frames)))
 
 
@@ -203,10 +229,10 @@ def test_capture_gets_what_the_guest_gets(guest: Guest) -> None:
 
 
 def test_frames_that_qemu_has_no_room_for(guest: Guest) -> None:
-    guest.link.send_frame(bytes(FRAME_MAX + 1))
-    guest.link.send_frame(bytes(FRAME_MAX))
+    guest.link.send_frame(bytes(NET_BUFSIZE + 1))
+    guest.link.send_frame(bytes(NET_BUFSIZE))
     assert guest.drops == {"stream: frame too long": 1}
-    assert guest.end_turn() == [bytes(FRAME_MAX)]
+    assert guest.end_turn() == [bytes(NET_BUFSIZE)]
 
 
 # A socket that is full ---------------------------------------------------------------------------------------------
@@ -256,6 +282,9 @@ class SlowSocket:
         self.room = 0
         self.got = bytearray()
 
+    def fileno(self) -> int:
+        return 1000
+
     def send(self, data: memoryview, flags: int) -> int:
         if not self.room:
             raise BlockingIOError(errno.EAGAIN, "")
@@ -272,7 +301,8 @@ def test_room_is_the_same_wherever_the_stream_stands(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(stream_socket, "LIMIT", limit)
     monkeypatch.setattr(stream_socket, "FLUSH_AT", limit // 2)
     drops: Counter[str] = Counter()
-    link, sock = StreamLink(drops, lambda wanted: None), SlowSocket()
+    link, sock = StreamLink(drops), SlowSocket()
+    start(link, FakeReactor())
     link.attach(sock)  # type: ignore[arg-type]
     sent: list[bytes] = []
     for turn in range(60):
@@ -339,8 +369,8 @@ def test_without_a_guest(guest: Guest) -> None:
 def test_the_next_guest_begins_with_a_frame(guest: Guest) -> None:
     guest.fill()
     guest.link.send_frame(bytes(30000))
-    guest.close()
     guest.link.attach(None)
+    guest.close()
     guest.connect()
     assert not guest.link.full
     guest.link.send_frame(b"welcome")
@@ -349,8 +379,8 @@ def test_the_next_guest_begins_with_a_frame(guest: Guest) -> None:
 
 @pytest.mark.parametrize("when", ["turn end", "long turn", "writable"])
 def test_guest_gone(guest: Guest, when: str) -> None:
-    errors: list[OSError] = []
-    guest.link.on_error = errors.append
+    told: list[str] = []
+    guest.link.on_gone = told.append
     if when == "writable":
         guest.fill()
     guest.theirs.close()
@@ -360,18 +390,19 @@ def test_guest_gone(guest: Guest, when: str) -> None:
     guest.link.send_frame(b"last")
     guest.link.at_turn_end(T0)
     guest.link.writable(T0)
-    (error,) = errors
-    assert error.errno in (errno.EPIPE, errno.ECONNRESET)
+    (why,) = told
+    assert why in (f"The guest's connection failed: {text}" for text in ("Broken pipe", "Connection reset by peer"))
+    assert guest.loop.refs == {} and guest.loop.retired == [guest.ours]
     before = guest.drops["no guest"]
     guest.link.send_frame(b"nobody")
     guest.link.at_turn_end(T0)
-    assert len(errors) == 1 and guest.drops["no guest"] == before + 1
+    assert len(told) == 1 and guest.drops["no guest"] == before + 1
 
 
 def test_guest_gone_without_an_owner(guest: Guest) -> None:
     guest.theirs.close()
     guest.link.send_frame(b"last")
-    with pytest.raises(BrokenPipeError):
+    with pytest.raises(ConnectionError, match="Broken pipe"):
         guest.link.at_turn_end(T0)
 
 
@@ -379,6 +410,9 @@ def test_guest_gone_without_an_owner(guest: Guest) -> None:
 def test_short_of_memory_is_as_good_as_full(guest: Guest, code: int) -> None:
     class Sock:
         failures = 1
+
+        def fileno(self) -> int:
+            return guest.ours.fileno()
 
         def send(self, data: memoryview, flags: int) -> Any:
             if self.failures:

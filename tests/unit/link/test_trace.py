@@ -12,7 +12,7 @@ from scapy.packet import Packet
 
 from passt import log
 from passt.link import trace
-from passt.link.tap_device import VNET
+from passt.wire.virtio import VNET
 
 PLAIN = bytes(VNET.size)
 ETHER = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")

@@ -23,6 +23,7 @@ from passt import PASST, PASTA, addr, log
 from passt.daemon import wiring
 from passt.flow.context import Context
 from passt.flow.table import Flow
+from passt.link import choose
 from passt.linux.netns import Namespace
 from passt.linux.tun import Tap as Device
 from passt.policy.config import Config, Ip4, Ip6
@@ -217,12 +218,12 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     def begin(config: Config) -> Wired:
         decision = cast(Any, Chosen(config))
         if request.param == "passt":
-            ctx, forwards, *way = wiring.wire_machine(decision, NO_SOCKETS)
-            made.append(Wired(ctx, forwards, (ctx, forwards, *way)))
+            wired = wiring.wire(decision, choose.for_machine(), GUEST_MAC, None, NO_SOCKETS, NO_SOCKETS)
         else:
             tap = Device(device.fileno(), "tap0", csum=True, tso=True, uso=True) if request.param == "pasta" else None
-            ctx, forwards, both = wiring.wire(decision, tap, GUEST_MAC, Namespace(-1), NO_SOCKETS, NO_SOCKETS)
-            made.append(Wired(ctx, forwards, (ctx, forwards, *(both or ()))))
+            link = choose.for_device(tap) if tap else None
+            wired = wiring.wire(decision, link, GUEST_MAC, Namespace(-1), NO_SOCKETS, NO_SOCKETS)
+        made.append(Wired(wired.ctx, wired.forwards, tuple(wired)))
         return made[-1]
 
     with device, guest:

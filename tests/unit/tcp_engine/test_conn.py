@@ -13,7 +13,6 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from passt import addr, log
-from passt.link.tap_device import F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, GSO_TCPV6, VNET
 from passt.tcp_engine import conn as tcp_conn
 from passt.tcp_engine.conn import (
     ESTABLISHED,
@@ -33,6 +32,7 @@ from passt.tcp_engine.conn import (
     set_segmentation,
     timeout,
 )
+from passt.wire.virtio import F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, GSO_TCPV6, VNET
 from tests.unit.support import GUEST4, GUEST6, GUEST_MAC, OUR_MAC
 
 PEER4, PEER6 = addr.packed("198.51.100.7"), addr.packed("2001:db8:ffff::7")

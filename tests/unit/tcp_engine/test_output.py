@@ -13,12 +13,12 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from passt import addr
-from passt.link.tap_device import VNET
 from passt.tcp_engine import output as tcp_output
 from passt.tcp_engine.conn import SOCK_FIN_RCVD, TAP_FIN_ACKED, TAP_FIN_SENT, TcpConn, set_event
 from passt.tcp_engine.output import DISCARD_MAX, TcpOut
 from passt.wire.checksum import ones_sum
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
+from passt.wire.virtio import VNET
 from tests.unit.oracle import recomputed
 from tests.unit.support import GUEST4, GUEST6, link, make_context
 from tests.unit.tcp_support import ALL, FakeSocket, Segment, Talk, fake_sockets, open_connection
@@ -31,7 +31,7 @@ NO_PEEK_OFF = replace(ALL, peek_off=False)
 
 def out_and_conn(v4: bool = True, **config: Any) -> tuple[TcpOut, TcpConn, Any]:
     ctx = make_context(**config)
-    out = TcpOut(ctx, ALL, tso=True)
+    out = TcpOut(ctx, ALL)
     conn = TcpConn(KEYS[v4])
     conn.index = 0
     out.build_header(conn)

@@ -1,36 +1,22 @@
-"""The way in for virtual machines: framing, however the bytes are split."""
+"""The stream from a virtual machine: framing, however the bytes are split."""
 
 from __future__ import annotations
 
 import random
 import select
 import socket
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passt.link.packet import VNET_LEN, PacketPool
-from passt.link.stream_input import FRAME_MAX, FRAME_MIN, LENGTH, Stream
+from passt.link.packet import PacketPool
+from passt.link.stream_socket import LENGTH, SENT_MAX, SENT_MIN, StreamLink
 
-from ..support import T0
-
-
-class FakeTap:
-    """Keeps the frames it is handed, as bytes."""
-
-    def __init__(self, mv: memoryview) -> None:
-        self.mv = mv
-        self.frames: list[bytes] = []
-        self.batches = self.count = self.octets = 0
-
-    def received(self, frames: list[int], octets: int, now: float) -> None:
-        self.count += len(frames) // 2
-        self.octets += octets
-        self.batches += 1
-        for start, end in zip(frames[::2], frames[1::2], strict=True):
-            self.frames.append(bytes(self.mv[start + VNET_LEN : end]))
+from ..support import T0, FakeReactor, FakeReceiver
 
 
 class Wire:
@@ -38,9 +24,12 @@ class Wire:
 
     def __init__(self) -> None:
         self.pool = PacketPool(1 << 20)
-        self.tap = FakeTap(self.pool.mv)
+        self.tap = FakeReceiver(self.pool.mv)
         self.ends: list[str] = []
-        self.stream = Stream(self.pool, self.tap.received, self.ends.append)
+        self.stream = StreamLink(Counter())
+        self.stream.on_gone = self.ends.append
+        self.loop = FakeReactor()
+        self.stream.start(cast(Any, self.loop), self.pool, self.tap)
         self.near, self.far = socket.socketpair()
         self.near.setblocking(False)
         self.far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
@@ -60,6 +49,8 @@ class Wire:
         self.stream.read(T0)
 
     def close(self) -> None:
+        self.stream.attach(None)
+        self.loop.close_retired()
         self.near.close()
         self.far.close()
 
@@ -92,14 +83,14 @@ def test_many_at_once(wire: Wire) -> None:
 
 
 def test_longest_and_shortest(wire: Wire) -> None:
-    frames = [bytes(FRAME_MAX), bytes(FRAME_MIN)] * 40
+    frames = [bytes(SENT_MAX), bytes(SENT_MIN)] * 40
     wire.send(framed(*frames))
     assert wire.tap.frames == frames
     assert not wire.ends
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(FRAME_MIN, 4000), max_size=40), st.lists(st.integers(1, 9000), min_size=1), st.integers())
+@given(st.lists(st.integers(SENT_MIN, 4000), max_size=40), st.lists(st.integers(1, 9000), min_size=1), st.integers())
 def test_any_split_gives_the_same_frames(sizes: list[int], cuts: list[int], seed: int) -> None:
     wire = Wire()
     rng = random.Random(seed)

@@ -1,0 +1,141 @@
+"""A back end of the link: one way to and from the guest. Each is one module; `link.choose` is the only other place that
+names it.
+
+    protocols, tap                                     a back end
+    -------------------------------------------------  --------------------------------------------------------------
+    tap.Tap, a Receiver                                start: watches descriptors, keeps where frames go
+                                                       reads a batch of frames into the pool and calls `received`
+    tcp, udp, icmp, services: send, send_payload,      sends, or drops and counts. It completes checksums and cuts
+      send_frame                                         super-frames where its other end does not
+    tcp: stops while `full`, goes on at `on_room`      `full` while frames would be dropped
+    udp, tcp: super-frames as far as `tso`, `uso`      may change them whenever no flow lives
+    daemon: `on_gone`, `capture`                       says that the guest, or the device, is gone
+
+Frames to the guest. A pre-cooked frame is a `bytearray` that starts with the virtio-net header (`wire/virtio.py`), then
+Ethernet, IP and transport headers; the caller has written the fields that change. The payload is a view of wherever the
+data lies, valid until the call returns. A back end that keeps frames copies them.
+
+Frames from the guest. A frame is a pair of offsets (start, end) into the pool, with the place of its virtio-net header
+first; `reads_vnet` says whether anything is in that place. The pool is the back end's to make (`make_pool`): protocols
+read headers from `buf`, and reach payload only by slices of `mv`. So a back end whose payload lies elsewhere, in memory
+that is shared with a machine, copies the headers into `buf` and gives a pool whose `mv` answers a slice with a view of
+that memory. All views are let go of when `received` returns: what must stay longer is copied by who keeps it.
+
+One guest after the other. `attach` gives a back end that guests connect to the socket of the next one; `tso` and `uso`
+are read for each flow or batch, so that they may be those that this guest has agreed to.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from ..loop.reactor import Reactor
+from .packet import PacketPool
+
+# The guest's side could not take a frame now: a drop, which the transport above repairs, as on any link.
+TRANSIENT = frozenset((errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOSPC, errno.EIO, errno.ENOMEM))
+
+Buffer = bytes | bytearray | memoryview
+Capture = Callable[[bool, bytes], None]
+
+
+class Receiver:
+    """What takes the frames of the guest: `tap.Tap`."""
+
+    def received(self, frames: list[int], octets: int, now: float) -> None:
+        """Handle a batch, a flat list of (start, end) in the pool, at least one, with `octets` bytes of Ethernet."""
+        raise NotImplementedError
+
+
+class Link:
+    """The base of all back ends, and what the others know of them."""
+
+    reads_vnet = True  # whether a virtio-net header is before each frame that is read
+    full = False  # whether frames would be dropped now, so that who can wait should
+
+    def __init__(self, drops: Counter[str], *, tso: bool, uso: bool) -> None:
+        self.drops = drops
+        self.tso = tso  # whether TCP super-frames may be sent
+        self.uso = uso  # whether UDP super-frames may be sent
+        self.sent_frames = 0  # a super-frame of a back end that does not cut them is one
+        self.capture: Capture | None = None  # capture(to_guest, virtio-net header + frame), in both directions
+        self.on_room: Callable[[float], None] | None = None  # called when `full` ends
+        self.on_gone: Callable[[str], None] | None = None  # on_gone(why), a sentence: no frame gets through any more
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes in the frames that were sent, from the Ethernet header on."""
+        raise NotImplementedError
+
+    def gone(self, why: str) -> None:
+        """Tell that no frame gets through any more."""
+        if self.on_gone is None:
+            raise ConnectionError(why)
+        self.on_gone(why)
+
+    # From the guest --------------------------------------------------------------------------------------------------
+
+    def make_pool(self) -> PacketPool:
+        """The memory that frames are read into."""
+        return PacketPool()
+
+    def start(self, reactor: Reactor, pool: PacketPool, receiver: Receiver) -> None:
+        """Begin, when all else is wired: what is called at the end of a turn is called behind all that send."""
+        raise NotImplementedError
+
+    def read(self, now: float) -> None:
+        """Read what is there, and hand it on."""
+        raise NotImplementedError
+
+    def watch(self) -> None:
+        """Look at a device for frames."""
+        raise NotImplementedError
+
+    def unwatch(self) -> None:
+        """Cease to, until `watch`."""
+        raise NotImplementedError
+
+    def attach(self, sock: socket.socket | None) -> None:
+        """Serve the guest that has connected by `sock`, or none. The socket of the one before is closed."""
+        raise NotImplementedError
+
+    # To the guest ----------------------------------------------------------------------------------------------------
+
+    def send(self, hdr: bytearray) -> None:
+        """Send a frame that is complete in `hdr`, virtio-net header first."""
+        raise NotImplementedError
+
+    def send_payload(self, parts: Sequence[Buffer]) -> None:
+        """Send one frame made of `parts`: the first has the virtio-net header and, of a super-frame, all headers."""
+        raise NotImplementedError
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send a finished Ethernet frame, checksums and all: no virtio-net header, no offload."""
+        raise NotImplementedError
+
+
+class NoLink(Link):
+    """No tap at all (--splice-only): there is nobody to send a frame to."""
+
+    def __init__(self, drops: Counter[str]) -> None:
+        super().__init__(drops, tso=False, uso=False)
+
+    @property
+    def sent_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def send(self, hdr: bytearray) -> None:
+        """Count a drop."""
+        self.drops["no tap"] += 1
+
+    def send_payload(self, parts: Sequence[Buffer]) -> None:
+        """Count a drop."""
+        self.drops["no tap"] += 1
+
+    def send_frame(self, frame: bytes) -> None:
+        """Count a drop."""
+        self.drops["no tap"] += 1
