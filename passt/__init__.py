@@ -43,7 +43,7 @@ Where a change goes: folders and modules of this level, each above its imports
     udp, udp_engine         UDP through the tap, and queries to resolvers
     tcp, tcp_engine         TCP through the tap
     arp ndp dhcp dhcpv6     configuration services
-    icmp                    ping
+    icmp                    ping; like the services above, it registers with flow.services
     flow                    common to all flows: the table, idle limits, errors, statistics; the Context
     link                    back ends: devices and sockets that lead to the guest; the packet pool, captures
     policy                  Config and the one in force, rules, address translation, resolvers: no sockets, no clock

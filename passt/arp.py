@@ -30,6 +30,7 @@ from .flow.context import Context
 from .policy.config import Config
 from .wire import ether
 from .wire.arp import REPLY, REQUEST, Packet
+from .wire.cursor import Malformed
 
 DEFEND_INTERVAL = 10.0  # s; RFC 5227, 1.1
 NO_MAC = bytes(6)
@@ -58,11 +59,14 @@ class Arp:
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         self._defend_at = 0.0  # earliest time of the next announcement
+        ctx.services.take_ethertype(ether.TYPE_ARP, self.tap_handler)
 
     def tap_handler(self, src_mac: bytes, payload: bytes, now: float) -> None:
         """A packet from the guest, without its Ethernet header. Raises Malformed."""
-        packet = Packet.parse(payload)
         config = self._ctx.config
+        if config.ip4 is None:
+            raise Malformed("ipv4 disabled")
+        packet = Packet.parse(payload)
         if conflict(packet, config):
             self._defend(packet, now)
         if not ignore(packet, config):

@@ -261,9 +261,10 @@ class Dhcp:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
+        ctx.services.take_port(True, dhcp.SERVER_PORT, self.tap_handler)
 
-    def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, payload: bytes, now: float) -> None:
-        """A UDP payload from the guest to port 67 of any address. Raises Malformed."""
+    def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, sport: int, payload: bytes, now: float) -> None:
+        """A UDP payload from the guest to the server's port of any address. Raises Malformed."""
         config = self._ctx.config
         request = Message.parse(payload)
         ip4 = config.ip4

@@ -256,11 +256,12 @@ class Dhcpv6:
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         self.server_id = dhcpv6.duid_llt(ctx.config.our_mac, time.time())
+        ctx.services.take_port(False, dhcpv6.SERVER_PORT, self.tap_handler)
 
     def tap_handler(
         self, src_mac: bytes, src: bytes, dst: bytes, sport: int, payload: bytes, now: float
     ) -> bytes | None:
-        """A UDP payload from the guest to port 547. Raises Malformed.
+        """A UDP payload from the guest to the server's port. Raises Malformed.
 
         Returns the assigned address, None if none was assigned. The caller may use it as the guest's address before the
         first packet from it.

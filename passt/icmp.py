@@ -158,6 +158,9 @@ class Icmp:
         self._ident = random.getrandbits(32)  # of the next fragmented reply
         self._buf = bytearray(_SIZE_MAX)
         self._mv = memoryview(self._buf)
+        ctx.services.take_icmp(True, (icmp.ECHO_REQUEST,), self.tap_handler, fragments=True)
+        ctx.services.take_icmp(False, (icmp.ECHO_REQUEST6,), self.tap_handler, fragments=True)
+        ctx.services.on_forget.append(self.forget)
         ctx.reactor.handle(TYPE_PING, self.sock_handler)
         ctx.settings.subscribe(self._adopt)
 
@@ -165,7 +168,9 @@ class Icmp:
         self._our_mac, self._mtu, self._disabled = config.our_mac, config.mtu, config.no_icmp
         self._deduplicate = config.mode == PASTA
 
-    def tap_handler(self, src: bytes, dst: bytes, echo: memoryview, now: float, hops: int = 0) -> None:
+    def tap_handler(
+        self, src_mac: bytes, src: bytes, dst: bytes, echo: memoryview, now: float, hops: int = 0
+    ) -> None:
         """An echo request of the guest, from its type byte on. `hops` is its TTL or hop limit, 0: not known."""
         ctx = self._ctx
         reason = "icmp: disabled" if self._disabled else refuse(src, dst, echo)

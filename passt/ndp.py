@@ -44,7 +44,7 @@ from .wire.ndp import NeighbourAdvertisement, NeighbourSolicitation, RouterAdver
 
 RA_INTERVAL = 200, 599  # s; RFC 4861, 6.2.1: MinRtrAdvInterval and MaxRtrAdvInterval, 600 by default
 ROUTER_LIFETIME = 65535  # s; RFC 8319, 4
-HOP_LIMIT = 255
+HOP_LIMIT = 255  # of all messages of neighbour discovery, and what the guest is told to use
 SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")  # and the last 3 bytes of an address (RFC 4291, 2.7.1)
 PREFIX_LEN = 64  # required by SLAAC (RFC 4862, 5.5.3 d, with interface identifiers of 64 bits)
 
@@ -120,6 +120,7 @@ class Ndp:
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         self._timer = -1
+        ctx.services.take_icmp(False, ndp.TYPES, self.tap_handler)
 
     def start(self, now: float) -> None:
         """Start unsolicited router advertisements, for as long as the configuration has them. Raises OSError."""
@@ -133,8 +134,16 @@ class Ndp:
                 self._timer = self._ctx.timers.services.new(self._unsolicited)
             self._arm(now)
 
-    def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, icmp: bytes, now: float) -> None:
-        """An ICMPv6 message of types 133 to 137 from the guest, which came with hop limit 255. Raises Malformed."""
+    def tap_handler(
+        self, src_mac: bytes, src: bytes, dst: bytes, message: memoryview, now: float, hops: int
+    ) -> None:
+        """A message of neighbour discovery from the guest. Raises Malformed.
+
+        Its hop limit shows that it comes from this link: no router has decremented it (RFC 4861, 6.1 and 7.1).
+        """
+        if hops != HOP_LIMIT:
+            raise Malformed("ndp hop limit")
+        icmp = bytes(message)
         if icmp[:1] == bytes((ndp.NEIGHBOUR_SOLICITATION,)):
             self._neighbour(src_mac, src, dst, icmp)
         elif icmp[:1] == bytes((ndp.ROUTER_SOLICITATION,)):

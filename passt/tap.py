@@ -1,10 +1,12 @@
 """The way in: frames of the guest, read in batches, classified, grouped by flow, handed on.
 
-    link back end -> pool -> Ethernet -> ARP                               -> arp
-                                         IPv4, IPv6 -> ICMP echo           -> icmp
-                                                       ND, RS              -> ndp
-                                                       UDP 67, 547         -> dhcp, dhcpv6
-                                                       UDP, TCP            -> by flow, in order of arrival -> udp, tcp
+    back end -> pool -> Ethernet -> ARP ...                 -> service that took the EtherType (arp)
+                                    IPv4, IPv6 -> ICMP      -> service that took the type (icmp, ndp)
+                                                  UDP       -> service that took the port (dhcp, dhcpv6), or
+                                                  UDP, TCP  -> by flow, in order of arrival -> udp, tcp
+                                                  others    -> service that took the IP protocol
+
+Services register themselves (`flow/services.py`): a new one is its own module and a line in `daemon/wiring.py`.
 
 Only this module writes what was observed of the guest (`ctx.guest`).
 
@@ -15,7 +17,7 @@ header is inside the packet before it is read. What fails is dropped and counted
     ----------  -------------------------------------------------  ---------------------------------
     frame       at least an Ethernet header                        truncated
                 at most 65535 bytes of packet                      oversized frame
-                IPv4, IPv6 or ARP                                  ethertype
+                an EtherType that is IP, or that a service takes   ethertype
     IPv4        version and header length, total length            ipv4 header, ipv4 length
     IPv6        version, payload length, extension headers         ipv6 header, ipv6 length, IPv6 ...
     fragments   see link/reassembly.py                             fragment: ...
@@ -23,11 +25,11 @@ header is inside the packet before it is read. What fails is dropped and counted
                 data offset                                        tcp header length
     UDP         8 bytes of header, length field in the packet      udp truncated, udp length
     ICMP        8 bytes                                            icmp truncated
-    ND          hop limit 255 (RFC 4861, 6.1 and 7.1)              ndp hop limit
     family off  IPv4 or IPv6 is disabled                           ipv4 disabled, ipv6 disabled
     addresses   loopback, or IPv4 mapped into IPv6: looked at      tcp endpoint, udp: martian address,
                 when a flow begins, since later ones have its key  icmp: martian address
-    others      no such protocol here (IGMP, MLD, SCTP ...)        ip protocol, icmp type
+    others      nobody takes it (IGMP, MLD, SCTP ...)              ip protocol, icmp type
+    services    what each demands of its messages                  ndp hop limit ... (their modules)
 
 Checksums of the guest are not verified: they are partial (the offload), or came through memory that does not flip bits.
 A fault in a handler costs the frame, and ends the TCP connection or UDP flow that it was about; it is counted as
@@ -36,25 +38,23 @@ A fault in a handler costs the frame, and ends the TCP connection or UDP flow th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from struct import Struct
 
 from . import addr, log
-from .arp import Arp
-from .dhcp import Dhcp
-from .dhcpv6 import Dhcpv6
 from .flow.context import Context
-from .icmp import Icmp
+from .flow.services import PortHandler, Taken
 from .link.backend import Receiver
 from .link.packet import FRAME_ROOM
 from .link.reassembly import LENGTH_MAX, Reassembly
-from .ndp import Ndp
+from .loop.each import each, record
 from .policy.config import Config
 from .tcp import Tcp
 from .udp import Udp
 from .wire import ip
 from .wire.checksum import PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP
 from .wire.cursor import Malformed
-from .wire.ether import TYPE_ARP, TYPE_IPV4, TYPE_IPV6
+from .wire.ether import TYPE_IPV4, TYPE_IPV6
 from .wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
 
 _ETH_IP4 = Struct("!HBBHHHBB")  # from the EtherType: type, version and length, TOS, total, id, fragment, TTL, protocol
@@ -63,25 +63,20 @@ _IP6 = Struct("!IHBB")  # version and flow label, payload length, next header, h
 _UDP = Struct("!HHH")  # ports, length
 _TYPE = Struct("!H")
 _ETH_LEN = 14
-_PORT_DHCP = 67
-_PORT_DHCPV6 = 547
-_ECHO = {PROTO_ICMP: 8, PROTO_ICMPV6: 128}
-_ND_TYPES = range(133, 138)
 Groups = dict[bytes, list[int]]
 
 
 class Tap(Receiver):
-    """Dispatches frames. The services are its collaborators, wired by the composition root."""
+    """Dispatches frames to what services took, and to UDP and TCP."""
 
-    def __init__(
-        self, ctx: Context, *, arp: Arp, ndp: Ndp, dhcp: Dhcp, dhcpv6: Dhcpv6, icmp: Icmp, udp: Udp, tcp: Tcp
-    ) -> None:  # fmt: skip
+    def __init__(self, ctx: Context, *, udp: Udp, tcp: Tcp) -> None:
         self._ctx = ctx
         self._link = ctx.link
         self._vnet = ctx.link.reads_vnet  # fixed for each back end
         self._pool, self._guest = ctx.pool, ctx.guest
-        self._arp, self._ndp, self._dhcp, self._dhcpv6 = arp, ndp, dhcp, dhcpv6
-        self._icmp, self._udp, self._tcp = icmp, udp, tcp
+        self._services = ctx.services
+        self._ports4, self._ports6 = ctx.services.ports4, ctx.services.ports6
+        self._udp, self._tcp = udp, tcp
         self._behind: frozenset[bytes] = frozenset()
         ctx.settings.subscribe(self._adopt)
         self._reassembly = Reassembly(ctx.drops)
@@ -203,13 +198,12 @@ class Tap(Receiver):
                 if proto == ip.FRAGMENT:
                     self._fragment6(addresses, l4, end, now)
                     return
-        elif ethertype == TYPE_ARP:
-            if not self._have4:
-                raise Malformed("ipv4 disabled")
-            self._arp.tap_handler(pool.copy(l3 - 8, l3 - 2), pool.copy(l3, end), now)
-            return
         else:
-            raise Malformed("ethertype")
+            handler = self._services.ethertypes.get(ethertype)
+            if handler is None:
+                raise Malformed("ethertype")
+            handler(pool.copy(l3 - 8, l3 - 2), pool.copy(l3, end), now)
+            return
         if proto == PROTO_TCP:
             if end - l4 < 20:
                 raise Malformed("tcp truncated")
@@ -223,7 +217,7 @@ class Tap(Receiver):
         elif proto == PROTO_UDP:
             self._udp_datagram(start, addresses, hops, l4, end, now)
         else:
-            self._other(addresses, proto, hops, l3, l4, end, now)
+            self._message(start, addresses, proto, hops, l4, end, now)
 
     def _key(self, addresses: tuple[int, int], l4: int) -> bytes:
         """The flow's key: addresses and ports as they stand in the packet, one slice where they are neighbours."""
@@ -237,7 +231,7 @@ class Tap(Receiver):
         return key
 
     def _udp_datagram(self, start: int, addresses: tuple[int, int], hops: int, l4: int, end: int, now: float) -> None:
-        """Group a datagram, or a super-frame of them, by flow; the configuration services take theirs."""
+        """Group a datagram, or a super-frame of them, by flow; services take theirs."""
         pool = self._pool
         if end - l4 < 8:
             raise Malformed("udp truncated")
@@ -245,9 +239,9 @@ class Tap(Receiver):
         if length < 8 or l4 + length > end:
             raise Malformed("udp length")
         end = l4 + length
-        v4 = addresses[1] - addresses[0] == 8
-        if (v4 and dport == _PORT_DHCP) or (not v4 and dport == _PORT_DHCPV6):
-            self._configure(start, addresses, sport, l4 + 8, end, now)
+        ports = self._ports4 if addresses[1] - addresses[0] == 8 else self._ports6
+        if dport in ports:
+            self._to_port(ports[dport], start, addresses, sport, l4 + 8, end, now)
             return
         key = self._key(addresses, l4)
         gso_size = pool.unpack(VNET, start, end)[3] if self._vnet else 0
@@ -258,37 +252,45 @@ class Tap(Receiver):
         else:
             group += (l4 + 8, end, gso_size)
 
-    def _configure(self, start: int, addresses: tuple[int, int], sport: int, data: int, end: int, now: float) -> None:
-        """A DHCP or DHCPv6 message."""
+    def _to_port(
+        self, handler: PortHandler, start: int, addresses: tuple[int, int], sport: int, data: int, end: int, now: float
+    ) -> None:
+        """A datagram to a port that a service took."""
         src, dst = self._addresses(addresses)
-        mac = self._pool.copy(start + VNET_LEN + 6, start + VNET_LEN + 12)
-        payload = self._pool.copy(data, end)
-        if len(src) == 4:
-            self._dhcp.tap_handler(mac, src, dst, payload, now)
-            return
-        seen = self._dhcpv6.tap_handler(mac, src, dst, sport, payload, now)
-        if seen is not None:
-            self._guest.addr6 = seen
+        known = handler(self._mac(start), src, dst, sport, self._pool.copy(data, end), now)
+        if known is not None:
+            self._seen(known)
 
-    def _other(self, addresses: tuple[int, int], proto: int, hops: int, l3: int, l4: int, end: int, now: float) -> None:
-        """ICMP and neighbour discovery."""
-        pool = self._pool
-        src, dst = self._addresses(addresses)
-        if proto != (PROTO_ICMP if len(src) == 4 else PROTO_ICMPV6):
-            raise Malformed("ip protocol")
+    def _message(
+        self, start: int, addresses: tuple[int, int], proto: int, hops: int, l4: int, end: int, now: float
+    ) -> None:
+        """ICMP, or another protocol that a service took."""
+        v4 = addresses[1] - addresses[0] == 8
+        taken = self._taken(proto, l4, end, v4)
+        if taken is None:
+            raise Malformed("icmp type" if proto == (PROTO_ICMP if v4 else PROTO_ICMPV6) else "ip protocol")
+        self._hand_over(taken, start, addresses, hops, l4, end, now)
+
+    def _taken(self, proto: int, l4: int, end: int, v4: bool) -> Taken | None:
+        """The service that took a message, if one did. Raises Malformed."""
+        services = self._services
+        if proto != (PROTO_ICMP if v4 else PROTO_ICMPV6):
+            return (services.protocols4 if v4 else services.protocols6).get(proto)
         if end - l4 < 8:
             raise Malformed("icmp truncated")
-        kind = pool.buf[l4]
-        if kind == _ECHO[proto]:
-            self._seen(src)
-            self._icmp.tap_handler(src, dst, pool.view(l4, end), now, hops)
-        elif proto == PROTO_ICMPV6 and kind in _ND_TYPES:
-            if hops != 255:
-                raise Malformed("ndp hop limit")
-            self._seen(src)
-            self._ndp.tap_handler(pool.copy(l3 - 8, l3 - 2), src, dst, pool.copy(l4, end), now)
-        else:
-            raise Malformed("icmp type")
+        return (services.icmp4 if v4 else services.icmp6).get(self._pool.buf[l4])
+
+    def _hand_over(
+        self, taken: Taken, start: int, addresses: tuple[int, int], hops: int, l4: int, end: int, now: float
+    ) -> None:
+        """Its sender is taken for the guest's address when the service has found no fault with the message."""
+        src, dst = self._addresses(addresses)
+        taken.handler(self._mac(start), src, dst, self._pool.view(l4, end), now, hops)
+        self._seen(src)
+
+    def _mac(self, start: int) -> bytes:
+        """The sender of a frame."""
+        return self._pool.copy(start + VNET_LEN + 6, start + VNET_LEN + 12)
 
     def _short(self, start: int, end: int) -> None:
         """Frames of less than 20 bytes after the Ethernet header hold nothing that we know."""
@@ -339,12 +341,11 @@ class Tap(Receiver):
             self._hand_over_udp(now)  # what came before it
             self._udp_datagram(start, addresses, 0, l4, end, now)
             self._hand_over_udp(now)  # before its room is used again
-        elif proto == (PROTO_ICMP if len(src_dst) == 8 else PROTO_ICMPV6) and whole[:1] == bytes((_ECHO[proto],)):
-            src, dst = self._addresses(addresses)
-            self._seen(src)
-            self._icmp.tap_handler(src, dst, pool.view(l4, end), now)
-        else:
+            return
+        taken = self._taken(proto, l4, end, b - a == 8)
+        if taken is None or not taken.fragments:
             raise Malformed("fragment: protocol")
+        self._hand_over(taken, start, addresses, 0, l4, end, now)
 
     # What is observed of the guest -------------------------------------------------------------------------------
 
@@ -368,9 +369,7 @@ class Tap(Receiver):
 
     def forget(self) -> None:
         """Another guest comes: end the flows of this one, and know nothing of its fragments and addresses."""
-        self._tcp.forget()
-        self._udp.forget()
-        self._icmp.forget()
+        each(self._services.on_forget, _forget, self._fault_of_service)
         self._reassembly = Reassembly(self._ctx.drops)
         self._adopt(self._ctx.config)  # hosts behind that guest had flows, perhaps
         ip4, ip6 = self._ctx.config.ip4, self._ctx.config.ip6
@@ -383,5 +382,16 @@ class Tap(Receiver):
         """The guest sends from another address: frames to it go there from now on."""
         log.debug(f"Guest MAC address: {addr.mac_text(mac)}")
         self._guest.mac = mac
-        self._tcp.set_guest_mac(mac)
-        self._udp.set_guest_mac(mac)
+        each(self._services.on_mac, _tell_mac, self._fault_of_service, mac)
+
+    def _fault_of_service(self, callback: object, e: Exception) -> None:
+        """It failed to follow the guest: the others do."""
+        record(self._ctx.drops, "a change of the guest", e)
+
+
+def _forget(callback: Callable[[], None]) -> None:
+    callback()
+
+
+def _tell_mac(callback: Callable[[bytes], None], mac: bytes) -> None:
+    callback(mac)

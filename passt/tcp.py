@@ -424,10 +424,6 @@ class Tcp:
         if (conn := self._conns.get(key)) is not None:
             self._table.end_faulty(conn)
 
-    def forget(self) -> None:
-        """The guest is gone: send RST to all host peers."""
-        each(self._table.by_key.values(), self._table.reset_by_guest, self._table.fault_at, "guest gone")
-
     def resume(self, now: float) -> None:
         """The link takes frames again: connections that waited for it go on."""
         stalled, self._out.stalled = self._out.stalled, {}
@@ -436,7 +432,3 @@ class Tcp:
     def _go_on(self, conn: TcpConn, now: float) -> None:
         if conn.sock is not None:
             self._to_tap(conn, now)
-
-    def set_guest_mac(self, mac: bytes) -> None:
-        """Write the guest's new MAC address into all headers."""
-        self._table.set_guest_mac(mac)

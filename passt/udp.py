@@ -101,6 +101,8 @@ class Udp:
         )
         self.dns = Dns(ctx, self._to_guest, self._query_refused)
         self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now), self._flows.fault_at)
+        ctx.services.on_forget.append(self.forget)
+        ctx.services.on_mac.append(self.set_guest_mac)
         ctx.reactor.handle(TYPE_UDP, self.sock_handler)
         ctx.settings.subscribe(self._adopt)
 

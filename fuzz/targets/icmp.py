@@ -20,7 +20,7 @@ from passt import addr, icmp
 from passt.link.reassembly import Reassembly
 from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.wire.checksum import checksum, fold, ones_sum, pseudo_sum
-from tests.unit.support import GUEST4, GUEST6, T0, link, make_context, reactor, timers
+from tests.unit.support import GUEST4, GUEST6, GUEST_MAC, T0, link, make_context, reactor, timers
 
 PEERS = tuple(map(addr.packed, ("198.51.100.7", "2001:db8:ffff::7", "224.0.0.1", "ff02::1", "0.0.0.0", "192.0.2.1")))
 SIZES = 8, 64, 0, 4, 1472, 3000, 7, 40
@@ -136,7 +136,7 @@ def request(world: World, steps: Steps) -> None:
     pool, ctx = world.ctx.pool, world.ctx
     pool.buf[64 : 64 + len(echo)] = echo
     before, drops = len(world.given), sum(ctx.drops.values())
-    world.icmp.tap_handler(src, dst, pool.view(64, 64 + len(echo)), world.now, which & 0x40)
+    world.icmp.tap_handler(GUEST_MAC, src, dst, pool.view(64, 64 + len(echo)), world.now, which & 0x40)
     given = world.given[before:]
     assert given in ([echo], []), "not the guest's request"
     assert given or sum(ctx.drops.values()) > drops, "lost, and not counted"

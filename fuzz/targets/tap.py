@@ -15,6 +15,8 @@ from passt.link.packet import FRAME_ROOM
 from passt.link.reassembly import Reassembly
 from passt.policy.guest import Guest
 from passt.tap import Tap
+from passt.wire import dhcp, dhcpv6, icmp, ndp
+from passt.wire.ether import TYPE_ARP
 from tests.unit.support import GUEST4, GUEST6, GUEST_LL, GUEST_MAC, T0, make_context
 
 POOL = 1 << 14
@@ -34,9 +36,6 @@ class Service:
     def fault_key(self, key: bytes) -> None:
         raise AssertionError("a fault")
 
-    def set_guest_mac(self, mac: bytes) -> None:
-        MACS.append(mac)
-
 
 class Flows(Service):
     """TCP and UDP: offsets are replaced by what lies there. `width`: numbers for each segment."""
@@ -54,8 +53,22 @@ class Flows(Service):
 CALLS: list[tuple[Any, ...]] = []
 MACS: list[bytes] = []
 CTX = make_context(pool_size=POOL)
-SERVICES: dict[str, Any] = {name: Service(name) for name in ("arp", "ndp", "dhcp", "dhcpv6", "icmp")}
-TAP = Tap(CTX, **SERVICES, udp=cast(Any, Flows("udp", 3)), tcp=cast(Any, Flows("tcp", 2)))
+TAP = Tap(CTX, udp=cast(Any, Flows("udp", 3)), tcp=cast(Any, Flows("tcp", 2)))
+
+
+def register() -> None:
+    """As the services do themselves."""
+    take = CTX.services
+    take.take_ethertype(TYPE_ARP, Service("arp").tap_handler)
+    take.take_port(True, dhcp.SERVER_PORT, Service("dhcp").tap_handler)
+    take.take_port(False, dhcpv6.SERVER_PORT, Service("dhcpv6").tap_handler)
+    take.take_icmp(True, (icmp.ECHO_REQUEST,), Service("icmp").tap_handler, fragments=True)
+    take.take_icmp(False, (icmp.ECHO_REQUEST6,), Service("icmp").tap_handler, fragments=True)
+    take.take_icmp(False, ndp.TYPES, Service("ndp").tap_handler)
+    take.on_mac += [MACS.append, MACS.append]  # TCP and UDP
+
+
+register()
 
 
 def fault(what: str, e: Exception, now: float) -> None:

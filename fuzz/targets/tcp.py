@@ -573,7 +573,7 @@ def settle(world: World) -> None:
 
 def empty(world: World) -> None:
     """Nothing is left."""
-    world.tcp.forget()
+    world.tcp._table.forget()
     world.reactor.end_turn(world.now)
     world.later(POLL_MAX + 0.1)
     world.tcp.resume(world.now)

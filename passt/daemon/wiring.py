@@ -1,4 +1,5 @@
-"""Composition of all services around one Context, with the tap and the listening sockets in front of them.
+"""Composition of all services around one Context, with the tap and the listening sockets in front of them. Services
+register themselves with the tap (`flow/services.py`).
 
 This module imports every module that handles packets.
 """
@@ -102,12 +103,13 @@ def _context(decision: Decision, link: Link, mac: bytes) -> tuple[Context, Fault
 
 def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults) -> Tap:
     """The tap and the handlers of the guest's frames."""
+    for service in (Arp, Dhcp, Dhcpv6):
+        service(ctx)
     ndp, icmp = Ndp(ctx), Icmp(ctx)
-    tap = Tap(ctx, arp=Arp(ctx), ndp=ndp, dhcp=Dhcp(ctx), dhcpv6=Dhcpv6(ctx), icmp=icmp, udp=udp, tcp=tcp)
     ndp.start(time.monotonic())
     faults.update({TYPE_TCP: tcp.fault, TYPE_TCP_TIMER: tcp.fault, TYPE_PING: icmp.fault})
     faults.update({TYPE_UDP: udp.fault, TYPE_DNS: udp.dns.fault})
-    return tap
+    return Tap(ctx, udp=udp, tcp=tcp)
 
 
 def _wire_ports(

@@ -15,6 +15,7 @@ from ..policy.forwarding import Forwarding
 from ..policy.guest import Guest
 from ..policy.resolvers import Resolvers
 from ..policy.settings import Settings
+from .services import Services
 from .stats import Stats
 from .table import FlowTable
 
@@ -33,6 +34,7 @@ class Context:
     resolvers: Resolvers
     guest: Guest = field(default_factory=Guest)
     drops: Counter[str] = field(default_factory=Counter)  # by reason; the module that drops a packet counts it
+    services: Services = field(default_factory=Services)  # each registers itself
     stats: Stats = field(default_factory=Stats)  # writers: see there
     ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none
 

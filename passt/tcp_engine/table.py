@@ -47,6 +47,8 @@ class TcpTable:
         self._ctx = ctx
         self._out = out
         self.out_of_order = OutOfOrder(ctx.drops)
+        ctx.services.on_forget.append(self.forget)
+        ctx.services.on_mac.append(self.set_guest_mac)
         self.by_key: dict[bytes, TcpConn] = {}
         self.successors: dict[bytes, Callable[[float], None]] = {}  # by key: called when that connection has ended
         self.half_open = 0  # connections of host clients that the guest has not answered
@@ -62,6 +64,10 @@ class TcpTable:
         del self.by_key[conn.key]
         conn.key = key
         self.by_key[key] = conn
+
+    def forget(self) -> None:
+        """The guest is gone: RST to all host peers."""
+        each(self.by_key.values(), self.reset_by_guest, self.fault_at, "guest gone")
 
     def set_guest_mac(self, mac: bytes) -> None:
         """Write the guest's new MAC address into all headers."""

@@ -195,16 +195,9 @@ class Stack:
         self.dhcpv6.server_id = SERVER_ID
         self.icmp._ident = self.udp._ident = 0
         self.tcp.opening._secret = bytes(16)
-        self.tap = Tap(
-            self.ctx,
-            arp=Arp(self.ctx),
-            ndp=Ndp(self.ctx),
-            dhcp=Dhcp(self.ctx),
-            dhcpv6=self.dhcpv6,
-            icmp=self.icmp,
-            udp=self.udp,
-            tcp=self.tcp,
-        )
+        for service in (Arp, Ndp, Dhcp):
+            service(self.ctx)
+        self.tap = Tap(self.ctx, udp=self.udp, tcp=self.tcp)
         self.tap._fault = self.fault  # type: ignore[method-assign]
         self.device_link = TapLink(TAP_FD, self.ctx.drops, uso=True)
         self.device_link.start(self.ctx.reactor, self.ctx.pool, self.tap)

@@ -108,6 +108,14 @@ def test_no_conflict(sender: bytes) -> None:
     assert not conflict(Packet(REPLY, OUR_MAC, GATEWAY4, bytes(6), OTHER), CONFIG), "what we said ourselves"
 
 
+def test_takes_its_frames_while_there_is_ipv4() -> None:
+    ctx = make_context(ip4=None)
+    arp = Arp(ctx)
+    assert ctx.services.ethertypes == {0x0806: arp.tap_handler}
+    with pytest.raises(Malformed, match="ipv4 disabled"):
+        arp.tap_handler(GUEST_MAC, request(OTHER).emit(), T0)
+
+
 def test_silence(ctx: Context) -> None:
     arp = Arp(ctx)
     arp.tap_handler(GUEST_MAC, request(GUEST4, ANY4).emit(), T0)

@@ -37,7 +37,8 @@ def request(kind: int | None = dhcp.DISCOVER, flags: int = 0, **options: bytes) 
 
 def send(ctx: Context, message: Message, src: bytes = addr.ANY4) -> bytes | None:
     """The frame that answers `message`, checked by scapy."""
-    Dhcp(ctx).tap_handler(GUEST_MAC, src, addr.BROADCAST4, message.emit(), T0)
+    handler = ctx.services.ports4.get(dhcp.SERVER_PORT) or Dhcp(ctx).tap_handler
+    handler(GUEST_MAC, src, addr.BROADCAST4, 68, message.emit(), T0)
     frames = link(ctx).take()
     if not frames:
         return None
@@ -103,7 +104,7 @@ def test_bootp(ctx: Context) -> None:
 
 
 def test_bootp_without_vendor_information(ctx: Context) -> None:
-    Dhcp(ctx).tap_handler(GUEST_MAC, addr.ANY4, addr.BROADCAST4, request(None).emit()[:236] + bytes(64), T0)
+    Dhcp(ctx).tap_handler(GUEST_MAC, addr.ANY4, addr.BROADCAST4, 68, request(None).emit()[:236] + bytes(64), T0)
     answer = Message.parse(link(ctx).take_one()[42:])
     assert (answer.yiaddr, answer.options[dhcp.OPT_ROUTER]) == (GUEST4, GATEWAY4)
 
@@ -568,7 +569,7 @@ def test_a_flood_from_many_clients(ctx: Context, monkeypatch: pytest.MonkeyPatch
     for number in range(1000):
         mac = b"\x02\0\0\0" + number.to_bytes(2, "big")
         message = replace(request(), chaddr=mac + bytes(10), xid=number)
-        server.tap_handler(mac, addr.ANY4, addr.BROADCAST4, message.emit(), T0)
+        server.tap_handler(mac, addr.ANY4, addr.BROADCAST4, 68, message.emit(), T0)
         frame = link(ctx).take_one()
         answer = Message.parse(frame[42:])
         assert (frame[:6], answer.chaddr[:6], answer.xid, answer.yiaddr) == (mac, mac, number, GUEST4)
@@ -581,7 +582,7 @@ def test_a_flood_from_many_clients(ctx: Context, monkeypatch: pytest.MonkeyPatch
 def test_answers_or_malformed(tail: bytes) -> None:
     ctx = make_context(**FULL)
     try:
-        Dhcp(ctx).tap_handler(GUEST_MAC, GUEST4, GATEWAY4, request(None).emit()[:240] + tail, T0)
+        Dhcp(ctx).tap_handler(GUEST_MAC, GUEST4, GATEWAY4, 68, request(None).emit()[:240] + tail, T0)
     except Malformed:
         assert link(ctx).take() == []
         return

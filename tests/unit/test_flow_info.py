@@ -144,7 +144,7 @@ def silent(talk: Talk) -> None:
         (refused_by_peer, "reset by peer"),
         (timed_out, "timed out"),
         (silent, "no acknowledgement"),
-        (lambda talk: talk.tcp.forget(), "guest gone"),
+        (lambda talk: talk.tcp._table.forget(), "guest gone"),
         (lambda talk: talk.tcp.fault_key(talk.key), "fault"),
     ],
 )

@@ -26,7 +26,7 @@ from passt.policy.settings import Settings
 
 from .offload import received
 from .oracle import recomputed
-from .support import CONFIG, GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, T0, link, make_context, reactor, timers
+from .support import CONFIG, GATEWAY4, GATEWAY6, GUEST4, GUEST6, GUEST_MAC, IP4, T0, link, make_context, reactor, timers
 
 FAR4, FAR6 = addr.packed("198.51.100.9"), addr.packed("2001:db8:9::9")
 ROUTER4, ROUTER6 = addr.packed("203.0.113.1"), addr.packed("2001:db8:f::1")
@@ -113,7 +113,7 @@ class Talk:
     def asks(self, seq: int = 1, data: bytes = b"data", *, ident: int = IDENT, now: float = T0, dst: bytes = b"",
              hops: int = 0) -> bytes:
         request = self.echo(seq, data, ident)
-        self.icmp.tap_handler(self.guest, dst or self.far, memoryview(request), now, hops)
+        self.icmp.tap_handler(GUEST_MAC, self.guest, dst or self.far, memoryview(request), now, hops)
         return request
 
     def answered(self, seq: int = 1, data: bytes = b"data", sender: bytes = b"", now: float = T0) -> None:

@@ -59,13 +59,20 @@ def parts(frame: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     return frame[:6], frame[22:38], frame[38:54], frame[54:]
 
 
+def hand_over(ctx: Context, src: bytes, dst: bytes, message: bytes, hops: int = 255) -> None:
+    """A message of the guest, to a service that is there or is made."""
+    taken = ctx.services.icmp6.get(ndp.NEIGHBOUR_SOLICITATION)
+    handler = taken.handler if taken else Ndp(ctx).tap_handler
+    handler(GUEST_MAC, src, dst, memoryview(message), T0, hops)
+
+
 def solicit(ctx: Context, target: bytes, src: bytes = GUEST_LL) -> None:
     dst = target if any(src) else packed("ff02::1:ff00:0")[:13] + target[13:]
-    Ndp(ctx).tap_handler(GUEST_MAC, src, dst, NeighbourSolicitation(target, (SOURCE,) if any(src) else ()).emit(), T0)
+    hand_over(ctx, src, dst, NeighbourSolicitation(target, (SOURCE,) if any(src) else ()).emit())
 
 
 def ask_for_router(ctx: Context, src: bytes = GUEST_LL) -> None:
-    Ndp(ctx).tap_handler(GUEST_MAC, src, ALL_ROUTERS, RouterSolicitation((SOURCE,) if any(src) else ()).emit(), T0)
+    hand_over(ctx, src, ALL_ROUTERS, RouterSolicitation((SOURCE,) if any(src) else ()).emit())
 
 
 # Neighbours --------------------------------------------------------------------------------------------------------
@@ -107,7 +114,7 @@ def test_probe_for_an_address_of_ours(target: bytes) -> None:
 def test_probe_that_goes_elsewhere(ctx: Context, dst: bytes) -> None:
     """RFC 4861, 7.1.1: without a source it goes to the solicited-node address of its target."""
     with pytest.raises(Malformed, match="solicited-node"):
-        Ndp(ctx).tap_handler(GUEST_MAC, ANY6, dst, NeighbourSolicitation(GATEWAY6).emit(), T0)
+        hand_over(ctx, ANY6, dst, NeighbourSolicitation(GATEWAY6).emit())
     assert link(ctx).take() == []
 
 
@@ -124,9 +131,9 @@ def test_ignore() -> None:
 def test_options_that_a_solicitation_does_not_have(ctx: Context) -> None:
     """They are ignored, whatever they hold (RFC 4861, 6.1.1 and 7.1.1)."""
     lies = bytes.fromhex("1f02 0000 ffffffff 4000000000000000 0301 40c0ffffffff")
-    Ndp(ctx).tap_handler(GUEST_MAC, GUEST_LL, GATEWAY6, NeighbourSolicitation(GATEWAY6, (SOURCE,)).emit() + lies, T0)
+    hand_over(ctx, GUEST_LL, GATEWAY6, NeighbourSolicitation(GATEWAY6, (SOURCE,)).emit() + lies)
     assert len(link(ctx).take()) == 1
-    Ndp(ctx).tap_handler(GUEST_MAC, GUEST_LL, ALL_ROUTERS, RouterSolicitation((SOURCE,)).emit() + lies, T0)
+    hand_over(ctx, GUEST_LL, ALL_ROUTERS, RouterSolicitation((SOURCE,)).emit() + lies)
     assert len(link(ctx).take()) == 1
 
 
@@ -141,23 +148,24 @@ def test_no_ra_leaves_neighbours() -> None:
 @pytest.mark.parametrize("change", [{"no_ndp": True}, {"ip6": None}])
 def test_all_off(change: dict[str, Any]) -> None:
     ctx = make_context(**change)
+    service = Ndp(ctx)
     solicit(ctx, GATEWAY6)
     ask_for_router(ctx)
-    Ndp(ctx).start(T0)
+    service.start(T0)
     assert link(ctx).take() == []
     assert timers(ctx).services.deadlines == []
 
 
 @pytest.mark.parametrize("kind", [ndp.ROUTER_ADVERTISEMENT, ndp.NEIGHBOUR_ADVERTISEMENT, ndp.REDIRECT])
 def test_others_are_ignored(ctx: Context, kind: int) -> None:
-    Ndp(ctx).tap_handler(GUEST_MAC, GUEST_LL, GATEWAY6, bytes((kind,)) + bytes(39), T0)
+    hand_over(ctx, GUEST_LL, GATEWAY6, bytes((kind,)) + bytes(39))
     assert link(ctx).take() == []
 
 
 @pytest.mark.parametrize("message", [NeighbourSolicitation(GATEWAY6, (SOURCE,)), RouterSolicitation((SOURCE,))])
 def test_no_link_address_without_source(ctx: Context, message: NeighbourSolicitation | RouterSolicitation) -> None:
     with pytest.raises(Malformed, match="without source"):
-        Ndp(ctx).tap_handler(GUEST_MAC, ANY6, ALL_ROUTERS, message.emit(), T0)
+        hand_over(ctx, ANY6, ALL_ROUTERS, message.emit())
     assert link(ctx).take() == []
 
 
@@ -356,7 +364,7 @@ def test_advertisements_begin_with_ipv6() -> None:
 def test_answers_or_malformed(kind: int, rest: bytes, src: bytes) -> None:
     ctx = make_context()
     try:
-        Ndp(ctx).tap_handler(GUEST_MAC, src, GATEWAY6, bytes((kind, 0)) + rest, T0)
+        hand_over(ctx, src, GATEWAY6, bytes((kind, 0)) + rest)
     except Malformed:
         assert link(ctx).take() == []
         return
@@ -364,6 +372,20 @@ def test_answers_or_malformed(kind: int, rest: bytes, src: bytes) -> None:
         parts(frame)
 
 
+def test_a_message_from_afar_is_refused(ctx: Context) -> None:
+    """A router has counted its hop limit down, or it came in fragments (RFC 6980)."""
+    for hops in (254, 0):
+        with pytest.raises(Malformed, match="ndp hop limit"):
+            hand_over(ctx, GUEST_LL, GATEWAY6, RouterSolicitation(()).emit(), hops)
+    assert link(ctx).take() == []
+
+
+def test_takes_its_messages(ctx: Context) -> None:
+    Ndp(ctx)
+    assert sorted(ctx.services.icmp6) == [133, 134, 135, 136, 137]
+    assert not any(taken.fragments for taken in ctx.services.icmp6.values())
+
+
 def test_empty_message(ctx: Context) -> None:
-    Ndp(ctx).tap_handler(GUEST_MAC, GUEST_LL, GATEWAY6, b"", T0)
+    hand_over(ctx, GUEST_LL, GATEWAY6, b"")
     assert link(ctx).take() == []

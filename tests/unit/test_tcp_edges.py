@@ -274,7 +274,7 @@ def fault_of_segments(talk: Talk) -> None:
 
 def guest_gone(talk: Talk) -> None:
     _open(talk)
-    talk.tcp.forget()
+    talk.tcp._table.forget()
 
 
 def _open(talk: Talk) -> None:

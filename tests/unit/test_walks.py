@@ -50,6 +50,7 @@ from passt.policy.settings import Settings
 from passt.ports.forwards import Forwards, Refused
 from passt.ports.listen import Listeners
 from passt.splice.udp import UdpSplice
+from passt.tap import Tap
 from passt.tcp_engine.conn import TcpConn
 from passt.udp import Udp
 from passt.udp_engine.dns import QUERY_TIMEOUT
@@ -245,11 +246,11 @@ def stalled_connections(stage: Stage) -> None:
     assert_reset(talk, stage.victim)
 
 
-@case("passt.tcp.Tcp.forget")
+@case("passt.tcp_engine.table.TcpTable.forget")
 def the_guest_leaves(stage: Stage) -> None:
     talk, _ = connections()
     with stage:
-        talk.tcp.forget()
+        talk.tcp._table.forget()
     assert_reset(talk, stage.victim)
     assert talk.ctx.flows.count == 0
 
@@ -258,7 +259,7 @@ def the_guest_leaves(stage: Stage) -> None:
 def another_mac_for_connections(stage: Stage) -> None:
     talk, conns = connections()
     with stage:
-        talk.tcp.set_guest_mac(b"\2abcde")
+        talk.tcp._table.set_guest_mac(b"\2abcde")
     assert_reset(talk, stage.victim)
     assert conns[1].hdr[10:16] == b"\2abcde"
 
@@ -757,6 +758,20 @@ def takers_of_frames(stage: Stage) -> None:
         assert stage.victim == trace.capture
         reactor(ctx).end_turn(T0)
     assert (stage.tmp_path / "pcap").read_bytes().endswith(b"a frame") and ctx.drops["fault"] == 1
+
+
+@case("passt.tap.Tap.forget", "passt.tap.Tap._new_mac")
+def services_that_follow_the_guest(stage: Stage) -> None:
+    ctx = make_context()
+    stage_faults(ctx)
+    told: list[str] = []
+    ctx.services.on_forget += [lambda: told.append("first"), lambda: told.append("second")]
+    ctx.services.on_mac += [lambda mac: told.append("first"), lambda mac: told.append("second")]
+    tap = Tap(ctx, udp=cast(Any, None), tcp=cast(Any, None))
+    with stage:
+        tap.forget()
+        tap._new_mac(b"\2abcde")
+    assert sorted(told) == ["first", "second", "second"] and ctx.drops["fault"] == 1
 
 
 # The finder itself ---------------------------------------------------------------------------------------------------

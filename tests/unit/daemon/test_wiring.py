@@ -19,6 +19,7 @@ from scapy.packet import Packet
 from passt import addr, log
 from passt.daemon import wiring
 from passt.flow.context import Context
+from passt.flow.services import Taken
 from passt.link import choose
 from passt.link.backend import NoLink
 from passt.linux import netns
@@ -137,7 +138,8 @@ def test_tcp_and_udp(wired: Wired) -> None:
 
 def test_ping_is_handed_on(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bytes] = []
-    monkeypatch.setattr(wired.tap._icmp, "tap_handler", lambda src, dst, echo, now, hops: seen.append(bytes(echo)))
+    echo = Taken(lambda mac, src, dst, message, now, hops: seen.append(bytes(message)), fragments=True)
+    monkeypatch.setitem(wired.ctx.services.icmp4, 8, echo)
     wired.sends(IP(src=addr.text(GUEST4), dst=addr.text(GATEWAY4)) / ICMP(id=1))
     assert seen[0][:1] == b"\x08"
 

@@ -600,7 +600,7 @@ def test_a_client_that_waits_when_the_guest_goes_is_reset() -> None:
     talk = over_for_the_host()
     talk.accept(PEER4)
     talk.ctx.guest.mac = addr.BROADCAST_MAC
-    talk.tcp.forget()
+    talk.tcp._table.forget()
     talk.end_turn()
     assert turned_away(talk, "tcp inbound: no guest")
 
@@ -897,7 +897,7 @@ def test_nobody_is_asked_while_there_is_no_guest() -> None:
 
 def test_guest_moves_to_another_mac_before_it_answers() -> None:
     talk = asked()
-    talk.tcp.set_guest_mac(b"\x02abcde")
+    talk.tcp._table.set_guest_mac(b"\x02abcde")
     talk.wait(1.0)
     assert link(talk.ctx).take()[0][:6] == b"\x02abcde"
 

@@ -161,6 +161,6 @@ def test_a_fault_ends_one_flow() -> None:
 
 def test_guest_moves_to_another_mac() -> None:
     talk = near()
-    talk.tcp.set_guest_mac(b"\x02abcde")
+    talk.tcp._table.set_guest_mac(b"\x02abcde")
     talk.host(b"x")
     assert link(talk.ctx).take()[0][:6] == b"\x02abcde"
