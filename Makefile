@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 RESULTS = bench/results/latest.json
 
 .DEFAULT_GOAL = help
-.PHONY: docs-seccomp help setup install-system-packages run check test fuzz fuzz-long mutants security bench bench-quick bench-plot demo demo-vm completions clean
+.PHONY: docs-drops docs-seccomp help setup install-system-packages run check test fuzz fuzz-long mutants security bench bench-quick bench-plot demo demo-vm completions clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ demo-vm: ## A virtual machine at work: the guest of the tests under QEMU, whose 
 
 completions: ## Write the completion files for bash, zsh and fish, from the table of options
 	scripts/completions
+
+docs-drops: setup ## Write docs/drops.md, from the code
+	$(PYTHON) -m tests.unit.test_drops >docs/drops.md
 
 docs-seccomp: setup ## Write docs/seccomp.md, from the code
 	$(PYTHON) -m passt.daemon.syscalls >docs/seccomp.md

@@ -51,6 +51,7 @@ Where a change goes: folders and modules of this level, each above its imports
     linux                   the kernel, wrapped once
     log, log_file           messages and their targets
     wire, addr, calls       formats; addresses as packed bytes; declarations of system calls
+    drops                   why something is dropped: the names of all counters
 
 tests/test_layers.py has the order and fails on an import upward and on a circle. Each module has a test file at the
 same place in tests/unit.

@@ -26,6 +26,7 @@ Replies and announcements of the guest have no other effect: `tap.py` has its MA
 from __future__ import annotations
 
 from . import addr, log
+from .drops import Drop
 from .flow.context import Context
 from .policy.config import Config
 from .wire import ether
@@ -65,7 +66,7 @@ class Arp:
         """A packet from the guest, without its Ethernet header. Raises Malformed."""
         config = self._ctx.config
         if config.ip4 is None:
-            raise Malformed("ipv4 disabled")
+            raise Malformed(Drop.IPV4_DISABLED)
         packet = Packet.parse(payload)
         if conflict(packet, config):
             self._defend(packet, now)

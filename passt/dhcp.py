@@ -45,6 +45,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import addr, log
+from .drops import Drop
 from .flow.context import Context
 from .policy.config import MTU_MAX, Config, Ip4
 from .wire import dhcp, domain, ether, ip, udp
@@ -80,7 +81,7 @@ def ignore(request: Message, config: Config) -> bool:
     if kind not in ANSWERS and kind not in NOTED:
         return True
     if len(request.options.get(dhcp.OPT_CLIENT_ID, b"")) > dhcp.CLIENT_ID_MAX:
-        raise Malformed("DHCP client identifier length")
+        raise Malformed(Drop.DHCP_CLIENT_ID)
     if request.address(dhcp.OPT_SERVER_ID) not in (None, ip4.gateway):
         return True  # the client has chosen another server (RFC 2131, 3.1)
     return any(request.giaddr) and not addr.in_subnet(request.giaddr, ip4.addr, ip4.prefix_len)

@@ -25,6 +25,7 @@ from typing import Any
 
 from . import addr, log
 from .calls import calls
+from .drops import Drop, Failed, Reason
 from .flow.context import Context
 from .flow.errors import Errors
 from .flow.idle import IdleFlow, IdleFlows, flow_limit
@@ -58,6 +59,7 @@ class PingFlow(IdleFlow):
 
     __slots__ = ("dst", "echo_id", "hops", "host", "last_seq", "src")
     kind = label = "ping"
+    evicted = Drop.PING_EVICTED
     protocol = "icmp"
 
     def __init__(self, key: bytes, host: bytes, now: float) -> None:
@@ -76,16 +78,16 @@ class PingFlow(IdleFlow):
         return Endpoints(GUEST, addr.host_port(self.src, ident), addr.text(self.dst), addr.text(self.host))
 
 
-def refuse(src: bytes, dst: bytes, echo: memoryview) -> str | None:
+def refuse(src: bytes, dst: bytes, echo: memoryview) -> Reason | None:
     """The reason why an echo message of the guest is dropped, None if it is not."""
     if len(echo) < icmp.ECHO.size:
-        return "icmp: truncated"
+        return Drop.PING_TRUNCATED
     if echo[0] != (icmp.ECHO_REQUEST if len(src) == 4 else icmp.ECHO_REQUEST6) or echo[1] != 0:
-        return "icmp: not an echo request"
+        return Drop.PING_NO_REQUEST
     if not addr.is_unicast(src) or addr.is_unspecified(dst):
-        return "icmp: no address to answer or to ask"
+        return Drop.PING_NO_ADDRESS
     if addr.is_martian(src) or addr.is_martian(dst):
-        return "icmp: martian address"
+        return Drop.PING_MARTIAN
     return None
 
 
@@ -173,7 +175,7 @@ class Icmp:
     ) -> None:
         """An echo request of the guest, from its type byte on. `hops` is its TTL or hop limit, 0: not known."""
         ctx = self._ctx
-        reason = "icmp: disabled" if self._disabled else refuse(src, dst, echo)
+        reason = Drop.PING_DISABLED if self._disabled else refuse(src, dst, echo)
         if reason is not None:
             ctx.drops[reason] += 1
             return
@@ -195,7 +197,7 @@ class Icmp:
                 flow.sock.send(echo)
             flow.to_host += len(echo)
         except BlockingIOError:
-            ctx.drops["icmp: send buffer full"] += 1
+            ctx.drops[Drop.PING_BUFFER_FULL] += 1
         except OSError as e:
             self._refused(e, src, dst, echo, now)
 
@@ -203,7 +205,7 @@ class Icmp:
         """A flow for a request that passed `refuse`; on failure None, with a drop counted and an error to the guest."""
         ctx = self._ctx
         if ctx.fwd.family(dst) is None:
-            ctx.drops["icmp: address family is off"] += 1
+            ctx.drops[Drop.PING_FAMILY_OFF] += 1
             return None
         host = ctx.fwd.outbound(dst)
         ident = int.from_bytes(echo[4:6], "big")
@@ -220,21 +222,20 @@ class Icmp:
             self._flows.add(flow, sock, now)
         except (TableFull, OSError) as e:
             sock.close()
-            reason = errno.errorcode.get(e.errno or 0) if isinstance(e, OSError) else "table full"
-            ctx.drops[f"icmp: no flow: {reason}"] += 1
+            ctx.drops[Failed.PING_NO_FLOW.of(e) if isinstance(e, OSError) else Drop.PING_TABLE_FULL] += 1
             return None
         return flow
 
     def _refused(self, e: OSError, src: bytes, dst: bytes, echo: memoryview, now: float) -> None:
         """Opening, connecting or sending failed: send the guest the ICMP error that a router would send."""
-        self._ctx.drops[f"icmp: {errno.errorcode.get(e.errno or 0, e.errno)}"] += 1
+        self._ctx.drops[Failed.PING.of(e)] += 1
         if addr.is_unicast(dst):
             packet = icmp.quote(src, dst, icmp.protocol(dst), bytes(echo))
             self._errors.refused(e.errno or 0, src, dst, packet, now)
 
     def _not_allowed(self, e: PingNotAllowed) -> None:
         """Ping sockets are not allowed: warn once, with advice, and go on without them."""
-        self._ctx.drops["icmp: no ping sockets"] += 1
+        self._ctx.drops[Drop.PING_NO_SOCKETS] += 1
         if not self._warned:
             self._warned = True
             log.warn(str(e))
@@ -281,15 +282,15 @@ class Icmp:
         """One reply: `n` bytes in the buffer."""
         buf, ctx = self._buf, self._ctx
         if n < icmp.ECHO.size or buf[0] != (icmp.ECHO_REPLY if len(flow.src) == 4 else icmp.ECHO_REPLY6):
-            ctx.drops["icmp: not an echo reply"] += 1
+            ctx.drops[Drop.PING_NO_REPLY] += 1
             return
         group = not addr.is_unicast(flow.host)
         if not group and sender != flow.host:
-            ctx.drops["icmp: reply from elsewhere"] += 1
+            ctx.drops[Drop.PING_ELSEWHERE] += 1
             return
         sequence = int.from_bytes(buf[6:8], "big")
         if self._deduplicate and sequence == flow.last_seq and not group:
-            ctx.drops["icmp: duplicate reply"] += 1
+            ctx.drops[Drop.PING_DUPLICATE] += 1
             return
         flow.last_seq, flow.last = sequence, now
         flow.to_guest += n

@@ -36,6 +36,7 @@ import random
 from dataclasses import replace
 
 from . import addr, log
+from .drops import Drop
 from .flow.context import Context
 from .policy.config import MTU_MAX, Config, Ip6
 from .wire import ether, ip, ndp
@@ -52,13 +53,13 @@ PREFIX_LEN = 64  # required by SLAAC (RFC 4862, 5.5.3 d, with interface identifi
 def check_source(src: bytes, options: tuple[ndp.Option, ...]) -> None:
     """A solicitation without a source has no source link-layer address either (RFC 4861, 6.1.1 and 7.1.1)."""
     if addr.is_unspecified(src) and ndp.has_link_address(options):
-        raise Malformed("NDP link-layer address without source")
+        raise Malformed(Drop.NDP_NO_SOURCE)
 
 
 def check_destination(src: bytes, dst: bytes, target: bytes) -> None:
     """A neighbour solicitation without a source goes to the group of nodes with such a target (RFC 4861, 7.1.1)."""
     if addr.is_unspecified(src) and dst != SOLICITED_NODE + target[13:]:
-        raise Malformed("NDP probe not to solicited-node address")
+        raise Malformed(Drop.NDP_PROBE)
 
 
 def ignore(src: bytes, target: bytes, config: Config) -> bool:
@@ -142,7 +143,7 @@ class Ndp:
         Its hop limit shows that it comes from this link: no router has decremented it (RFC 4861, 6.1 and 7.1).
         """
         if hops != HOP_LIMIT:
-            raise Malformed("ndp hop limit")
+            raise Malformed(Drop.NDP_HOP_LIMIT)
         icmp = bytes(message)
         if icmp[:1] == bytes((ndp.NEIGHBOUR_SOLICITATION,)):
             self._neighbour(src_mac, src, dst, icmp)

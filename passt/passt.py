@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from . import PASST, log
 from .calls import calls
+from .drops import Drop
 from .flow.context import Context
 from .flow.spare import Spare
 from .linux import unix
@@ -124,7 +125,7 @@ class Clients:
 
     def _refuse(self, fd: int) -> None:
         """Close a client on the spare descriptor `fd`."""
-        self._ctx.drops["guest: no descriptor"] += 1
+        self._ctx.drops[Drop.GUEST_NO_DESCRIPTOR] += 1
         os.close(fd)
 
     def serve(self, sock: socket.socket) -> None:

@@ -42,6 +42,7 @@ from collections.abc import Callable
 from struct import Struct
 
 from . import addr, log
+from .drops import Drop
 from .flow.context import Context
 from .flow.services import PortHandler, Taken
 from .link.backend import Receiver
@@ -148,7 +149,7 @@ class Tap(Receiver):
 
     def _fault(self, what: str, e: Exception, now: float) -> None:
         """A handler failed on `what`: a defect of ours, which must not become one of the whole guest."""
-        self._ctx.drops["fault"] += 1
+        self._ctx.drops[Drop.FAULT] += 1
         log.warn_ratelimited(f"fault {what}", f"Handling {what} failed: {e!r}", now, 1.0)
 
     # One frame ---------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class Tap(Receiver):
         """
         pool = self._pool
         if end - start >= FRAME_ROOM:
-            raise Malformed("oversized frame")
+            raise Malformed(Drop.OVERSIZED_FRAME)
         l3 = start + VNET_LEN + _ETH_LEN
         if end - l3 < 20:
             self._short(start, end)
@@ -169,28 +170,28 @@ class Tap(Receiver):
         ethertype, vihl, _, total, ident, fragment, hops, proto = _ETH_IP4_UNPACK(pool.buf, l3 - 2)
         if ethertype == TYPE_IPV4:
             if not self._have4:
-                raise Malformed("ipv4 disabled")
+                raise Malformed(Drop.IPV4_DISABLED)
             if l3 + total > end or total < 20:
-                raise Malformed("ipv4 length")
+                raise Malformed(Drop.IPV4_LENGTH)
             end = l3 + total
             l4 = l3 + 20
             if vihl != 0x45:
                 l4 = l3 + (vihl & 0xF) * 4
                 if vihl >> 4 != 4 or l4 < l3 + 20 or l4 > end:
-                    raise Malformed("ipv4 header")
+                    raise Malformed(Drop.IPV4_HEADER)
             addresses = l3 + 12, l3 + 20
             if fragment & ip.FRAGMENT_MASK:
                 self._fragment4(addresses, proto, ident, fragment, l4, end, now)
                 return
         elif ethertype == TYPE_IPV6:
             if not self._have6:
-                raise Malformed("ipv6 disabled")
+                raise Malformed(Drop.IPV6_DISABLED)
             version, length, proto, hops = pool.unpack(_IP6, l3, end)
             l4 = l3 + 40
             if version >> 28 != 6:
-                raise Malformed("ipv6 header")
+                raise Malformed(Drop.IPV6_HEADER)
             if l4 + length > end:
-                raise Malformed("ipv6 length")
+                raise Malformed(Drop.IPV6_LENGTH)
             end = l4 + length
             addresses = l3 + 8, l4
             if proto != PROTO_TCP and proto != PROTO_UDP and proto != PROTO_ICMPV6:
@@ -201,12 +202,12 @@ class Tap(Receiver):
         else:
             handler = self._services.ethertypes.get(ethertype)
             if handler is None:
-                raise Malformed("ethertype")
+                raise Malformed(Drop.ETHERTYPE)
             handler(pool.copy(l3 - 8, l3 - 2), pool.copy(l3, end), now)
             return
         if proto == PROTO_TCP:
             if end - l4 < 20:
-                raise Malformed("tcp truncated")
+                raise Malformed(Drop.TCP_TRUNCATED)
             key = self._key(addresses, l4)
             group = self._tcp_groups.get(key)
             if group is None:
@@ -234,10 +235,10 @@ class Tap(Receiver):
         """Group a datagram, or a super-frame of them, by flow; services take theirs."""
         pool = self._pool
         if end - l4 < 8:
-            raise Malformed("udp truncated")
+            raise Malformed(Drop.UDP_TRUNCATED)
         sport, dport, length = pool.unpack(_UDP, l4, end)
         if length < 8 or l4 + length > end:
-            raise Malformed("udp length")
+            raise Malformed(Drop.UDP_LENGTH)
         end = l4 + length
         ports = self._ports4 if addresses[1] - addresses[0] == 8 else self._ports6
         if dport in ports:
@@ -268,7 +269,7 @@ class Tap(Receiver):
         v4 = addresses[1] - addresses[0] == 8
         taken = self._taken(proto, l4, end, v4)
         if taken is None:
-            raise Malformed("icmp type" if proto == (PROTO_ICMP if v4 else PROTO_ICMPV6) else "ip protocol")
+            raise Malformed(Drop.ICMP_TYPE if proto == (PROTO_ICMP if v4 else PROTO_ICMPV6) else Drop.IP_PROTOCOL)
         self._hand_over(taken, start, addresses, hops, l4, end, now)
 
     def _taken(self, proto: int, l4: int, end: int, v4: bool) -> Taken | None:
@@ -277,7 +278,7 @@ class Tap(Receiver):
         if proto != (PROTO_ICMP if v4 else PROTO_ICMPV6):
             return (services.protocols4 if v4 else services.protocols6).get(proto)
         if end - l4 < 8:
-            raise Malformed("icmp truncated")
+            raise Malformed(Drop.ICMP_TRUNCATED)
         return (services.icmp4 if v4 else services.icmp6).get(self._pool.buf[l4])
 
     def _hand_over(
@@ -296,7 +297,7 @@ class Tap(Receiver):
         """Frames of less than 20 bytes after the Ethernet header hold nothing that we know."""
         at = start + VNET_LEN + 12
         ethertype = self._pool.unpack(_TYPE, at, end)[0]
-        raise Malformed({TYPE_IPV4: "ipv4 length", TYPE_IPV6: "ipv6 length"}.get(ethertype, "truncated"))
+        raise Malformed({TYPE_IPV4: Drop.IPV4_LENGTH, TYPE_IPV6: Drop.IPV6_LENGTH}.get(ethertype, Drop.TRUNCATED))
 
     # Fragments ---------------------------------------------------------------------------------------------------
 
@@ -344,7 +345,7 @@ class Tap(Receiver):
             return
         taken = self._taken(proto, l4, end, b - a == 8)
         if taken is None or not taken.fragments:
-            raise Malformed("fragment: protocol")
+            raise Malformed(Drop.FRAGMENT_PROTOCOL)
         self._hand_over(taken, start, addresses, 0, l4, end, now)
 
     # What is observed of the guest -------------------------------------------------------------------------------

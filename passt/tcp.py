@@ -43,6 +43,7 @@ import socket
 from collections.abc import Sequence
 
 from .calls import calls
+from .drops import Drop
 from .flow.context import Context
 from .linux import tcpinfo
 from .loop.each import each
@@ -133,7 +134,7 @@ class Tcp:
             seq, ack, bits, win = unpack(buf, offset + 4)
             data = offset + (bits >> 10 & 0x3C)
             if data > end or data < offset + 20:
-                self._ctx.drops["tcp header length"] += 1
+                self._ctx.drops[Drop.TCP_HEADER_LENGTH] += 1
                 continue
             if bits & (RST | SYN | ACK) != ACK:
                 if bits & RST:
@@ -143,7 +144,7 @@ class Tcp:
                         return
                     if (seq - conn.rcv_acked) & _MASK < conn.rcv_edge - conn.rcv_acked:
                         must_ack = True  # challenge ACK
-                    self._ctx.drops["tcp reset out of window"] += 1
+                    self._ctx.drops[Drop.TCP_RESET_OUT_OF_WINDOW] += 1
                 elif bits & SYN:
                     must_ack = True  # RFC 5961, 4.2: challenge ACK
                 continue
@@ -249,7 +250,7 @@ class Tcp:
         conn.t_rx = now
         if taken < wanted:
             conn.rcv_dropped = True
-            self._ctx.drops["tcp send buffer full"] += 1
+            self._ctx.drops[Drop.TCP_BUFFER_FULL] += 1
             must_ack = True
         elif fin:
             self._fin_received(conn, now)

@@ -42,6 +42,7 @@ from functools import partial
 from typing import Any
 
 from . import addr, log
+from .drops import Drop, Failed, Reason
 from .flow.context import Context
 from .flow.errors import Errors
 from .flow.idle import IdleFlows, flow_limit
@@ -56,7 +57,7 @@ from .policy.rules import Listener
 from .udp_engine.dns import Dns
 from .udp_engine.flow import UdpFlow
 from .udp_engine.gso_batch import SEGMENTS_MAX, GsoBatch, gso_batches
-from .udp_engine.io import CONGESTED, Pauses, datagram_count, reason, receive, retry_send, transmit
+from .udp_engine.io import CONGESTED, Pauses, datagram_count, receive, retry_send, transmit
 from .udp_engine.sock import Client, open_socket
 from .wire import ether, icmp, udp
 from .wire.checksum import PROTO_UDP
@@ -67,14 +68,14 @@ UDP_FLOWS_MAX = 16384
 DESCRIPTOR_SHARE = 2  # at most one in so many of the descriptors that the process may have
 
 
-def refuse(src: bytes, dst: bytes, key: bytes) -> str | None:
+def refuse(src: bytes, dst: bytes, key: bytes) -> Reason | None:
     """The reason why a datagram of the guest cannot begin a flow, None if it can."""
     if not addr.is_unicast(src) or addr.is_unspecified(dst):
-        return "udp: no address to answer or to send to"
+        return Drop.UDP_NO_ADDRESS
     if addr.is_martian(src) or addr.is_martian(dst):
-        return "udp: martian address"
+        return Drop.UDP_MARTIAN
     if not any(key[-4:-2]) or not any(key[-2:]):
-        return "udp: port 0"
+        return Drop.UDP_PORT_0
     return None
 
 
@@ -137,7 +138,7 @@ class Udp:
             flow.to_host += total
         except OSError as e:
             for why, count, first in retry_send(flow, size, total, views, e, partial(self._report, flow, now)):
-                self._drops[f"udp: send: {reason(why)}"] += count
+                self._drops[Failed.UDP_SEND.of(why)] += count
                 if why.errno not in CONGESTED:
                     self._refused(why, flow.key, flow.src, flow.dst, first, now)
 
@@ -146,9 +147,9 @@ class Udp:
         ctx = self._ctx
         half = (len(key) - 4) // 2
         src, dst = key[:half], key[half : 2 * half]
-        why = "udp: disabled" if self._disabled else refuse(src, dst, key)
+        why = Drop.UDP_DISABLED if self._disabled else refuse(src, dst, key)
         if why is None and ctx.fwd.family(dst) is None:
-            why = "udp: address family is off"
+            why = Drop.UDP_FAMILY_OFF
         if why is not None:
             self._drops[why] += len(frames) // 3
             return None
@@ -172,7 +173,7 @@ class Udp:
         try:
             sock = self._flows.open(make, foreign=flow.foreign)
         except OSError as e:
-            self._drops[f"udp: no socket: {reason(e)}"] += count
+            self._drops[Failed.UDP_NO_SOCKET.of(e)] += count
             return e
         other = self._by_key.get(flow.key)
         if other is not None:
@@ -181,7 +182,7 @@ class Udp:
             self._flows.add(flow, sock, now)
         except (TableFull, OSError) as e:
             sock.close()
-            self._drops[f"udp: no flow: {reason(e) if isinstance(e, OSError) else 'table full'}"] += count
+            self._drops[Failed.UDP_NO_FLOW.of(e) if isinstance(e, OSError) else Drop.UDP_TABLE_FULL] += count
             return e
         flow.gso_max_segs = self._segments
         flow.build_header(ctx.guest.mac, self._our_mac, self._mtu)

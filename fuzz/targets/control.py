@@ -21,6 +21,7 @@ from passt.control import server as control_server
 from passt.control.api import Api, Specs
 from passt.control.server import CLIENTS_MAX, OUTPUT_MAX, READ_MAX, Control, Listening
 from passt.control.slirp import SlirpApi
+from passt.drops import Drop
 from passt.linux import unix
 from passt.loop.reactor import EPOLLIN, EPOLLOUT, Closable, make_ref
 from passt.policy.rules import Listener
@@ -295,7 +296,7 @@ def one(data: bytes) -> None:
                 world.turn()
             check_rules(world)
             check_said(world)
-            assert not world.ctx.drops["control: fault"], "a fault"
+            assert not world.ctx.drops[Drop.FAULT], "a fault"
         finally:
             end(world)
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 from fuzz import frames
 from fuzz.steps import Steps
 from passt import icmp, udp
+from passt.drops import Drop
 from passt.link.packet import FRAME_ROOM
 from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from passt.loop.timers import NO_OWNER
@@ -133,7 +134,7 @@ def end(stack: Stack) -> None:
     assert not Datagrams.by_fd and all(s.closed for s in FakeSocket.made), "a socket is open"
     assert set(reactor(ctx).refs) == {TAP_FD}, "a descriptor is watched"
     assert all(owner == NO_OWNER for owner in timers(ctx).owner.values())
-    assert not ctx.drops["fault"]
+    assert not ctx.drops[Drop.FAULT]
 
 
 def run(stack: Stack, data: bytes) -> tuple[Any, ...]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from struct import Struct
 from typing import Any, cast
 
 from fuzz.steps import Steps
 from passt import addr, udp
+from passt.drops import Reason
 from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
 from passt.loop.reactor import EPOLLERR, EPOLLIN
 from tests.unit.hostile import harmless
@@ -200,7 +201,7 @@ def addr_of(world: World, peer: bytes) -> bytes:
     return world.ctx.fwd.outbound(peer)
 
 
-def counted(drops: dict[str, int]) -> int:
+def counted(drops: Mapping[Reason, int]) -> int:
     return sum(n for reason, n in drops.items() if reason.startswith("udp: "))
 
 

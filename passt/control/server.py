@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 from .. import log
 from ..calls import calls
+from ..drops import Drop
 from ..flow.context import Context
 from ..flow.spare import Spare
 from ..linux import unix
@@ -177,7 +178,7 @@ class Control:
         why = self._reject(sock, now)
         free = next((i for i, client in enumerate(self._clients) if client is None), -1)
         if not why and free < 0:
-            self._ctx.drops["control: too many clients"] += 1
+            self._ctx.drops[Drop.CONTROL_TOO_MANY] += 1
             why = f"there are {CLIENTS_MAX} clients already"
         if why:
             _refuse(sock, protocol, why)
@@ -188,7 +189,7 @@ class Control:
 
     def _no_descriptor(self, protocol: Protocol, fd: int) -> None:
         """Refuse a client on the spare descriptor `fd`."""
-        self._ctx.drops["control: no descriptor"] += 1
+        self._ctx.drops[Drop.CONTROL_NO_DESCRIPTOR] += 1
         _refuse(new_socket(socket.AF_UNIX, _TYPE, 0, fd), protocol, "there is no descriptor left")
 
     def _reject(self, sock: Any, now: float) -> str:
@@ -202,7 +203,7 @@ class Control:
             why = f"its credentials cannot be read: {e.strerror}"
         else:
             why = "connect as the user who started it"
-        self._ctx.drops["control: peer not allowed"] += 1
+        self._ctx.drops[Drop.CONTROL_NOT_ALLOWED] += 1
         text = f"Client of the control socket, UID {uid}, PID {pid}: not allowed"
         log.info_ratelimited("control peer", text, now)
         return f"user {uid} is not allowed: {why}"
@@ -273,7 +274,7 @@ class Control:
 
     def _invalid(self, client: Client, why: str) -> None:
         """End the connection with an error."""
-        self._ctx.drops["control: garbage"] += 1
+        self._ctx.drops[Drop.CONTROL_GARBAGE] += 1
         client.pieces = None
         client.output += client.protocol.refusal(why)
         client.closing = True
@@ -328,7 +329,7 @@ class Control:
     def _expire_one(self, one: Connected, now: float) -> None:
         client = one[1]
         if client.deadline <= now:
-            self._ctx.drops["control: too slow"] += 1
+            self._ctx.drops[Drop.CONTROL_TOO_SLOW] += 1
             self._drop(one)
         else:
             self._arm(client.deadline)

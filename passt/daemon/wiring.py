@@ -16,6 +16,7 @@ from ..arp import Arp
 from ..conf.decide import Decision
 from ..dhcp import Dhcp
 from ..dhcpv6 import Dhcpv6
+from ..drops import Reason
 from ..flow.context import Context
 from ..flow.table import FlowTable, check_hash
 from ..icmp import Icmp
@@ -127,7 +128,7 @@ def _wire_ports(
     return Forwards(ctx, listeners, scanner)
 
 
-def _fault(handlers: Faults, drops: Counter[str], ref: int, e: Exception, now: float) -> None:
+def _fault(handlers: Faults, drops: Counter[Reason], ref: int, e: Exception, now: float) -> None:
     """End the flow whose handler failed; the process goes on."""
     kind = ref >> 56
     record(drops, f"an event of type {TYPE_NAMES[kind]}", e)

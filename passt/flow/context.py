@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..drops import Reason
 from ..link.backend import Link
 from ..link.packet import PacketPool
 from ..linux.nspool import NsSockets
@@ -33,7 +34,7 @@ class Context:
     fwd: Forwarding
     resolvers: Resolvers
     guest: Guest = field(default_factory=Guest)
-    drops: Counter[str] = field(default_factory=Counter)  # by reason; the module that drops a packet counts it
+    drops: Counter[Reason] = field(default_factory=Counter)  # by reason; the module that drops a packet counts it
     services: Services = field(default_factory=Services)  # each registers itself
     stats: Stats = field(default_factory=Stats)  # writers: see there
     ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none

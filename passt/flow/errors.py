@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 
 from .. import addr
+from ..drops import Drop
 from ..linux.sockopt import (
     ORIGIN_ICMP,
     ORIGIN_ICMP6,
@@ -93,7 +94,7 @@ class Errors:
     def _send(self, src: bytes, dst: bytes, kind: int, code: int, word: int, packet: bytes, now: float) -> None:
         ctx = self._ctx
         if not addr.is_unicast(src) or not self._allowed(now):
-            ctx.drops["icmp: error not sent"] += 1
+            ctx.drops[Drop.ICMP_ERROR_NOT_SENT] += 1
             return
         message = icmp.error(src, dst, kind, code, word, packet)
         ctx.link.send_frame(ether.ip_frame(ctx.guest.mac, ctx.config.our_mac, src, dst, icmp.protocol(src), message))

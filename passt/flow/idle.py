@@ -23,6 +23,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from ..drops import Reason
 from ..loop.each import each, record
 from ..loop.reactor import EPOLLERR, EPOLLIN, Reactor
 from ..loop.timers import NEVER
@@ -40,6 +41,7 @@ class IdleFlow(Flow):
     __slots__ = ("last", "timeout", "to_guest", "to_host")
     protocol = "udp"
     path = "tap"
+    evicted: Reason  # counted where one is closed to make room
 
     def __init__(self, key: bytes, timeout: float, now: float) -> None:
         super().__init__(key)
@@ -180,7 +182,7 @@ class IdleFlows(Generic[F]):
         each(oldest, self._make_room, self.fault_at, close)
 
     def _make_room(self, flow: F, close: Callable[[F, str], None]) -> None:
-        self._ctx.drops[f"{flow.kind}: closed to make room"] += 1
+        self._ctx.drops[flow.evicted] += 1
         close(flow, "evicted")
 
     def sweep(self, now: float) -> None:

@@ -32,6 +32,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from ..drops import Drop, Reason
 from ..loop.reactor import Reactor
 from .packet import PacketPool
 
@@ -56,7 +57,7 @@ class Link:
     reads_vnet = True  # whether a virtio-net header is before each frame that is read
     full = False  # whether frames would be dropped now, so that who can wait should
 
-    def __init__(self, drops: Counter[str], *, tso: bool, uso: bool) -> None:
+    def __init__(self, drops: Counter[Reason], *, tso: bool, uso: bool) -> None:
         self.drops = drops
         self.tso = tso  # whether TCP super-frames may be sent
         self.uso = uso  # whether UDP super-frames may be sent
@@ -120,7 +121,7 @@ class Link:
 class NoLink(Link):
     """No tap at all (--splice-only): there is nobody to send a frame to."""
 
-    def __init__(self, drops: Counter[str]) -> None:
+    def __init__(self, drops: Counter[Reason]) -> None:
         super().__init__(drops, tso=False, uso=False)
 
     @property
@@ -130,12 +131,12 @@ class NoLink(Link):
 
     def send(self, hdr: bytearray) -> None:
         """Count a drop."""
-        self.drops["no tap"] += 1
+        self.drops[Drop.NO_TAP] += 1
 
     def send_payload(self, parts: Sequence[Buffer]) -> None:
         """Count a drop."""
-        self.drops["no tap"] += 1
+        self.drops[Drop.NO_TAP] += 1
 
     def send_frame(self, frame: bytes) -> None:
         """Count a drop."""
-        self.drops["no tap"] += 1
+        self.drops[Drop.NO_TAP] += 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..drops import Reason
 from ..linux.tun import Tap
 from .backend import Link
 from .tap_device import TapLink
@@ -20,7 +21,7 @@ from .tap_device import TapLink
 
 def for_device(device: Tap) -> Link:
     """The back end of an open tap device."""
-    drops: Counter[str] = Counter()
+    drops: Counter[Reason] = Counter()
     if device.vnet:
         return TapLink(device.fd, drops, tso=device.tso, uso=device.uso)
     from .plain_tap import PlainLink

@@ -17,6 +17,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import Any
 
+from ..drops import Drop
 from ..wire.cursor import Malformed
 from ..wire.virtio import VNET_LEN
 
@@ -38,17 +39,17 @@ class PacketPool:
     def unpack(self, layout: Struct, offset: int, end: int) -> tuple[Any, ...]:
         """Values of `layout` at `offset` of a packet that ends at `end`; raises Malformed("truncated")."""
         if offset < 0 or offset + layout.size > end or end > self.size:
-            raise Malformed("truncated")
+            raise Malformed(Drop.TRUNCATED)
         return layout.unpack_from(self.buf, offset)
 
     def view(self, offset: int, end: int) -> memoryview:
         """The bytes [offset, end), without a copy; valid until the next batch is read."""
         if not 0 <= offset <= end <= self.size:
-            raise Malformed("truncated")
+            raise Malformed(Drop.TRUNCATED)
         return self.mv[offset:end]
 
     def copy(self, offset: int, end: int) -> bytes:
         """The bytes [offset, end), copied: for keys and for services that keep what they got."""
         if not 0 <= offset <= end <= self.size:
-            raise Malformed("truncated")
+            raise Malformed(Drop.TRUNCATED)
         return self.mv[offset:end].tobytes()

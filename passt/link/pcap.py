@@ -27,6 +27,7 @@ from struct import Struct
 
 from .. import log
 from ..calls import calls
+from ..drops import Drop, Reason
 from ..wire.checksum import ones_sum
 from ..wire.virtio import F_NEEDS_CSUM, VNET
 
@@ -43,7 +44,7 @@ CALLS = calls("write", "close")
 class Pcap:
     """Writes to an open, empty file at `path`. `on_end()` is called when the capture ends."""
 
-    def __init__(self, file: FileIO, path: str, drops: Counter[str]) -> None:
+    def __init__(self, file: FileIO, path: str, drops: Counter[Reason]) -> None:
         self._file = file
         self._path = path
         self._drops = drops
@@ -59,7 +60,7 @@ class Pcap:
         if self._file.closed:
             return
         if len(self._left) + self._size > BACKLOG:
-            self._drops["capture: reader too slow"] += 1
+            self._drops[Drop.CAPTURE_TOO_SLOW] += 1
             return
         frame = complete(data)
         micros = time.time_ns() // 1000

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
+from ..drops import Drop, Reason
 from ..wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
 from .backend import Buffer
 from .gso import LENGTH, Gso
@@ -24,7 +25,7 @@ class PlainLink(TapLink):
 
     reads_vnet = False
 
-    def __init__(self, fd: int, drops: Counter[str]) -> None:
+    def __init__(self, fd: int, drops: Counter[Reason]) -> None:
         super().__init__(fd, drops, tso=True, uso=True)
         self._out = memoryview(bytearray(1 << 18))
         self._gso = Gso(self._out)
@@ -43,7 +44,7 @@ class PlainLink(TapLink):
             self._gso.frame(0, length, parts)
             end = LENGTH.size + length
         else:
-            self.drops["tap write: frame too long"] += 1
+            self.drops[Drop.TAP_FRAME_TOO_LONG] += 1
             return
         at, out = 0, self._out
         while at < end:

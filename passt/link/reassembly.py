@@ -33,6 +33,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 
+from ..drops import Drop, Reason
+
 TIMEOUT = 30.0  # s
 PACKETS = 64
 MEMORY = 4 << 20
@@ -60,7 +62,7 @@ class _Packet:
 class Reassembly:
     """One queue for both families: the lengths of their keys differ."""
 
-    def __init__(self, drops: Counter[str]) -> None:
+    def __init__(self, drops: Counter[Reason]) -> None:
         self._drops = drops
         self._packets: dict[bytes, _Packet] = {}  # in the order in which their first fragments came
         self.memory = 0
@@ -77,13 +79,13 @@ class Reassembly:
         self._expire(now)
         end = offset + len(payload)
         if not payload or (more and len(payload) % 8) or end > most:
-            self._drops["fragment: bad"] += 1
+            self._drops[Drop.FRAGMENT_BAD] += 1
             return None
         packet = self._packets.get(key)
         if packet is None:
             packet = self._packets[key] = _Packet(now)
         elif packet.spoiled:
-            self._drops["fragment: overlap"] += 1
+            self._drops[Drop.FRAGMENT_OVERLAP] += 1
             return None
         self._insert(packet, offset, end, more, payload)
         if packet.have == packet.length:
@@ -97,7 +99,7 @@ class Reassembly:
         starts, parts = packet.starts, packet.parts
         i = bisect_left(starts, offset)
         if i < len(starts) and starts[i] == offset and parts[i] == payload and (more or packet.length == end):
-            self._drops["fragment: duplicate"] += 1
+            self._drops[Drop.FRAGMENT_DUPLICATE] += 1
             return
         before = i > 0 and starts[i - 1] + len(parts[i - 1]) > offset
         after = i < len(starts) and starts[i] < end
@@ -106,7 +108,7 @@ class Reassembly:
             return
         known = starts[-1] + len(parts[-1]) if starts else 0
         if (more and 0 <= packet.length < end) or (not more and (packet.length not in (-1, end) or known > end)):
-            self._drops["fragment: bad"] += 1
+            self._drops[Drop.FRAGMENT_BAD] += 1
             return
         if not more:
             packet.length = end
@@ -117,7 +119,7 @@ class Reassembly:
 
     def _spoil(self, packet: _Packet) -> None:
         """Throw away what came; the empty entry stays, so that the rest is known for what it is."""
-        self._drops["fragment: overlap"] += 1
+        self._drops[Drop.FRAGMENT_OVERLAP] += 1
         self.memory -= packet.cost()
         packet.starts, packet.parts, packet.have, packet.length = [], [], 0, -1
         packet.spoiled = True
@@ -132,11 +134,11 @@ class Reassembly:
             if now - packet.born < TIMEOUT:
                 return
             if not packet.spoiled:
-                self._drops["fragment: timeout"] += 1
+                self._drops[Drop.FRAGMENT_TIMEOUT] += 1
             self._forget(key)
 
     def _bound(self) -> None:
         """Discard the oldest packets until the limits hold."""
         while len(self._packets) > PACKETS or self.memory > MEMORY:
-            self._drops["fragment: queue full"] += 1
+            self._drops[Drop.FRAGMENT_QUEUE_FULL] += 1
             self._forget(next(iter(self._packets)))

@@ -44,6 +44,7 @@ from collections.abc import Sequence
 
 from .. import PASST
 from ..calls import calls
+from ..drops import Drop, Reason
 from ..loop.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, Reactor
 from ..wire.ether import HEADER as ETHER
 from ..wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
@@ -72,7 +73,7 @@ class StreamLink(Link):
     _pool: PacketPool
     _receiver: Receiver
 
-    def __init__(self, drops: Counter[str]) -> None:
+    def __init__(self, drops: Counter[Reason]) -> None:
         super().__init__(drops, tso=True, uso=True)
         self._out = memoryview(mmap.mmap(-1, 2 * LIMIT))
         self._gso = Gso(self._out)
@@ -219,10 +220,10 @@ class StreamLink(Link):
         if self._tail + need > self._mark and self._tail and not self.full:
             self._flush()
         pending = self._tail - self._head
-        why = "no guest" if self._sock is None else "stream full" if pending + need > LIMIT else ""
+        why = Drop.NO_GUEST if self._sock is None else Drop.STREAM_FULL if pending + need > LIMIT else None
         if longest > NET_BUFSIZE:
-            why = "stream: frame too long"
-        if why:
+            why = Drop.STREAM_FRAME_TOO_LONG
+        if why is not None:
             self.drops[why] += count
             return -1
         if self._tail + need > len(self._out):

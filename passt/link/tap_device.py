@@ -12,13 +12,13 @@ The device keeps its descriptor when it has to be made anew: `unwatch` before, `
 
 from __future__ import annotations
 
-import errno
 import os
 from collections import Counter
 from collections.abc import Sequence
 
 from .. import PASTA
 from ..calls import calls
+from ..drops import Failed, Reason
 from ..loop.reactor import EPOLLIN, TYPE_TAP, Reactor
 from ..wire.virtio import NO_OFFLOAD, VNET_LEN
 from .backend import TRANSIENT, Buffer, Link, Receiver
@@ -38,7 +38,7 @@ class TapLink(Link):
     _receiver: Receiver
     _first: tuple[memoryview]
 
-    def __init__(self, fd: int, drops: Counter[str], *, tso: bool = True, uso: bool) -> None:
+    def __init__(self, fd: int, drops: Counter[Reason], *, tso: bool = True, uso: bool) -> None:
         super().__init__(drops, tso=tso, uso=uso)
         self.fd = fd
         self._written = 0  # bytes, with virtio-net headers: what writes return
@@ -136,7 +136,7 @@ class TapLink(Link):
     def _failed(self, e: OSError) -> bool:
         """A write failed. Whether the device still takes frames."""
         if e.errno in TRANSIENT:
-            self.drops[f"tap write: {errno.errorcode[e.errno or 0]}"] += 1
+            self.drops[Failed.TAP_WRITE.of(e)] += 1
             return True
         self.gone(_failure(e))
         return False

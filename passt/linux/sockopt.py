@@ -22,6 +22,7 @@ from struct import Struct
 
 from .. import addr
 from ..calls import Call, Calls, Condition, calls
+from ..drops import Drop
 from ..wire.cursor import Cursor
 
 SOL_UDP = socket.IPPROTO_UDP
@@ -120,7 +121,7 @@ class ExtendedError:
     @classmethod
     def parse(cls, data: bytes) -> ExtendedError:
         """From the payload of an IP_RECVERR or IPV6_RECVERR control message; raises Malformed."""
-        c = Cursor(data, "extended error")
+        c = Cursor(data, Drop.EXTENDED_ERROR_TRUNCATED)
         number, origin, kind, code, info, _ = c.unpack(_LAYOUT)
         return cls(number, origin, kind, code, info, cls._offender(c))
 

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar, TypeVarTuple
 
 from .. import log
+from ..drops import Drop, Reason
 
 FAULT_INTERVAL = 1.0  # s between messages about faults of one kind
 
@@ -58,7 +59,7 @@ def each(
         raise failed[0] if len(failed) == 1 else ExceptionGroup("consequences of faults", failed)
 
 
-def record(drops: Counter[str], what: str, e: Exception) -> None:
+def record(drops: Counter[Reason], what: str, e: Exception) -> None:
     """Count a fault, and log it. `what` it was about is out of few: each has a message of its own in the log."""
-    drops["fault"] += 1
+    drops[Drop.FAULT] += 1
     log.warn_ratelimited(f"fault {what}", f"Handling {what} failed: {e!r}", time.monotonic(), FAULT_INTERVAL)

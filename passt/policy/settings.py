@@ -35,6 +35,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+from ..drops import Reason
 from ..loop.each import each, record
 from .config import Config
 
@@ -47,9 +48,9 @@ class Settings:
 
     __slots__ = ("_acts", "_caches", "_drops", "_replacing", "current")
 
-    def __init__(self, config: Config, drops: Counter[str] | None = None) -> None:
+    def __init__(self, config: Config, drops: Counter[Reason] | None = None) -> None:
         self.current = config
-        self._drops = Counter[str]() if drops is None else drops
+        self._drops = Counter[Reason]() if drops is None else drops
         self._caches: list[Adopt] = []
         self._acts: list[Act] = []
         self._replacing = False

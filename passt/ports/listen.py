@@ -28,6 +28,7 @@ from typing import Any
 
 from .. import log
 from ..calls import calls
+from ..drops import Drop
 from ..flow.context import Context
 from ..flow.idle import NO_DESCRIPTORS
 from ..flow.spare import Spare
@@ -265,7 +266,7 @@ class Listeners:
         elif self._tcp is not None:
             self._tcp.accepted(listener, sock, peer, port, now)
         else:
-            ctx.drops["listen: not from loopback"] += 1
+            ctx.drops[Drop.LISTEN_NOT_FROM_LOOPBACK] += 1
             reset(sock)
 
     def _accept_failed(self, listener: Listener, e: OSError, now: float) -> None:
@@ -279,7 +280,7 @@ class Listeners:
 
     def _refuse(self, fd: int) -> None:
         reset(new_socket(socket.AF_INET, _TYPE, 0, fd))
-        self._ctx.drops["listen: no descriptor"] += 1
+        self._ctx.drops[Drop.LISTEN_NO_DESCRIPTOR] += 1
 
     def fault(self, ref: int) -> None:
         """A handler failed on an event of the listener. The listener stays, and rests for a moment."""

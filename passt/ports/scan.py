@@ -42,6 +42,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from .. import log
+from ..drops import Drop
 from ..flow.context import Context
 from ..flow.idle import flow_limit
 from ..linux.ports import Pinned, PortTables
@@ -229,7 +230,7 @@ class Scanner:
             fitting += 1
         left_out = set(new[fitting:])
         if count := len(left_out - self._left_out[outbound] - failed):
-            self._ctx.drops["auto: too many ports"] += count
+            self._ctx.drops[Drop.AUTO_TOO_MANY] += count
             where = "on the host" if outbound else "in the namespace"
             text = f"{len(left_out)} more are bound {where} than may be followed, by {self._most} sockets at most"
             log.warn_ratelimited(f"auto {outbound}", f"Automatic ports: {text}", now)

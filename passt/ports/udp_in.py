@@ -36,24 +36,24 @@ from collections.abc import Container, Iterable
 from typing import Any
 
 from .. import addr
+from ..drops import Drop, Failed, Reason
 from ..flow.context import Context
 from ..linux.mmsg import SLOT, AddressReceiver, Envelope
 from ..loop.each import each, record
 from ..policy.rules import Listener
 from ..splice.udp import UdpSplice
 from ..udp import Udp
-from ..udp_engine.io import reason
 from ..udp_engine.sock import Client, Misdelivered, SharedSocket, is_self_connected, open_client, open_socket, opener
 
 BATCHES_MAX = 8  # per event
 MISDELIVERED_MAX = 1024  # datagrams per event
 
 
-def refuse(peer: bytes, port: int) -> str | None:
+def refuse(peer: bytes, port: int) -> Reason | None:
     """The reason why a datagram from there cannot be answered, None if it can."""
     if not addr.is_unicast(peer):
-        return "udp: source is not unicast"
-    return None if port else "udp: source port 0"
+        return Drop.UDP_SOURCE
+    return None if port else Drop.UDP_SOURCE_PORT_0
 
 
 def _one_address(listener: Listener) -> bool:
@@ -82,7 +82,7 @@ class UdpIn:
             except BlockingIOError:
                 break
             except OSError as e:
-                self._ctx.drops[f"udp: receive: {reason(e)}"] += 1
+                self._ctx.drops[Failed.UDP_RECEIVE.of(e)] += 1
                 break
         self._deliver_misdelivered(now)
 
@@ -116,7 +116,7 @@ class UdpIn:
             left -= len(some)
             each(some, self._deliver_one, self._fault_at, now)
         if misdelivered:
-            self._ctx.drops["udp: too much for one event"] += len(misdelivered)
+            self._ctx.drops[Drop.UDP_TOO_MUCH] += len(misdelivered)
             misdelivered.clear()
 
     def _deliver_one(self, datagram: Misdelivered, now: float) -> None:
@@ -139,9 +139,9 @@ class UdpIn:
         source = ctx.fwd.inbound_source(client.peer, ctx.guest)
         target = None if source is None else ctx.fwd.inbound_target(source, listener.rule, ctx.guest)
         if self._udp is None:
-            ctx.drops["udp: not from loopback"] += len(frames) // 3
+            ctx.drops[Drop.UDP_NOT_FROM_LOOPBACK] += len(frames) // 3
         elif source is None or target is None:
-            ctx.drops["udp: no address to deliver to or from"] += len(frames) // 3
+            ctx.drops[Drop.UDP_NO_TARGET] += len(frames) // 3
         else:
             key = target + source + listener.to.to_bytes(2, "big") + client.port.to_bytes(2, "big")
             self._udp.inbound(key, client, lambda: self._open(client), mv, frames, now)

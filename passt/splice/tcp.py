@@ -45,6 +45,7 @@ from typing import Any
 
 from .. import PASTA, addr, log
 from ..calls import calls
+from ..drops import Drop, Failed
 from ..flow.context import Context
 from ..flow.table import TableFull, reason_of
 from ..linux.nspool import open_socket
@@ -102,7 +103,7 @@ class TcpSplice:
         try:
             ctx.flows.insert(conn)
         except TableFull:
-            ctx.drops["splice: table full"] += 1
+            ctx.drops[Drop.SPLICE_TABLE_FULL] += 1
             tcp_sock.reset(sock)
             return
         self._count += 1
@@ -126,7 +127,7 @@ class TcpSplice:
 
     def _failed(self, conn: SpliceConn, error: int, now: float) -> None:
         """All targets failed: reset the client."""
-        self._ctx.drops[f"splice: {errno.errorcode.get(error, error)}"] += 1
+        self._ctx.drops[Failed.SPLICE.of(error)] += 1
         if error not in (errno.ECONNREFUSED, errno.ECONNRESET):
             log.warn_ratelimited("splice", f"Cannot connect to forwarded port {conn.port}: {os.strerror(error)}", now)
         self._abort(conn, reason_of(error))

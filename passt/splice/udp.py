@@ -40,6 +40,7 @@ from functools import partial
 from typing import Any
 
 from .. import addr, log
+from ..drops import Drop, Failed
 from ..flow.context import Context
 from ..flow.idle import IdleFlow, IdleFlows, flow_limit
 from ..flow.table import GUEST, HOST, Endpoints, TableFull, name_of
@@ -50,7 +51,7 @@ from ..loop.reactor import EPOLLERR, EPOLLIN, TYPE_UDP_SPLICE, Reactor, ref_data
 from ..policy.rules import Listener
 from ..udp_engine.flow import timeout
 from ..udp_engine.gso_batch import SEGMENTS_MAX, GsoBatch, gso_batches
-from ..udp_engine.io import Pauses, datagram_count, reason, receive, retry_send, transmit
+from ..udp_engine.io import Pauses, datagram_count, receive, retry_send, transmit
 from ..udp_engine.sock import Client, open_target, opener
 
 FLOWS_MAX = 8192
@@ -89,6 +90,7 @@ class SpliceFlow(IdleFlow):
 
     __slots__ = ("answered", "at", "client", "ends", "kept", "left", "targets")
     kind = "spliced UDP flow"
+    evicted = Drop.UDP_SPLICE_EVICTED
     label = "udp_splice"
     path = "splice"
 
@@ -166,7 +168,7 @@ class UdpSplice:
         ctx = self._ctx
         targets = ctx.fwd.splice_targets(len(client.peer) == 16, client.listener.rule, ctx.guest)
         if not targets:
-            self._drops["udp splice: no address to deliver to"] += count
+            self._drops[Drop.UDP_SPLICE_NO_TARGET] += count
             return None
         flow = SpliceFlow(key, client, targets, self._segments, now)
         try:
@@ -176,7 +178,8 @@ class UdpSplice:
         except (TableFull, OSError) as e:
             for _, sock in flow.sockets():
                 sock.close()
-            self._drops[f"udp splice: no flow: {reason(e) if isinstance(e, OSError) else 'table full'}"] += count
+            why = Failed.UDP_SPLICE_NO_FLOW.of(e) if isinstance(e, OSError) else Drop.UDP_SPLICE_TABLE_FULL
+            self._drops[why] += count
             return None
         return flow
 
@@ -242,7 +245,7 @@ class UdpSplice:
             except OSError as e:
                 report = partial(self._report, flow, other, now)
                 for why, lost, _ in retry_send(other, size, total, views, e, report):
-                    self._drops[f"udp splice: send: {reason(why)}"] += lost
+                    self._drops[Failed.UDP_SPLICE_SEND.of(why)] += lost
         other.reply_expected = True
         if (end.side == SERVER) == flow.client.listener.rule.outbound:
             flow.to_guest += moved
@@ -271,7 +274,7 @@ class UdpSplice:
         for error, _ in read_errors(end.sock):
             if log.debug_on:
                 log.debug(f"Flow {flow.index} ({flow.kind}): error on socket {end.fd}: {error}")
-            self._drops[f"udp splice: {errno.errorcode.get(error.errno, error.errno)}"] += 1
+            self._drops[Failed.UDP_SPLICE.of(error.errno)] += 1
             refused = refused or error.errno == errno.ECONNREFUSED
         if refused and end.side == SERVER and len(flow.targets) > 1:
             self._next_target(flow, now)
@@ -284,7 +287,7 @@ class UdpSplice:
         try:
             sock = self._connect(flow)
         except OSError as e:
-            self._drops[f"udp splice: no server: {reason(e)}"] += 1
+            self._drops[Failed.UDP_SPLICE_NO_SERVER.of(e)] += 1
             return
         self._ctx.reactor.retire(server.fd, server.sock)
         server.attach(sock)
@@ -295,7 +298,7 @@ class UdpSplice:
             try:
                 transmit(server, size, size, [memoryview(flow.kept)])
             except OSError as e:
-                self._drops[f"udp splice: send: {reason(e)}"] += 1
+                self._drops[Failed.UDP_SPLICE_SEND.of(e)] += 1
 
     def end(self, listeners: Container[Listener]) -> None:
         """Listeners close: their flows end, whose sockets would keep the port from the next listener."""

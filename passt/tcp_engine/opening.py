@@ -65,6 +65,7 @@ from functools import partial
 from typing import Any
 
 from .. import addr, log
+from ..drops import Drop, Reason
 from ..flow.context import Context
 from ..flow.idle import flow_limit
 from ..flow.siphash import siphash24
@@ -128,14 +129,14 @@ class TcpOpen:
         Returns a connection that has become established, with the rest of its segments in `segments`.
         """
         if self._disabled:
-            self._ctx.drops["tcp disabled"] += len(segments) // 2
+            self._ctx.drops[Drop.TCP_DISABLED] += len(segments) // 2
             return None
         for i in range(0, len(segments), 2):
             offset, end = segments[i], segments[i + 1]
             numbers = seq, ack, bits, _ = SEQ_TO_WINDOW.unpack_from(self._pool.buf, offset + 4)
             data = offset + (bits >> 10 & 0x3C)
             if data > end or data < offset + 20:
-                self._ctx.drops["tcp header length"] += 1
+                self._ctx.drops[Drop.TCP_HEADER_LENGTH] += 1
                 continue
             if conn is not None and conn.events & TAP_SYN_SENT:
                 if self._in_syn_sent(conn, offset, data, numbers, now):
@@ -173,7 +174,7 @@ class TcpOpen:
             n = (len(key) - 4) // 2
             ends = key[:n], key[n : 2 * n]
             if not all(map(_may_connect, ends)) or not any(key[2 * n : 2 * n + 2]) or not any(key[2 * n + 2 :]):
-                self._ctx.drops["tcp endpoint"] += 1
+                self._ctx.drops[Drop.TCP_ENDPOINT] += 1
                 return None
             try:
                 options = tcp.SynOptions.parse(self._pool.copy(offset + 20, data))
@@ -220,7 +221,7 @@ class TcpOpen:
     def _open(self, key: bytes, isn: int, window: int, options: tcp.SynOptions, now: float) -> TcpConn | None:
         """The guest connects: connect on the host."""
         if self._table.opening >= self.opening_max:
-            self._no_room(key, isn, "tcp: too many half open")
+            self._no_room(key, isn, Drop.TCP_HALF_OPEN)
             return None
         conn = TcpConn(key)
         conn.irs = isn
@@ -231,7 +232,7 @@ class TcpOpen:
         try:
             self._table.add(conn)
         except TableFull:
-            self._no_room(key, isn, "flow table full")
+            self._no_room(key, isn, Drop.TCP_TABLE_FULL)
             return None
         self._choose_iss(conn, now)
         self._out.build_header(conn)
@@ -246,7 +247,7 @@ class TcpOpen:
             self.connected(conn, error, now)
         return conn if conn.sock is not None else None
 
-    def _no_room(self, key: bytes, isn: int, why: str) -> None:
+    def _no_room(self, key: bytes, isn: int, why: Reason) -> None:
         """Refuse the guest's connection."""
         self._ctx.drops[why] += 1
         self._out.refuse(key, isn, 0, SYN, 1)
@@ -254,7 +255,7 @@ class TcpOpen:
     def _no_socket(self, conn: TcpConn, e: OSError, now: float) -> None:
         """Refuse a connection that is in the table already."""
         log.warn_ratelimited("tcp socket", f"Cannot open a TCP socket: {e.strerror}", now)
-        self._no_room(conn.key, conn.irs, "tcp socket")
+        self._no_room(conn.key, conn.irs, Drop.TCP_NO_SOCKET)
         self._table.reset_by_guest(conn, "no socket")
 
     def connected(self, conn: TcpConn, error: int, now: float) -> None:
@@ -298,30 +299,30 @@ class TcpOpen:
         `sock` is non-blocking, of a listener that `sock.prepare_listener` set up. Takes it over, and raises nothing.
         """
         reason = self._accept(listener, sock, peer, peer_port, now)
-        if reason:
+        if reason is not None:
             self._ctx.drops[reason] += 1
             tcp_sock.reset_on_close(sock)
             self._ctx.reactor.retire(sock.fileno(), sock)
 
-    def _accept(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> str:
+    def _accept(self, listener: Listener, sock: Any, peer: bytes, peer_port: int, now: float) -> Reason | None:
         """Send SYN to the guest; otherwise returns the reason, with nothing kept."""
         table = self._table
         if self._disabled:
-            return "tcp disabled"
+            return Drop.TCP_DISABLED
         if self._ctx.guest.mac == addr.BROADCAST_MAC:
-            return "tcp inbound: no guest"  # or it boots: a refusal is better than 10 s of silence
+            return Drop.TCP_INBOUND_NO_GUEST  # or it boots: a refusal is better than 10 s of silence
         if table.half_open + len(table.successors) >= self.half_open_max:
             log.warn_ratelimited("half open", f"The guest leaves {table.half_open} connections unanswered", now)
-            return "tcp inbound: too many half open"
+            return Drop.TCP_INBOUND_HALF_OPEN
         keys = self._keys(listener, peer, peer_port)
         if not keys:
-            return "tcp inbound: no address"
+            return Drop.TCP_INBOUND_NO_ADDRESS
         free = [key for key in keys if self._is_free(key)]
         retry = partial(self.accepted, listener, sock, peer, peer_port)
         if keys[0] not in free and self._queue_successor(keys[0], retry):
-            return ""
+            return None
         if not free:
-            return "tcp inbound: endpoints in use"
+            return Drop.TCP_INBOUND_IN_USE
         conn = TcpConn(free[0])
         conn.fallback_key = free[1] if len(free) > 1 else b""
         conn.host = peer, peer_port
@@ -329,7 +330,7 @@ class TcpOpen:
         try:
             table.add(conn)
         except TableFull:
-            return "flow table full"
+            return Drop.TCP_TABLE_FULL
         conn.near = tcp_sock.is_near(self._ctx.fwd, self._features, peer)
         conn.fd = sock.fileno()
         table.half_open += 1
@@ -339,9 +340,9 @@ class TcpOpen:
         except OSError as e:
             log.warn_ratelimited("tcp socket", f"Cannot forward a TCP connection: {e.strerror}", now)
             table.release(conn, "no descriptor")
-            return "tcp inbound: no descriptor"
+            return Drop.TCP_INBOUND_NO_DESCRIPTOR
         conn.sock = sock
-        return ""
+        return None
 
     def _is_free(self, key: bytes) -> bool:
         """Whether no connection has these endpoints. One that the host peer reset gives way, although its event is
@@ -396,7 +397,7 @@ class TcpOpen:
             if ours:
                 self._refused(conn, now)
             else:
-                self._ctx.drops["tcp reset out of window"] += 1
+                self._ctx.drops[Drop.TCP_RESET_OUT_OF_WINDOW] += 1
         elif ours and bits & SYN:
             try:
                 options = tcp.SynOptions.parse(self._pool.copy(offset + 20, data))

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterable
 from operator import itemgetter
 
+from ..drops import Drop, Reason
 from .conn import TAP_FIN_RCVD, TcpConn
 
 OUT_OF_ORDER_MAX = 2 << 20  # bytes
@@ -36,7 +37,7 @@ Piece = tuple[int, memoryview, int]  # sequence number, payload, FIN bit
 class OutOfOrder:
     """The queues of all connections; `total` is their cost in bytes."""
 
-    def __init__(self, drops: Counter[str]) -> None:
+    def __init__(self, drops: Counter[Reason]) -> None:
         self._drops = drops
         self.total = 0
 
@@ -86,7 +87,7 @@ class OutOfOrder:
                 continue  # a duplicate
             left -= len(data) + OVERHEAD
             if left < 0 or seq + len(data) > conn.rcv_edge:
-                self._drops["tcp early: no room"] += 1
+                self._drops[Drop.TCP_OUT_OF_ORDER] += 1
                 break
             end = seq + len(data) + fin
             kept.append((seq, data if data.readonly else memoryview(bytes(data)), fin))  # read-only: copied before

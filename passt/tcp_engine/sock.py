@@ -22,6 +22,7 @@ from struct import Struct
 from typing import Any
 
 from .. import addr, log
+from ..drops import Drop, Failed
 from ..flow.context import Context
 from ..linux.nspool import new_socket
 from ..linux.sockopt import setting
@@ -83,10 +84,10 @@ def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
 def connect_next(ctx: Context, features: Features, conn: TcpConn, error: int, now: float) -> int:
     """The resolver tried last failed with `error`: try the next ones in turn. Returns the same as `connect`."""
     while error not in (0, errno.EINPROGRESS):
-        ctx.drops[f"dns: resolver failed: {errno.errorcode.get(error, error)}"] += 1
+        ctx.drops[Failed.DNS_RESOLVER.of(error)] += 1
         ctx.resolvers.failed(conn.resolvers_tried[-1], os.strerror(error), now)
         if not choose_resolver(ctx, conn, now):
-            ctx.drops["dns: all resolvers failed"] += 1
+            ctx.drops[Drop.DNS_ALL_FAILED] += 1
             ctx.resolvers.exhausted(now, now)
             break
         if conn.sock is not None:

@@ -57,6 +57,7 @@ from typing import Any
 
 from .. import addr, log
 from ..calls import calls
+from ..drops import Drop, Failed
 from ..flow.context import Context
 from ..flow.idle import IdleFlows, flow_limit
 from ..flow.table import ACTIVE, GUEST, Endpoints, TableFull
@@ -67,7 +68,7 @@ from ..policy.config import Config
 from ..policy.forwarding import Forwarding
 from ..policy.resolvers import DNS_PORT, Resolver, Tried
 from .flow import UdpFlow
-from .io import CONGESTED, reason
+from .io import CONGESTED
 
 QUERY_TIMEOUT = 1.5  # s; the resolver's own retries are over, and glibc waits for another 3.5
 QUERY_LIFETIME = 12.0  # s; BIND answers SERVFAIL after 10
@@ -124,6 +125,7 @@ class DnsFlow(UdpFlow):
     __slots__ = ("by_fd", "ends", "queries")
     kind = "DNS flow"
     label = "dns"
+    evicted = Drop.DNS_EVICTED
 
     def __init__(self, key: bytes, now: float) -> None:
         super().__init__(key, b"", now)
@@ -215,7 +217,7 @@ class Dns:
         for i in range(0, len(frames), 3):
             start, end, size = frames[i : i + 3]
             if 0 < size < _HEADER_SIZE:
-                self._drops["dns: not a query"] += 1
+                self._drops[Drop.DNS_NO_QUERY] += 1
                 continue
             for at in range(start, max(end, start + 1), size or end - start or 1):
                 self._query(flow, bytes(self._mv[at : min(at + size, end) if size else end]), now)
@@ -227,7 +229,7 @@ class Dns:
         try:
             self._flows.add(flow, _NoSocket(), now)  # type: ignore[arg-type]
         except TableFull:
-            self._drops["dns: no flow: table full"] += count
+            self._drops[Drop.DNS_TABLE_FULL] += count
             return None
         flow.build_header(self._ctx.guest.mac, self._our_mac, self._mtu)
         return flow
@@ -236,7 +238,7 @@ class Dns:
         """Handle one datagram of the guest."""
         ident = query_id(payload)
         if ident < 0 or len(payload) > QUERY_SIZE_MAX:
-            self._drops["dns: not a query" if ident < 0 else "dns: query too long"] += 1
+            self._drops[Drop.DNS_NO_QUERY if ident < 0 else Drop.DNS_TOO_LONG] += 1
             return
         query = flow.queries.get(ident)
         if query is not None and query.payload == payload and not query.exhausted:
@@ -247,7 +249,7 @@ class Dns:
             new.sent_to = query.sent_to if query.payload == payload else ()
             self._remove(query)
         elif len(self._waiting) >= QUERIES_MAX:
-            self._drops["dns: too many queries"] += 1
+            self._drops[Drop.DNS_TOO_MANY] += 1
             self._remove(next(iter(self._waiting)))
         flow.queries[ident] = new
         self._waiting[new] = None
@@ -260,7 +262,7 @@ class Dns:
         try:
             self._send(query.flow, query.tried[-1], query.payload)
         except (OSError, FlowEvicted):
-            self._drops["dns: query not repeated"] += 1  # its timeout stays
+            self._drops[Drop.DNS_NOT_REPEATED] += 1  # its timeout stays
 
     def _try_next(self, query: Query, now: float) -> None:
         """Send a query to the best resolver that was not tried yet; report an error to the guest if all failed."""
@@ -277,7 +279,7 @@ class Dns:
                     query.error = e
                     self._failed(resolver, e, now)
                     continue
-                self._drops[f"dns: send: {reason(e)}"] += 1  # lost, as on any link
+                self._drops[Failed.DNS_SEND.of(e)] += 1  # lost, as on any link
             query.sent = now
             self._waiting.move_to_end(query)
             return
@@ -286,13 +288,13 @@ class Dns:
         self._waiting.move_to_end(query)
         if query.error is not None and not query.silent:
             self._remove(query)
-            self._drops["dns: all resolvers failed"] += 1
+            self._drops[Drop.DNS_ALL_FAILED] += 1
             self._resolvers.exhausted(query.received, now)
             self._refuse(flow, query.error, query.payload, now)
 
     def _failed(self, resolver: Resolver, e: OSError, now: float) -> None:
-        self._drops[f"dns: resolver failed: {reason(e)}"] += 1
-        self._resolvers.failed(resolver, e.strerror or reason(e), now)
+        self._drops[Failed.DNS_RESOLVER.of(e)] += 1
+        self._resolvers.failed(resolver, e.strerror or str(e), now)
 
     def _send(self, flow: DnsFlow, resolver: Resolver, payload: bytes) -> None:
         """Raises OSError, FlowEvicted."""
@@ -311,7 +313,7 @@ class Dns:
         sock = self._flows.open(lambda: self.opener(resolver.addr))
         if flow.state != ACTIVE:  # evicted, to free descriptors
             sock.close()
-            self._drops["dns: no descriptor"] += 1
+            self._drops[Drop.DNS_NO_DESCRIPTOR] += 1
             raise FlowEvicted
         fd = sock.fileno()
         try:
@@ -351,7 +353,7 @@ class Dns:
             ident = response_id(answer)
             query = flow.queries.get(ident)
             if query is None or resolver not in query.sent_to:
-                self._drops["dns: not an answer" if ident < 0 else "dns: answer to no query"] += 1
+                self._drops[Drop.DNS_NOT_AN_ANSWER if ident < 0 else Drop.DNS_ANSWER_TO_NONE] += 1
                 continue
             self._resolvers.answered(resolver, now)
             flow.last = now
@@ -392,10 +394,10 @@ class Dns:
             return
         query.silent = True
         if not query.exhausted and self._resolvers.silent(query.tried[-1], query.sent, now):
-            self._drops["dns: resolver failed: no answer"] += 1
+            self._drops[Drop.DNS_RESOLVER_SILENT] += 1
         if now - query.received >= QUERY_LIFETIME:
             self._remove(query)
-            self._drops["dns: no answer"] += 1
+            self._drops[Drop.DNS_NO_ANSWER] += 1
             self._resolvers.exhausted(query.received, now)
             return
         self._try_next(query, now)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from struct import Struct
 
 from .. import addr
+from ..drops import Drop
 from ..flow.idle import IdleFlow
 from ..flow.table import GUEST, HOST, Endpoints
 from ..linux.sockopt import HOPS, hops_option, setting
@@ -69,6 +70,7 @@ class UdpFlow(IdleFlow):
     )
     kind = "UDP flow"
     label = "udp"
+    evicted = Drop.UDP_EVICTED
 
     def __init__(self, key: bytes, host: bytes, now: float, hops: int = 0, client: Client | None = None) -> None:
         half = (len(key) - 4) // 2

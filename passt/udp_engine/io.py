@@ -155,8 +155,3 @@ def retry_send(
                 yield from retry_send(end, len(one), len(one), [one], failed, report)
         return
     yield e, datagram_count(size, total), views[0]
-
-
-def reason(e: OSError) -> str:
-    """Name of the errno of `e`, for a drop reason: EPERM."""
-    return errno.errorcode.get(e.errno or 0, str(e.errno))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from struct import Struct
 
+from ..drops import Drop
 from .cursor import Cursor, Malformed
 
 # Hardware type, protocol type, their address lengths, operation, sender MAC and address, target MAC and address
@@ -28,9 +29,9 @@ class Packet:
     @classmethod
     def parse(cls, data: bytes) -> Packet:
         """Bytes beyond the packet are padding of a short frame. Raises Malformed."""
-        *kind, operation, sender_mac, sender, target_mac, target = Cursor(data, "ARP").unpack(LAYOUT)
+        *kind, operation, sender_mac, sender, target_mac, target = Cursor(data, Drop.ARP_TRUNCATED).unpack(LAYOUT)
         if tuple(kind) != ETHERNET_IPV4:
-            raise Malformed("ARP not for IPv4 over Ethernet")
+            raise Malformed(Drop.ARP_FORMAT)
         return cls(operation, sender_mac, sender, target_mac, target)
 
     def emit(self) -> bytes:

@@ -1,7 +1,7 @@
 """A bounded cursor over untrusted bytes, and the one exception that wire formats raise.
 
-Each overrun, wrong length or invalid value becomes `Malformed` with a short reason, which is also the
-name under which the drop is counted. It is caught in one place (`tap.py`), never inside a protocol.
+Each overrun, wrong length or invalid value becomes `Malformed` with the reason under which the drop is counted. It
+is caught in one place (`tap.py`), never inside a protocol.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from struct import Struct
 from typing import Any
 
+from ..drops import Reason
+
 
 class Malformed(Exception):
-    """Input that its format does not allow. `reason` is short and stable: it names a drop counter."""
+    """Input that its format does not allow. `reason` names a drop counter."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: Reason) -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -23,13 +25,13 @@ class Malformed(Exception):
 class Cursor:
     """Reads forward through `data`, never beyond `end`."""
 
-    __slots__ = ("data", "end", "pos", "what")
+    __slots__ = ("data", "end", "pos", "truncated")
 
-    def __init__(self, data: bytes, what: str) -> None:
+    def __init__(self, data: bytes, truncated: Reason) -> None:
         self.data = data
         self.pos = 0
         self.end = len(data)
-        self.what = what
+        self.truncated = truncated  # why there is no more of it than there is
 
     @property
     def left(self) -> int:
@@ -37,10 +39,10 @@ class Cursor:
         return self.end - self.pos
 
     def take(self, n: int) -> bytes:
-        """The next `n` bytes; raises Malformed("<what> truncated") if there are fewer."""
+        """The next `n` bytes; raises Malformed if there are fewer."""
         pos = self.pos
         if n < 0 or pos + n > self.end:
-            raise Malformed(f"{self.what} truncated")
+            raise Malformed(self.truncated)
         self.pos = pos + n
         return self.data[pos : pos + n]
 
@@ -59,12 +61,12 @@ class Cursor:
         return self.take(self.end - self.pos)
 
     @contextmanager
-    def exactly(self, n: int) -> Iterator[None]:
-        """Restrict to the next `n` bytes, which the body must consume to the last one."""
+    def exactly(self, n: int, trailing: Reason) -> Iterator[None]:
+        """Restrict to the next `n` bytes. The body must consume all of them, or `trailing` is the reason."""
         if n < 0 or self.pos + n > self.end:
-            raise Malformed(f"{self.what} truncated")
+            raise Malformed(self.truncated)
         outer, self.end = self.end, self.pos + n
         yield
         if self.pos != self.end:
-            raise Malformed(f"{self.what} trailing bytes")
+            raise Malformed(trailing)
         self.end = outer

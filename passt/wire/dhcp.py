@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from struct import Struct
 
+from ..drops import Drop
 from .cursor import Cursor, Malformed
 
 HEADER = Struct("!BBBBIHH4s4s4s4s16s64s128s")
@@ -65,7 +66,7 @@ def _parse_options(area: bytes, into: dict[int, bytearray], budget: int) -> int:
     pos, end = 0, len(area)
     while pos < end:
         if not budget:
-            raise Malformed("DHCP too many options")
+            raise Malformed(Drop.DHCP_TOO_MANY)
         budget -= 1
         code = area[pos]
         pos += 1
@@ -76,7 +77,7 @@ def _parse_options(area: bytes, into: dict[int, bytearray], budget: int) -> int:
             continue
         start = pos + 1
         if start > end or start + area[pos] > end:
-            raise Malformed("DHCP option truncated")
+            raise Malformed(Drop.DHCP_OPTION_TRUNCATED)
         pos = start + area[pos]
         into.setdefault(code, bytearray()).extend(area[start:pos])
     return budget
@@ -110,7 +111,7 @@ class Fqdn:
     @classmethod
     def parse(cls, value: bytes) -> Fqdn:
         """Raises Malformed."""
-        c = Cursor(value, "DHCP client FQDN")
+        c = Cursor(value, Drop.DHCP_FQDN_TRUNCATED)
         flags, _, _ = c.unpack(cls.LAYOUT)
         return cls(flags, c.rest())
 
@@ -141,10 +142,10 @@ class Message:
     @classmethod
     def parse(cls, data: bytes) -> Message:
         """Without the magic cookie it is plain BOOTP: no options. Raises Malformed."""
-        c = Cursor(data, "DHCP")
+        c = Cursor(data, Drop.DHCP_TRUNCATED)
         op, htype, hlen, hops, xid, secs, flags, ci, yi, si, gi, chaddr, sname, file = c.unpack(HEADER)
         if hlen > len(chaddr):
-            raise Malformed("DHCP hardware address length")
+            raise Malformed(Drop.DHCP_HARDWARE_ADDRESS)
         options: dict[int, bytearray] = {}
         budget = OPTIONS_MAX
         if c.left >= len(COOKIE) and c.take(len(COOKIE)) == COOKIE:
@@ -166,7 +167,7 @@ class Message:
         """The address in the option `code`, None without it. Raises Malformed."""
         value = self.options.get(code)
         if value is not None and len(value) != 4:
-            raise Malformed("DHCP address option length")
+            raise Malformed(Drop.DHCP_ADDRESS_LENGTH)
         return value
 
     def emit(self) -> bytes:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from struct import Struct
 
+from ..drops import Drop
 from .cursor import Cursor, Malformed
 
 CLIENT_PORT = 546
@@ -73,7 +74,7 @@ def parse_options(c: Cursor, most: int = NESTED_MAX) -> Options:
         code, length = c.unpack(OPTION)
         options.append((code, c.take(length)))
     if c.left:
-        raise Malformed("DHCPv6 too many options")
+        raise Malformed(Drop.DHCPV6_TOO_MANY)
     return tuple(options)
 
 
@@ -90,7 +91,7 @@ def requests(options: Options, code: int) -> bool:
     """Whether the client requests the option `code`. Raises Malformed."""
     codes = find(options, OPT_REQUESTED) or b""
     if len(codes) % 2:
-        raise Malformed("DHCPv6 option request truncated")
+        raise Malformed(Drop.DHCPV6_ORO_TRUNCATED)
     return code in (int.from_bytes(codes[i : i + 2], "big") for i in range(0, min(len(codes), REQUESTED_MAX), 2))
 
 
@@ -110,10 +111,10 @@ class Message:
     @classmethod
     def parse(cls, data: bytes) -> Message:
         """Raises Malformed, also for messages between relays and servers: these have another layout."""
-        c = Cursor(data, "DHCPv6")
+        c = Cursor(data, Drop.DHCPV6_TRUNCATED)
         kind, transaction = c.unpack(_MESSAGE)
         if kind in (RELAY_FORW, RELAY_REPL):
-            raise Malformed("DHCPv6 relayed")
+            raise Malformed(Drop.DHCPV6_RELAYED)
         return cls(kind, transaction, parse_options(c, OPTIONS_MAX))
 
     def emit(self) -> bytes:
@@ -133,7 +134,7 @@ class IaAddress:
 
     @classmethod
     def parse(cls, value: bytes) -> IaAddress:
-        c = Cursor(value, "DHCPv6 IA address")
+        c = Cursor(value, Drop.DHCPV6_ADDR_TRUNCATED)
         address, preferred, valid = c.unpack(cls.LAYOUT)
         return cls(address, preferred, valid, parse_options(c))
 
@@ -155,7 +156,7 @@ class Prefix:
 
     @classmethod
     def parse(cls, value: bytes) -> Prefix:
-        c = Cursor(value, "DHCPv6 IA prefix")
+        c = Cursor(value, Drop.DHCPV6_PREFIX_TRUNCATED)
         preferred, valid, prefix_len, prefix = c.unpack(cls.LAYOUT)
         return cls(prefix, prefix_len, preferred, valid, parse_options(c))
 
@@ -184,7 +185,7 @@ class Ia:
     def parse(cls, option: Option) -> Ia:
         """Of an option whose code is one of IA_CODES. Raises Malformed."""
         code, value = option
-        c = Cursor(value, "DHCPv6 IA")
+        c = Cursor(value, Drop.DHCPV6_IA_TRUNCATED)
         if code == OPT_IA_TA:
             (iaid,) = c.unpack(cls.LAYOUT_TA)
             return cls(iaid, parse_options(c), 0, 0, code)
@@ -194,13 +195,13 @@ class Ia:
     @property
     def addresses(self) -> tuple[bytes, ...]:
         """The addresses in it. Raises Malformed."""
-        values = (Cursor(value, "DHCPv6 IA address") for code, value in self.options if code == OPT_IA_ADDRESS)
+        values = (Cursor(value, Drop.DHCPV6_ADDR_TRUNCATED) for code, value in self.options if code == OPT_IA_ADDRESS)
         return tuple(c.unpack(IaAddress.LAYOUT)[0] for c in values)
 
     @property
     def prefixes(self) -> tuple[tuple[bytes, int], ...]:
         """The prefixes in it, with their lengths. Raises Malformed."""
-        values = (Cursor(value, "DHCPv6 IA prefix") for code, value in self.options if code == OPT_IA_PREFIX)
+        values = (Cursor(value, Drop.DHCPV6_PREFIX_TRUNCATED) for code, value in self.options if code == OPT_IA_PREFIX)
         fields = (c.unpack(Prefix.LAYOUT) for c in values)
         return tuple((prefix, prefix_len) for _, _, prefix_len, prefix in fields)
 
@@ -224,7 +225,7 @@ class Fqdn:
     @classmethod
     def parse(cls, value: bytes) -> Fqdn:
         """Raises Malformed."""
-        c = Cursor(value, "DHCPv6 client FQDN")
+        c = Cursor(value, Drop.DHCPV6_FQDN_TRUNCATED)
         return cls(c.u8(), c.rest())
 
     def emit(self) -> Option:

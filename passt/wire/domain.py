@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..drops import Drop
 from .cursor import Malformed
 
 LABEL_MAX = 63
@@ -81,35 +82,35 @@ def _name_at(data: bytes, pos: int, compressed: bool) -> tuple[str, int]:
     length, after, floor = 1, -1, pos
     for _ in range(NAME_MAX):
         if pos >= len(data):
-            raise Malformed("domain name truncated")
+            raise Malformed(Drop.NAME_TRUNCATED)
         size = data[pos]
         pos += 1
         if size >= POINTER:
             if not compressed:
-                raise Malformed("domain name compressed")
+                raise Malformed(Drop.NAME_COMPRESSED)
             if pos >= len(data):
-                raise Malformed("domain name truncated")
+                raise Malformed(Drop.NAME_TRUNCATED)
             target = (size & ~POINTER) << 8 | data[pos]
             after = pos + 1 if after < 0 else after
             if target >= floor:
-                raise Malformed("domain name pointer not backwards")
+                raise Malformed(Drop.NAME_POINTER)
             pos = floor = target
             continue
         if size > LABEL_MAX:
-            raise Malformed("domain name label type")
+            raise Malformed(Drop.NAME_LABEL)
         if size == 0:
             return ".".join(found), pos if after < 0 else after
         label = data[pos : pos + size]
         length += 1 + size
         if len(label) < size:
-            raise Malformed("domain name truncated")
+            raise Malformed(Drop.NAME_TRUNCATED)
         if length > NAME_MAX:
-            raise Malformed("domain name too long")
+            raise Malformed(Drop.NAME_TOO_LONG)
         if not label.isascii() or b"." in label:
-            raise Malformed("domain name not text")
+            raise Malformed(Drop.NAME_NOT_TEXT)
         found.append(label.decode("ascii"))
         pos += size
-    raise Malformed("domain name too many pointers")
+    raise Malformed(Drop.NAME_POINTERS)
 
 
 def decode_list(data: bytes, *, compressed: bool = True) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from struct import Struct
 
+from ..drops import Drop
 from .checksum import checksum
 from .cursor import Malformed
 
@@ -63,11 +64,11 @@ def skip_extensions(buf: bytes | bytearray | memoryview, offset: int, end: int, 
     """
     for _ in range(EXTENSIONS_MAX):
         if next_header == NO_NEXT_HEADER:
-            raise Malformed("IPv6 no next header")
+            raise Malformed(Drop.IPV6_NO_NEXT_HEADER)
         if next_header not in _LENGTH_IN_8 and next_header != FRAGMENT and next_header != AUTHENTICATION:
             return next_header, offset
         if offset + 8 > end:
-            raise Malformed("IPv6 extension header truncated")
+            raise Malformed(Drop.IPV6_EXTENSION_TRUNCATED)
         if next_header == FRAGMENT:
             if buf[offset + 2] | buf[offset + 3] & 0xF9:  # offset or M; the two bits between them are reserved
                 return FRAGMENT, offset
@@ -79,5 +80,5 @@ def skip_extensions(buf: bytes | bytearray | memoryview, offset: int, end: int, 
         next_header = buf[offset]
         offset += size
         if offset > end:
-            raise Malformed("IPv6 extension header truncated")
-    raise Malformed("IPv6 too many extension headers")
+            raise Malformed(Drop.IPV6_EXTENSION_TRUNCATED)
+    raise Malformed(Drop.IPV6_EXTENSIONS)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
 
+from ..drops import Drop
 from . import domain
 from .cursor import Cursor, Malformed
 
@@ -171,13 +172,13 @@ def _options(c: Cursor, parsers: Parsers) -> tuple[Option, ...]:
             return tuple(found)
         kind, size = c.unpack(_OPTION)
         if size == 0:
-            raise Malformed("NDP option of length zero")
-        with c.exactly(8 * size - _OPTION.size):
+            raise Malformed(Drop.NDP_OPTION_LENGTH)
+        with c.exactly(8 * size - _OPTION.size, Drop.NDP_TRAILING):
             if kind in parsers:
                 found.append(parsers[kind](c))
             c.rest()  # a known option may be longer in a later RFC
     if c.left:
-        raise Malformed("NDP too many options")
+        raise Malformed(Drop.NDP_TOO_MANY)
     return tuple(found)
 
 
@@ -191,10 +192,10 @@ def has_link_address(options: tuple[Option, ...]) -> bool:
 
 def _open(data: bytes, kind: int) -> Cursor:
     """A cursor behind the checksum of an ICMPv6 message of type `kind` and code 0."""
-    c = Cursor(data, "NDP")
+    c = Cursor(data, Drop.NDP_TRUNCATED)
     found, code, _ = c.unpack(_HEAD)
     if found != kind or code != 0:
-        raise Malformed("NDP type or code")
+        raise Malformed(Drop.NDP_TYPE)
     return c
 
 
@@ -288,5 +289,5 @@ class NeighbourAdvertisement:
 
 def _not_multicast(target: bytes) -> bytes:
     if target[0] == 0xFF:  # RFC 4861, 7.1.1 and 7.1.2
-        raise Malformed("NDP target multicast")
+        raise Malformed(Drop.NDP_TARGET)
     return target

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from struct import Struct
 
+from ..drops import Drop
 from .cursor import Malformed
 
 HEADER = Struct("!HHIIHHHH")  # ports, seq, ack, offset and flags, window, checksum, urgent
@@ -58,7 +59,7 @@ class SynOptions:
                 i += 1
                 continue
             if i + 2 > end or data[i + 1] < 2 or i + data[i + 1] > end:
-                raise Malformed("tcp option length")
+                raise Malformed(Drop.TCP_OPTION_LENGTH)
             kind, length = data[i], data[i + 1]
             if kind == OPT_MSS and length == 4:
                 mss = int.from_bytes(data[i + 2 : i + 4], "big") or None

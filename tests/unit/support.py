@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from passt import addr
+from passt.drops import Reason
 from passt.flow.context import Context
 from passt.flow.table import FlowTable
 from passt.link.backend import Buffer, Link, Receiver
@@ -154,12 +155,12 @@ class FakeReactor:
         self.close_retired()
 
 
-class StrictDrops(Counter[str]):
+class StrictDrops(Counter[Reason]):
     """Raises where a fault of ours is counted, or tests and fuzzing would pass over it, unless a test stages one."""
 
     staged = False
 
-    def __setitem__(self, reason: str, count: int) -> None:
+    def __setitem__(self, reason: Reason, count: int) -> None:
         assert reason != "fault" or self.staged, "a fault of ours"
         super().__setitem__(reason, count)
 

@@ -32,6 +32,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
 
 from passt import addr
+from passt.drops import Reason
 from passt.flow.table import Flow
 from passt.link.packet import FRAME_ROOM
 from passt.link.plain_tap import PlainLink
@@ -412,7 +413,7 @@ def test_longest_frames(tap: FakeTap) -> None:
 
 def test_handlers_may_find_fault_with_what_they_get(tap: FakeTap) -> None:
     for name, frame in (("arp", ether(ARP())), ("icmp", ip4(ICMP())), ("dhcp", ip4(udp(dport=67)))):
-        tap.services[name].error = Malformed(f"{name} nonsense")
+        tap.services[name].error = Malformed(Reason(f"{name} nonsense"))
         tap.batch(frame)
         assert tap.ctx.drops[f"{name} nonsense"] == 1
 

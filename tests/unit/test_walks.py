@@ -35,6 +35,7 @@ import pytest
 from passt import addr, log
 from passt.conf.options import Options
 from passt.daemon import common
+from passt.drops import Drop
 from passt.flow.context import Context
 from passt.flow.idle import IdleFlow, IdleFlows
 from passt.flow.spare import Spare
@@ -295,6 +296,7 @@ class Origin(IdleFlow):
     """A flow that knows its client."""
 
     client: Any = None
+    evicted = Drop.UDP_EVICTED
 
 
 def idle_flows(stage: Stage, ctx: Context, flows: IdleFlows[Any], made: Iterable[IdleFlow]) -> list[Any]:

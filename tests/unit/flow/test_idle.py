@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from passt.drops import Drop
 from passt.flow.context import Context
 from passt.flow.idle import SWEEP_MIN, IdleFlow, IdleFlows, flow_limit
 from passt.flow.table import ACTIVE, FREE, TableFull
@@ -28,6 +29,12 @@ def ctx() -> Iterator[Context]:
     reactor(ctx).end_turn(T0)
 
 
+class Idle(IdleFlow):
+    """One of UDP, say."""
+
+    evicted = Drop.UDP_EVICTED
+
+
 @pytest.fixture
 def flows(ctx: Context) -> IdleFlows[IdleFlow]:
     return IdleFlows(ctx, TYPE_UDP, LIMIT)
@@ -38,7 +45,7 @@ def add(
     number: int,
     now: float = T0,
     timeout: float = TIMEOUT,
-    kind: type[IdleFlow] = IdleFlow,
+    kind: type[IdleFlow] = Idle,
 ) -> IdleFlow:
     flow = kind(b"key %d" % number, timeout, now)
     flows.add(flow, socket.socket(socket.AF_INET, socket.SOCK_DGRAM), now)
@@ -107,10 +114,10 @@ def test_at_the_limit_the_longest_idle_sixteenth_goes(ctx: Context, flows: IdleF
     add(flows, LIMIT, T0 + LIMIT)
     assert [f.state for f in made[:5]] == [ACTIVE, FREE, FREE, FREE, ACTIVE]
     assert len(flows.by_key) == LIMIT - 3 + 1
-    assert ctx.drops == {"flow: closed to make room": 3}
+    assert ctx.drops == {"UDP flow: closed to make room": 3}
 
 
-class PeersFlow(IdleFlow):
+class PeersFlow(Idle):
     foreign = True  # type: ignore[assignment]
 
 
@@ -188,7 +195,7 @@ def test_out_of_descriptors_a_sixteenth_pays_for_the_search(ctx: Context, flows:
     with flows.open(failing(1, errno.ENFILE)):
         assert [f.state for f in made[:4]] == [FREE, FREE, FREE, ACTIVE]
         assert [f.sock.fileno() for f in made[:3]] == [-1] * 3
-    assert ctx.drops == {"flow: closed to make room": 3}
+    assert ctx.drops == {"UDP flow: closed to make room": 3}
 
 
 @pytest.mark.parametrize(

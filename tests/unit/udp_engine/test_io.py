@@ -16,7 +16,7 @@ from passt.linux.mmsg import Receiver
 from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
 from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.udp_engine import io as udp_io
-from passt.udp_engine.io import Pauses, datagram_count, reason, receive, retry_send, set_gso_size, transmit
+from passt.udp_engine.io import Pauses, datagram_count, receive, retry_send, set_gso_size, transmit
 
 from ..support import T0, reactor, timers
 
@@ -89,11 +89,6 @@ def test_receive_for_one_who_takes_single_datagrams_only(pair: Pair) -> None:
 @pytest.mark.parametrize(("size", "total", "count"), [(0, 0, 1), (5, 5, 1), (5, 10, 2), (5, 11, 3)])
 def test_datagrams_in_a_run(size: int, total: int, count: int) -> None:
     assert datagram_count(size, total) == count
-
-
-def test_reasons() -> None:
-    assert reason(OSError(errno.EPERM, "")) == "EPERM"
-    assert reason(OSError(9999, "")) == "9999"
 
 
 def failure(number: int) -> OSError:
