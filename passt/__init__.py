@@ -74,4 +74,5 @@ Vocabulary
 
 __version__ = "0.1.0"
 
+NEVER = float("inf")  # a time that does not come
 PASTA, PASST = "pasta", "passt"  # the two modes: a namespace, a virtual machine

@@ -25,14 +25,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TextIO
 
-from . import __version__
+from . import NEVER, __version__
 from .calls import calls
 from .log_file import LogFile
 
 ERR, WARNING, INFO, DEBUG, TRACE = 3, 4, 6, 7, 8
 FILE_SIZE = 1 << 20  # default limit of the log file, in bytes
 KEYS_MAX = 64  # keys of rate limits; the program uses fewer
-NEVER = float("inf")
 
 _START = time.monotonic()
 debug_on = False

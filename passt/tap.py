@@ -55,7 +55,7 @@ from .udp import Udp
 from .wire import ip
 from .wire.checksum import PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP
 from .wire.cursor import Malformed
-from .wire.ether import TYPE_IPV4, TYPE_IPV6
+from .wire.ether import HEADER_LEN, TYPE_IPV4, TYPE_IPV6
 from .wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
 
 _ETH_IP4 = Struct("!HBBHHHBB")  # from the EtherType: type, version and length, TOS, total, id, fragment, TTL, protocol
@@ -63,7 +63,6 @@ _ETH_IP4_UNPACK = _ETH_IP4.unpack_from
 _IP6 = Struct("!IHBB")  # version and flow label, payload length, next header, hop limit
 _UDP = Struct("!HHH")  # ports, length
 _TYPE = Struct("!H")
-_ETH_LEN = 14
 Groups = dict[bytes, list[int]]
 
 
@@ -109,7 +108,7 @@ class Tap(Receiver):
 
     def batch(self, frames: list[int], now: float) -> None:
         """Classify frames, a flat list of (start, end), and hand groups of one flow to their protocol."""
-        if frames[1] - frames[0] >= VNET_LEN + _ETH_LEN:
+        if frames[1] - frames[0] >= VNET_LEN + HEADER_LEN:
             mac = self._pool.mv[frames[0] + VNET_LEN + 6 : frames[0] + VNET_LEN + 12]
             if mac != self._guest.mac:
                 self._new_mac(mac.tobytes())
@@ -162,7 +161,7 @@ class Tap(Receiver):
         pool = self._pool
         if end - start >= FRAME_ROOM:
             raise Malformed(Drop.OVERSIZED_FRAME)
-        l3 = start + VNET_LEN + _ETH_LEN
+        l3 = start + VNET_LEN + HEADER_LEN
         if end - l3 < 20:
             self._short(start, end)
             return
@@ -329,10 +328,10 @@ class Tap(Receiver):
         pool = self._pool
         a, b = addresses
         src_dst = pool.copy(a, b)
-        ether_at = a - (12 if b - a == 8 else 8) - _ETH_LEN
+        ether_at = a - (12 if b - a == 8 else 8) - HEADER_LEN
         start = pool.size - FRAME_ROOM
-        l3 = start + VNET_LEN + _ETH_LEN
-        pool.buf[start:l3] = bytes(VNET_LEN) + pool.copy(ether_at, ether_at + _ETH_LEN)
+        l3 = start + VNET_LEN + HEADER_LEN
+        pool.buf[start:l3] = bytes(VNET_LEN) + pool.copy(ether_at, ether_at + HEADER_LEN)
         l4 = l3 + 40
         end = l4 + len(whole)
         pool.buf[l4 - len(src_dst) : l4] = src_dst

@@ -42,6 +42,7 @@ import errno
 import socket
 from collections.abc import Sequence
 
+from . import NEVER
 from .calls import calls
 from .drops import Drop
 from .flow.context import Context
@@ -54,7 +55,6 @@ from .tcp_engine.conn import (
     CLOSED,
     ESTABLISHED,
     KEEPALIVE_IDLE,
-    NEVER,
     RETRIES_MAX,
     SOCK_ACCEPTED,
     SOCK_FIN_RCVD,

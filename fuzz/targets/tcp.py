@@ -22,7 +22,8 @@ from fuzz.steps import Steps
 from passt import addr
 from passt.link.backend import Buffer
 from passt.linux import tcpinfo
-from passt.linux.tcpinfo import SO_MEMINFO, SO_PEEK_OFF, Features
+from passt.linux.sockopt import SO_MEMINFO, SO_PEEK_OFF
+from passt.linux.tcpinfo import Features
 from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from passt.loop.timers import NO_OWNER
 from passt.policy.guest import Guest

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .. import log
+from .. import NEVER, log
 from ..control import metrics
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Reports:
         if self._interval:
             self.show(time.monotonic())
         log.on_held = None
-        log.flush_held(log.NEVER)
+        log.flush_held(NEVER)
 
 
 def _as_json() -> Callable[[metrics.Snapshot, metrics.Snapshot | None], list[str]]:

@@ -23,10 +23,10 @@ import socket
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from .. import NEVER
 from ..drops import Reason
 from ..loop.each import each, record
 from ..loop.reactor import EPOLLERR, EPOLLIN, Reactor
-from ..loop.timers import NEVER
 from .context import Context
 from .table import FREE, RECENT, Flow, FlowInfo, TableFull, reason_of
 

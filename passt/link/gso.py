@@ -36,13 +36,14 @@ from struct import Struct
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read on import: no idle threads beside us, no linear algebra here
 import numpy as np
 
+from ..wire import ether, ip
 from ..wire.checksum import ones_sum
-from ..wire.virtio import VNET
+from ..wire.virtio import VNET, VNET_LEN
 from .backend import Buffer
 
 LENGTH = Struct("!I")
 SCALAR_MAX = 2048  # bytes
-FRONT = VNET.size - LENGTH.size  # of a vnet header: what does not go into the buffer
+FRONT = VNET_LEN - LENGTH.size  # of a vnet header: what does not go into the buffer
 
 _U16 = Struct("!H")
 _U32 = Struct("!I")
@@ -52,11 +53,12 @@ _BE32 = np.dtype(">u4")
 _CSUM_TCP = 16  # offset of the checksum in the transport header, which tells the protocol
 _CSUM_UDP = 6
 # Places in a pre-cooked header; those of TCP and UDP count from the transport header
-_IP4_LENGTH = VNET.size + 14 + 2
-_IP4_ID = VNET.size + 14 + 4
-_IP4_CSUM = VNET.size + 14 + 10
-_IP6_LENGTH = VNET.size + 14 + 4
-_START4 = VNET.size + 14 + 20
+_IP = VNET_LEN + ether.HEADER_LEN
+_IP4_LENGTH = _IP + 2
+_IP4_ID = _IP + 4
+_IP4_CSUM = _IP + 10
+_IP6_LENGTH = _IP + 4
+_START4 = _IP + ip.HEADER4.size
 _TCP_SEQ = 4
 _TCP_FLAGS = 13
 _UDP_LENGTH = 4
@@ -75,7 +77,7 @@ class Gso:
         out = self._out
         end = at + LENGTH.size + length
         flags, _, _, _, start, offset = VNET.unpack_from(parts[0])
-        start += VNET.size
+        start += VNET_LEN
         if length <= SCALAR_MAX:
             frame = bytearray().join(parts)
             LENGTH.pack_into(frame, FRONT, length)
@@ -106,14 +108,14 @@ class Gso:
         whole = rows * size
         if rows:
             at = self._rows(at, _segment(hdr, 0, size, n), rows, size, payload)
-        length = len(hdr) - VNET.size + n - whole
+        length = len(hdr) - VNET_LEN + n - whole
         self.frame(at, length, (_segment(hdr, rows, size, n), memoryview(payload)[whole:]))
         return at + LENGTH.size + length
 
     def _rows(self, at: int, hdr: bytearray, rows: int, size: int, payload: Buffer) -> int:
         """`rows` segments of `size` bytes of payload; `hdr` is the header of the first."""
         start, offset = VNET.unpack_from(hdr)[4:]
-        start += VNET.size
+        start += VNET_LEN
         stride = len(hdr) - FRONT + size
         end = at + rows * stride
         base, out, step = at - FRONT, self._out, (stride,)
@@ -154,13 +156,13 @@ def _segment(hdr: Buffer, number: int, size: int, total: int) -> bytearray:
     """
     out = bytearray(hdr)
     start, offset = VNET.unpack_from(out)[4:]
-    start += VNET.size
+    start += VNET_LEN
     less = total - min(size, total - number * size)
     if start == _START4:
         _U16.pack_into(out, _IP4_LENGTH, _U16.unpack_from(out, _IP4_LENGTH)[0] - less)
         _U16.pack_into(out, _IP4_ID, _U16.unpack_from(out, _IP4_ID)[0] + number & 0xFFFF)
         _U16.pack_into(out, _IP4_CSUM, 0)
-        _U16.pack_into(out, _IP4_CSUM, 0xFFFF - ones_sum(out[VNET.size + 14 : _START4]))
+        _U16.pack_into(out, _IP4_CSUM, 0xFFFF - ones_sum(out[_IP:_START4]))
     else:
         _U16.pack_into(out, _IP6_LENGTH, _U16.unpack_from(out, _IP6_LENGTH)[0] - less)
     if offset == _CSUM_TCP:

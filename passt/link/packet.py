@@ -18,11 +18,12 @@ from struct import Struct
 from typing import Any
 
 from ..drops import Drop
+from ..wire import ether, ip
 from ..wire.cursor import Malformed
 from ..wire.virtio import VNET_LEN
 
-FRAME_MAX = 14 + 65535  # Ethernet header and the longest IPv4 packet; an IPv6 one may be 40 bytes longer
-FRAME_ROOM = VNET_LEN + FRAME_MAX + 40 + 1  # one byte more than is valid, so that an oversized frame shows
+FRAME_MAX = ether.HEADER_LEN + ip.HEADER6.size + 65535  # the longest packet: the length field of IPv6 is without header
+FRAME_ROOM = VNET_LEN + FRAME_MAX + 1  # one byte more than is valid, so that an oversized frame shows
 POOL_SIZE = 1 << 20
 
 

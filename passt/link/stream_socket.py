@@ -46,7 +46,7 @@ from .. import PASST
 from ..calls import calls
 from ..drops import Drop, Reason
 from ..loop.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, Reactor
-from ..wire.ether import HEADER as ETHER
+from ..wire.ether import HEADER_LEN
 from ..wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
 from .backend import TRANSIENT, Buffer, Link, Receiver
 from .gso import LENGTH, Gso
@@ -55,7 +55,7 @@ from .packet import FRAME_ROOM, PacketPool
 LIMIT = 1 << 22  # bytes that may wait for the socket
 FLUSH_AT = 5 << 16  # bytes after which a turn's end is not waited for: more than one peek of TCP brings
 NET_BUFSIZE = 4096 + 65536  # bytes of a frame that QEMU has room for
-SENT_MIN, SENT_MAX = ETHER.size, 65535  # bytes of a frame that QEMU sends
+SENT_MIN, SENT_MAX = HEADER_LEN, 65535  # bytes of a frame that QEMU sends
 LENGTH_LEN = LENGTH.size
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _FRONT = 16  # where the first length stands: a virtio-net header ends where its frame begins

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Any
 
-SO_PEEK_OFF = 42
-SO_MEMINFO = 55
+from .sockopt import SO_MEMINFO, SO_PEEK_OFF
+
 TCP_INFO_LEN = 232
 
 _U32 = Struct("=I")

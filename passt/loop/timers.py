@@ -15,11 +15,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from .. import NEVER
 from ..calls import calls
 from ..linux.syscall import timerfd_create, timerfd_settime
 from .reactor import EPOLLIN, TYPE_TCP_TIMER, TYPE_TIMER, Reactor, ref_data, ref_fd
 
-NEVER = float("inf")
 NO_OWNER = 0xFFFFFFFF
 IDLE_MAX = 128
 RETRY = 1.0  # s, from a fault of a service to its next attempt

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from .. import PASST as PASST
 from .. import PASTA as PASTA
+from ..wire import ether
 from .rules import Rule
 
 MTU_DEFAULT = 65520  # 65535 - 14 (Ethernet header), rounded down to a multiple of 4
 MTU_MIN = 68  # RFC 791, 3.2
 MTU_MAX = 65535
-FRAME_MTU_MAX = 65535 - 14  # limit of a tap device, and of a frame on a stream socket
+FRAME_MTU_MAX = 65535 - ether.HEADER_LEN  # limit of a tap device, and of a frame on a stream socket
 OUR_MAC = bytes.fromhex("9a559a559a55")
 
 

@@ -42,13 +42,11 @@ They are Python integers that start in 32 bits and never wrap. A mask is applied
 
 from __future__ import annotations
 
-from struct import Struct
-
-from .. import addr, log
+from .. import NEVER, addr, log
 from ..flow.table import GUEST, HOST, Endpoints, Flow, FlowInfo, TcpInfo
 from ..linux import tcpinfo
 from ..policy.resolvers import Tried
-from ..wire import tcp
+from ..wire import ether, ip, tcp
 from ..wire.checksum import PROTO_TCP, fold, ones_sum, pseudo_sum
 from ..wire.virtio import F_NEEDS_CSUM, GSO_NONE, VNET
 
@@ -81,13 +79,10 @@ WINDOW_MAX = 1 << 24  # bytes
 WS_OFFERED = 8  # 65535 << 8 is WINDOW_MAX
 WINDOW_DEFAULT = 114 << WS_OFFERED  # bytes, advertised with SYN: twice RFC 6928's initial window, any socket takes it
 
-_IP4 = Struct("!BBHHHBBH4s4s")
-_IP6 = Struct("!IHBB16s16s")
-_ETH = Struct("!6s6sH")
 L2 = VNET.size  # offset of the Ethernet header in a pre-cooked frame
-L3 = L2 + _ETH.size
-TTL = 255
-NEVER = float("inf")
+L3 = L2 + ether.HEADER.size
+L4_IPV4 = L3 + ip.HEADER4.size
+L4_IPV6 = L3 + ip.HEADER6.size
 
 
 class TcpConn(Flow):
@@ -241,15 +236,15 @@ def build_header(conn: TcpConn, guest_mac: bytes, our_mac: bytes, mtu: int, *, t
     v4 = len(conn.key) == 12
     n = 4 if v4 else 16
     guest, peer, ports = conn.key[:n], conn.key[n : 2 * n], conn.key[2 * n :]
-    conn.l4 = L3 + (20 if v4 else 40)
+    conn.l4 = L4_IPV4 if v4 else L4_IPV6
     hdr = conn.hdr = bytearray(conn.l4 + tcp.HEADER_LEN)
-    _ETH.pack_into(hdr, L2, guest_mac, our_mac, 0x0800 if v4 else 0x86DD)
+    ether.HEADER.pack_into(hdr, L2, guest_mac, our_mac, ether.TYPE_IPV4 if v4 else ether.TYPE_IPV6)
     if v4:
-        _IP4.pack_into(hdr, L3, 0x45, 0, 0, 0, 0, TTL, PROTO_TCP, 0, peer, guest)
+        ip.HEADER4.pack_into(hdr, L3, ip.VERSION_IHL4, 0, 0, 0, 0, ip.TTL, PROTO_TCP, 0, peer, guest)
         conn.ip_sum = ones_sum(hdr[L3 : conn.l4])
     else:
-        label = conn.index + 1 & 0xFFFFF or 1
-        _IP6.pack_into(hdr, L3, 6 << 28 | label, 0, PROTO_TCP, TTL, peer, guest)
+        label = conn.index + 1 & ip.FLOW_LABEL_MASK or 1
+        ip.HEADER6.pack_into(hdr, L3, ip.VERSION6 | label, 0, PROTO_TCP, ip.TTL, peer, guest)
     hdr[conn.l4 : conn.l4 + 4] = ports[2:] + ports[:2]
     conn.tcp_sum = fold(pseudo_sum(peer, guest, PROTO_TCP, 0))
     limit_mss(conn, mtu, tso=tso)

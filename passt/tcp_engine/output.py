@@ -40,20 +40,20 @@ from struct import Struct
 from ..calls import calls
 from ..flow.context import Context
 from ..flow.errors import Errors
-from ..linux.sockopt import setting
-from ..linux.tcpinfo import SO_PEEK_OFF, Features
+from ..linux.sockopt import SO_PEEK_OFF, setting
+from ..linux.tcpinfo import Features
 from ..policy.config import Config
-from ..wire import icmp, tcp
+from ..wire import icmp, ip, tcp
 from ..wire.checksum import PROTO_TCP, fold
 from ..wire.virtio import GSO_NONE, GSO_TCPV4, GSO_TCPV6
 from .conn import (
     ESTABLISHED,
     L3,
+    L4_IPV4,
     SOCK_FIN_RCVD,
     TAP_FIN_ACKED,
     TAP_FIN_SENT,
     TAP_SYN_SENT,
-    TTL,
     WS_OFFERED,
     TcpConn,
     build_header,
@@ -67,7 +67,7 @@ DISCARD_MAX = 1 << 22  # bytes in flight to the guest without SO_PEEK_OFF; also 
 _TCP_VARIABLE = Struct("!IIHHH")  # seq, ack, offset and flags, window, checksum: at offset 4
 _IP4_VARIABLE = Struct("!HHHHH")  # total length, id, fragment, TTL and protocol, checksum: at offset 2
 _U16 = Struct("!H")
-_TTL_PROTO = TTL << 8 | PROTO_TCP
+_TTL_PROTO = ip.TTL << 8 | PROTO_TCP
 _MASK = 0xFFFFFFFF
 _OFFSET_5 = 5 << 12
 MSG_PEEK = socket.MSG_PEEK
@@ -116,7 +116,7 @@ class TcpOut:
             window if window < 65535 else 65535,
             (s & 0xFFFF) + (s >> 16),
         )
-        if l4 == L3 + 20:
+        if l4 == L4_IPV4:
             length += 20
             s = conn.ip_sum + length
             _IP4_VARIABLE.pack_into(
@@ -257,7 +257,7 @@ class TcpOut:
                 flags |= tcp.PSH | last_flags
             gso = end - offset > mss
             if gso != conn.gso:
-                set_segmentation(conn, (GSO_TCPV4 if conn.l4 == L3 + 20 else GSO_TCPV6) if gso else GSO_NONE)
+                set_segmentation(conn, (GSO_TCPV4 if conn.l4 == L4_IPV4 else GSO_TCPV6) if gso else GSO_NONE)
             self.header(conn, seq + offset, flags, end - offset)
             send((hdr, buf[offset:end]))
             offset = end

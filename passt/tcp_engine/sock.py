@@ -25,8 +25,8 @@ from .. import addr, log
 from ..drops import Drop, Failed
 from ..flow.context import Context
 from ..linux.nspool import new_socket
-from ..linux.sockopt import setting
-from ..linux.tcpinfo import SO_PEEK_OFF, Features
+from ..linux.sockopt import SO_PEEK_OFF, setting
+from ..linux.tcpinfo import Features
 from ..loop.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, TYPE_TCP
 from ..policy.forwarding import Forwarding, SockAddr
 from .conn import TcpConn

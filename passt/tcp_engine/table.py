@@ -30,10 +30,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from .. import NEVER
 from ..flow.context import Context
 from ..flow.table import FREE, reason_of
 from ..loop.each import each, record
-from ..loop.timers import NEVER
 from . import sock
 from .conn import ESTABLISHED, RTO_INIT, SOCK_ACCEPTED, SOCK_FIN_RCVD, TAP_SYN_RCVD, TcpConn, set_event, timeout
 from .out_of_order import OutOfOrder

@@ -24,6 +24,7 @@ from ..drops import Drop
 from ..flow.idle import IdleFlow
 from ..flow.table import GUEST, HOST, Endpoints
 from ..linux.sockopt import HOPS, hops_option, setting
+from ..policy.resolvers import DNS_PORT
 from ..wire import ether, ip, udp
 from ..wire.checksum import PROTO_UDP, fold, ones_sum, pseudo_sum
 from ..wire.virtio import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
@@ -31,7 +32,6 @@ from .sock import Client
 
 FLOW_TIMEOUT = 180.0  # s
 DNS_TIMEOUT = 30.0  # s; a query from a port of its own has one response, and resolvers give up before
-DNS_PORT = 53
 
 CALLS = setting(*HOPS)
 

@@ -8,6 +8,7 @@ from . import ip, udp
 from .checksum import PROTO_ICMPV6, PROTO_UDP, transport_checksum
 
 HEADER = Struct("!6s6sH")  # destination, source, EtherType
+HEADER_LEN = HEADER.size  # 14
 
 TYPE_IPV4 = 0x0800
 TYPE_ARP = 0x0806

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-from passt import addr
+from passt import NEVER, addr
 from passt.drops import Reason
 from passt.flow.context import Context
 from passt.flow.table import FlowTable
 from passt.link.backend import Buffer, Link, Receiver
 from passt.link.packet import PacketPool
 from passt.loop.reactor import TYPE_NAMES, Closable, Handler, make_ref
-from passt.loop.timers import NEVER, NO_OWNER
+from passt.loop.timers import NO_OWNER
 from passt.policy.config import Config, Ip4, Ip6
 from passt.policy.forwarding import Forwarding
 from passt.policy.guest import Guest

@@ -28,16 +28,8 @@ from typing import Any, ClassVar
 import pytest
 
 from passt import addr
-from passt.linux.tcpinfo import (
-    BYTES_ACKED,
-    BYTES_RECEIVED,
-    MIN_RTT,
-    SND_WND,
-    SO_MEMINFO,
-    SO_PEEK_OFF,
-    TCP_INFO_LEN,
-    Features,
-)
+from passt.linux.sockopt import SO_MEMINFO, SO_PEEK_OFF
+from passt.linux.tcpinfo import BYTES_ACKED, BYTES_RECEIVED, MIN_RTT, SND_WND, TCP_INFO_LEN, Features
 from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from passt.policy.rules import Listener, Rule
 from passt.tcp import Tcp

@@ -13,7 +13,7 @@ from typing import TextIO
 
 import pytest
 
-from passt import log
+from passt import NEVER, log
 from passt.log_file import LogFile
 
 
@@ -37,7 +37,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, stderr: TextIO | None) -> None:
         "_in_journal": False,
         "_file": None,
     }
-    rate_limits = {"_held": {}, "_flush_at": log.NEVER, "on_held": None}
+    rate_limits = {"_held": {}, "_flush_at": NEVER, "on_held": None}
     for name, value in {**start, "debug_on": False, "trace_on": False, **rate_limits}.items():
         monkeypatch.setattr(log, name, value)
 
@@ -310,8 +310,8 @@ def test_what_was_held_back_is_told_when_nothing_follows(stderr: Path, monkeypat
 def test_what_was_held_back_is_told_at_the_end(stderr: Path) -> None:
     for _ in range(3):
         log.warn_ratelimited("one", "again", 0.0)
-    log.flush_held(log.NEVER)
-    log.flush_held(log.NEVER)
+    log.flush_held(NEVER)
+    log.flush_held(NEVER)
     assert stderr.read_text().splitlines() == ["again", "again (2 similar messages held back)"]
 
 
@@ -320,7 +320,7 @@ def test_keys_do_not_add_up(stderr: Path) -> None:
         log.warn_ratelimited(f"key {i}", f"text {i}", i / 1000)
         log.warn_ratelimited(f"key {i}", f"text {i}", i / 1000)
     assert len(log._held) == log.KEYS_MAX
-    log.flush_held(log.NEVER)
+    log.flush_held(NEVER)
     assert len(stderr.read_text().splitlines()) == 20 * log.KEYS_MAX, "none is lost"
 
 
@@ -328,7 +328,7 @@ def test_quiet_holds_back_for_good(stderr: Path) -> None:
     log.setup("pasta", log.WARNING, syslog=False)
     for _ in range(3):
         log.info_ratelimited("dhcp", "asked", 0.0)
-    log.flush_held(log.NEVER)
+    log.flush_held(NEVER)
     assert stderr.read_text() == ""
 
 

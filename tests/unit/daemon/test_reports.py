@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from passt import log
+from passt import NEVER, log
 from passt.conf.options import Options
 from passt.daemon.reports import Reports
 from passt.flow.context import Context
@@ -35,7 +35,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(log, "report", lines.extend)
     monkeypatch.setattr(log, "say", lambda level, text: lines.append(text))
     monkeypatch.setattr(log, "_held", {})
-    monkeypatch.setattr(log, "_flush_at", log.NEVER)
+    monkeypatch.setattr(log, "_flush_at", NEVER)
     return lines
 
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt.linux import tcpinfo
-from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, SND_WND, SO_MEMINFO, SO_PEEK_OFF, Features, probe, send_buffer
+from passt.linux.sockopt import SO_MEMINFO, SO_PEEK_OFF
+from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, SND_WND, Features, probe, send_buffer
 
 ALL = Features()
 

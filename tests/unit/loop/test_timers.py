@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from passt import NEVER
 from passt.linux.syscall import timerfd_settime
 from passt.loop import timers as module
 from passt.loop.reactor import EPOLLIN, TYPE_TCP, Reactor
-from passt.loop.timers import NEVER, TimerPool
+from passt.loop.timers import TimerPool
 
 SOON = 0.001
 LATER = 3600.0

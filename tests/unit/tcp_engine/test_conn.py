@@ -12,14 +12,13 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from passt import addr, log
+from passt import NEVER, addr, log
 from passt.tcp_engine import conn as tcp_conn
 from passt.tcp_engine.conn import (
     ESTABLISHED,
     KEEPALIVE_IDLE,
     KEEPALIVE_INTERVAL,
     L2,
-    NEVER,
     RETRIES_MAX,
     RTO_MAX,
     TAP_FIN_SENT,

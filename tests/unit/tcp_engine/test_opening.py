@@ -17,7 +17,8 @@ from scapy.layers.l2 import Ether
 
 from passt import addr, log
 from passt.flow.table import FlowTable
-from passt.linux.tcpinfo import BYTES_ACKED, SO_PEEK_OFF, TCP_CLOSE, probe, tcp_info, u64
+from passt.linux.sockopt import SO_PEEK_OFF
+from passt.linux.tcpinfo import BYTES_ACKED, TCP_CLOSE, probe, tcp_info, u64
 from passt.loop.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, make_ref
 from passt.loop.timers import NO_OWNER
 from passt.policy.guest import Guest

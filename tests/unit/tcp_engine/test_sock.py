@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from passt import addr, log
-from passt.linux.tcpinfo import SO_PEEK_OFF
+from passt.linux.sockopt import SO_PEEK_OFF
 from passt.loop.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from passt.tcp_engine import sock as tcp_sock
 from passt.tcp_engine.conn import TcpConn
