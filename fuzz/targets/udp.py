@@ -19,6 +19,7 @@ from passt import addr, udp
 from passt.drops import Reason
 from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
 from passt.loop.reactor import EPOLLERR, EPOLLIN
+from passt.udp_engine import dns
 from tests.unit.hostile import harmless
 from tests.unit.offload import received
 from tests.unit.support import GUEST4, GUEST6, T0, elapse, link, make_context, reactor
@@ -125,7 +126,6 @@ class World:
         self.udp._receiver = cast(Any, Receiver(self))
         self.udp._flows.limit = self.udp.dns._flows.limit = FLOWS_MAX
         self.udp.opener = lambda host, sport, dport, now: self.open((host, sport, dport))
-        self.udp.dns.opener = lambda host: self.open((host, "dns"))
         self.now = T0
 
     def start(self) -> None:
@@ -256,6 +256,7 @@ def one(data: bytes) -> None:
     world, steps = WORLD, Steps(data)
     world.start()
     former, cast(Any, os).writev = os.writev, world.writev
+    open_socket, cast(Any, dns).open_socket = dns.open_socket, lambda fwd, host: world.open((host, "dns"))
     try:
         while steps.left > 0:
             step(world, steps)
@@ -263,7 +264,7 @@ def one(data: bytes) -> None:
         world.later(400.0)
         world.later(400.0)
     finally:
-        cast(Any, os).writev = former
+        cast(Any, os).writev, cast(Any, dns).open_socket = former, open_socket
         world.udp.forget()
         world.later(20.0)
         reactor(world.ctx).end_turn(world.now)

@@ -52,6 +52,7 @@ import os
 import socket
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -199,7 +200,6 @@ class Dns:
         self._timer = ctx.timers.services.new(self.timer_handler)
         self._armed = False
         self._answer = memoryview(bytearray(_SIZE_MAX))
-        self.opener: Callable[[bytes], Any] = lambda host: open_socket(ctx.fwd, host)
         ctx.reactor.handle(TYPE_DNS, self.sock_handler)
         ctx.settings.subscribe(self._adopt)
 
@@ -310,7 +310,7 @@ class Dns:
 
     def _open(self, flow: DnsFlow, resolver: Resolver) -> Any:
         """The socket of `flow` towards `resolver`, watched. Raises OSError, FlowEvicted."""
-        sock = self._flows.open(lambda: self.opener(resolver.addr))
+        sock = self._flows.open(partial(open_socket, self._ctx.fwd, resolver.addr))
         if flow.state != ACTIVE:  # evicted, to free descriptors
             sock.close()
             self._drops[Drop.DNS_NO_DESCRIPTOR] += 1

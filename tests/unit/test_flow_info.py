@@ -22,9 +22,10 @@ from .splice.test_udp import Start, start
 from .support import T0, reactor
 from .tcp_support import PEER_PORT, FakeSocket, Talk, accepted_connection, fake_sockets, open_connection
 from .udp_engine import test_dns as test_dns_flows
+from .udp_engine.test_dns import resolver_sockets
 from .udp_support import port_of
 
-__all__ = ["fake_sockets", "make_lab", "start"]
+__all__ = ["fake_sockets", "make_lab", "resolver_sockets", "start"]
 AGE = 7.0
 
 

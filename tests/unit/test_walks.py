@@ -70,11 +70,11 @@ from .ports.test_scan import T as AUTO_TCP
 from .ports.test_scan import U as AUTO_UDP
 from .support import CONFIG, GATEWAY4, GUEST4, T0, make_context, reactor, reconfigure, stage_faults, timers
 from .tcp_support import Talk, fake_sockets, open_connection
-from .udp_engine.test_dns import A, query
+from .udp_engine.test_dns import A, query, resolver_sockets
 from .udp_engine.test_dns import Talk as DnsTalk
 from .udp_support import Lab
 
-__all__ = ["fake_sockets"]  # a fixture of all tests here
+__all__ = ["fake_sockets", "resolver_sockets"]  # fixtures of all tests here
 
 WALKS = walks.find(walks.sources())
 EACH = {f"{walk}": walk for walk in WALKS if walk.is_each}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.policy.resolvers import HOLD
 from passt.udp import Udp
 from passt.udp_engine import dns
-from passt.udp_engine.dns import QUERY_LIFETIME, QUERY_TIMEOUT, DnsFlow, query_id, response_id
+from passt.udp_engine.dns import QUERY_LIFETIME, QUERY_TIMEOUT, DnsFlow, open_socket, query_id, response_id
 
 from ..support import GUEST4, GUEST6, T0, link, make_context, reactor, reconfigure, timers
 
@@ -85,14 +86,23 @@ def _error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def resolver_sockets() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dns, "open_socket", lambda fwd, host: Talk.current.open(host))
+        yield
+
+
 class Talk:
     """A guest, our forwarding, and resolvers."""
+
+    current: Talk  # whose sockets are opened
 
     def __init__(self, *hosts: str, v6: bool = False, **config: Any) -> None:
         config |= {"dns_match": (FORWARDED4, FORWARDED6), "dns_hosts": tuple(map(addr.packed, hosts))}
         self.ctx = make_context(**config)
         self.udp = Udp(self.ctx)
-        self.udp.dns.opener = self.open
+        Talk.current = self
         self.sockets: list[Socket] = []
         self.refusing: dict[str, int] = {}  # by host: errno of opening
         self.now = T0
@@ -516,7 +526,7 @@ def test_no_descriptor_left() -> None:
             raise _error(failures.pop())
         return opened(host)
 
-    talk.udp.dns.opener = scarce
+    talk.open = scarce  # type: ignore[method-assign]
     talk.fails(A)
     assert talk.ctx.flows.count == 0
     assert talk.drops["dns: no descriptor"] == 1
@@ -554,7 +564,7 @@ def test_a_new_guest_address_reaches_flows() -> None:
 def test_real_sockets() -> None:
     """Connected to port 53, from a free port."""
     ctx = make_context()
-    with dns.open_socket(ctx.fwd, addr.LOOPBACK4) as s:
+    with open_socket(ctx.fwd, addr.LOOPBACK4) as s:
         assert s.getpeername() == ("127.0.0.1", 53)
         assert s.getsockname()[1] != 0
         assert not s.getblocking()
