@@ -58,7 +58,8 @@ from .udp_engine.dns import Dns
 from .udp_engine.flow import UdpFlow
 from .udp_engine.gso_batch import SEGMENTS_MAX, GsoBatch, gso_batches
 from .udp_engine.io import CONGESTED, Pauses, datagram_count, receive, retry_send, transmit
-from .udp_engine.sock import Client, open_socket
+from .udp_engine.outbound import Outbound
+from .udp_engine.sock import Client
 from .wire import ether, icmp, udp
 from .wire.checksum import PROTO_UDP
 from .wire.fragment import fragments
@@ -96,10 +97,7 @@ class Udp:
         self._gro = probe_udp_gro()
         log.debug(f"UDP: UDP_SEGMENT {'on' if self._segments > 1 else 'off'}, UDP_GRO {'on' if self._gro else 'off'}")
         self._hops = default_hops()
-        # Opens the socket of a flow that the guest begins: (host's address, guest's port, host's port, now)
-        self.opener: Callable[[bytes, int, int, float], Any] = lambda host, sport, dport, now: open_socket(
-            ctx.fwd, host, sport, dport
-        )
+        self.outbound = Outbound(ctx)
         self.dns = Dns(ctx, self._to_guest, self._query_refused)
         self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now), self._flows.fault_at)
         ctx.services.on_forget.append(self.forget)
@@ -162,7 +160,7 @@ class Udp:
             resolver = ctx.resolvers.pick(len(dst) == 16, now)
             host = resolver.addr if resolver is not None else host
         flow = UdpFlow(key, host, now, 0 if addr.is_multicast(host) else self._hops[len(host)])
-        e = self._open(flow, lambda: self.opener(host, sport, dport, now), len(frames) // 3, now)
+        e = self._open(flow, partial(self.outbound.open, host, sport, dport, now), len(frames) // 3, now)
         if isinstance(e, OSError):
             self._refused(e, key, src, dst, self._mv[frames[0] : frames[1]], now)
         return flow if e is None else None

@@ -15,12 +15,13 @@ from typing import Any, cast
 
 from fuzz import frames
 from fuzz.steps import Steps
-from passt import icmp, udp
+from passt import icmp
 from passt.drops import Drop
 from passt.link.packet import FRAME_ROOM
 from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from passt.loop.timers import NO_OWNER
 from passt.tcp_engine import sock as tcp_sock
+from passt.udp_engine import outbound
 from tests.unit import hostile
 from tests.unit.hostile import INBOUND, TAP_FD, Datagrams, Stack, harmless
 from tests.unit.support import GUEST4, GUEST6, GUEST_LL, GUEST_MAC, T0, link, reactor, timers
@@ -67,7 +68,7 @@ def begin(stack: Stack) -> None:
     guest.mac, guest.addr4, guest.addr6, guest.addr6_ll = GUEST_MAC, GUEST4, GUEST6, GUEST_LL
     stack.icmp._ident = stack.udp._ident = 0
     ctx.pool.buf[:] = stack.fill
-    for module in (udp, icmp):
+    for module in (outbound, icmp):
         cast(Any, module).open_socket = lambda fwd, *where: Datagrams(stack.datagrams, *where)
 
 
@@ -148,7 +149,7 @@ def run(stack: Stack, data: bytes) -> tuple[Any, ...]:
 
 
 def one(data: bytes) -> None:
-    patched = ((tcp_sock, "new_socket"), (udp, "open_socket"), (icmp, "open_socket"), (os, "writev"))
+    patched = ((tcp_sock, "new_socket"), (outbound, "open_socket"), (icmp, "open_socket"), (os, "writev"))
     former = [getattr(module, name) for module, name in patched]
     cast(Any, tcp_sock).new_socket, cast(Any, os).writev = FakeSocket, WRITEV
     try:

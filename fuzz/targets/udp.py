@@ -125,7 +125,7 @@ class World:
             self.udp = udp.Udp(self.ctx)
         self.udp._receiver = cast(Any, Receiver(self))
         self.udp._flows.limit = self.udp.dns._flows.limit = FLOWS_MAX
-        self.udp.opener = lambda host, sport, dport, now: self.open((host, sport, dport))
+        cast(Any, self.udp.outbound).open = lambda host, sport, dport, now: self.open((host, sport, dport))
         self.now = T0
 
     def start(self) -> None:

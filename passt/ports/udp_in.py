@@ -22,8 +22,8 @@ So do all datagrams of a client whose socket may not bind the port (`udp_engine.
 
 Flows of the guest. A flow from a guest port that a listener leads to is seen as coming from the listener's port: the
 peer's answers, and its own first datagrams, reach the same program. So the sockets of these flows are bound to the
-listener's port, too (`open_socket`). Flows older than the listener, as is usual with `auto`, have the port that it
-wants, and begin again (`free_ports`).
+listener's port, too (`udp_engine/outbound.py`). Flows older than the listener, as is usual with `auto`, have the port
+that it wants, and begin again (`free_ports`).
 
 Dropped and counted: sources that cannot be answered (multicast, broadcast, unspecified, port 0); clients of a family in
 which the guest has no address; clients without a socket, with the kernel's reason.
@@ -31,9 +31,7 @@ which the guest has no address; clients without a socket, with the kernel's reas
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Container, Iterable
-from typing import Any
 
 from .. import addr
 from ..drops import Drop, Failed, Reason
@@ -43,7 +41,8 @@ from ..loop.each import each, record
 from ..policy.rules import Listener
 from ..splice.udp import UdpSplice
 from ..udp import Udp
-from ..udp_engine.sock import Client, Misdelivered, SharedSocket, is_self_connected, open_client, open_socket, opener
+from ..udp_engine.outbound import Outbound
+from ..udp_engine.sock import Client, Misdelivered
 
 BATCHES_MAX = 8  # per event
 MISDELIVERED_MAX = 1024  # datagrams per event
@@ -56,10 +55,6 @@ def refuse(peer: bytes, port: int) -> Reason | None:
     return None if port else Drop.UDP_SOURCE_PORT_0
 
 
-def _one_address(listener: Listener) -> bool:
-    return listener.rule.addr is not None and not addr.is_unspecified(listener.rule.addr)
-
-
 class UdpIn:
     """The datagrams of listeners. `udp` is None without a tap."""
 
@@ -68,11 +63,8 @@ class UdpIn:
         self._udp = udp
         self.splice = UdpSplice(ctx)
         self._receiver = AddressReceiver()
-        self._misdelivered: list[Misdelivered] = []
-        self._timer = ctx.timers.services.new(self._deliver_misdelivered)
-        self._leading: dict[int, list[Listener]] = {}  # to a port of the guest
-        if udp is not None:
-            udp.opener = self.open_socket
+        self._outbound = udp.outbound if udp is not None else Outbound(ctx)
+        self._outbound.timer = ctx.timers.services.new(self._deliver_misdelivered)
 
     def sock_handler(self, listener: Listener, now: float) -> None:
         """A listener is readable."""
@@ -109,7 +101,7 @@ class UdpIn:
 
     def _deliver_misdelivered(self, now: float) -> None:
         """Hand on what sockets of clients received before connect(2)."""
-        misdelivered, left = self._misdelivered, MISDELIVERED_MAX
+        misdelivered, left = self._outbound.misdelivered, MISDELIVERED_MAX
         while misdelivered and left:
             some = misdelivered[:left]  # each of them may add others
             del misdelivered[:left]
@@ -129,7 +121,7 @@ class UdpIn:
         if why is not None:
             self._ctx.drops[why] += len(frames) // 3
         elif self._ctx.fwd.spliced(client.peer, client.listener.rule):
-            self.splice.inbound(client, lambda: self._open(client), mv, frames, now)
+            self.splice.inbound(client, lambda: self._outbound.open_client(client), mv, frames, now)
         else:
             self._to_guest(client, mv, frames, now)
 
@@ -144,12 +136,7 @@ class UdpIn:
             ctx.drops[Drop.UDP_NO_TARGET] += len(frames) // 3
         else:
             key = target + source + listener.to.to_bytes(2, "big") + client.port.to_bytes(2, "big")
-            self._udp.inbound(key, client, lambda: self._open(client), mv, frames, now)
-
-    def _open(self, client: Client) -> Any:
-        """Open the client's socket, on the side of the listener. Raises OSError."""
-        make = opener(self._ctx, client.listener.rule.outbound)
-        return open_client(lambda: make(addr.family(client.peer), socket.SOCK_DGRAM), client, self._misdelivered)
+            self._udp.inbound(key, client, lambda: self._outbound.open_client(client), mv, frames, now)
 
     # Ports -----------------------------------------------------------------------------------------------------------
 
@@ -162,9 +149,7 @@ class UdpIn:
         """A listener opens."""
         rule = listener.rule
         if not rule.outbound and rule.target is None and rule.ifname is None:
-            leading = self._leading.setdefault(listener.to, [])
-            leading.append(listener)
-            leading.sort(key=_one_address)  # any peer of the guest reaches those of all addresses
+            self._outbound.lead(listener)
 
     def end(self, listeners: Iterable[Listener]) -> None:
         """Listeners close: their flows end, whose sockets would keep the port from the next listener.
@@ -172,32 +157,9 @@ class UdpIn:
         One call for all of them, since it looks at every flow, and a range of ports has as many listeners.
         """
         ending = frozenset(listeners)
-        each(ending, self._lead_no_more, self._fault_at)
+        each(ending, self._outbound.lead_no_more, self._fault_at)
         if ending:
             self.splice.end(ending)
         inbound = frozenset(listener for listener in ending if not listener.rule.outbound)
         if self._udp is not None and inbound:
             self._udp.end(inbound)
-
-    def _lead_no_more(self, listener: Listener) -> None:
-        leading = self._leading.get(listener.to, [])
-        if listener in leading:
-            leading.remove(listener)
-
-    def open_socket(self, host: bytes, sport: int, dport: int, now: float) -> Any:
-        """A socket connected to `host`, for a flow that the guest begins from port `sport`. Raises OSError."""
-        fwd = self._ctx.fwd
-        source, interface = fwd.source(host)
-        for listener in self._leading.get(sport, ()) if interface is None else ():
-            client = Client(listener, host, dport, source or bytes(len(host)), fwd.scope(host))
-            try:
-                sock = self._open(client)
-            except OSError:
-                continue  # the listener's port is not available
-            if self._misdelivered:
-                self._ctx.timers.services.arm(self._timer, now)
-            if isinstance(sock, SharedSocket) or is_self_connected(sock, client.sockaddr(host, dport)):
-                sock.close()  # a shared socket reports no errors; a self-connected one receives what it sends
-                continue
-            return sock
-        return open_socket(fwd, host, sport, dport)

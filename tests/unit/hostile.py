@@ -65,6 +65,7 @@ from passt.tap import Tap
 from passt.tcp import Tcp
 from passt.tcp_engine import sock as tcp_sock
 from passt.udp import Udp
+from passt.udp_engine import outbound
 from passt.wire.virtio import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET, VNET_LEN
 from tests.unit.support import (
     GATEWAY4,
@@ -158,7 +159,7 @@ def harmless() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module, name, value in (
             (tcp_sock, "new_socket", FakeSocket),
-            (udp, "open_socket", None),  # each stack sets its own
+            (outbound, "open_socket", None),  # each stack sets its own
             (udp, "probe_udp_segment", lambda: True),
             (udp, "probe_udp_gro", lambda: True),
             (udp, "default_hops", lambda: {4: 64, 16: 64}),
@@ -185,7 +186,7 @@ class Stack:
         self.device = Device()
         self.datagrams: list[tuple[Any, ...]] = []
         cast(Any, os).readv = self.device
-        for module in (udp, icmp):
+        for module in (outbound, icmp):
             cast(Any, module).open_socket = lambda fwd, *where: Datagrams(self.datagrams, *where)
         FakeSocket.made.clear()
         guest = Guest(mac=GUEST_MAC, addr4=GUEST4, addr6=GUEST6, addr6_ll=GUEST_LL)

@@ -22,6 +22,7 @@ from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT, ExtendedError
 from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.udp import Udp
 from passt.udp_engine import io as udp_io
+from passt.udp_engine import outbound
 from passt.udp_engine.flow import UdpFlow
 
 from .offload import received
@@ -313,7 +314,7 @@ def refusing(number: int) -> Callable[..., socket.socket]:
 
 
 def test_a_destination_without_route_is_unreachable(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udp, "open_socket", refusing(errno.ENETUNREACH))
+    monkeypatch.setattr(outbound, "open_socket", refusing(errno.ENETUNREACH))
     talk.sends(b"first", b"second")
     (p,) = talk.packets()
     assert p[ICMP].code == 0 if talk.v4 else p[ICMPv6DestUnreach].code == 0
@@ -324,7 +325,7 @@ def test_a_destination_without_route_is_unreachable(talk: Talk, monkeypatch: pyt
 @pytest.mark.parametrize("group", ["224.0.0.251", "255.255.255.255"])
 def test_no_errors_about_groups(start: Start, monkeypatch: pytest.MonkeyPatch, group: str) -> None:
     talk = start()
-    monkeypatch.setattr(udp, "open_socket", refusing(errno.ENETUNREACH))
+    monkeypatch.setattr(outbound, "open_socket", refusing(errno.ENETUNREACH))
     talk.sends(b"first", key=talk.key_to(addr.packed(group), 9))
     assert talk.link.frames == []
 

@@ -117,7 +117,7 @@ PLAIN = {
         "passt.tcp_engine.window.TcpAck.timer_handler over waiting and waiting[0][0] <= now + COALESCE",
     ),
     "it looks for the first that will do, for one flow, whose end a fault is": (
-        "passt.ports.udp_in.UdpIn.open_socket over self._leading.get(sport, ()) if interface is None else ()",
+        "passt.udp_engine.outbound.Outbound.open over self.leading.get(sport, ()) if interface is None else ()",
     ),
     "all of them are of one flow, whose end a fault is": (
         "passt.udp_engine.dns.Dns._report over list(flow.queries.values())",
@@ -590,10 +590,10 @@ def datagrams_of_two_clients(stage: Stage) -> None:
 def datagrams_that_came_early(stage: Stage) -> None:
     lab, made, given = sent_to_listener(stage)
     client = Client(made, GATEWAY4, 7, GUEST4, 0)
-    lab.udp_in._misdelivered += [(client, b"three"), (client, b"four")]
+    lab.udp_in._outbound.misdelivered += [(client, b"three"), (client, b"four")]
     with stage:
         lab.udp_in._deliver_misdelivered(T0)
-    assert given == [b"four"] and lab.ctx.drops["fault"] == 1 and not lab.udp_in._misdelivered
+    assert given == [b"four"] and lab.ctx.drops["fault"] == 1 and not lab.udp_in._outbound.misdelivered
 
 
 @case("passt.ports.udp_in.UdpIn.end")
@@ -602,7 +602,7 @@ def udp_listeners_end(stage: Stage) -> None:
     stage_faults(lab.ctx)
     with stage:
         lab.udp_in.end([lab.listen(to=7), lab.listen(to=7)])
-    assert lab.udp_in._leading == {7: [stage.victim]} and lab.ctx.drops["fault"] == 1
+    assert lab.udp_in._outbound.leading == {7: [stage.victim]} and lab.ctx.drops["fault"] == 1
 
 
 # Control clients -----------------------------------------------------------------------------------------------------

@@ -502,7 +502,7 @@ class Ports(RuleBasedStateMachine):
         held = {(li.rule.proto, li.rule.outbound, li.port) for li in self.open()}
         assert held == set(self.listeners._held)
         assert len(self.listeners._by_index) == len(self.open()) + len(self.listeners._free)
-        leading = [li for listeners in self.udp_in._leading.values() for li in listeners]
+        leading = [li for listeners in self.udp_in._outbound.leading.values() for li in listeners]
         assert len(leading) == len(set(leading)) and set(leading) <= set(self.open())
 
     @invariant()
@@ -540,7 +540,7 @@ class Ports(RuleBasedStateMachine):
         listeners = set(self.open())
         for flow in self.udp._by_key.values():
             if flow.client is None:
-                leading = {li.port for li in self.udp_in._leading.get(flow.sport, ())}
+                leading = {li.port for li in self.udp_in._outbound.leading.get(flow.sport, ())}
                 assert flow.sock.port in leading | {flow.sport} | set(EPHEMERAL), (
                     "it keeps the port of one that is gone"
                 )

@@ -22,6 +22,7 @@ from passt.policy.guest import Guest
 from passt.policy.rules import Rule
 from passt.ports import udp_in
 from passt.ports.udp_in import refuse
+from passt.udp_engine import outbound
 from passt.udp_engine import sock as udp_sock
 from passt.udp_engine.sock import Client
 
@@ -501,7 +502,7 @@ def test_a_port_that_cannot_be_had_for_this(local: Start, monkeypatch: pytest.Mo
     def refused(*_: Any) -> None:
         raise OSError(errno.EADDRINUSE, "")
 
-    monkeypatch.setattr(udp_in, "open_client", refused)
+    monkeypatch.setattr(outbound, "open_client", refused)
     guest_sends(lab, guest_key(peer, TO), b"hello")
     assert peer.recvfrom(9)[1][1] != listener.port
     assert not lab.ctx.drops
@@ -608,7 +609,7 @@ def test_no_socket_for_a_client(start: Start, monkeypatch: pytest.MonkeyPatch, n
     def refused(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(udp_in, "open_client", refused)
+    monkeypatch.setattr(outbound, "open_client", refused)
     client.send(b"?")
     client.send(b"?")
     lab.turn()
@@ -628,14 +629,14 @@ def test_without_descriptors_the_longest_idle_flow_makes_room(start: Start, monk
         client.send(b"?")
         lab.turn()
     failures = [errno.EMFILE]
-    real = udp_in.open_client
+    real = outbound.open_client
 
     def scarce(*args: Any) -> Any:
         if failures:
             raise OSError(failures.pop(), "")
         return real(*args)
 
-    monkeypatch.setattr(udp_in, "open_client", scarce)
+    monkeypatch.setattr(outbound, "open_client", scarce)
     clients[2].send(b"!")
     lab.turn()
     assert {f.sock.getpeername() for f in lab.flows} == {c.getsockname() for c in clients[1:]}
@@ -647,14 +648,14 @@ def test_peers_make_no_room_at_the_guests_cost(start: Start, monkeypatch: pytest
     lab = start()
     assert lab.udp is not None
     listener, server = lab.listen(), lab.socket()
-    real, limit = udp_in.open_client, 2 if scarce == "flows" else 100
+    real, limit = outbound.open_client, 2 if scarce == "flows" else 100
 
     def open_client(*args: Any) -> Any:
         if scarce == "descriptors" and len(lab.flows) >= 2:
             raise OSError(errno.EMFILE, "")
         return real(*args)
 
-    monkeypatch.setattr(udp_in, "open_client", open_client)
+    monkeypatch.setattr(outbound, "open_client", open_client)
     lab.udp._flows.limit = limit
     guest_sends(lab, guest_key(server, 40000), b"?")
     for lab.now in (T0 + 1, T0 + 2, T0 + 3):
