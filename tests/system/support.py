@@ -302,11 +302,12 @@ def by_name(links: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return next(link for link in links if link["ifname"] == name)
 
 
-def readable(name: str) -> Iterator[Path]:
+def command_lines() -> Iterator[bytes]:
+    """Those of all processes; others may end meanwhile."""
     for directory in Path("/proc").iterdir():
-        path = directory / name
-        if directory.name.isdecimal() and path.exists():
-            yield path
+        if directory.name.isdecimal():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                yield (directory / "cmdline").read_bytes()
 
 
 def descendants(pid: int) -> list[int]:
@@ -328,10 +329,6 @@ def handles(pid: int, number: int) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-def leftovers(text: str) -> list[Path]:
-    """Processes whose command line has `text`."""
-    return [
-        p
-        for p in readable("cmdline")
-        if text.encode() in p.read_bytes() and f"{os.getpid()}".encode() in p.read_bytes()
-    ]
+def leftovers(text: str) -> list[bytes]:
+    """Command lines that have `text`, and our PID."""
+    return [line for line in command_lines() if text.encode() in line and f"{os.getpid()}".encode() in line]

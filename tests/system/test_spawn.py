@@ -17,9 +17,9 @@ from .support import (
     User,
     alive,
     by_name,
+    command_lines,
     descendants,
     inside,
-    readable,
     wait_for,
 )
 
@@ -172,7 +172,7 @@ def test_everything_dies_with_pasta(pasta: Runner) -> None:
 def test_everything_dies_with_the_command(pasta: Runner) -> None:
     marker = f"{1000 + os.getpid() % 1000}.{os.getpid()}"
     assert pasta.run("--", "sh", "-c", f"setsid sleep {marker} & exit 0").returncode == 0
-    assert marker.encode() not in b"".join(p.read_bytes() for p in readable("cmdline"))
+    assert marker.encode() not in b"".join(command_lines())
 
 
 @pytest.fixture
