@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import log
+from . import log, log_file
 from .conf.argv import Done, parse
 from .linux.proc import ephemeral_ports, inherited_fds
 from .log import Fatal
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _want_random_hashes()
         env = _command_environment()
         path, size = options.log_file, options.log_size
-        log.setup(options.mode, options.level, syslog=path is None, log_file=path, log_size=size)
+        file = None if path is None else log_file.opened(options.mode, path, size)
+        log.setup(options.mode, options.level, syslog=True, file=file)
 
         inherited = [fd for fd in inherited if fd != options.fd]
         if options.mode == PASST:

@@ -23,14 +23,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Protocol, TextIO
 
-from . import NEVER, __version__
+from . import NEVER
 from .calls import calls
-from .log_file import LogFile
 
 ERR, WARNING, INFO, DEBUG, TRACE = 3, 4, 6, 7, 8
-FILE_SIZE = 1 << 20  # default limit of the log file, in bytes
 KEYS_MAX = 64  # keys of rate limits; the program uses fewer
 
 _START = time.monotonic()
@@ -44,13 +42,21 @@ _stderr_level = TRACE
 _timestamps = False
 _syslog: socket.socket | None = None
 _in_journal = False  # standard error is the journal, where syslog would repeat its messages
-_file: LogFile | None = None
+_file: LineFile | None = None
 _PREFIX = {ERR: "ERROR:", WARNING: "WARNING:", INFO: "info:", DEBUG: "", TRACE: ""}
 
 # Called as on_held(when) when a message is held back: `flush_held` must be called at `when`
 on_held: Callable[[float], None] | None = None
 
 CALLS = calls("write", "sendto")
+
+
+class LineFile(Protocol):
+    """The log file, as far as it is written here: `log_file.LogFile`."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Fatal(Exception):
@@ -73,22 +79,17 @@ def _escaped(text: str) -> str:
 
 "".encode("unicode_escape")  # loads the codec while files can be read
 
-def setup(ident: str, level: int, *, syslog: bool, log_file: str | None = None, log_size: int = FILE_SIZE) -> None:
+def setup(ident: str, level: int, *, syslog: bool, file: LineFile | None = None) -> None:
     """Set the name, the level (ERR..TRACE), and the target beside standard error. Called once, after parsing.
 
-    The target is `log_file`, of at most `log_size` bytes, or else /dev/log if `syslog`. Raises Fatal if the file cannot
-    be opened.
+    The target is `file`, which belongs to the log from now on, or else /dev/log if `syslog`.
     """
     global _ident, _level, debug_on, trace_on, _timestamps, _syslog, _in_journal, _file
     _ident, _level = ident, level
     debug_on, trace_on = level >= DEBUG, level >= TRACE
     _timestamps = debug_on
-    if log_file is not None:
-        header = f"{ident} {__version__}: {sys.executable} ({os.getpid()})"
-        try:
-            _file = LogFile(log_file, header, log_size)
-        except OSError as e:
-            raise Fatal(f"Couldn't open log file {log_file}: {e.strerror}") from None
+    if file is not None:
+        _file = file
     elif syslog and not debug_on:
         _syslog = _open_syslog()
         _in_journal = _stderr is not None and _is_journal(_stderr.fileno())

@@ -24,15 +24,27 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 
+from . import __version__
 from .calls import calls
+from .log import Fatal
 
+SIZE = 1 << 20  # default limit, in bytes
 KEEP = 5, 8  # as a fraction of the limit
 _CHUNK = 1 << 18  # bytes moved at once
 _MODE = 0o600
 _FLAGS = os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
 CALLS = calls("write", "pread64", "pwrite64", "ftruncate")
+
+
+def opened(ident: str, path: str, limit: int = SIZE) -> LogFile:
+    """A log file with the program's name, version and process in its header. Raises Fatal."""
+    try:
+        return LogFile(path, f"{ident} {__version__}: {sys.executable} ({os.getpid()})", limit)
+    except OSError as e:
+        raise Fatal(f"Couldn't open log file {path}: {e.strerror}") from None
 
 
 class LogFile:

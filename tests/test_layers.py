@@ -20,7 +20,7 @@ TOP_MAX = 24  # files at the top level of the package
 
 # Folders and modules of the top level, from the lowest: each imports from those before it, and from itself
 ORDER = (
-    *("__init__", "addr", "calls", "drops", "wire", "log_file", "log", "linux"),  # ground
+    *("__init__", "addr", "calls", "drops", "wire", "log", "log_file", "linux"),  # ground
     *("loop", "policy", "link", "flow"),  # what all protocols share
     *("arp", "ndp", "dhcp", "dhcpv6", "icmp"),
     *("tcp_engine", "tcp", "udp_engine", "udp"),

@@ -10,6 +10,7 @@ of the same name in `policy/config.py` gets it (`decide.py` copies by name). `ma
 from __future__ import annotations
 
 from .. import log
+from ..log_file import SIZE as LOG_SIZE
 from ..policy.config import MTU_DEFAULT, OUR_MAC, PASST, PASTA
 from ..policy.rules import Rule
 from . import actions, values
@@ -34,7 +35,6 @@ from .row import (
     value,
 )
 
-LOG_SIZE = 1 << 20  # bytes
 NETNS_RUN_DIR = "/run/netns"  # where ip-netns(8) keeps its names
 
 _PASTA, _PASST = Only(PASTA), Only(PASST)

@@ -11,7 +11,7 @@ import os
 import sys
 
 from fuzz.table import BY_NAME
-from passt import log, seccomp
+from passt import log, log_file, seccomp
 from passt.conf.options import Options
 from passt.daemon import common as daemon_common
 from passt.daemon import syscalls as daemon_syscalls
@@ -21,10 +21,10 @@ TARGETS = "tap", "stack", "tcp", "udp", "icmp", "stream", "reassembly", "control
 
 
 def main() -> None:
-    mode, log_file = sys.argv[1:]
+    mode, path = sys.argv[1:]
     assert daemon_syscalls.LOADED
     seccomp.binding()
-    log.setup(mode, log.TRACE, syslog=False, log_file=log_file)
+    log.setup(mode, log.TRACE, syslog=False, file=log_file.opened(mode, path))
     log.stop_stderr()
     targets = [(name, BY_NAME[name].load(), BY_NAME[name].corpus()) for name in TARGETS]
     for _, target, corpus in targets:

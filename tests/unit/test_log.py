@@ -14,7 +14,7 @@ from typing import TextIO
 import pytest
 
 from passt import NEVER, log
-from passt.log_file import LogFile
+from passt.log_file import LogFile, opened
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def log_file(stderr: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_log_file(log_file: Path, stderr: Path) -> None:
     log_file.write_text("of the run before\n")
-    log.setup("pasta", log.DEBUG, syslog=True, log_file=str(log_file))
+    log.setup("pasta", log.DEBUG, syslog=True, file=opened("pasta", str(log_file)))
     say_everything()
     first, *lines = log_file.read_text().splitlines()
     assert re.fullmatch(rf"pasta \S+: {re.escape(sys.executable)} \({os.getpid()}\)", first)
@@ -212,17 +212,17 @@ def test_log_file(log_file: Path, stderr: Path) -> None:
 
 
 def test_log_file_is_private(log_file: Path) -> None:
-    log.setup("pasta", log.INFO, syslog=False, log_file=str(log_file))
+    log.setup("pasta", log.INFO, syslog=False, file=opened("pasta", str(log_file)))
     assert log_file.stat().st_mode & 0o777 == 0o600
 
 
 def test_log_file_that_cannot_be_opened(stderr: Path, tmp_path: Path) -> None:
     with pytest.raises(log.Fatal, match=r"^Couldn't open log file .*/no/log: No such file or directory$"):
-        log.setup("pasta", log.INFO, syslog=False, log_file=str(tmp_path / "no" / "log"))
+        opened("pasta", str(tmp_path / "no" / "log"))
 
 
 def test_full_disk(stderr: Path, log_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log.setup("pasta", log.INFO, syslog=False, log_file=str(log_file))
+    log.setup("pasta", log.INFO, syslog=False, file=opened("pasta", str(log_file)))
 
     def full(_: LogFile, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -233,7 +233,7 @@ def test_full_disk(stderr: Path, log_file: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_log_file_keeps_its_size(log_file: Path) -> None:
-    log.setup("pasta", log.INFO, syslog=False, log_file=str(log_file), log_size=1000)
+    log.setup("pasta", log.INFO, syslog=False, file=opened("pasta", str(log_file), 1000))
     for number in range(100):
         log.info(f"line {number}")
     assert log_file.stat().st_size <= 1000
@@ -243,7 +243,7 @@ def test_log_file_keeps_its_size(log_file: Path) -> None:
 
 def test_reports_go_everywhere(log_file: Path, stderr: Path) -> None:
     """They were requested: neither --quiet nor a command on the same terminal suppresses them."""
-    log.setup("pasta", log.WARNING, syslog=False, log_file=str(log_file))
+    log.setup("pasta", log.WARNING, syslog=False, file=opened("pasta", str(log_file)))
     log.quiet_stderr()
     log.info("nobody asked")
     log.report(["one", "two"])
@@ -253,7 +253,7 @@ def test_reports_go_everywhere(log_file: Path, stderr: Path) -> None:
 
 
 def test_reports_of_a_daemon(log_file: Path, stderr: Path) -> None:
-    log.setup("pasta", log.INFO, syslog=False, log_file=str(log_file))
+    log.setup("pasta", log.INFO, syslog=False, file=opened("pasta", str(log_file)))
     log.stop_stderr()
     log.report(["one"])
     assert stderr.read_text() == ""
