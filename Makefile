@@ -64,7 +64,7 @@ docs-drops: setup ## Write docs/drops.md, from the code
 	$(PYTHON) -m tests.unit.test_drops >docs/drops.md
 
 docs-seccomp: setup ## Write docs/seccomp.md, from the code
-	$(PYTHON) -m passt.daemon.syscalls >docs/seccomp.md
+	$(PYTHON) -m passt.daemon.seccomp_table >docs/seccomp.md
 
 clean: ## Remove what was installed or built here
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

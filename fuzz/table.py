@@ -68,7 +68,7 @@ TARGETS = (
     _target("reassembly", 120, "link.reassembly"),
     _target("gso", 24, "link.gso"),
     _target("stream", 40, "link.stream_socket"),
-    _target("control", 36, "control.server control.api control.slirp ports.forwards policy.rule_table conf.ports"),
+    _target("control", 36, "control.server control.json_api control.slirp ports.forwards policy.rule_table conf.ports"),
     _target("tap", 48, "tap wire.ip link.reassembly"),
     _target("stack", 36, "tap udp icmp udp_engine.dns tcp tcp_engine.opening arp dhcp dhcpv6 ndp flow.idle"),
     _target(

@@ -20,8 +20,8 @@ Where a packet goes
     loopbacks       listening socket -> ports.listen -> splice.tcp, or ports.udp_in -> splice.udp -> socket in the
                     other namespace
     bound ports     kernel's tables of both namespaces -> ports.scan -> ports.listen: `auto` opens and closes sockets
-    other rules     control sockets -> control.server -> control.api, control.slirp -> ports.forwards -> ports.listen,
-                    another Config
+    other rules     control sockets -> control.server -> control.json_api, control.slirp -> ports.forwards
+                    -> ports.listen, another Config
     resolv.conf     directory watches -> conf.resolv_conf -> conf.names -> another Config
     another Config  policy.settings -> subscribers, then ndp, ports.scan
     time            timerfds -> tcp / udp / icmp / ndp, each with `now`
@@ -52,6 +52,19 @@ Where a change goes: folders and modules of this level, each above its imports
     log, log_file           messages and their targets
     wire, addr, calls       formats; addresses as packed bytes; declarations of system calls
     drops                   why something is dropped: the names of all counters
+
+    to add               touch
+    -------------------  --------------------------------------------------------------------------------------------
+    an option            a row in conf.options, its use, a paragraph in passt.1
+    a DHCP option        wire.dhcp (code), dhcp.configuration (value)
+    a service            a module beside arp that registers with flow.services, a line in daemon.wiring
+    a back end           a module in link with the methods of link.backend.Link, a line in link.choose
+    a counter            its owner or flow.stats, control.metrics; a reason of a drop: drops
+    a control command    control.json_api, pesto.command
+    a system call        CALLS of the module that makes it, then `make docs-seccomp`; the filter is built from these
+    a timeout of TCP     constants in tcp_engine.conn, `timeout` there, the table in tcp
+    a setting that may   a writer that calls policy.settings.Settings.replace. The host's addresses and routes are read
+    change at run time   once, at the start, and not followed
 
 tests/test_layers.py has the order and fails on an import upward and on a circle. Each module has a test file at the
 same place in tests/unit.

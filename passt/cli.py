@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(arguments, mode(name), ephemeral_ports())
         if options.print_seccomp:
-            from .daemon import syscalls
+            from .daemon import seccomp_table
 
-            raise Done("".join(f"{line}\n" for line in syscalls.lines(options.mode)))
+            raise Done("".join(f"{line}\n" for line in seccomp_table.lines(options.mode)))
         if options.fd is not None and options.fd not in inherited:
             raise Fatal(f"Invalid --fd: {options.fd} (it is not open)")
         _want_random_hashes()

@@ -41,7 +41,7 @@ from .linux.syscall import (
     prctl,
 )
 from .log import Fatal
-from .loop.changes import Changes
+from .loop.directories import Changes
 from .namespace import init as namespace_init
 from .namespace import supervisor
 from .namespace.init import Command

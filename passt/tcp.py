@@ -28,6 +28,8 @@ Timers: one timerfd per connection, from a pool, and one for all delayed acknowl
     keep-alive   none of these                             2 h, then 75 s, 8 x        the same; then RST both ways
     delayed ACK  acknowledgement or consumption put off    10 ms, or round trip       read TCP_INFO, acknowledge
 
+The values are constants of `tcp_engine/conn.py`; `timeout` chooses among them, and `table.py` arms the timer.
+
 A guest's keep-alive probe asks for the peer, not for this program: the first one turns on SO_KEEPALIVE for the host
 socket, and the error of a dead peer reaches the guest as RST.
 

@@ -46,7 +46,7 @@ TESTED_ELSEWHERE = {
     "splice/conn": "tests/unit/test_flow_info.py",
     # what they say is tried with the kernel, or with shells
     "seccomp": "tests/security/test_seccomp.py",
-    "daemon/syscalls": "tests/security/test_seccomp.py",
+    "daemon/seccomp_table": "tests/security/test_seccomp.py",
     "conf/completion": "tests/test_completions.py",
     # the steps of a start: all of them, in processes of their own
     "daemon/passt": "tests/system/vm/test_socket.py",

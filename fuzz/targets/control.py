@@ -18,7 +18,7 @@ from unittest import mock
 from fuzz.steps import Steps
 from passt.conf.options import Options
 from passt.control import server as control_server
-from passt.control.api import Api, Specs
+from passt.control.json_api import Api, Specs
 from passt.control.server import CLIENTS_MAX, OUTPUT_MAX, READ_MAX, Control, Listening
 from passt.control.slirp import SlirpApi
 from passt.drops import Drop

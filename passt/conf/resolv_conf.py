@@ -39,7 +39,7 @@ from .. import addr, log
 from ..calls import calls
 from ..linux import inotify
 from ..linux.inotify import Event
-from ..loop.changes import Changes
+from ..loop.directories import Changes
 from ..wire.domain import is_name
 
 if TYPE_CHECKING:

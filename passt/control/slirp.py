@@ -32,7 +32,7 @@ from ..log import Fatal
 from ..policy.rules import PORT_MAX, Rule
 from ..ports.forwards import Add, DeleteNumber, Forwards, Refused
 from ..wire.checksum import PROTO_TCP
-from .api import PIECE, Json, Specs, decode
+from .json_api import PIECE, Json, Specs, decode
 from .server import InvalidRequest
 
 REQUEST_MAX = 4095

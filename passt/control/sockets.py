@@ -33,24 +33,24 @@ class Sockets:
         self._options = options
         self._origins: list[unix.Origin] = []  # users who may connect: at the start, and after the change of identity
         self._conf: server.Listening | None = None
-        self._api: server.Listening | None = None
+        self._slirp: server.Listening | None = None
         if not wanted(options):
             return
-        from . import api, server, slirp  # noqa: F401  # the user that we become may not be able to read files
+        from . import json_api, server, slirp  # noqa: F401  # the user that we become may not be able to read files
 
         self._origins.append(unix.Origin())
         try:
             if options.conf_path is not None:
                 self._conf = server.listen(options.conf_path)
             if options.api_socket is not None:
-                self._api = server.listen(options.api_socket)
+                self._slirp = server.listen(options.api_socket)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Close them, and remove their paths."""
-        for listening in (self._conf, self._api):
+        for listening in (self._conf, self._slirp):
             if listening is not None:
                 with suppress(OSError):  # it may belong to root, and our user may be another by now
                     os.unlink(listening.path)
@@ -62,14 +62,14 @@ class Sockets:
         """Serve requests from now on, with changes of `forwards`. The process has its final identity."""
         if not wanted(self._options):
             return
-        from . import api, server, slirp
+        from . import json_api, server, slirp
 
         options = self._options
-        specs = api.Specs(options, ctx, ephemeral_ports())
+        specs = json_api.Specs(options, ctx, ephemeral_ports())
         sockets: list[tuple[server.Listening, server.Protocol]] = []
         if self._conf is not None:
-            sockets.append((self._conf, api.Api(ctx, forwards, specs, options.mode)))
-        if self._api is not None:
-            sockets.append((self._api, slirp.SlirpApi(ctx, forwards, specs)))
+            sockets.append((self._conf, json_api.Api(ctx, forwards, specs, options.mode)))
+        if self._slirp is not None:
+            sockets.append((self._slirp, slirp.SlirpApi(ctx, forwards, specs)))
         self._origins.append(unix.Origin())
         server.Control(ctx, sockets, server.Users(self._origins, root=in_init_userns()))

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ..link.backend import Capture
     from ..linux.inotify import Event
     from ..linux.netns import Namespace
-    from ..loop.changes import Changes
+    from ..loop.directories import Changes
     from ..pasta import Init, Watch
 
 IF_INET6 = "/proc/net/if_inet6"  # exists if the kernel has IPv6

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 from .. import addr, log, seccomp
 from ..conf.argv import Options
 from ..control import sockets as control_sockets
-from ..loop.changes import Changes
+from ..loop.directories import Changes
 from ..sandbox import isolation
 from . import common
 from .common import End, Sandbox

@@ -28,7 +28,7 @@ from .. import addr, log, seccomp
 from ..conf.argv import Options
 from ..control import sockets as control_sockets
 from ..linux.netns import Namespace
-from ..loop.changes import Changes
+from ..loop.directories import Changes
 from ..sandbox import isolation
 from ..sandbox.isolation import Identity
 from . import common

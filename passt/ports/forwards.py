@@ -20,7 +20,7 @@ port in use is not waited for, because the loop would stand still; opening takes
 All of this happens between two turns of the loop, when descriptors can be closed at once, so a port is free when the
 request is answered.
 
-Other errors of rules are found where they are parsed (`control/api.py`, with the parser of the command line).
+Other errors of rules are found where they are parsed (`control/json_api.py`, with the parser of the command line).
 """
 
 from __future__ import annotations

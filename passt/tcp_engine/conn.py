@@ -86,7 +86,7 @@ L4_IPV6 = L3 + ip.HEADER6.size
 
 
 class TcpConn(Flow):
-    """A connection. Created by `tcp.Tcp`; `hdr` is built by `build_header`."""
+    """A connection. `opening.py` creates it; `hdr` is built by `build_header`."""
 
     __slots__ = (
         "ack_due",  # an acknowledgement is delayed: the next segment to the guest carries it

@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 from passt import __main__, seccomp
 from passt.conf import resolv_conf
 from passt.linux import netns, syscall, tun
-from passt.loop import changes, reactor, timers
+from passt.loop import directories, reactor, timers
 
 SPEED = 50
 DESCRIPTORS = 3  # left in a "starved" run
@@ -128,7 +128,7 @@ class Informer:
         self._intercept(reactor.Reactor, "handle", 1, fails=True)
         self._intercept(reactor.Reactor, "on_signal", 1)
         self._intercept(reactor.Reactor, "between_turns", 0, registered=False)
-        self._intercept(changes.Changes, "tell", 1)
+        self._intercept(directories.Changes, "tell", 1)
         self._intercept_timers()
         new_reactor = reactor.Reactor.__init__
 
@@ -253,7 +253,7 @@ def main() -> None:
     for request in sys.stdin:
         way, victim, names, *argv = request.rstrip("\n").split("\t")
         if victim:
-            from passt.daemon import syscalls as daemon_syscalls  # noqa: F401  # for them it need not be found out what is imported when
+            from passt.daemon import seccomp_table  # noqa: F401  # for them it need not be found out what is imported when
         pid = os.fork()
         if pid == 0:
             run(way, victim, names, argv)

@@ -14,7 +14,7 @@ from fuzz.table import BY_NAME
 from passt import log, log_file, seccomp
 from passt.conf.options import Options
 from passt.daemon import common as daemon_common
-from passt.daemon import syscalls as daemon_syscalls
+from passt.daemon import seccomp_table
 from passt.sandbox import isolation
 
 TARGETS = "tap", "stack", "tcp", "udp", "icmp", "stream", "reassembly", "control", "resolv_conf", "log_file"
@@ -22,7 +22,7 @@ TARGETS = "tap", "stack", "tcp", "udp", "icmp", "stream", "reassembly", "control
 
 def main() -> None:
     mode, path = sys.argv[1:]
-    assert daemon_syscalls.LOADED
+    assert seccomp_table.LOADED
     seccomp.binding()
     log.setup(mode, log.TRACE, syslog=False, file=log_file.opened(mode, path))
     log.stop_stderr()

@@ -178,7 +178,7 @@ def main() -> None:
         from passt.daemon import wiring  # noqa: F401
         from passt.link import stream_socket  # noqa: F401
     from passt.conf import resolv_conf  # noqa: F401
-    from passt.control import api as control_api  # noqa: F401
+    from passt.control import json_api  # noqa: F401
     from passt.control import slirp as control_slirp  # noqa: F401
 
     for name in NAMES:

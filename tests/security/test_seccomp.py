@@ -15,7 +15,7 @@ import pytest
 
 from passt import PASST, PASTA, seccomp
 from passt.calls import Call, Condition, calls, one_of
-from passt.daemon import syscalls as daemon_syscalls
+from passt.daemon import seccomp_table
 from passt.log import Fatal
 
 from ..system.support import REPOSITORY, environment, wait_for
@@ -39,7 +39,7 @@ def module(*declared: Call) -> ModuleType:
 
 @pytest.mark.parametrize("mode", LIMITS)
 def test_few_calls_are_left(mode: str) -> None:
-    assert daemon_syscalls.LOADED
+    assert seccomp_table.LOADED
     assert len(seccomp.table(mode)) <= LIMITS[mode], "a call was added: do without, or without another one"
 
 
@@ -56,7 +56,7 @@ def test_what_is_never_left(mode: str, name: str) -> None:
 
 
 def test_documentation_has_the_same_table() -> None:
-    assert (REPOSITORY / "docs" / "seccomp.md").read_text() == daemon_syscalls.markdown(), "make docs-seccomp"
+    assert (REPOSITORY / "docs" / "seccomp.md").read_text() == seccomp_table.markdown(), "make docs-seccomp"
 
 
 @pytest.mark.parametrize("mode", [PASTA, PASST])
@@ -65,7 +65,7 @@ def test_print_seccomp(mode: str) -> None:
     command = [sys.executable, "-m", program, "--print-seccomp"]
     done = subprocess.run(command, env=environment(), cwd="/", capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "".join(f"{line}\n" for line in daemon_syscalls.lines(mode))
+    assert done.stdout == "".join(f"{line}\n" for line in seccomp_table.lines(mode))
 
 
 def test_declarations_are_joined() -> None:
@@ -139,7 +139,7 @@ def test_kernel_without_filters() -> None:
 def test_filter_holds(tmp_path: Path) -> None:
     """In a process of its own: what is allowed is possible, then one call more is the end."""
     code = (
-        "import os; from passt import seccomp; from passt.daemon import syscalls\n"
+        "import os; from passt import seccomp; from passt.daemon import seccomp_table\n"
         "rules = seccomp.build('passt', os.uname().machine)\n"
         "seccomp.load(rules); os.write(1, b'still here'); os.getpid()"
     )
@@ -150,7 +150,7 @@ def test_filter_holds(tmp_path: Path) -> None:
 def test_who_waits_may_be_stopped_and_go_on() -> None:
     """A wait with a time limit, as of a thread for the interpreter's lock, is gone on with by restart_syscall(2)."""
     code = (
-        "import os, threading; from passt import seccomp; from passt.daemon import syscalls\n"
+        "import os, threading; from passt import seccomp; from passt.daemon import seccomp_table\n"
         "rules, lock = seccomp.build('pasta', os.uname().machine), threading.Lock()\n"
         "lock.acquire(); seccomp.load(rules); os.write(1, b'.'); lock.acquire(timeout=60)"
     )

@@ -18,7 +18,7 @@ from passt.linux import inotify, netlink, netns, tun
 from passt.linux.routes import NsPlan
 from passt.linux.tun import Tap
 from passt.log import Fatal
-from passt.loop.changes import Changes
+from passt.loop.directories import Changes
 from passt.namespace import init as namespace_init
 from passt.namespace.init import Command
 from passt.pasta import Init, Target, Watch, create_tap, find, open_target

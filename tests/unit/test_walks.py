@@ -42,7 +42,7 @@ from passt.flow.spare import Spare
 from passt.flow.table import FREE, Flow
 from passt.link import trace
 from passt.linux import inotify
-from passt.loop.changes import Changes
+from passt.loop.directories import Changes
 from passt.loop.each import each
 from passt.loop.reactor import EPOLLIN, TYPE_UDP, Reactor
 from passt.loop.timers import RETRY
@@ -88,9 +88,9 @@ PLAIN = {
         "passt.ports.sockets._set_owner over [listener for listener in listeners if listener.rule.proto != PROTO_TCP]",
     ),
     "it is one request of a control client, met as a whole or not at all: the fault is told to that client": (
-        "passt.control.api.Api._changed over sorted(outcome.added.items(), key=_number)",
-        "passt.control.api.Api._changed over sorted(outcome.removed.items(), key=_number)",
-        "passt.control.api.Api._changed over outcome.present",
+        "passt.control.json_api.Api._changed over sorted(outcome.added.items(), key=_number)",
+        "passt.control.json_api.Api._changed over sorted(outcome.removed.items(), key=_number)",
+        "passt.control.json_api.Api._changed over outcome.present",
         "passt.ports.forwards.Forwards._plan over removed",
         "passt.ports.forwards.Forwards._plan over added",
         "passt.ports.forwards.Forwards._conflicting over plan.open",
@@ -717,7 +717,7 @@ def test_what_cannot_be_ended_does_not_make_the_loop_spin() -> None:
     reactor.close()
 
 
-@case("passt.loop.changes.Changes._event")
+@case("passt.loop.directories.Changes._event")
 def directory_watches(stage: Stage) -> None:
     made, faults = loop(stage)
     changes, told = Changes(), list[str]()

@@ -19,7 +19,7 @@ from passt import addr, log
 from passt.conf import resolv_conf
 from passt.conf.resolv_conf import SETTLE, Follower, ResolvConf, parse
 from passt.linux import inotify
-from passt.loop.changes import Changes
+from passt.loop.directories import Changes
 from passt.loop.reactor import EPOLLIN
 from passt.wire import domain
 
@@ -348,7 +348,7 @@ def test_nothing_to_watch(tmp_path: Path, start: Start) -> None:
 NO_FILE_SYSTEM = """
 import json, os, select, subprocess, sys
 from passt.linux import inotify
-from passt.loop.changes import Changes
+from passt.loop.directories import Changes
 from passt.conf.resolv_conf import Follower
 root, path, commands = sys.argv[1], sys.argv[2], sys.argv[3:]
 reader, writer = os.pipe()

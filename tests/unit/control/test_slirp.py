@@ -15,8 +15,8 @@ from ..ports.test_forwards import port as port
 from ..ports.test_forwards import rig as rig
 from ..ports.test_forwards import taken
 from ..support import GUEST4, GUEST6, T0
-from .test_api import Api2, Json, Make, specs_of
-from .test_api import api as api
+from .test_json_api import Api2, Json, Make, specs_of
+from .test_json_api import api as api
 
 
 def test_hostfwd(api: Api2, port: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from .. import passt, pasta, seccomp
 from ..conf import resolv_conf
-from ..control import api, slirp
+from ..control import json_api, slirp
 from ..link import choose
 from ..policy.config import PASST, PASTA
 from . import passt as daemon_passt
@@ -17,7 +17,7 @@ from . import pasta as daemon_pasta
 from . import wiring
 
 # Modules imported for their CALLS, or for those of modules that they import
-LOADED = api, daemon_passt, daemon_pasta, passt, pasta, resolv_conf, slirp, wiring, *choose.load_all()
+LOADED = json_api, daemon_passt, daemon_pasta, passt, pasta, resolv_conf, slirp, wiring, *choose.load_all()
 WIDTH = 100  # of a row's arguments
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from passt.linux import inotify
 from passt.linux.inotify import Event
-from passt.loop.changes import Changes
+from passt.loop.directories import Changes
 from passt.loop.reactor import EPOLLIN, TYPE_INOTIFY
 
 from ..support import T0, make_context, reactor

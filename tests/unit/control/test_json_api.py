@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from passt import __version__, addr
 from passt.conf.actions import Pair
 from passt.conf.options import Options
-from passt.control.api import OPTION_MAX, Api, Specs, decode, spans
+from passt.control.json_api import OPTION_MAX, Api, Specs, decode, spans
 from passt.control.server import InvalidRequest
 from passt.control.slirp import SlirpApi
 
