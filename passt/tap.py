@@ -11,7 +11,7 @@ Services register themselves (`flow/services.py`): a new one is its own module a
 Only this module writes what was observed of the guest (`ctx.guest`).
 
 Length fields. A packet ends where its IP header says, at most where the frame ends (frames may be padded). Every
-header is inside the packet before it is read. What fails is dropped and counted, by reason:
+header is inside the packet before it is read. Each check that fails drops the packet, and counts its reason:
 
     where       check                                              counter
     ----------  -------------------------------------------------  ---------------------------------
@@ -28,7 +28,7 @@ header is inside the packet before it is read. What fails is dropped and counted
     family off  IPv4 or IPv6 is disabled                           ipv4 disabled, ipv6 disabled
     addresses   loopback, or IPv4 mapped into IPv6: looked at      tcp endpoint, udp: martian address,
                 when a flow begins, since later ones have its key  icmp: martian address
-    others      nobody takes it (IGMP, MLD, SCTP ...)              ip protocol, icmp type
+    others      no handler for it (IGMP, MLD, SCTP ...)            ip protocol, icmp type
     services    what each demands of its messages                  ndp hop limit ... (their modules)
 
 Checksums of the guest are not verified: they are partial (the offload), or came through memory that does not flip bits.
@@ -347,7 +347,7 @@ class Tap(Receiver):
             raise Malformed(Drop.FRAGMENT_PROTOCOL)
         self._hand_over(taken, start, addresses, 0, l4, end, now)
 
-    # What is observed of the guest -------------------------------------------------------------------------------
+    # Observed addresses of the guest -----------------------------------------------------------------------------
 
     def _addresses(self, addresses: tuple[int, int]) -> tuple[bytes, bytes]:
         """(source, destination), packed."""

@@ -7,9 +7,10 @@ Directions
 ==========
 
 Guest to host (`tap_handler`). The segments of one read of the tap come grouped by connection. Payload in order goes to
-the socket in one `sendmsg` over views of the packet pool. What the socket takes is acknowledged, the last of it when
-the host peer acknowledges it. What the socket refuses is dropped, and the guest retransmits it; the window advertised
-makes that rare (`tcp_engine/window.py`). Segments behind a hole are queued (`tcp_engine/out_of_order.py`).
+the socket in one `sendmsg` over views of the packet pool. Bytes that the socket takes are acknowledged, the last of
+them when the host peer acknowledges them. Bytes that the socket refuses are dropped, and the guest retransmits them;
+the window advertised makes that rare (`tcp_engine/window.py`). Segments behind a hole are queued
+(`tcp_engine/out_of_order.py`).
 
 Host to guest (`sock_handler`, and `tap_handler` when an acknowledgement opens the window). Data is peeked and sent, and
 stays in the socket until the guest acknowledges it (`tcp_engine/output.py`). Events are edge-triggered.

@@ -1,1 +1,1 @@
-"""What flows of all protocols share: the table, limits, errors, statistics. It imports no protocol."""
+"""Parts that flows of all protocols share: the table, limits, errors, statistics. They import no protocol."""

@@ -1,4 +1,4 @@
-"""What services take of the guest's frames. Each registers here when it is made, and `tap` hands it what it took.
+"""Handlers of services for frames of the guest. A service registers them when it is made, and `tap` calls them.
 
     registered by     handler is called with                             for
     ----------------  -------------------------------------------------  ------------------------------------------
@@ -10,8 +10,8 @@
                         byte on, now, TTL or hop limit (0: not known)
     take_protocol     the same, from behind the IP header                packets of another IP protocol
 
-A handler raises `Malformed` for what makes no sense. What nobody takes is dropped and counted. TCP and UDP, which are
-handed all segments and datagrams of a flow at once, are the tap's own collaborators.
+A handler raises `Malformed` for an invalid message. Frames without a handler are dropped and counted. TCP and UDP are
+not registered: `tap` calls them directly, with all segments or datagrams of a flow at once.
 
 `on_forget` is called when the guest is gone, `on_mac` with its address when it sends from another one.
 

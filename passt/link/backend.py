@@ -44,7 +44,7 @@ Capture = Callable[[bool, bytes], None]
 
 
 class Receiver:
-    """What takes the frames of the guest: `tap.Tap`."""
+    """The consumer of the guest's frames: `tap.Tap`."""
 
     def received(self, frames: list[int], octets: int, now: float) -> None:
         """Handle a batch, a flat list of (start, end) in the pool, at least one, with `octets` bytes of Ethernet."""
@@ -119,7 +119,7 @@ class Link:
 
 
 class NoLink(Link):
-    """No tap at all (--splice-only): there is nobody to send a frame to."""
+    """No tap at all (--splice-only): there is no guest to send a frame to."""
 
     def __init__(self, drops: Counter[Reason]) -> None:
         super().__init__(drops, tso=False, uso=False)

@@ -1,4 +1,4 @@
-"""What the kernel does for a tap device, in software: checksums completed, super-frames cut into segments.
+"""Checksum and segmentation offload in software, as the kernel does them for a tap device.
 
 Frames are written into a buffer, each with its length in front (4 bytes, big-endian). That length takes the last 4 of
 the 10 bytes of the vnet header, so a pre-cooked header is copied in one piece:
@@ -10,7 +10,7 @@ the 10 bytes of the vnet header, so a pre-cooked header is copied in one piece:
 A checksum field comes with the folded sum of the pseudo-header in it, so the checksum is that of everything from the
 transport header on, just as it lies in the buffer: addresses and protocols need not be known. The sum is taken of
 little-endian words, and a swap of bytes is a multiplication by 256 (RFC 1071, 2 B, since 2**16 = 1 modulo 0xffff). A
-value of zero is sent as 0xffff, which UDP demands and nobody else minds. UDP over IPv4 goes without (RFC 768).
+value of zero is sent as 0xffff, which UDP demands and other protocols permit. UDP over IPv4 goes without (RFC 768).
 
 A super-frame is laid out as a matrix: a row for each segment but the last, which may be shorter and keeps the flags.
 

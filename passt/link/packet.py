@@ -1,7 +1,7 @@
 """The packet pool: one preallocated buffer that frames are read into, and bounds-checked access to it.
 
-A packet is a pair of offsets (start, end) into the pool. Whatever looks into a packet asks `unpack` or `view`, which
-refuse what is not inside [start, end), so a length field that lies cannot make us read beyond the packet, let alone
+A packet is a pair of offsets (start, end) into the pool. Parsers read a packet by `unpack` and `view`, which refuse
+any range that is not inside [start, end). So a wrong length field never leads to a read beyond the packet, let alone
 beyond the pool.
 
     +---------------------------------------------------------------------------+

@@ -12,7 +12,7 @@ Records are written when a turn of the loop ends: one system call for a batch, a
     a pipe whose reader is slow                       what it does not take waits, up to BACKLOG bytes; frames beyond
                                                       are left out, and counted
 
-The network goes on in any case, and waits for nobody.
+The network goes on in any case: it never waits for a reader of the capture.
 """
 
 from __future__ import annotations

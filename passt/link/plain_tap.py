@@ -1,4 +1,4 @@
-"""A tap device that somebody else made, without a virtio-net header: frames as they are on a wire.
+"""A tap device that another program made, without a virtio-net header: frames as they are on a wire.
 
 The kernel cuts and sums nothing here, so `gso` does, in a buffer, from which each frame is one write. That costs a
 system call for each packet instead of one for 64 KiB: good enough for a tap that was made for another program. Frames

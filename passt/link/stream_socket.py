@@ -27,11 +27,11 @@ header before each (bytes of no meaning: there are no offloads here):
     +--------+-------+--------+-------+--------+---
       4 bytes, big-endian; a frame is an Ethernet frame of 14 to 65535 bytes
 
-What is left of a frame at the end is moved to the front of the pool, and the next read continues there. Nothing is
-copied otherwise. A length that no frame can have means that the two sides do not understand each other: there is no way
-to find the next frame, so the guest is gone, with one message, and another may come.
+An incomplete frame at the end is moved to the front of the pool, and the next read continues there. Nothing is copied
+otherwise. After an invalid length there is no way to find the next frame: the connection is closed, with one message,
+and another client may connect.
 
-`full` and `on_room` are for those who can wait instead of being dropped. Without a client, all frames are drops ("no
+`full` and `on_room` are for senders that can wait instead of being dropped. Without a client, all frames are drops ("no
 guest").
 """
 
@@ -89,7 +89,7 @@ class StreamLink(Link):
         reactor.at_turn_end.append(self.at_turn_end)
 
     def attach(self, sock: socket.socket | None) -> None:
-        """Serve the guest at `sock` from now on, or none. What is left of another one, either way, is thrown away."""
+        """Serve the guest at `sock` from now on, or none. Buffered data of the former one is discarded."""
         former, self._sock = self._sock, sock
         self._reset()
         if former is not None:
@@ -275,5 +275,5 @@ class StreamLink(Link):
 
 
 def _failure(e: OSError) -> str:
-    """What to say of a connection that failed."""
+    """The message for a connection that failed."""
     return f"The guest's connection failed: {e.strerror}"

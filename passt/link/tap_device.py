@@ -1,13 +1,13 @@
 """The tap device of a namespace, with its virtio-net header: frames of up to 64 KiB at any MTU, in both directions.
 
-Sending: one frame is one `writev`, of a pre-cooked header and a view of the payload. What the device does not take now
-is a drop.
+Sending: one frame is one `writev`, of a pre-cooked header and a view of the payload. A frame that the
+device does not take at once is dropped.
 
 Reading. Frames are read one after the other into the packet pool until the tap is empty, the pool is full, or the
 budget is used up. Asking an empty tap costs as much as reading a small frame, so the budget follows what was there
 last time, and grows when it was used up several times running; what is left over is reported by epoll again.
 
-The device keeps its descriptor when it has to be made anew: `unwatch` before, `watch` after.
+The device keeps its descriptor when it has to be created again: `unwatch` before, `watch` after.
 """
 
 from __future__ import annotations
@@ -143,5 +143,5 @@ class TapLink(Link):
 
 
 def _failure(e: OSError) -> str:
-    """What to say of a device that does not answer any more."""
+    """The message for a device that failed."""
     return f"The tap device failed: {e.strerror}"

@@ -13,7 +13,7 @@ import warnings
 from .. import log
 from .pcap import complete
 
-logging.getLogger("scapy").setLevel(logging.CRITICAL)  # it warns about routes and providers that nobody asked about
+logging.getLogger("scapy").setLevel(logging.CRITICAL)  # it warns about routes and providers that are not used here
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecated ciphers, in an optional part
     from scapy.layers.dhcp import DHCP  # noqa: F401  importing binds the layer to its ports, as does each below

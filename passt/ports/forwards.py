@@ -150,7 +150,7 @@ class Forwards:
             self._ctx.reactor.close_retired()
         return outcome
 
-    # What is wanted ----------------------------------------------------------------------------------------------
+    # The rules that are wanted -----------------------------------------------------------------------------------
 
     def _apply(self, change: Change, table: RuleTable, outcome: Outcome) -> None:
         if isinstance(change, Clear):
