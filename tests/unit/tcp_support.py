@@ -177,7 +177,7 @@ def listener(port: int = 8080, to: int = 80, **rule: Any) -> Listener:
 
 
 def accepted_socket(peer: bytes, features: Features = ALL, *, dual: bool = False) -> FakeSocket:
-    """What a listener that was prepared gives for a client; `dual`: it is one of both families."""
+    """The socket that a prepared listener accepts for a client; `dual`: the listener is one of both families."""
     sock = FakeSocket(socket.AF_INET6 if dual else addr.family(peer), socket.SOCK_STREAM)
     tcp_sock.prepare_listener(sock, features)
     sock.syn = 0
@@ -279,7 +279,7 @@ class Talk:
         self.seq = 1
 
     def taken(self) -> list[Segment]:
-        """What we sent to the guest since the last call."""
+        """The segments sent to the guest since the last call."""
         fake = link(self.ctx)
         vnet = list(fake.vnet)
         return [self._parse(frame, v) for frame, v in zip(fake.take(), vnet, strict=True)]

@@ -122,7 +122,7 @@ class FakeTap:
             take.on_mac.append(fakes[name].set_guest_mac)
 
     def copied(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the handler `name` was called with, offsets replaced by what lies there, without the time."""
+        """The arguments of the handler `name`, without the time, with the bytes at offsets instead of the offsets."""
         args = tuple(bytes(a) if isinstance(a, memoryview) else a for a in args if a != self.now)
         if name == "tcp":
             flat = args[1]
@@ -227,7 +227,7 @@ def changed(frame: bytes, at: int, value: bytes) -> bytes:
     return frame[:at] + value + frame[at + len(value) :]
 
 
-# What goes where -----------------------------------------------------------------------------------------------------
+# Handlers of packets -------------------------------------------------------------------------------------------------
 
 
 def test_arp(tap: FakeTap) -> None:
@@ -278,7 +278,7 @@ def test_neighbour_discovery(tap: FakeTap) -> None:
 def test_dhcp(tap: FakeTap) -> None:
     frame = ip4(udp(b"discover", 68, 67), src=addr.ANY4, dst=addr.BROADCAST4)
     assert tap.batch(frame) == [("dhcp", (GUEST_MAC, addr.ANY4, addr.BROADCAST4, 68, b"discover"))]
-    assert tap.ctx.guest.addr4 == GUEST4  # 0.0.0.0 is nobody's address
+    assert tap.ctx.guest.addr4 == GUEST4  # 0.0.0.0 is the address of no host
 
 
 def test_dhcpv6_and_what_it_gave(tap: FakeTap) -> None:
@@ -330,7 +330,7 @@ def test_atomic_fragment_is_whole(tap: FakeTap) -> None:
     assert calls[0][1][1] == [(b"data", 0)]
 
 
-# What is dropped -----------------------------------------------------------------------------------------------------
+# Dropped packets -----------------------------------------------------------------------------------------------------
 
 V4, V6 = ip4(udp()), ip6(udp())
 T4 = ip4(tcp())
@@ -518,7 +518,7 @@ def test_fault_on_a_reassembled_datagram_ends_its_flow(tap: FakeTap) -> None:
     assert [name for name, _ in calls] == ["udp", "udp fault"]
 
 
-# What is observed of the guest ---------------------------------------------------------------------------------------
+# Observed addresses of the guest -------------------------------------------------------------------------------------
 
 
 def test_mac_of_the_guest(tap: FakeTap) -> None:
@@ -557,7 +557,7 @@ SEEN = [
 
 
 def test_a_host_behind_the_guest_is_not_the_guest(start: Start) -> None:
-    """What a rule's target address answers does not move the guest there."""
+    """Answers of a rule's target address do not move the guest there."""
     behind = addr.packed("192.0.2.20")
     rule = Rule("-t 80:192.0.2.20/80", PROTO_TCP, outbound=False, first=80, last=80, to=80, target=behind)
     tap = start(forwards=(rule,))

@@ -720,7 +720,7 @@ def test_idle_connection_is_kept_while_the_guest_answers() -> None:
     st.randoms(use_true_random=False),
 )
 def test_any_order_of_segments_delivers_each_byte_once(data: bytes, extra: list[tuple[int, int]], random: Any) -> None:
-    """Whatever the guest repeats, overlaps or reorders: what the socket got is a prefix, in the end all of it."""
+    """The guest repeats, overlaps and reorders segments: the socket gets a prefix at any time, in the end all of it."""
     FakeSocket.made.clear()
     talk = near()
     pieces = [(i, data[i : i + 500]) for i in range(0, len(data), 500)]
@@ -738,7 +738,7 @@ def test_any_order_of_segments_delivers_each_byte_once(data: bytes, extra: list[
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["host", "ack", "part", "dup", "time", "zero"]), max_size=40), st.booleans())
 def test_any_acknowledgements_deliver_each_byte_once(steps: list[str], peek_off: bool) -> None:
-    """Whatever the guest acknowledges or loses: what it could have assembled is a prefix of what the host sent."""
+    """The guest acknowledges and loses segments at will: it can only assemble a prefix of what the host sent."""
     FakeSocket.made.clear()
     talk = open_connection(features=ALL if peek_off else NO_PEEK_OFF)
     talk.guest(ACK)

@@ -34,7 +34,7 @@ def reasons(talk: Talk) -> list[str]:
 
 
 def hear(talk: Talk) -> list[tuple[int, int, bytes]]:
-    """What went to the guest: flags, relative sequence number, payload."""
+    """Segments that went to the guest: flags, relative sequence number, payload."""
     return [(s.flags, s.seq, s.payload) for s in talk.taken()]
 
 

@@ -147,7 +147,7 @@ def wait(seconds: float) -> Step:
 
 
 def peer(acked: int, rtt: int, window: int) -> Step:
-    """What the host's kernel says about its peer."""
+    """TCP_INFO of the host's kernel about its peer."""
 
     def step(talk: Twin) -> None:
         talk.own.info = {BYTES_ACKED: 1 + len(talk.own.sent) * acked // 4, MIN_RTT: rtt, SND_WND: window}
@@ -170,7 +170,7 @@ def urgent(talk: Twin) -> None:
     talk.conn.urgent = True
 
 
-# What hypothesis chooses from
+# Values and steps for hypothesis to choose from
 
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([1448, 8191, 8192, 8193, 20000]))
 WINDOWS = st.sampled_from([0, 1, 7, 100, 512, 65535, 65535])
@@ -193,7 +193,7 @@ STEPS = st.one_of(
     st.just(urgent),
 )
 
-# What is tried one with another
+# States and segments; each pair of them is tested
 
 STATES: dict[str, list[Step]] = {
     "open": [],

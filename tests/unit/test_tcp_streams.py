@@ -75,7 +75,7 @@ class Buffer(FakeSocket):
         self.fin_acked |= self.shut and not self.wmem
 
     def news(self, asked: int) -> int:
-        """What epoll reports."""
+        """The events that epoll reports."""
         events = EPOLLIN if self.told != self.written else 0
         if self.ended and not self.end_told:
             events |= EPOLLIN | EPOLLRDHUP
@@ -188,7 +188,7 @@ class Streams(RuleBasedStateMachine):
         assert isinstance(sock, Buffer)
         return sock
 
-    # What the guest hears ------------------------------------------------------------------------------------------
+    # Frames that the guest hears -----------------------------------------------------------------------------------
 
     def hear(self) -> None:
         """Frames came, or got lost on their way."""
@@ -228,7 +228,7 @@ class Streams(RuleBasedStateMachine):
         talk.put(*(talk.segment(f, data, seq=at + 1, ack=ack, window=win) for f, at, data, win in segments))
         self.hear()
 
-    # What the guest does -------------------------------------------------------------------------------------------
+    # Actions of the guest ------------------------------------------------------------------------------------------
 
     def open_(self) -> bool:
         return self.conn.sock is not None
@@ -279,7 +279,7 @@ class Streams(RuleBasedStateMachine):
         if send:
             self.put(self.piece(self.guest.end, 0, self.guest.window(65535)))
 
-    # What the host peer and its kernel do --------------------------------------------------------------------------
+    # Actions of the host peer and its kernel -----------------------------------------------------------------------
 
     @precondition(lambda self: self.open_() and not self.sock.ended)
     @rule(n=WRITES, tell=st.booleans())
@@ -322,7 +322,7 @@ class Streams(RuleBasedStateMachine):
                 fake.fire(fd, events, self.talk.now)
         self.hear()
 
-    # What happens around them --------------------------------------------------------------------------------------
+    # Faults and time -----------------------------------------------------------------------------------------------
 
     @rule(fates=FATES)
     def frames_get_lost(self, fates: list[bool]) -> None:
@@ -345,7 +345,7 @@ class Streams(RuleBasedStateMachine):
         self.talk.end_turn()
         self.hear()
 
-    # What always holds ---------------------------------------------------------------------------------------------
+    # Invariants ----------------------------------------------------------------------------------------------------
 
     @invariant()
     def numbers_are_in_order(self) -> None:

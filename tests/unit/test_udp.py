@@ -84,14 +84,14 @@ class Talk:
             self.server.sendto(d, self.flow.sock.getsockname())
 
     def event(self, events: int = EPOLLIN, now: float = T0) -> None:
-        """What epoll would report, once it is so."""
+        """Handle `events` as soon as epoll would report them."""
         p = select.poll()
         p.register(self.flow.fd, events)
         assert p.poll(5000), "nothing to report"
         reactor(self.ctx).fire(self.flow.fd, events, now)
 
     def packets(self) -> list[Packet]:
-        """What the guest's driver hands up, checked by scapy."""
+        """The packets that the guest's driver hands up, checked by scapy."""
         frames = received(self.link)
         assert [recomputed(f) for f in frames] == frames
         return [Ether(f) for f in frames]

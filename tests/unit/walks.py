@@ -127,7 +127,7 @@ class Finder:
         return names
 
     def _walk_over(self, node: ast.AST, known: set[str]) -> ast.expr | None:
-        """What `node` walks over, None if it is no walk."""
+        """The collection that `node` walks over, None if it is no walk."""
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "each":
             return node.args[0]
         if isinstance(node, ast.For) and self._reaches(node.iter, known):

@@ -1,4 +1,4 @@
-"""What services register: each number is one's, and a new service needs no other module than its own."""
+"""Handlers of services: one for each number; a new service needs no module but its own."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def rig(ctx: Context) -> Iterator[Rig]:
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
-def test_the_reserve_is_given_up_to_turn_somebody_away(rig: Rig, number: int) -> None:
+def test_the_reserve_is_given_up_to_turn_a_client_away(rig: Rig, number: int) -> None:
     with socket.create_connection(rig.server.getsockname()) as client:
         reserve = rig.spare._fd
         assert rig.fails(number)

@@ -1,4 +1,4 @@
-"""What the kernel tells of this process, and what others can tell."""
+"""Statistics of this process from the kernel, and those from other modules."""
 
 from __future__ import annotations
 

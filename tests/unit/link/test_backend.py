@@ -1,4 +1,4 @@
-"""What all back ends have in common, no link, and one that is made for this file: what the next one may look like."""
+"""Properties of all back ends, no link, and a back end made for this file, as an example of a new one."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class SharedLink(FakeLink):
 
 
 def headers(packet: Any, payload: memoryview) -> bytes:
-    """What goes before `payload`, with lengths that count it."""
+    """The headers before `payload`, with lengths that count it."""
     ether = Ether(src=addr.mac_text(GUEST_MAC), dst=addr.mac_text(OUR_MAC))
     whole = bytes(ether / IP(src=addr.text(GUEST4), dst=addr.text(GATEWAY4)) / packet / bytes(payload))
     return whole[: len(whole) - len(payload)]

@@ -89,7 +89,7 @@ def udp(case: Case, payload: Buffer, flags: int, seq: int) -> tuple[Buffer, ...]
 
 
 def written(parts: tuple[Buffer, ...], at: int = 0) -> list[bytes]:
-    """What is in the buffer, and that nothing else is."""
+    """The frames in the buffer; the rest of it is not written."""
     out = bytearray(b"\xa5" * SIZE)
     target = Gso(memoryview(out))
     if parts[0][1]:

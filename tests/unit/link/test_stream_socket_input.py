@@ -131,7 +131,7 @@ def test_the_end_in_the_middle_of_a_frame(wire: Wire) -> None:
     assert not wire.tap.frames
 
 
-def test_the_next_client_begins_anew(wire: Wire) -> None:
+def test_input_of_the_next_client_begins_with_its_first_frame(wire: Wire) -> None:
     wire.send(framed(bytes(100))[:50])
     wire.stream.attach(None)
     wire.turn()

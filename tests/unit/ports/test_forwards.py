@@ -87,7 +87,7 @@ class Rig:
         return {number: rule.spec for number, rule in self.forwards.rules.items()}
 
     def open(self) -> list[str]:
-        """What is listened on: ports with the rules that they belong to, as far as the sockets know."""
+        """The open ports, with the rules that they belong to, as far as the sockets know."""
         found = [li for li in self.listeners._by_index if li is not None]
         assert all(li.sock.getsockname()[1] == li.port and li.to == li.rule.target_port(li.port) for li in found)
         assert all(li.port in self.forwards.ports(li.rule) for li in found)
@@ -442,7 +442,7 @@ def test_automatic_rules_leave_ports_to_others(rig: Make, port: int) -> None:
     assert r.open() == [f"-t {port}:{port}", f"-t {port + 1}:{port + 1}"], "it is automatic again"
 
 
-def test_an_automatic_rule_that_is_asked_for_anew_beside_one_that_takes_its_port(rig: Make, port: int) -> None:
+def test_an_automatic_rule_that_is_added_again_beside_one_that_takes_its_port(rig: Make, port: int) -> None:
     r = rig("-t auto")
     r.ns.ports |= {port, port + 1}
     r.scanner.start(T0)

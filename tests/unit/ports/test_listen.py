@@ -129,7 +129,7 @@ def remote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen, "accept", lambda fd: (real(fd)[0], PEER, 40000))
 
 
-# Who gets it ---------------------------------------------------------------------------------------------------------
+# Destinations of connections -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

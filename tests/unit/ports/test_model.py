@@ -10,7 +10,7 @@ each step
     flows                   belong to a listener that is there, or to the guest
     descriptors             are those of listeners and flows, all of them watched; nothing else is open
     a refused request       was right to be refused, and changes nothing
-    others                  get every port that nobody has
+    other programs          get every port that is free
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Kernel:
         return [s for s in self.open.values() if s is not new and s.port == port and s.excludes(new, host)]
 
     def bound(self, side: str, proto: int) -> list[Sock]:
-        """What the tables of bound ports are made of."""
+        """The sockets that the tables of bound ports list."""
         return [
             s
             for s in self.open.values()
@@ -181,7 +181,7 @@ class Namespace:
 
 
 class Tables:
-    """What is bound at one side."""
+    """The bound ports of one side."""
 
     def __init__(self, kernel: Kernel, side: str) -> None:
         self._kernel, self._side = kernel, side
@@ -193,7 +193,7 @@ class Tables:
         return {(addr.packed(s.host), s.port) for s in self._kernel.bound(self._side, proto) if s.host == PINNED}
 
 
-# What may be asked for -----------------------------------------------------------------------------------------------
+# Rules that may be asked for -----------------------------------------------------------------------------------------
 
 SPECS = (
     "-t 8000", "-t 8001-8002:8002-8003", "-t 127.0.0.1/8000", "-t 127.0.0.2/8003:8000",
@@ -332,7 +332,7 @@ class Ports(RuleBasedStateMachine):
         host=st.sampled_from(["::", "::", "::1", PINNED]),
         look=st.booleans(),
     )
-    def somebody_binds(self, side: str, proto: int, port: int, host: str, look: bool) -> None:
+    def a_program_binds(self, side: str, proto: int, port: int, host: str, look: bool) -> None:
         self.turn_ends()
         made = self.kernel.make(side, socket.AF_INET6 if ":" in host else socket.AF_INET, KIND[proto], ours=False)
         obstacles = self.kernel.in_the_way(made, host, port)
@@ -350,7 +350,7 @@ class Ports(RuleBasedStateMachine):
             self.a_look()
 
     @rule(at=st.integers(0, 9), look=st.booleans())
-    def somebody_closes(self, at: int, look: bool) -> None:
+    def a_program_closes(self, at: int, look: bool) -> None:
         if self.others:
             self.others.pop(at % len(self.others)).close()
             self.looked = False
@@ -447,7 +447,7 @@ class Ports(RuleBasedStateMachine):
     def the_guest_is_gone(self) -> None:
         self.udp.forget()
 
-    # What is there ---------------------------------------------------------------------------------------------------
+    # Listeners, flows and descriptors --------------------------------------------------------------------------------
 
     def open(self) -> list[Listener]:
         return [li for li in self.listeners._by_index if li is not None]
@@ -459,7 +459,7 @@ class Ports(RuleBasedStateMachine):
         return {flow for flow in self.udp._by_key.values() if flow.client is None}
 
     def owners(self) -> dict[int, object]:
-        """Who has which descriptor of ours, as far as they are to live on."""
+        """The owner of each of our descriptors, of those that stay open."""
         found: dict[int, object] = {li.fd: li for li in self.open()}
         for flow in self.ctx.flows.by_index:
             for fd, _ in flow.sockets() if flow is not None else ():  # type: ignore[attr-defined]
@@ -468,7 +468,7 @@ class Ports(RuleBasedStateMachine):
         return found
 
     def taken(self, r: Rule, port: int) -> bool:
-        """Whether somebody has a port in the way of a rule, and is no flow of the guest that has to make way."""
+        """Whether a port in the way of a rule is bound, and not by a flow of the guest that has to make way."""
         hosts = [addr.text(r.addr)] if r.addr is not None else ["127.0.0.1", "::1"] if r.outbound else ["::"]
         side = NS if r.outbound else HOST
         for host in hosts:
@@ -478,7 +478,7 @@ class Ports(RuleBasedStateMachine):
                 return True
         return False
 
-    # What always holds -----------------------------------------------------------------------------------------------
+    # Invariants ------------------------------------------------------------------------------------------------------
 
     @invariant()
     def rules_are_what_was_asked_for(self) -> None:
@@ -536,7 +536,7 @@ class Ports(RuleBasedStateMachine):
         return any(port in base.overlaps(other) for other in rules if not other.auto)
 
     @invariant()
-    def flows_belong_to_somebody(self) -> None:
+    def flows_belong_to_a_listener_or_to_the_guest(self) -> None:
         listeners = set(self.open())
         for flow in self.udp._by_key.values():
             if flow.client is None:

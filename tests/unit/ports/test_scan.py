@@ -50,7 +50,7 @@ class World:
         timers(self.ctx).services.fire(0, now)
         self.closing.clear()
 
-    # What listeners do
+    # Methods of the listeners
 
     def ports(self, rule: Rule) -> set[int]:
         return set(self.ours.get(rule, ()))
@@ -78,7 +78,7 @@ class World:
 
 
 class Tables:
-    """What the kernel shows of one side: inbound rules listen on the host, outbound ones in the namespace."""
+    """The kernel's table of one side: inbound rules listen on the host, outbound ones in the namespace."""
 
     def __init__(self, world: World, side: str) -> None:
         self.world = world
@@ -247,7 +247,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_no_more_sockets_than_there_may_be(warnings: list[str]) -> None:
-    """Who is beyond that is said and counted once, and has its turn when others vanish."""
+    """Ports beyond the limit are logged and counted once, and are followed when others vanish."""
     w = World(T, U)
     w.scanner._most = 4
     w.binds("ns", PROTO_TCP, 80, 81)
@@ -272,7 +272,7 @@ def test_no_more_sockets_than_there_may_be(warnings: list[str]) -> None:
     assert len(warnings) == 2 and w.ctx.drops.total() == 6
 
 
-def test_ports_that_cannot_be_had_are_in_nobodys_way(warnings: list[str]) -> None:
+def test_ports_that_cannot_be_bound_keep_no_other_from_being_followed(warnings: list[str]) -> None:
     w = World(T)
     w.scanner._most = 4
     w.refused = set(range(1, 7))

@@ -192,7 +192,7 @@ def test_link_local_address_is_one_of_the_interface() -> None:
 
 
 def test_link_local_address_is_the_interfaces_without_its_number(opened: Opened, port: int) -> None:
-    """What the kernel makes of it; with IPV6_FREEBIND, since `lo` need not have such an address."""
+    """The kernel does so; with IPV6_FREEBIND, since `lo` need not have such an address."""
     ll = addr.packed("fe80::7")
     (sock,) = opened(replace(CONFIG, freebind=True), rule(port, addr=ll, ifname="lo"))
     assert sock.getsockname() == ("fe80::7", port, 0, socket.if_nametoindex("lo"))
@@ -267,7 +267,7 @@ def test_only_the_rules_of_the_side(sides: Sides) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
-def test_udp_ports_are_given_to_whom_we_become() -> None:
+def test_udp_ports_are_given_to_the_later_uid() -> None:
     first = free_ports(2)
     config = replace(CONFIG, forwards=(rule(first), rule(first + 1, proto=PROTO_UDP)))
     for uid in (65534, None):
@@ -277,7 +277,7 @@ def test_udp_ports_are_given_to_whom_we_become() -> None:
             listener.sock.close()
 
 
-def test_a_udp_port_that_cannot_be_given_to_anybody(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+def test_a_udp_port_that_cannot_be_given_to_another_uid(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     def refuse(*_: int) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 

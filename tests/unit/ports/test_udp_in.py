@@ -70,7 +70,7 @@ def local() -> Iterator[Start]:
 
 
 def packets(lab: Lab) -> list[Any]:
-    """What the guest's driver hands up, checked by scapy."""
+    """The packets that the guest's driver hands up, checked by scapy."""
     frames = received(lab.link)
     assert [recomputed(f) for f in frames] == frames
     return [Ether(f) for f in frames]
@@ -434,7 +434,7 @@ def test_the_guest_is_seen_with_the_port_that_leads_to_it(local: Start, bound: s
 
 
 def test_a_port_of_all_addresses_is_preferred_to_one_of_a_single_address(local: Start) -> None:
-    """At the other one, who writes to the port that the guest is seen with might find nobody."""
+    """A peer that writes to the port that the guest is seen with may not reach the listener of a single address."""
     lab = local(no_splice=True)
     lab.listen("127.0.0.1", to=TO, addr=addr.LOOPBACK4)
     everywhere = lab.listen("0.0.0.0", to=TO)
@@ -543,7 +543,7 @@ def test_flows_of_the_guest_make_way_for_a_listener(local: Start) -> None:
     lab.listen("::", port)
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Refused datagrams ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -687,7 +687,7 @@ def test_a_listener_that_cannot_be_read(start: Start, monkeypatch: pytest.Monkey
     assert lab.ctx.drops == {"udp: receive: ENOMEM": 1}
 
 
-# Who is who ----------------------------------------------------------------------------------------------------------
+# Peers told apart ----------------------------------------------------------------------------------------------------
 
 
 def test_two_peers_that_the_guest_sees_as_one(local: Start) -> None:
@@ -756,7 +756,7 @@ def test_the_port_belongs_to_the_listener(start: Start) -> None:
         lab.turn()
 
 
-def test_a_flow_that_ends_begins_anew(start: Start) -> None:
+def test_a_client_whose_flow_ended_gets_a_new_one(start: Start) -> None:
     lab = start()
     client = lab.client(lab.listen())
     client.send(b"one")
@@ -780,7 +780,7 @@ def test_queries_to_a_name_server_in_the_guest_end_soon(start: Start) -> None:
 
 
 def test_listening_again_on_the_same_port(start: Start) -> None:
-    """What came by the first listener ends with it, or its sockets would keep the port."""
+    """Flows of the first listener end with it, or their sockets would keep the port."""
     lab = start()
     listener, other = lab.listen(), lab.listen()
     for one in (listener, other):

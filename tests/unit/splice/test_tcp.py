@@ -111,7 +111,7 @@ class Lab:
         return sock
 
     def accepted(self) -> socket.socket:
-        """What the server accepts next."""
+        """The next connection that the server accepts."""
         self.until(lambda: select.select([self.server], [], [], 0)[0])
         sock = self.server.accept()[0]
         sock.setblocking(False)
@@ -664,7 +664,7 @@ def slowly(lab: Lab) -> list[Slow]:
 
 
 def now_connected(lab: Lab, made: list[Slow]) -> socket.socket:
-    """What the server has of the connection that took a while."""
+    """The server's end of the connection that took a while."""
     made[0].inner.setblocking(True)
     made[0].inner.connect(lab.server.getsockname())
     made[0].inner.setblocking(False)
@@ -672,7 +672,7 @@ def now_connected(lab: Lab, made: list[Slow]) -> socket.socket:
 
 
 def test_connecting_takes_a_while(lab: Lab) -> None:
-    """What the client sent meanwhile, and its end, are not forgotten."""
+    """Data that the client sent meanwhile, and its end, are delivered."""
     made = slowly(lab)
     client = lab.client()
     client.send(b"question")

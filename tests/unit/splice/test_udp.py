@@ -211,7 +211,7 @@ def test_what_comes_before_the_socket_has_its_client(start: Start, monkeypatch: 
     ]
 
 
-def test_strangers_of_the_servers_socket_are_nobodys(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datagrams_of_strangers_to_the_server_side_are_dropped(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     lab = start()
     talk = Talk(lab)
     stranger = lab.socket("127.0.0.1", "127.0.0.7")

@@ -130,7 +130,7 @@ def test_no_option_is_set_for_each_connection() -> None:
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_accepted_sockets_inherit(family: socket.AddressFamily) -> None:
-    """What `prepare_listener` relies on, and what `tcp_engine/window.py` does: asked of the running kernel."""
+    """`prepare_listener` and `tcp_engine/window.py` rely on it: the test asks the running kernel."""
     features = probe()
     with socket.socket(family) as server, socket.socket(family) as client:
         tcp_sock.prepare_listener(server, features)
@@ -308,7 +308,7 @@ def test_lying_data_offset_is_counted(flags: int) -> None:
     talk.expect_nothing()
 
 
-# What the client does meanwhile --------------------------------------------------------------------------------------
+# Actions of the client meanwhile -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("features", [ALL, NO_PEEK_OFF])
@@ -387,7 +387,7 @@ def test_refused_client_is_reset(peer: str) -> None:
 
 
 @pytest.mark.parametrize(("flags", "ack"), [(RST, 1), (RST, 0), (RST | ACK, 0), (RST | ACK, 2)])
-def test_reset_that_anybody_could_have_sent_is_ignored(flags: int, ack: int) -> None:
+def test_reset_that_any_host_could_have_sent_is_ignored(flags: int, ack: int) -> None:
     talk = asked()
     talk.put((flags, 0, talk.isn + ack, b"", 0, b""))
     talk.expect_nothing()
@@ -477,7 +477,7 @@ def test_segment_for_the_family_that_refused_is_of_no_connection() -> None:
     assert (syn, stray) == (SYN, RST)
 
 
-# Who cannot be served ------------------------------------------------------------------------------------------------
+# Clients that cannot be served ---------------------------------------------------------------------------------------
 
 
 def test_silence_when_disabled() -> None:
@@ -948,7 +948,7 @@ SEGMENTS = st.tuples(
     st.lists(st.one_of(SEGMENTS, st.sampled_from(["data", "end", "reset", "second", "refuse"])), max_size=8),
 )
 def test_any_answer_leaves_nothing_behind(peer: str, steps: list[Any]) -> None:
-    """Whatever the guest and the client do: after that, either the connection works or nothing of it is left."""
+    """After any steps of the guest and the client, either the connection works or nothing of it is left."""
     FakeSocket.made.clear()
     talk = Talk()
     sock = talk.accept(peer)

@@ -1,4 +1,4 @@
-"""What comes behind a hole is kept, within limits, and given to the host when the hole is filled."""
+"""Segments behind a hole are queued, within limits, and given to the host when the hole is filled."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_nothing_is_left_of_a_connection_that_ends() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1 << 32), st.lists(st.integers(1, 40), min_size=1, max_size=12), st.booleans())
 def test_any_order_any_loss_any_repetition(seed: int, sizes: list[int], cut: bool) -> None:
-    """Whatever comes when, the host gets every byte once and in order when all have come."""
+    """In any order of arrival, the host gets every byte once and in order when all segments have come."""
     rng = random.Random(seed)
     talk, segments = talk_of(*(rng.randbytes(n) for n in sizes), fin=True)
     whole = b"".join(s[3] for s in segments)

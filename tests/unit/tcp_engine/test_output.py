@@ -158,7 +158,7 @@ def test_duplicate_acknowledgement_of_a_lost_fin() -> None:
     talk.expect(FIN | ACK, b"", seq=1)
 
 
-def test_rewound_connection_sends_the_same_again() -> None:
+def test_go_back_n_sends_the_same_again() -> None:
     talk = open_connection()
     data = os.urandom(30_000)
     talk.host(data, end=True)

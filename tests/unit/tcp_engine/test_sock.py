@@ -66,7 +66,7 @@ def test_socket_type(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_real_sockets_take_all_options() -> None:
-    """What the fakes take, the kernel does, too."""
+    """The kernel takes all options that the fakes take."""
     with socket.socket() as s:
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         s.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)

@@ -438,7 +438,7 @@ def test_what_is_left_is_never_less_than_the_guest_would_send() -> None:
 
 
 def test_the_guest_sees_a_window_that_begins_where_the_peer_is() -> None:
-    """What the peer has not acknowledged yet is window to the guest: so it is larger, and so is the half of it."""
+    """Bytes not acknowledged by the peer yet are window to the guest: so it is larger, and so is the half of it."""
     FakeSocket.connect_results = [errno.EINPROGRESS]
     talk = Talk()
     talk.syn()

@@ -175,7 +175,7 @@ class Talk:
         return kept
 
 
-# What goes on well -------------------------------------------------------------------------------------------------
+# Queries that are answered -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("v6", [False, True])
@@ -417,10 +417,10 @@ def test_all_keep_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert services.deadlines[talk.udp.dns._timer] is None, "nothing waits, nothing wakes up"
 
 
-# What a guest does besides -----------------------------------------------------------------------------------------
+# Other actions of a guest ------------------------------------------------------------------------------------------
 
 
-def test_a_query_again_goes_to_whom_has_it() -> None:
+def test_a_repeated_query_goes_to_the_resolver_that_has_it() -> None:
     """However often a guest asks, time runs on for a silent resolver."""
     talk = Talk(A, B)
     talk.asks(query(7))

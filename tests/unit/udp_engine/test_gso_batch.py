@@ -76,7 +76,7 @@ def test_without_segments_each_goes_alone() -> None:
 
 
 def datagrams(size: int, data: bytes) -> list[bytes]:
-    """What a kernel makes of `data` sent with UDP_SEGMENT `size`."""
+    """The datagrams that a kernel cuts `data` into with UDP_SEGMENT `size`."""
     return [data[i : i + size] for i in range(0, len(data), size)] if data else [b""]
 
 

@@ -22,7 +22,7 @@ from ..support import T0, reactor, timers
 
 
 class End:
-    """What a flow remembers of a socket."""
+    """The state of a socket in its flow."""
 
     def __init__(self, sock: Any, segments: int = 64) -> None:
         self.sock = sock

@@ -339,8 +339,8 @@ def test_the_guests_own_flows_from_the_port_of_a_listener_at_an_address(
 
 
 @pytest.mark.parametrize("which", ["listener", "listener_at"])
-def test_each_client_has_its_socket_and_who_is_new_has_the_listener(which: str, request: pytest.FixtureRequest) -> None:
-    """Whatever the kernel would balance among sockets that share a port."""
+def test_each_client_has_its_socket_and_new_ones_have_the_listener(which: str, request: pytest.FixtureRequest) -> None:
+    """The kernel does not balance datagrams among these sockets, though they share a port."""
     listener: Listener = request.getfixturevalue(which)
     where = "127.0.0.5", listener.port
     with ExitStack() as stack:
@@ -365,7 +365,7 @@ def test_a_client_of_ipv4_beside_a_dual_stack_listener(peer: socket.socket) -> N
         assert shares(s) == ALONE
 
 
-def test_somebody_else_has_the_address(listener: Listener, peer: socket.socket) -> None:
+def test_another_socket_has_the_address(listener: Listener, peer: socket.socket) -> None:
     """The listener does not keep sharing its port after a failure, and no socket is left over."""
     listener.sock.close()
     made: list[socket.socket] = []
