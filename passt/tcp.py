@@ -155,7 +155,6 @@ class Tcp:
             n = end - data
             if 0 < advance <= sent:
                 una += advance
-                in_flight -= advance
                 sent -= advance
                 window = win << conn.snd_wscale
             elif advance == 0:
@@ -183,7 +182,7 @@ class Tcp:
             if new > 0:
                 payload.append(mv[end - new : end])
                 rcv_nxt += new
-            if new >= 0 and bits & FIN and n + gap == 1 << 32:
+            if new >= 0 and bits & FIN:
                 fin = True
         if later or conn.out_of_order:
             rcv_nxt, fin, hole = self._table.out_of_order.merge(conn, mv, rcv_nxt, later, payload, fin)
@@ -254,7 +253,6 @@ class Tcp:
         if taken < wanted:
             conn.rcv_dropped = True
             self._ctx.drops[Drop.TCP_BUFFER_FULL] += 1
-            must_ack = True
         elif fin:
             self._fin_received(conn, now)
             return

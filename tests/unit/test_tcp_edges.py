@@ -45,8 +45,8 @@ def test_reserved_bits_of_the_header_are_no_part_of_its_length() -> None:
     talk = open_connection()
     for bits in 0x400, 0x200, 0x100:
         talk.guest(ACK | bits, b"abcd")
-        talk.guest(ACK | FIN | bits, b"", seq=HALF)
-    assert talk.sock.sent == b"abcd" * 3
+        talk.put(talk.segment(ACK | bits, b"ef"), talk.segment(ACK | bits, b"gh"))
+    assert talk.sock.sent == b"abcdefgh" * 3
 
 
 def test_bad_segments_are_counted_one_by_one_and_those_behind_them_are_heard() -> None:
@@ -77,6 +77,14 @@ def test_a_syn_is_challenged_and_what_is_behind_it_is_heard() -> None:
     talk.put(talk.segment(SYN, seq=5), talk.segment(ACK, b"good"))
     assert talk.sock.sent == b"good"
     assert [f for f, _, _ in hear(talk)] == [ACK]
+
+
+@pytest.mark.parametrize("flags", [0, FIN, PSH])
+def test_segments_without_ack_are_ignored(flags: int) -> None:
+    talk = open_connection()
+    talk.guest(flags, b"x")
+    talk.expect_nothing()
+    assert not talk.sock.sent and not talk.sock.shut and not talk.ctx.drops
 
 
 def test_a_reset_where_the_last_acknowledgement_points_is_believed() -> None:
@@ -111,6 +119,8 @@ def test_acknowledgements_of_what_was_never_sent_are_ignored() -> None:
     assert conn.snd_una == conn.iss + 1
     talk.put(talk.segment(ACK, ack=51), talk.segment(ACK, ack=151))
     assert conn.snd_una == conn.iss + 51
+    talk.put(talk.segment(ACK, ack=91), talk.segment(ACK, ack=131))
+    assert conn.snd_una == conn.iss + 91
     assert conn.snd_wnd == talk.window << 7
 
 
@@ -155,6 +165,32 @@ def test_what_was_sent_again_and_brings_nothing_new_does_not_reach_the_socket() 
     talk.sock.error = errno.ECONNRESET  # of the next call
     talk.put(talk.segment(ACK, b"bc", seq=2), talk.segment(ACK, seq=1))
     talk.expect(ACK, b"")
+
+
+def test_a_retransmission_that_brings_something_new() -> None:
+    talk = open_connection()
+    talk.guest(ACK, b"abc")
+    talk.put(talk.segment(ACK, b"bcde", seq=2), talk.segment(ACK, b"fg", seq=6))
+    assert talk.sock.sent == b"abcdefg"
+
+
+@pytest.mark.parametrize("again", [b"bc", b"bcde", b""])
+def test_an_end_that_comes_with_a_retransmission(again: bytes) -> None:
+    """Also if that has new data before it, as one has that joins segments."""
+    talk = open_connection()
+    talk.guest(ACK, b"abc")
+    talk.guest(ACK | FIN, again, seq=2 if again else 4)
+    assert talk.sock.sent == (b"abcde" if again == b"bcde" else b"abc") and talk.sock.shut
+    before = conn_of(talk).rcv_nxt
+    talk.guest(ACK | FIN, again, seq=2 if again else 4)
+    assert conn_of(talk).rcv_nxt == before, "it counts once"
+
+
+def test_an_end_in_a_segment_that_joins_what_came_and_what_is_missing() -> None:
+    talk = open_connection()
+    talk.guest(ACK, b"def", seq=4)
+    talk.guest(ACK | FIN, b"abcdef", seq=1)
+    assert talk.sock.sent == b"abcdef" and talk.sock.shut
 
 
 def test_segments_that_change_places_are_no_loss() -> None:
@@ -330,6 +366,7 @@ def test_data_does_not_open_the_window_of_a_full_buffer() -> None:
     conn = conn_of(talk)
     talk.tcp._acks.open_window(conn, talk.now)
     assert conn.wait_writable
+    talk.sock.wmem = 0
     talk.host(b"x")
     assert conn.wait_writable, "only EPOLLOUT says so"
     talk.taken()
@@ -401,6 +438,22 @@ def test_answers_in_time_make_a_dialogue_and_late_ones_do_not() -> None:
         _all_acknowledged(talk)
 
 
+def test_an_answer_in_time_is_one_that_carries_the_acknowledgement() -> None:
+    """However late the timer is, which should have sent that before."""
+    talk = open_connection()
+    conn = conn_of(talk)
+    conn.near, conn.pingpong = True, PINGPONG_MAX - 1
+    talk.guest(ACK, b"question")
+    assert conn.ack_due
+    talk.now += 3 * ACK_DELAY
+    talk.host(b"answer")
+    assert conn.pingpong == PINGPONG_MAX
+    _all_acknowledged(talk)
+    conn.pingpong, conn.t_rx, talk.now = 0, 0.0, ACK_DELAY  # to the point
+    talk.host(b"late")
+    assert conn.pingpong == 0
+
+
 def _all_acknowledged(talk: Talk) -> None:
     conn = conn_of(talk)
     talk.ack = conn.snd_nxt - conn.iss
@@ -456,6 +509,16 @@ def test_a_loss_after_a_timeout_is_repaired() -> None:
     talk.guest(ACK, ack=2)
     assert not conn.recover
     lost_and_repaired(talk)
+
+
+def test_a_duplicate_after_a_timeout_is_a_loss() -> None:
+    talk = open_connection()
+    talk.host(b"x" * 10)
+    talk.taken()
+    talk.wait(RTO_INIT)
+    talk.taken()
+    talk.guest(ACK, ack=1)
+    assert [(seq, len(data)) for _, seq, data in hear(talk)] == [(1, 10)]
 
 
 def test_recovery_ends_with_what_was_in_flight_when_it_began() -> None:
