@@ -5,8 +5,8 @@
     python -m tests.mutants tcp --only '*_plain_segment*'
 
 mutmut makes the mutants, in a copy of the tree below build/mutants, and runs for each the tests that reach the changed
-function, out of the unit tests that are about the module: those of its family (the first word of its name, or of its
-folder's; what splices has tests of its own), and those that name it. Constants at the top of a module are not changed.
+function, out of the unit tests that are about the module: those whose file name or imports have its family, which is
+the first word of its name, or of its folder's. Constants at the top of a module are not changed.
 
 The survivors, which no test noticed, are in build/mutants/MODULE.txt, as differences. Equivalent ones, which no test
 can notice, are listed in docs/testing.md with the reason.
@@ -38,6 +38,7 @@ DATA_PLANE = (
     "policy.rules",
     "policy.rule_table",
 )
+WALKS = "test_walks.py"  # faults in all modules
 COPIED = ("passt", "tests", "fuzz", "bench")
 
 # -s: mutmut runs pytest several times in one process; the standard error that the first captured would stay in `log`
@@ -83,18 +84,15 @@ def family(module: Path) -> str:
 
 def tests_of(module: Path) -> list[str]:
     """Files of unit tests that are about a module."""
-    dotted = ".".join(module.with_suffix("").parts)
-    package, _, name = dotted.rpartition(".")
-    imports = re.compile(
-        rf"\bfrom {re.escape(package)} import [^\n]*\b{name}\b|\b(from|import) {re.escape(dotted)}\b", re.M
-    )
-    word = re.compile(rf"(^|[/_]){family(module)}([_./]|$)")
-    splice = "splice" in dotted  # from socket to socket: another machine, of the same family
+    word = family(module)
+    splice = "splice" in name_of(module)  # from socket to socket: another state machine, of the same family
+    named = re.compile(rf"(^|[/_]){word}([_./]|$)")
+    imported = re.compile(rf"^(?:from|import)\b[^\n]*[ ._]{word}(?:[_. ,\n]|$)", re.M)
     found = []
     for path in sorted((ROOT / "tests" / "unit").rglob("test_*.py")):
         below = str(path.relative_to(ROOT / "tests" / "unit"))
-        related = word.search(below) and ("splice" in below) == splice
-        if related or imports.search(path.read_text()):
+        other = ("splice" in below) != splice and named.search(below)
+        if below == WALKS or (not other and (named.search(below) or imported.search(path.read_text()))):
             found.append(str(path.relative_to(ROOT)))
     return found
 
