@@ -12,7 +12,7 @@ import pytest
 
 from passt import addr
 from passt.flow.table import LABELS, RECENT, FlowInfo
-from passt.linux.tcpinfo import BYTES_ACKED, BYTES_RECEIVED, RTT, TOTAL_RETRANS
+from passt.linux.tcpinfo import BYTES_ACKED, BYTES_RECEIVED, LAST_DATA_RECV, LAST_DATA_SENT, RTT, TOTAL_RETRANS
 from passt.wire.tcp import ACK, FIN, RST, SYN
 
 from . import test_icmp, test_udp
@@ -73,6 +73,43 @@ def test_tcp_of_the_guest() -> None:
     assert tcp.rcv_wnd is not None and tcp.rcv_wnd > 100_000
     assert (tcp.queue_to_guest, tcp.queue_to_host) == (12, 3)
     assert info.row()["rtt"] == 0.0125
+
+
+def test_tcp_queues_count_no_fin_and_no_syn() -> None:
+    """The kernel counts FIN of the peer, FIN of ours and SYN of a socket that connected as a byte each."""
+    talk = open_connection()
+    talk.guest(ACK, b"question")
+    talk.host(b"answer", end=True)
+    talk.taken()
+    talk.sock.info |= {BYTES_ACKED: 1 + 8, BYTES_RECEIVED: 6 + 1}
+    tcp = info_of(talk.ctx, T0).tcp
+    assert tcp is not None and (tcp.queue_to_guest, tcp.queue_to_host) == (6, 0)
+    talk.sock.info |= {BYTES_ACKED: 1 + 9, BYTES_RECEIVED: 0}
+    tcp = info_of(talk.ctx, T0).tcp
+    assert tcp is not None and (tcp.queue_to_guest, tcp.queue_to_host) == (0, 0), "never negative"
+
+
+def test_tcp_queues_of_a_host_client() -> None:
+    talk = accepted_connection()
+    talk.guest(ACK, b"greeting")
+    talk.sock.info |= {BYTES_ACKED: 3, BYTES_RECEIVED: 0}
+    tcp = info_of(talk.ctx, T0).tcp
+    assert tcp is not None and (tcp.queue_to_guest, tcp.queue_to_host) == (0, 5)
+
+
+def test_tcp_window_and_idle_time() -> None:
+    talk = open_connection()
+    (flow,) = (f for f in talk.ctx.flows.by_index if f is not None)
+    flow.opened = T0
+    flow.rcv_edge = flow.rcv_nxt + 1000
+    talk.sock.info |= {LAST_DATA_SENT: 3000, LAST_DATA_RECV: 2500}
+    info = info_of(talk.ctx, T0 + AGE)
+    assert info.tcp is not None and info.tcp.rcv_wnd == 1000
+    assert (info.index, info.idle) == (flow.index, 2.5)
+    assert info_of(talk.ctx, T0 + 1).idle == 1, "no longer than it is there"
+    flow.rcv_edge = flow.rcv_nxt - 1
+    shut = info_of(talk.ctx, T0).tcp
+    assert shut is not None and shut.rcv_wnd == 0
 
 
 def test_tcp_of_a_host_client() -> None:
