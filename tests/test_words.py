@@ -6,8 +6,6 @@ Two rules can be checked by machine:
   left goes ..."). A question may begin with these words.
 - A concept has one term, that of RFCs and of the kernel. `TERMS` lists words that stood for others, each with the term
   to use. Some of them are checked in names of functions, classes, parameters and variables as well.
-
-`NOT_YET` has the files that were not revised yet: path prefixes, to be removed one by one.
 """
 
 from __future__ import annotations
@@ -27,10 +25,6 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("passt", "tests", "bench", "fuzz")  # of modules
 SCRIPTS = ("scripts", "contrib/systemd", "contrib/apparmor")  # of files with comments after #
 DOCUMENTS = ("README.md", "contrib/README.md", "docs", "passt.1", "pesto.1", "qrap.1")
-
-# Path prefixes of files that are not covered yet
-NOT_YET: tuple[str, ...] = ()
-
 
 class Term(NamedTuple):
     """A word that is not to be used: in prose, and in names if `name` is set."""
@@ -76,8 +70,7 @@ def files() -> tuple[Path, ...]:
     scripts = [path for folder in SCRIPTS for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
     documents = [ROOT / name for name in DOCUMENTS if (ROOT / name).is_file()]
     documents += [path for name in DOCUMENTS for path in sorted((ROOT / name).glob("*.md"))]
-    covered = [path for path in (*modules, *scripts, *documents) if not relative(path).startswith(NOT_YET)]
-    return tuple(path for path in covered if path != Path(__file__))
+    return tuple(path for path in (*modules, *scripts, *documents) if path != Path(__file__))
 
 
 def relative(path: Path) -> str:
@@ -268,8 +261,3 @@ def test_prose_is_found_with_its_lines(tmp_path: Path) -> None:
     page = tmp_path / "text.1"
     page.write_text(".SH ONE\nTwo\n")
     assert [t.text.strip() for t in prose(page)] == ["Two"]
-
-
-def test_paths_that_are_not_covered_exist() -> None:
-    for prefix in NOT_YET:
-        assert list(ROOT.glob(f"{prefix}*")), f"{prefix} in NOT_YET is no path any more: remove it"
