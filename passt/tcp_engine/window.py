@@ -66,7 +66,7 @@ from .output import TcpOut
 from .sock import INTEREST
 from .table import TcpTable
 
-ACK_DELAY = 0.010  # s
+ACK_DELAY = 0.010  # s; half as much to half as much again
 COALESCE = ACK_DELAY / 4  # s: delays that end so close to each other end together
 POLL_MIN = 0.001  # s between reads of TCP_INFO; the interval grows from the round trip, ACK_DELAY at most
 POLL_MAX = 1.0  # s, while the peer acknowledges nothing
@@ -132,12 +132,15 @@ class TcpAck:
     def queue_delayed(self, conn: TcpConn, now: float) -> None:
         """Put `conn` into the heap of the delayed-ACK timer, unless it is there with an earlier deadline.
 
-        A later entry stays in the heap and is ignored: its deadline is not that of the connection.
+        A later entry stays in the heap and is ignored: its deadline is not that of the connection. The deadline of a
+        delayed acknowledgement is a multiple of ACK_DELAY, which all connections share: short ones would otherwise cost
+        an expiration of the timer each.
         """
-        wait = ACK_DELAY
         if conn.rcv_acked != conn.rcv_nxt:
-            wait = max(conn.poll_interval, min((now - conn.t_rx) / 8, POLL_MAX))
-        deadline = now + wait
+            deadline = now + max(conn.poll_interval, min((now - conn.t_rx) / 8, POLL_MAX))
+        else:
+            earliest = now + ACK_DELAY / 2
+            deadline = earliest - earliest % ACK_DELAY + ACK_DELAY
         if 0 < conn.delack_at <= deadline:
             return
         conn.delack_at = deadline
