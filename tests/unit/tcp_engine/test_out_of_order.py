@@ -119,6 +119,45 @@ def test_beyond_the_window_nothing_is_kept() -> None:
     assert talk.sock.sent == b"a"
 
 
+def test_up_to_the_edge_of_the_window_it_is_kept() -> None:
+    talk, (_, b) = talk_of(b"a", b"b")
+    (conn,) = talk.tcp._conns.values()
+    conn.rcv_edge = conn.rcv_nxt + 2
+    talk.put(b)
+    assert kept(talk) == 1 + OVERHEAD and not talk.ctx.drops
+    conn.rcv_edge -= 1
+    for times in 1, 2:
+        talk.put(b)
+        assert list(talk.ctx.drops.values()) == [times]
+
+
+def test_pieces_that_overlap() -> None:
+    talk, _ = talk_of()
+    talk.put(talk.segment(ACK, b"cdef", seq=3))
+    talk.put(talk.segment(ACK, b"efgh", seq=5))
+    talk.put(talk.segment(ACK, b"abcd", seq=1))
+    assert talk.sock.sent == b"abcdefgh" and kept(talk) == 0
+    assert not talk.ctx.drops
+
+
+def test_the_end_twice_is_kept_once() -> None:
+    talk, _ = talk_of()
+    for _ in range(2):
+        talk.put(*[talk.segment(ACK | FIN, b"b", seq=2)] * 2)
+        assert kept(talk) == 1 + OVERHEAD
+
+
+def test_what_others_have_counts() -> None:
+    talk, (_, b) = talk_of(b"a", b"b")
+    queue = talk.tcp._table.out_of_order
+    queue.total = 5  # of another connection
+    talk.put(b)
+    assert queue.total == 5 + 1 + OVERHEAD
+    queue.total = out_of_order.OUT_OF_ORDER_TOTAL
+    talk.put(talk.segment(ACK, b"d", seq=4))
+    assert talk.ctx.drops
+
+
 def test_nothing_is_left_of_a_connection_that_ends() -> None:
     talk, (_, b) = talk_of(b"a", b"b")
     talk.put(b)
