@@ -1,0 +1,1 @@
+"""Parts of the standard library that cost a start less than those."""
