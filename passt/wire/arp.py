@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from struct import Struct
 
 from ..drops import Drop
+from ..lean.records import dataclass
 from .cursor import Cursor, Malformed
 
 # Hardware type, protocol type, their address lengths, operation, sender MAC and address, target MAC and address

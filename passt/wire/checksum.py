@@ -7,12 +7,12 @@ multiple of 0xffff is represented by 0xffff, the result of an end-around carry.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
-PROTO_ICMP = 1
-PROTO_TCP = 6
-PROTO_UDP = 17
-PROTO_ICMPV6 = 58
+PROTO_ICMP: Final = 1
+PROTO_TCP: Final = 6
+PROTO_UDP: Final = 17
+PROTO_ICMPV6: Final = 58
 
 
 def ones_sum(data: bytes | bytearray | memoryview) -> int:

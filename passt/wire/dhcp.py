@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from struct import Struct
 
 from ..drops import Drop
+from ..lean.records import dataclass, field
 from .cursor import Cursor, Malformed
 
 HEADER = Struct("!BBBBIHH4s4s4s4s16s64s128s")

@@ -10,10 +10,10 @@ message.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from struct import Struct
 
 from ..drops import Drop
+from ..lean.records import dataclass
 from .cursor import Cursor, Malformed
 
 CLIENT_PORT = 546
@@ -41,6 +41,7 @@ OPT_DNS = 23  # RFC 3646, 3
 OPT_SEARCH = 24  # RFC 3646, 4
 OPT_IA_PD = 25  # an association for prefixes (RFC 8415, 21.21)
 OPT_IA_PREFIX = 26
+OPT_REFRESH = 32  # seconds until a client without an association asks again (RFC 8415, 21.23)
 OPT_FQDN = 39  # RFC 4704, 4
 
 IA_CODES = frozenset((OPT_IA_NA, OPT_IA_TA, OPT_IA_PD))
@@ -48,7 +49,7 @@ IA_CODES = frozenset((OPT_IA_NA, OPT_IA_TA, OPT_IA_PD))
 # Status codes (RFC 8415, 21.13)
 SUCCESS, UNSPEC_FAIL, NO_ADDRS_AVAIL, NO_BINDING, NOT_ON_LINK, USE_MULTICAST, NO_PREFIX_AVAIL = range(7)
 
-INFINITE = 0xFFFFFFFF
+INFINITE = 0xFFFFFFFF  # s; of DHCPv4 as well (RFC 8415, 7.7; RFC 2131, 3.3)
 DUID_MAX = 2 + 128  # RFC 8415, 11.1: the type, and what depends on it
 OPTIONS_MAX = 64  # in a message: clients send about ten
 NESTED_MAX = 16  # in an option: an association has an address or two

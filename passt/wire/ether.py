@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from struct import Struct
+from typing import Final
 
 from . import ip, udp
 from .checksum import PROTO_ICMPV6, PROTO_UDP, transport_checksum
 
-HEADER = Struct("!6s6sH")  # destination, source, EtherType
-HEADER_LEN = HEADER.size  # 14
+HEADER: Final[Struct] = Struct("!6s6sH")  # destination, source, EtherType
+HEADER_LEN: Final[int] = HEADER.size  # 14
 
-TYPE_IPV4 = 0x0800
-TYPE_ARP = 0x0806
-TYPE_IPV6 = 0x86DD
+TYPE_IPV4: Final = 0x0800
+TYPE_ARP: Final = 0x0806
+TYPE_IPV6: Final = 0x86DD
+GROUP: Final = 0x01  # of the first byte of a MAC address: a group, which sends nothing
 
 
 def multicast_mac(group: bytes) -> bytes:
-    """The MAC address of an IPv6 multicast group (RFC 2464, 7)."""
-    return b"\x33\x33" + group[12:]
+    """The MAC address of a multicast group (RFC 2464, 7; RFC 1112, 6.4: the low 23 bits)."""
+    if len(group) == 16:
+        return b"\x33\x33" + group[12:]
+    return bytes((1, 0, 0x5E, group[1] & 0x7F)) + group[2:]
 
 
 def ip_frame(

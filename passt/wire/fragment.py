@@ -20,7 +20,7 @@ HEADER6 = Struct("!BBHI")
 
 
 def fragments(
-    src: bytes, dst: bytes, proto: int, message: bytes, mtu: int, ident: int, flow_label: int = 0
+    src: bytes, dst: bytes, proto: int, message: bytes, mtu: int, ident: int, flow_label: int = 0, *, tos: int = 0
 ) -> Iterator[bytes]:
     """IP packets of at most `mtu` bytes that together carry `message`, an upper-layer header and its data.
 
@@ -33,13 +33,13 @@ def fragments(
         piece = message[offset : offset + room]
         more = offset + room < len(message)
         if v4:
-            yield _header4(src, dst, proto, len(piece), ident, offset, more) + piece
+            yield _header4(src, dst, proto, len(piece), ident, offset, more, tos) + piece
         else:
             shim = HEADER6.pack(proto, 0, offset | more, ident & 0xFFFFFFFF)
-            yield ip.header6(src, dst, ip.FRAGMENT, len(shim) + len(piece), flow_label) + shim + piece
+            yield ip.header6(src, dst, ip.FRAGMENT, len(shim) + len(piece), flow_label, tos) + shim + piece
 
 
-def _header4(src: bytes, dst: bytes, proto: int, length: int, ident: int, offset: int, more: bool) -> bytes:
+def _header4(src: bytes, dst: bytes, proto: int, length: int, ident: int, offset: int, more: bool, tos: int) -> bytes:
     where = offset >> 3 | (ip.MF if more else 0)
-    fields = (ip.VERSION_IHL4, 0, ip.HEADER4.size + length, ident & 0xFFFF, where, ip.TTL, proto)
+    fields = (ip.VERSION_IHL4, tos, ip.HEADER4.size + length, ident & 0xFFFF, where, ip.TTL, proto)
     return ip.HEADER4.pack(*fields, checksum(ip.HEADER4.pack(*fields, 0, src, dst)), src, dst)

@@ -12,10 +12,10 @@ than `OPTIONS_MAX` options is refused, so that a frame of 64 KiB costs no more t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from struct import Struct
 
 from ..drops import Drop
+from ..lean.records import dataclass
 from . import domain
 from .cursor import Cursor, Malformed
 
@@ -26,7 +26,8 @@ NEIGHBOUR_ADVERTISEMENT = 136
 REDIRECT = 137
 TYPES = range(ROUTER_SOLICITATION, REDIRECT + 1)
 
-INFINITE = 0xFFFFFFFF  # lifetimes, in seconds
+INFINITE = 0xFFFFFFFF  # s (RFC 4861, 4.6.2)
+SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")  # and the last 3 bytes of an address (RFC 4291, 2.7.1)
 OPTIONS_MAX = 64  # several times what a router advertisement of 1500 bytes has
 
 _HEAD = Struct("!BBH")  # type, code, checksum

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from struct import Struct
+from typing import Final
 
 from .checksum import PROTO_UDP, transport_checksum
 
-HEADER = Struct("!HHHH")  # source port, destination port, length with header, checksum
+HEADER: Final[Struct] = Struct("!HHHH")  # source port, destination port, length with header, checksum
 
 
 def datagram(src: bytes, dst: bytes, sport: int, dport: int, payload: bytes) -> bytes:

@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 from struct import Struct
+from typing import Final
 
-VNET = Struct("=BBHHHH")
-VNET_LEN = VNET.size  # 10
-F_NEEDS_CSUM = 1
-GSO_NONE = 0
-GSO_TCPV4 = 1
-GSO_TCPV6 = 4
-GSO_UDP_L4 = 5
-NO_OFFLOAD = bytes(VNET_LEN)
+VNET: Final = Struct("=BBHHHH")
+VNET_LEN: Final = VNET.size  # 10
+F_NEEDS_CSUM: Final = 1
+F_DATA_VALID: Final = 2  # the checksum is verified
+GSO_NONE: Final = 0
+GSO_TCPV4: Final = 1
+GSO_TCPV6: Final = 4
+GSO_UDP_L4: Final = 5
+NO_OFFLOAD: Final = bytes(VNET_LEN)

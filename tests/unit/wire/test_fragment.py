@@ -36,9 +36,7 @@ def test_ipv6_bytes() -> None:
 @pytest.mark.parametrize("size", [1473, 3000, 65507])
 def test_scapy_reassembles_ipv4(size: int) -> None:
     payload = os.urandom(size)
-    packets = [
-        IP(p) for p in fragments(SRC4, DST4, PROTO_UDP, udp.datagram(SRC4, DST4, 7, 9, payload), 1500, 77)
-    ]
+    packets = [IP(p) for p in fragments(SRC4, DST4, PROTO_UDP, udp.datagram(SRC4, DST4, 7, 9, payload), 1500, 77)]
     for p in packets:
         assert len(p) == p.len <= 1500
         rebuilt = p.copy()

@@ -9,10 +9,11 @@ from scapy.layers.inet import TCP
 
 from passt.wire import tcp
 from passt.wire.cursor import Malformed
-from passt.wire.tcp import ACK, FIN, FLAG_MASK, PSH, RST, SYN, URG, SynOptions, flag_names
+from passt.wire.tcp import ACK, FIN, FLAG_MASK, PSH, RST, SYN, URG, SynOptions, flag_names, syn_options
 
 MSS_WS = bytes.fromhex("020405b4 01 030308")
 MSS = bytes.fromhex("020405b4")
+AS_LINUX = bytes.fromhex("020405b4 0402 080a")  # and 8 bytes of a timestamp
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,24 @@ MSS = bytes.fromhex("020405b4")
 )
 def test_parse(data: bytes, options: SynOptions) -> None:
     assert SynOptions.parse(data) == options
+
+
+@given(st.binary(max_size=40) | st.binary(max_size=32).map(lambda rest: AS_LINUX + rest))
+def test_options_of_syn_are_those_that_are_parsed(data: bytes) -> None:
+    """Whether or not timestamps are left out of what is kept."""
+    try:
+        expected = SynOptions.parse(data)
+    except Malformed:
+        with pytest.raises(Malformed):
+            syn_options(data)
+    else:
+        assert syn_options(data) == expected
+
+
+def test_timestamps_are_no_other_options() -> None:
+    first, second = (AS_LINUX + bytes((n,)) * 8 + bytes.fromhex("01030307") for n in (1, 2))
+    assert syn_options(first) is syn_options(second)
+    assert syn_options(first) == SynOptions(1460, 7, sack=True)
 
 
 @pytest.mark.parametrize(("options", "data"), [(SynOptions(1460, 8), MSS_WS), (SynOptions(1460), MSS)])
@@ -37,7 +56,7 @@ def test_nothing_is_sent_without_mss() -> None:
     [
         ("0101010102041000", SynOptions(4096)),  # NOP in front
         ("0204100000020405", SynOptions(4096)),  # what is behind the end does not count
-        ("020405b40402080a000000010000000001030307", SynOptions(1460, 7)),  # as Linux sends them
+        ("020405b40402080a000000010000000001030307", SynOptions(1460, 7, sack=True)),  # as Linux sends them
         ("03030f", SynOptions(None, 14)),  # RFC 7323, 2.3
         ("02040000", SynOptions()),  # an MSS of 0 is none
         ("0203ff", SynOptions()),  # of another length: not the option we know
