@@ -1,8 +1,8 @@
 """The kernel's network configuration, by rtnetlink: reading that of the host, and setting up the namespace.
 
-Messages are pyroute2's classes, which know every attribute. The exchange of messages is implemented here with a socket
-and a loop: at start a request is a dump or is acknowledged, one at a time. The imports of pyroute2's own `IPRoute`
-(asyncio, multiprocessing, all of its protocols) would take longer than the rest of the start.
+Messages are those of `rtnl_messages.py`. The exchange of messages is implemented here with a socket and a loop: a
+request is a dump or is acknowledged, one at a time. The imports of pyroute2's own `IPRoute` (asyncio, multiprocessing,
+all of its protocols) would take longer than the rest of the start.
 
 Input and output values are those of `routes.py`, which makes all decisions.
 """
@@ -10,81 +10,60 @@ Input and output values are those of `routes.py`, which makes all decisions.
 from __future__ import annotations
 
 import errno
-import importlib.machinery
-import importlib.util
 import os
 import socket
-import sys
-import types
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from struct import Struct
 from typing import Any
 
-from .. import PASTA, addr, log
+from .. import NEVER, PASTA, addr, log
 from ..calls import calls
-from .routes import RT_SCOPE_LINK, Address, Hop, Host, Link, NsPlan, Route, add_in_passes
+from ..log import StepError
+from . import from_kernel, ip_rule, routes
+from .from_kernel import ERROR, HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR
+from .ip_rule import RT_TABLE_MAIN
+from .routes import METRICS, RT_SCOPE_LINK, Address, Hop, Link, NsPlan, Route, RoutingRule, add_in_passes
+from .rtnl_messages import RTN_UNICAST, RTNH_F_ONLINK, address_message, ifaddrmsg, ifinfmsg, route_message, rtmsg
 
 CALLS = calls("sendto", "recvfrom", mode=PASTA)
 
-
-def _message_classes() -> tuple[Any, Any, Any]:
-    """pyroute2's classes of link, address and route messages, without running pyroute2/__init__.py.
-
-    That file imports the whole library, about 150 ms. A stand-in package with the same path allows the import of the
-    few needed modules, about 25 ms. The stand-in is removed afterwards, so that a later `import pyroute2` gets the real
-    package.
-    """
-    stand_in = None
-    if "pyroute2" not in sys.modules:
-        spec = importlib.util.find_spec("pyroute2")
-        if spec is not None and spec.submodule_search_locations:
-            stand_in = types.ModuleType("pyroute2")
-            stand_in.__path__ = list(spec.submodule_search_locations)
-            stand_in.__spec__ = importlib.machinery.ModuleSpec("pyroute2", None, is_package=True)
-            sys.modules["pyroute2"] = stand_in
-    try:
-        from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-        from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-        from pyroute2.netlink.rtnl.rtmsg import rtmsg
-    finally:
-        if stand_in is not None:
-            del sys.modules["pyroute2"]
-    return ifinfmsg, ifaddrmsg, rtmsg
-
-
-ifinfmsg, ifaddrmsg, rtmsg = _message_classes()
-
-_HEADER = Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port
-_ERROR = Struct("=i")
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_ACK = 0x4
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 NLM_F_DUMP_INTR = 0x10
 
 RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 16, 18, 20, 22, 24, 26
+RTM_GETRULE = 34
 
 SOL_NETLINK = 270
 NETLINK_GET_STRICT_CHK = 12
 RTEXT_FILTER_SKIP_STATS = 8
 
 IFF_UP, IFF_LOOPBACK = 0x1, 0x8
-IFA_F_NODAD, IFA_F_DEPRECATED = 0x02, 0x20
-RT_TABLE_MAIN = 254
-RTN_UNICAST = 1
-RTNH_F_ONLINK = 4
+IFF_WORKS = IFF_UP | 0x40  # and IFF_RUNNING
+IFA_F_TEMPORARY, IFA_F_OPTIMISTIC, IFA_F_DADFAILED = 0x01, 0x04, 0x08  # 0x01 is "secondary" in IPv4
+IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x20, 0x40
 RTM_F_CLONED = 0x200  # a cached exception (path MTU, redirect), not configuration
 GEN_MODE_EUI64, GEN_MODE_NONE = 0, 1  # enum in6_addr_gen_mode
 
 DUMP_TRIES = 4
+ANSWER_TIME = 5.0  # s, for all of the answer to a request
+WAIT = 0.5  # s without a datagram
+ABANDONED_MAX = 256  # datagrams, of up to 32 KiB
+_RECEIVE = 1 << 18
 
 
 class Rtnetlink:
-    """An rtnetlink socket of the network namespace of the calling thread; usable in other threads later."""
+    """An rtnetlink socket of the network namespace of the calling thread; usable in other threads later.
+
+    The owner of the namespace may be hostile: see `from_kernel.py`.
+    """
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-        self._sock.bind((0, 0))
+        from_kernel.connect(self._sock)
+        from_kernel.limit_wait(self._sock, WAIT)
         self._seq = 0
+        self._end = NEVER  # of all requests, by the processor time of the thread
         try:
             self._sock.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
         except OSError:
@@ -99,6 +78,22 @@ class Rtnetlink:
     def close(self) -> None:
         self._sock.close()
 
+    def limit(self, seconds: float) -> None:
+        """Let all requests from now on, by this thread, take that much processor time together: a table may be long."""
+        self._end = time.thread_time() + seconds
+
+    def abandon(self) -> bool:
+        """Discard the answer to a request that was given up, a part of it at a time; returns whether that was all.
+
+        Until then the kernel refuses other dumps (EBUSY).
+        """
+        for _ in range(ABANDONED_MAX):
+            try:
+                self._sock.recv(1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return True
+        return False
+
     # Requests ------------------------------------------------------------------------------------------------------
 
     def _send(self, message: Any, kind: int, flags: int) -> None:
@@ -110,19 +105,18 @@ class Rtnetlink:
 
     def _answers(self) -> Iterator[tuple[int, int, bytes]]:
         """(type, flags, whole message) of the answers to the last request, until its end. Raises OSError."""
+        deadline = time.monotonic() + ANSWER_TIME
         while True:
-            data = self._sock.recv(1 << 18)
-            pos = 0
-            while pos + _HEADER.size <= len(data):
-                length, kind, flags, seq, _ = _HEADER.unpack_from(data, pos)
-                message = data[pos : pos + length]
-                pos += (length + 3) & ~3
+            data = from_kernel.receive(self._sock, _RECEIVE, deadline)
+            if time.monotonic() >= deadline or time.thread_time() >= self._end:
+                raise OSError(errno.ETIMEDOUT, "netlink: the answer of the kernel takes too long")
+            for kind, flags, seq, message in from_kernel.split(data):
                 if seq != self._seq:
                     continue  # the rest of an answer that was not read to its end
                 if kind == NLMSG_DONE:
                     return
                 if kind == NLMSG_ERROR:
-                    (error,) = _ERROR.unpack_from(message, _HEADER.size)
+                    (error,) = ERROR.unpack_from(message, HEADER.size)
                     if error:
                         raise OSError(-error, os.strerror(-error))
                     return
@@ -164,16 +158,42 @@ class Rtnetlink:
 
     def routes(self, v6: bool) -> tuple[Route, ...]:
         """The unicast routes of the main table; none where the kernel does not know the family."""
+        return tuple(self._tables(v6, RT_TABLE_MAIN).get(RT_TABLE_MAIN, ()))
+
+    def policy_defaults(self, v6: bool) -> tuple[Route, ...]:
+        """The default routes of all tables that routing rules name; none where the kernel has no such rules."""
+        try:
+            rules = self._rules(v6)
+        except OSError as e:
+            log.debug(f"netlink: no routing rules: {e.strerror}")
+            return ()
+        return routes.policy_defaults(rules, self._tables(v6, 0)) if rules else ()
+
+    def _tables(self, v6: bool, table: int) -> dict[int, list[Route]]:
+        """The unicast routes of a table, 0: of all, by table."""
         request = rtmsg()
         family = request["family"] = socket.AF_INET6 if v6 else socket.AF_INET
-        request["table"] = RT_TABLE_MAIN
+        request["table"] = table
         try:
             messages = self.dump(request, RTM_GETROUTE)
         except OSError as e:
             if e.errno in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
-                return ()
+                return {}
             raise
-        return tuple(r for m in messages if m["family"] == family and (r := _route(m)) is not None)
+        found: dict[int, list[Route]] = {}
+        for m in messages:
+            of = m.get_attr("RTA_TABLE") or m["table"]
+            if m["family"] == family and (not table or of == table) and (route := _route(m)) is not None:
+                found.setdefault(of, []).append(route)
+        return found
+
+    def _rules(self, v6: bool) -> list[RoutingRule]:
+        """Rules that name a table other than the main and the local one. Raises OSError."""
+        request = rtmsg()
+        request["family"] = socket.AF_INET6 if v6 else socket.AF_INET
+        self._send(request, RTM_GETRULE, NLM_F_DUMP)
+        found = [ip_rule.parse(message[HEADER.size :]) for _, _, message in self._answers()]
+        return [rule for rule in found if rule is not None]
 
     # Writing -------------------------------------------------------------------------------------------------------
 
@@ -188,64 +208,24 @@ class Rtnetlink:
 
     def add_address(self, index: int, a: Address) -> None:
         """Give link `index` an address, without duplicate address detection. Raises OSError."""
-        message = ifaddrmsg()
-        v6 = len(a.addr) == 16
-        message["family"] = socket.AF_INET6 if v6 else socket.AF_INET
-        message["prefixlen"], message["scope"], message["index"] = a.prefix_len, a.scope, index
-        message["flags"] = IFA_F_NODAD if v6 else 0
-        attributes = [("IFA_LOCAL", addr.text(a.addr)), ("IFA_ADDRESS", addr.text(a.peer or a.addr))]
-        if not v6 and a.prefix_len < 31:  # RFC 3021: no broadcast on 31-bit prefixes
-            net = int.from_bytes(a.addr, "big") | (0xFFFFFFFF >> a.prefix_len)
-            attributes.append(("IFA_BROADCAST", addr.text(net.to_bytes(4, "big"))))
-        message["attrs"] = attributes
-        self.do(message, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE)
+        self.do(address_message(index, a), RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE)
 
     def add_route(self, index: int, route: Route) -> None:
         """Add `route` with its hops through link `index`. Raises OSError."""
-        message = rtmsg()
-        v6 = len(route.dst) == 16
-        message["family"] = socket.AF_INET6 if v6 else socket.AF_INET
-        message["dst_len"], message["tos"], message["table"] = route.prefix_len, route.tos, RT_TABLE_MAIN
-        message["type"], message["proto"], message["scope"] = RTN_UNICAST, route.proto, route.scope
-        attributes: list[tuple[str, Any]] = []
-        if route.prefix_len:
-            attributes.append(("RTA_DST", addr.text(route.dst)))
-        if route.metric:
-            attributes.append(("RTA_PRIORITY", route.metric))
-        if len(route.hops) == 1:
-            message["flags"] = RTNH_F_ONLINK if route.hops[0].onlink else 0
-            attributes += [("RTA_OIF", index), *_gateway_attributes(route.hops[0], v6)]
-        else:
-            attributes.append(("RTA_MULTIPATH", [_hop_message(h, index, v6) for h in route.hops]))
-        message["attrs"] = attributes
-        self.do(message, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL)
-
-
-def _gateway_attributes(hop: Hop, v6: bool) -> list[tuple[str, Any]]:
-    if hop.gateway is None:
-        return []
-    if (len(hop.gateway) == 16) == v6:
-        return [("RTA_GATEWAY", addr.text(hop.gateway))]
-    return [("RTA_VIA", {"family": int(addr.family(hop.gateway)), "addr": addr.text(hop.gateway)})]
-
-
-def _hop_message(hop: Hop, index: int, v6: bool) -> dict[str, Any]:
-    return {
-        "oif": index,
-        "hops": hop.weight - 1,
-        "flags": RTNH_F_ONLINK if hop.onlink else 0,
-        "attrs": _gateway_attributes(hop, v6),
-    }
+        self.do(route_message(index, route), RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL)
 
 
 def _link(m: Any) -> Link:
     mac = m.get_attr("IFLA_ADDRESS") or ""
+    properties = m.get_attr("IFLA_PROP_LIST")
     return Link(
         index=m["index"],
         name=m.get_attr("IFLA_IFNAME"),
         mac=bytes.fromhex(mac.replace(":", "")) if len(mac) == 17 else b"",
         mtu=m.get_attr("IFLA_MTU") or 0,
         loopback=bool(m["flags"] & IFF_LOOPBACK),
+        altnames=tuple(properties.get_attrs("IFLA_ALT_IFNAME")) if properties is not None else (),
+        up=m["flags"] & IFF_WORKS == IFF_WORKS,
     )
 
 
@@ -254,18 +234,26 @@ def _address(m: Any) -> Address:
     local = addr.packed(m.get_attr("IFA_LOCAL") or m.get_attr("IFA_ADDRESS"))
     flags = m.get_attr("IFA_FLAGS") or m["flags"]
     peer = far if far != local else None
-    return Address(m["index"], local, m["prefixlen"], m["scope"], peer, bool(flags & IFA_F_DEPRECATED))
+    return Address(
+        m["index"],
+        local,
+        m["prefixlen"],
+        m["scope"],
+        peer,
+        deprecated=bool(flags & IFA_F_DEPRECATED),
+        tentative=flags & (IFA_F_TENTATIVE | IFA_F_OPTIMISTIC) == IFA_F_TENTATIVE,  # RFC 4429 allows the use of both
+        temporary=len(local) == 16 and bool(flags & IFA_F_TEMPORARY),
+        duplicate=bool(flags & IFA_F_DADFAILED),
+    )
 
 
 def _route(m: Any) -> Route | None:
-    """The value of a route message; None if it is not a unicast route of the main table."""
-    if m["type"] != RTN_UNICAST or (m.get_attr("RTA_TABLE") or m["table"]) != RT_TABLE_MAIN:
-        return None
-    if m["flags"] & RTM_F_CLONED:
+    """The value of a route message; None if it is not a unicast route."""
+    if m["type"] != RTN_UNICAST or m["flags"] & RTM_F_CLONED:
         return None
     dst = m.get_attr("RTA_DST")
     v6 = m["family"] == socket.AF_INET6
-    multipath = m.get_attr("RTA_MULTIPATH")
+    multipath, metrics = m.get_attr("RTA_MULTIPATH"), m.get_attr("RTA_METRICS")
     if multipath:
         hops = tuple(_hop(h, h["oif"], h["hops"] + 1, h["flags"]) for h in multipath)
     else:
@@ -278,6 +266,7 @@ def _route(m: Any) -> Route | None:
         scope=m["scope"],
         proto=m["proto"],
         tos=m["tos"],
+        metrics=tuple((name, value) for name, value in metrics["attrs"] if name in METRICS) if metrics else (),
     )
 
 
@@ -285,12 +274,6 @@ def _hop(m: Any, index: int, weight: int, flags: int) -> Hop:
     via = m.get_attr("RTA_VIA")
     gateway = via["addr"] if via else m.get_attr("RTA_GATEWAY")
     return Hop(index, addr.packed(gateway) if gateway else None, weight, bool(flags & RTNH_F_ONLINK))
-
-
-def read_host() -> Host:
-    """Links, addresses and routes of the calling thread's namespace. A family that the kernel lacks has none."""
-    with Rtnetlink() as nl:
-        return Host(nl.links(), nl.addresses(), nl.routes(v6=False), nl.routes(v6=True))
 
 
 # Setting up the namespace ------------------------------------------------------------------------------------------
@@ -326,7 +309,7 @@ def _loopback_up(nl: Rtnetlink, links: Sequence[Link]) -> None:
 def _find(links: Iterable[Link], wanted: Callable[[Link], bool], what: str) -> Link:
     found = next(filter(wanted, links), None)
     if found is None:
-        raise OSError(errno.ENODEV, f"Couldn't find {what} in namespace: {os.strerror(errno.ENODEV)}")
+        raise StepError(errno.ENODEV, f"Couldn't find {what} in namespace: {os.strerror(errno.ENODEV)}")
     return found
 
 
@@ -334,7 +317,7 @@ def _step(what: str, function: Any, *args: Any, **kwargs: Any) -> None:
     try:
         function(*args, **kwargs)
     except OSError as e:
-        raise OSError(e.errno, f"Couldn't {what}: {e.strerror}") from None
+        raise StepError(e.errno, f"Couldn't {what}: {e.strerror}") from None
 
 
 def _configure_tap(nl: Rtnetlink, index: int, mac: bytes, plan: NsPlan) -> list[str]:

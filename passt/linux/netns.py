@@ -25,10 +25,12 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from .. import log
+from . import proc
 from .syscall import CLONE_NEWNET, ioctl_number, setns
 
 T = TypeVar("T")
 
+NS_GET_USERNS = ioctl_number("\xb7", 1)
 NS_GET_NSTYPE = ioctl_number("\xb7", 3)
 _GONE_TIMEOUT = 5.0  # seconds; an ended thread needs microseconds to leave the process
 
@@ -189,6 +191,23 @@ def open_ns(path: str, kind: int) -> int:
         pass  # ENOTTY: not a namespace
     os.close(fd)
     raise OSError(errno.EINVAL, "not a namespace of that kind")
+
+
+def rights_reach(path: str = "/proc/self/ns/net") -> bool:
+    """Whether capabilities in our user namespace are rights over the network namespace `path`, by default our own.
+
+    They are if its owner is our user namespace or one below it: then the kernel shows us the owner.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.close(fcntl.ioctl(fd, NS_GET_USERNS))
+    except PermissionError:
+        return False
+    except OSError:  # ENOTTY: before Linux 4.9
+        return proc.in_init_userns()
+    finally:
+        os.close(fd)
+    return True
 
 
 def same_ns(fd: int, path: str) -> bool:

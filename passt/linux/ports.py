@@ -21,6 +21,8 @@ A kernel without inet_diag has the files /proc/net/{tcp,tcp6,udp,udp6}, which st
     TCP_CLOSE: UDP, bound and not       07      10 us, 0.5 us for each     10 us, 2 us for each
     connected to one peer
 
+Root of the namespace may send datagrams to that socket: only those of the kernel count (`from_kernel.py`).
+
 Listening sockets come first in the files, so reading ends at the first other one.
 """
 
@@ -30,12 +32,15 @@ import errno
 import os
 import re
 import socket
+import time
 from struct import Struct
 from typing import Protocol
 
 from .. import PASTA, addr
 from ..calls import calls
 from ..wire.checksum import PROTO_TCP, PROTO_UDP
+from . import from_kernel
+from .from_kernel import DUMP, ERROR, NLMSG_DONE, NLMSG_ERROR
 
 THREAD_NET = "/proc/thread-self/net"  # /proc/net is that of the process's first thread
 
@@ -73,14 +78,12 @@ def open_tables() -> PortTables:
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _REQUEST = Struct("=IHHIIBBBxI48x")
 _MESSAGE = Struct("=IHHI")  # and port (4), family to retrans (4), source port (2)
 _FAMILY_AT, _PORT_AT, _ADDRESS_AT = 16, 20, 24
-_ERROR = Struct("=i")
 _ERROR_AT = 16
-_RECEIVE = 65536  # a dump comes in parts of 32 KiB at most
+RECEIVE = 65536  # a dump comes in parts of 32 KiB at most
+ANSWER_TIME = 0.5  # s
 _STATES = {PROTO_TCP: 1 << 0x0A, PROTO_UDP: 1 << 0x07}
 
 
@@ -104,8 +107,8 @@ def parse_diag(data: bytes, sequence: int, ports: set[int], pinned: Pinned) -> b
                     ports.add(port)
             elif kind == NLMSG_DONE:
                 return True
-            elif kind == NLMSG_ERROR and length >= _ERROR_AT + _ERROR.size:
-                code = -_ERROR.unpack_from(data, at + _ERROR_AT)[0] & 0x7FFFFFFF
+            elif kind == NLMSG_ERROR and length >= _ERROR_AT + ERROR.size:
+                code = -ERROR.unpack_from(data, at + _ERROR_AT)[0] & 0x7FFFFFFF
                 raise OSError(code, f"sock_diag: {os.strerror(code)}")
         at = end + 3 & ~3
     return False
@@ -129,6 +132,7 @@ class DiagTables:
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG
         )
         try:
+            from_kernel.connect(self._sock)
             for proto in _STATES:  # loads the kernel's modules while that is possible
                 self.bound(proto)
         except OSError:
@@ -154,9 +158,10 @@ class DiagTables:
     def _dump(self, family: int, proto: int, ports: set[int], pinned: Pinned) -> None:
         # The kernel prepares the answer while it takes the request, and each further part while it gives the last one
         self._sequence = self._sequence + 1 & 0xFFFFFFFF
-        request = _REQUEST.size, SOCK_DIAG_BY_FAMILY, _DUMP, self._sequence, 0, family, proto, 0, _STATES[proto]
+        request = _REQUEST.size, SOCK_DIAG_BY_FAMILY, DUMP, self._sequence, 0, family, proto, 0, _STATES[proto]
         self._sock.send(_REQUEST.pack(*request))
-        while not parse_diag(self._sock.recv(_RECEIVE), self._sequence, ports, pinned):
+        deadline = time.monotonic() + ANSWER_TIME
+        while not parse_diag(from_kernel.receive(self._sock, RECEIVE, deadline), self._sequence, ports, pinned):
             pass
 
     def close(self) -> None:

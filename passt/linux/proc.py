@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 INIT_USERNS_MAP = ["0", "0", "4294967295"]  # the identity over all 32-bit ids
@@ -55,8 +56,10 @@ def exists(pid: int) -> bool:
 
 def describe(pid: int) -> str:
     """'process 1 is systemd of root', or 'process 1'. For error messages only: psutil is slow to import."""
-    import psutil
-
+    try:
+        import psutil
+    except ImportError:
+        return f"process {pid}"  # the message says more than that there is no psutil
     try:
         process = psutil.Process(pid)
         return f"process {pid} is {process.name()} of {process.username()}"
@@ -68,6 +71,18 @@ def inherited_fds() -> list[int]:
     """Descriptors from 3 up that are open now: the inherited ones, if called before any other is opened."""
     # The directory itself is open during the listing, under a number that is free again afterwards
     return [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2 and _is_open(fd)]
+
+
+def moved_from_stdio(fd: int) -> int:
+    """A new descriptor for the file of standard stream `fd`; /dev/null takes its place there, and in all other standard
+    streams of that file: what a program says must not get into a socket that carries something else.
+    """
+    new, null = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3), os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for stream in range(3):
+        if os.path.sameopenfile(stream, new):
+            os.dup2(null, stream)
+    os.close(null)
+    return new
 
 
 def _is_open(fd: int) -> bool:

@@ -5,25 +5,40 @@ addresses, several defaults, none). So no function here fails: each uses the ent
 rest, and the caller logs one line about ignored entries.
 
     template interface   that of the best default route of a family, else that of its first route beyond link-local
-    addresses            all of it, except those of link scope (the namespace has its own) and deprecated ones
+    addresses            all of it, except those of link scope (the namespace has its own), duplicates that another host
+                         has (RFC 4862, 5.4.5), and deprecated ones (5.5.4), unless there are no others
+    main address         what DHCP and DHCPv6 give: one that lasts, since it is not changed later. In this order: not
+                         deprecated, not tentative (duplicate address detection goes on, for a second or two), not
+                         temporary (RFC 8981: it is replaced after a day; RFC 6724 prefers it for clients, rule 7, and
+                         those are the host's own sockets here), with the longest prefix, the first one
     routes               unicast, main table, through that interface; hops through other interfaces are left out
+    default routes       of the main table; without one, of the tables that rules name (ip-rule(8)), in the order of
+                         the rules: those without a selector come first, those for forwarded packets (`iif`) not at all
+    metrics              of routes, as they are: MTU, advertised MSS, windows, hop limit
 
-Routes are sorted so that each gateway is reachable when its route is added: on-link routes first. Lifetimes,
-preferred sources and metrics of the host's link (path MTU, windows) are not copied: they belong to that link.
+Routes are sorted so that each gateway is reachable when its route is added: on-link routes first. Lifetimes and
+preferred sources are not copied: they belong to the host's link.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 
 from .. import addr
+from ..lean.records import dataclass, replace
 
 RT_SCOPE_UNIVERSE = 0
 RT_SCOPE_LINK = 253
 RT_SCOPE_HOST = 254
 RTPROT_BOOT = 3
 COPY_LIMIT = 4096  # a namespace does not need a full Internet table
+METRICS = frozenset(  # numbers among the metrics of a route
+    f"RTAX_{name}"
+    for name in (
+        "LOCK", "MTU", "WINDOW", "RTT", "RTTVAR", "SSTHRESH", "CWND", "ADVMSS", "REORDERING", "HOPLIMIT", "INITCWND",
+        "FEATURES", "RTO_MIN", "INITRWND", "QUICKACK",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +50,8 @@ class Link:
     mac: bytes  # 6 bytes; empty where the link has none (tunnels)
     mtu: int
     loopback: bool = False
+    altnames: tuple[str, ...] = ()  # ip-link(8), `property add altname`
+    up: bool = True  # it is up, and has a carrier
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +64,9 @@ class Address:
     scope: int = RT_SCOPE_UNIVERSE
     peer: bytes | None = None
     deprecated: bool = False
+    tentative: bool = False
+    temporary: bool = False
+    duplicate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +81,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A unicast route of the main table; the family is that of `dst`."""
+    """A unicast route; the family is that of `dst`."""
 
     dst: bytes
     prefix_len: int
@@ -70,6 +90,7 @@ class Route:
     scope: int = RT_SCOPE_UNIVERSE
     proto: int = RTPROT_BOOT
     tos: int = 0
+    metrics: tuple[tuple[str, int], ...] = ()  # RTAX_MTU, RTAX_ADVMSS ...: numbers by the kernel's names
 
     @property
     def default(self) -> bool:
@@ -81,8 +102,17 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingRule:
+    """A rule that names a table to look up (ip-rule(8))."""
+
+    priority: int
+    table: int
+    selects: bool = False  # by source, mark, user ...: not for all packets
+
+
+@dataclass(frozen=True, slots=True)
 class Host:
-    """The host's configuration, read by netlink once, at start."""
+    """The host's configuration, read by netlink at start, and after changes."""
 
     links: tuple[Link, ...] = ()
     addresses: tuple[Address, ...] = ()
@@ -93,7 +123,18 @@ class Host:
         return next((link for link in self.links if link.index == index), None)
 
     def named(self, name: str) -> Link | None:
-        return next((link for link in self.links if link.name == name), None)
+        """The interface of that name or alternative name: the kernel lets no two have the same."""
+        return next((link for link in self.links if link.name == name or name in link.altnames), None)
+
+    @property
+    def indices(self) -> dict[str, int]:
+        """Indices of interfaces, by name and alternative names."""
+        return {name: link.index for link in self.links for name in (link.name, *link.altnames)}
+
+    @property
+    def altnames(self) -> dict[str, str]:
+        """Alternative names of interfaces, and the name of each."""
+        return {alt: link.name for link in self.links for alt in link.altnames}
 
     def routes(self, v6: bool) -> tuple[Route, ...]:
         return self.routes6 if v6 else self.routes4
@@ -110,6 +151,12 @@ class NsPlan:
     configure: bool = False  # whether addresses and routes are set
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
+
+
+def policy_defaults(rules: Iterable[RoutingRule], tables: dict[int, list[Route]]) -> tuple[Route, ...]:
+    """The default routes of the `tables` that `rules` name, in the order in which they would be found."""
+    order = dict.fromkeys(r.table for r in sorted(rules, key=lambda r: (r.selects, r.priority)))
+    return tuple(route for table in order for route in tables.get(table, ()) if route.default)
 
 
 # Choosing ----------------------------------------------------------------------------------------------------------
@@ -158,18 +205,23 @@ def _name(host: Host, index: int) -> str:
 
 
 def pick_address(host: Host, index: int, v6: bool) -> Address | None:
-    """The main address of interface `index`: longest prefix, first among equals, not deprecated."""
-    candidates = [
-        a
-        for a in host.addresses
-        if a.index == index and (len(a.addr) == 16) == v6 and not a.deprecated and a.scope < RT_SCOPE_LINK
-    ]
-    return max(candidates, key=lambda a: a.prefix_len, default=None)
+    """The main address of interface `index`."""
+    return max(_usable(host, index, v6), key=_lasting, default=None)
+
+
+def _usable(host: Host, index: int, v6: bool) -> list[Address]:
+    """The addresses of interface `index` beyond the link."""
+    own = [a for a in host.addresses if a.index == index and (len(a.addr) == 16) == v6]
+    return [a for a in own if a.scope < RT_SCOPE_LINK and not a.duplicate]
+
+
+def _lasting(address: Address) -> tuple[bool, bool, bool, int]:
+    return not address.deprecated, not address.tentative, not address.temporary, address.prefix_len
 
 
 def pick_link_local(host: Host, index: int) -> bytes | None:
     """The IPv6 link-local address of interface `index`."""
-    candidates = (a.addr for a in host.addresses if a.index == index and len(a.addr) == 16)
+    candidates = (a.addr for a in host.addresses if a.index == index and len(a.addr) == 16 and not a.duplicate)
     return next((a for a in candidates if addr.is_link_local(a)), None)
 
 
@@ -191,11 +243,8 @@ def pick_gateway(host: Host, index: int, v6: bool) -> bytes | None:
 
 def addresses_to_copy(host: Host, index: int, v6: bool) -> tuple[Address, ...]:
     """All addresses of the template interface that are copied to the namespace."""
-    return tuple(
-        a
-        for a in host.addresses
-        if a.index == index and (len(a.addr) == 16) == v6 and a.scope < RT_SCOPE_LINK and not a.deprecated
-    )
+    usable = _usable(host, index, v6)
+    return tuple(a for a in usable if not a.deprecated) or tuple(usable)
 
 
 def routes_to_copy(host: Host, index: int, v6: bool) -> tuple[Route, ...]:

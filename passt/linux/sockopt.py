@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import errno
 import socket
-from dataclasses import dataclass
 from struct import Struct
 
 from .. import addr
 from ..calls import Call, Calls, Condition, calls
 from ..drops import Drop
+from ..lean.records import dataclass
 from ..wire.cursor import Cursor
 
 SOL_UDP = socket.IPPROTO_UDP
@@ -36,8 +36,15 @@ IP_BIND_ADDRESS_NO_PORT = 24
 IP_FREEBIND = 15
 IPV6_FREEBIND = 78
 
+# By family, IPv4 and IPv6: (level, option)
+TRAFFIC_CLASS = (socket.IPPROTO_IP, socket.IP_TOS), (socket.IPPROTO_IPV6, socket.IPV6_TCLASS)
+RECEIVE_CLASS = (socket.IPPROTO_IP, 13), (socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS)  # IP_RECVTOS
+MTU_DISCOVER = (socket.IPPROTO_IP, 10), (socket.IPPROTO_IPV6, 23)  # IP_MTU_DISCOVER, IPV6_MTU_DISCOVER
+PATH_MTU = (socket.IPPROTO_IP, 14), (socket.IPPROTO_IPV6, 24)  # IP_MTU, IPV6_MTU
+
 SO_PEEK_OFF = 42
 SO_MEMINFO = 55
+REUSEPORT = socket.SOL_SOCKET, socket.SO_REUSEPORT
 
 # (level, option) that sets the TTL or hop limit, by length of the destination and whether it is a group
 _HOPS = {
@@ -99,6 +106,11 @@ FREEBIND = freebind(socket.AF_INET), freebind(socket.AF_INET6)
 HOPS = tuple(_HOPS.values())
 
 
+def path_mtu(sock: socket.socket, v6: bool) -> int:
+    """The MTU of the path to the peer of a connected socket, as far as the kernel knows. Raises OSError."""
+    return sock.getsockopt(*PATH_MTU[v6])
+
+
 def hops_option(dst: bytes) -> tuple[int, int]:
     """(level, option) of the TTL or hop limit of packets to `dst`, a packed address."""
     return _HOPS[len(dst), addr.is_multicast(dst)]
@@ -124,6 +136,11 @@ class ExtendedError:
         c = Cursor(data, Drop.EXTENDED_ERROR_TRUNCATED)
         number, origin, kind, code, info, _ = c.unpack(_LAYOUT)
         return cls(number, origin, kind, code, info, cls._offender(c))
+
+    @property
+    def too_big_here(self) -> bool:
+        """The datagram is too big for the host's own link or route. The send has failed, too, and is reported."""
+        return self.origin == ORIGIN_LOCAL and self.errno == errno.EMSGSIZE
 
     @classmethod
     def _offender(cls, c: Cursor) -> bytes | None:
@@ -152,10 +169,22 @@ class ExtendedError:
         return f"{errno.errorcode.get(self.errno, self.errno)} (type {self.type}, code {self.code})"
 
 
+# Errors of a datagram socket after its destruction: the first one, and that of each later send
+DESTROYED = frozenset((errno.ECONNABORTED, errno.EDESTADDRREQ))
+
+
+class Destroyed(ConnectionAbortedError):
+    """Root of the host has destroyed the socket (`ss -K`, SOCK_DESTROY of sock_diag(7)).
+
+    It is not connected any more. Where it is still bound, it receives what any peer sends there.
+    """
+
+
 def read_errors(sock: socket.socket) -> list[tuple[ExtendedError, bytes]]:
     """Empty the error queue of `sock`: each error and the quoted payload of the datagram that caused it.
 
     A bounded number per call. The socket's pending error is cleared, so that EPOLLERR is off unless entries are left.
+    Raises Destroyed.
     """
     found: list[tuple[ExtendedError, bytes]] = []
     for _ in range(ERRORS_PER_DRAIN):
@@ -166,7 +195,8 @@ def read_errors(sock: socket.socket) -> list[tuple[ExtendedError, bytes]]:
         for level, kind, data in control:
             if (level, kind) in _RECVERR:
                 found.append((ExtendedError.parse(data), quoted))
-    sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNABORTED:
+        raise Destroyed(errno.ECONNABORTED, "another program has destroyed the socket")
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import sys
 import time
 from struct import Struct
@@ -193,6 +194,7 @@ def set_capabilities(*kept: int) -> None:
 
 # accept4(2) --------------------------------------------------------------------------------------------------------
 
+ACCEPTED = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # type of a socket of `accept`
 _SOCKADDR_LEN = 28  # struct sockaddr_in6, the longer one
 _peer = ctypes.create_string_buffer(_SOCKADDR_LEN)
 _peer_len = ctypes.c_uint32()

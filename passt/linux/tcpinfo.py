@@ -8,6 +8,7 @@ field.
     tcpi_state              0     1  2.4
     tcpi_last_data_sent    44     4  2.4
     tcpi_last_data_recv    52     4  2.4
+    tcpi_last_ack_recv     56     4  2.4
     tcpi_rtt               68     4  2.4
     tcpi_snd_cwnd          80     4  2.4
     tcpi_total_retrans    100     4  2.6.16
@@ -20,21 +21,21 @@ field.
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
 from struct import Struct
-from typing import Any
+from typing import Any, Final
 
+from ..lean.records import dataclass
 from .sockopt import SO_MEMINFO, SO_PEEK_OFF
 
-TCP_INFO_LEN = 232
+TCP_INFO_LEN: Final = 232
+MEMINFO: Final = Struct("=9I")  # include/uapi/linux/sock_diag.h, SK_MEMINFO_*: [3] sndbuf, [5] wmem_queued
 
-_U32 = Struct("=I")
-_U64 = Struct("=Q")
-_MEMINFO = Struct("=9I")  # include/uapi/linux/sock_diag.h, SK_MEMINFO_*: [3] sndbuf, [5] wmem_queued
+_U32: Final = Struct("=I")
+_U64: Final = Struct("=Q")
 
-LAST_DATA_SENT, LAST_DATA_RECV, RTT, TOTAL_RETRANS = 44, 52, 68, 100
-BYTES_ACKED, BYTES_RECEIVED, MIN_RTT, SND_WND = 120, 128, 148, 228
-TCP_CLOSE = 7  # tcpi_state, include/net/tcp_states.h
+LAST_DATA_SENT, LAST_DATA_RECV, LAST_ACK_RECV, RTT, TOTAL_RETRANS = 44, 52, 56, 68, 100
+BYTES_ACKED, BYTES_RECEIVED, NOTSENT_BYTES, MIN_RTT, SND_WND = 120, 128, 144, 148, 228
+TCP_SYN_SENT, TCP_CLOSE = 2, 7  # tcpi_state, include/net/tcp_states.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def probe() -> Features:
             min_rtt=n >= MIN_RTT + 4,
             snd_wnd=n >= SND_WND + 4,
             peek_off=_works(s, lambda: s.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)),
-            meminfo=_works(s, lambda: s.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size)),
+            meminfo=_works(s, lambda: s.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size)),
         )
 
 
@@ -114,6 +115,17 @@ def is_closed(sock: Any) -> bool:
     return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE)
 
 
+def unsent(sock: Any) -> int:
+    """Bytes in the send queue that were never sent; 0 before kernel 4.6, which does not say. Raises OSError."""
+    info = tcp_info(sock)
+    return u32(info, NOTSENT_BYTES) if len(info) >= NOTSENT_BYTES + 4 else 0
+
+
+def is_connected(sock: Any) -> bool:
+    """Whether a connection that connect(2) began is established, or has been and is open still. Raises OSError."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] not in (TCP_SYN_SENT, TCP_CLOSE)
+
+
 def u32(info: bytes, offset: int) -> int:
     value: int = _U32.unpack_from(info, offset)[0]
     return value
@@ -130,7 +142,7 @@ def send_buffer(sock: Any, features: Features) -> tuple[int, int]:
     Without SO_MEMINFO the use is unknown and half of the buffer is assumed, which is conservative.
     """
     if features.meminfo:
-        m = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))
+        m = MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
         return m[3], m[5]
     size: int = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     return size, size // 2

@@ -20,11 +20,12 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from struct import Struct
 
 from .. import PASTA, log
 from ..calls import one_of
+from ..lean.records import dataclass
+from ..log import StepError
 from ..wire.virtio import VNET_LEN
 from .syscall import ioctl_number
 
@@ -51,13 +52,14 @@ OFFLOAD_SETS = (
 TUNSETIFF = ioctl_number("T", 202, 4)
 TUNSETOFFLOAD = ioctl_number("T", 208, 4)
 TUNSETVNETHDRSZ = ioctl_number("T", 216, 4)
+TUNSETCARRIER = ioctl_number("T", 226, 4)
 TUNGETIFF = ioctl_number("T", 210, read_size=4)
 SIOCGIFHWADDR = 0x8927
 
 _IFREQ = Struct("=16sH22x")
 _INT = Struct("=i")
 
-CALLS = one_of("ioctl", 1, TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, mode=PASTA)
+CALLS = one_of("ioctl", 1, TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETCARRIER, mode=PASTA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +74,17 @@ class Tap:
     vnet: bool = True
 
 
+def set_carrier(fd: int, *, on: bool) -> None:
+    """Plug the cable of the tap device `fd` in, or pull it out: Linux 5.0. Raises OSError."""
+    fcntl.ioctl(fd, TUNSETCARRIER, _INT.pack(on))
+
+
 def open_tap(ifname: str) -> Tap:
-    """Create `ifname` in the network namespace of the calling thread. Raises OSError naming the step that failed."""
+    """Create `ifname` in the network namespace of the calling thread. Raises StepError."""
     try:
         fd = os.open(TUN_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
-        raise OSError(e.errno, f"Failed to open {TUN_DEVICE}: {e.strerror}{_hint(e.errno)}") from None
+        raise StepError(e.errno, f"Failed to open {TUN_DEVICE}: {e.strerror}{_hint(e.errno)}") from None
     try:
         return attach(fd, ifname)
     except OSError:
@@ -86,7 +93,7 @@ def open_tap(ifname: str) -> Tap:
 
 
 def attach(fd: int, ifname: str) -> Tap:
-    """Create `ifname` in the namespace in which `fd` was opened, and attach `fd` to it. Raises OSError.
+    """Create `ifname` in the namespace in which `fd` was opened, and attach `fd` to it. Raises StepError.
 
     This can be repeated after a deletion of the interface, from any namespace.
     """
@@ -95,7 +102,7 @@ def attach(fd: int, ifname: str) -> Tap:
         return _with_offloads(fd, ifname)
     except OSError as e:
         in_use = ": the name is taken there, choose another with -I" if e.errno in (errno.EBUSY, errno.EEXIST) else ""
-        raise OSError(e.errno, f"Failed to create tap device {ifname}: {e.strerror}{in_use}") from None
+        raise StepError(e.errno, f"Failed to create tap device {ifname}: {e.strerror}{in_use}") from None
 
 
 def inherited_tap(fd: int) -> tuple[Tap, bytes]:

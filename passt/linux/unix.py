@@ -17,25 +17,31 @@ import stat
 from struct import Struct
 
 from ..log import Fatal
+from . import outputs
 
 PATH_MAX = 107  # sizeof(sun_path) less the final NUL (unix(7))
 MODE = 0o700
 _UCRED = Struct("=iII")  # struct ucred: pid, uid, gid
 
 
-def listen_at(path: str, backlog: int = 1) -> socket.socket:
-    """A listening stream socket at `path`. Raises Fatal."""
+class PathTakenError(Fatal):
+    """Another program has the path, or a file is there. Another path in the same folder may be free."""
+
+
+def listen_at(path: str, backlog: int = 1, type_: int = socket.SOCK_STREAM) -> socket.socket:
+    """A listening socket at `path`, of streams or another `type_`. Raises PathTakenError, Fatal."""
     if len(os.fsencode(path)) > PATH_MAX:
         raise Fatal(f"Invalid socket path: {path} (at most {PATH_MAX} bytes)")
     _clear(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.socket(socket.AF_UNIX, type_ | socket.SOCK_NONBLOCK)
     mask = os.umask(0o777 & ~MODE)
     try:
         sock.bind(path)
         sock.listen(backlog)
     except OSError as e:
         sock.close()
-        raise Fatal(f"Couldn't bind UNIX socket {path}: {e.strerror}") from None
+        kind = PathTakenError if e.errno == errno.EADDRINUSE else Fatal
+        raise kind(f"Couldn't bind UNIX socket {path}: {e.strerror}") from None
     finally:
         os.umask(mask)
     return sock
@@ -44,8 +50,11 @@ def listen_at(path: str, backlog: int = 1) -> socket.socket:
 def _clear(path: str) -> None:
     """Remove a stale socket. Raises Fatal for any other file at the path."""
     try:
+        outputs.check_directories(path)
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise Fatal(f"Couldn't bind UNIX socket {path}: there is a file of that name, which is not a socket")
+            why = "there is a file of that name, which is not a socket"
+            raise PathTakenError(f"Couldn't bind UNIX socket {path}: {why}")
+            raise PathTakenError(f"Couldn't bind UNIX socket {path}: {why}")
     except FileNotFoundError:
         return
     except OSError as e:
@@ -55,13 +64,13 @@ def _clear(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         error = probe.connect_ex(path)
     if error in (0, errno.EPROTOTYPE):
-        raise Fatal(f"Socket path {path} already in use")
+        raise PathTakenError(f"Socket path {path} already in use")
     if error != errno.ECONNREFUSED:
-        raise Fatal(f"Couldn't bind UNIX socket {path}: {os.strerror(error)}")
+        raise PathTakenError(f"Couldn't bind UNIX socket {path}: {os.strerror(error)}")
     try:
         os.unlink(path)
     except OSError as e:
-        raise Fatal(f"Couldn't remove stale socket {path}: {e.strerror}") from None
+        raise PathTakenError(f"Couldn't remove stale socket {path}: {e.strerror}") from None
 
 
 def credentials(sock: socket.socket) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from passt import addr
 from passt.linux.mmsg import COUNT, SLOT, AddressReceiver, Envelope, Receiver
-from passt.linux.sockopt import IP_PKTINFO, SOL_UDP, UDP_GRO, UDP_SEGMENT
+from passt.linux.sockopt import IP_PKTINFO, RECEIVE_CLASS, SOL_UDP, TRAFFIC_CLASS, UDP_GRO, UDP_SEGMENT
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -85,6 +85,33 @@ def test_joined_datagrams_tell_their_size_and_the_next_call_forgets_it(pair: Pai
     assert r.receive(a.fileno()) == ([6], [0])
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_traffic_classes(family: int) -> None:
+    """Beside the size of joined datagrams, and without."""
+    v6 = family == socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as a, socket.socket(family, socket.SOCK_DGRAM) as b:
+        a.bind(("::1" if v6 else "127.0.0.1", 0))
+        b.connect(a.getsockname())
+        a.setsockopt(*RECEIVE_CLASS[v6], 1)
+        r = Receiver()
+        for gro in (0, 1):
+            a.setsockopt(SOL_UDP, UDP_GRO, gro)
+            for tos in (0, 0xFF, 0x01, 0):
+                b.setsockopt(*TRAFFIC_CLASS[v6], tos)
+                b.setsockopt(SOL_UDP, UDP_SEGMENT, 1000 if tos != 1 else 0)
+                b.send(bytes(900 if tos == 1 else 2000))
+            lengths, sizes = r.receive(a.fileno())
+            if gro:
+                assert (lengths, sizes) == ([2000, 2000, 900, 2000], [1000, 1000, 0, 1000])
+                assert r.classes == [0, 0xFF, 1, 0]
+            else:
+                assert (lengths, sizes) == ([1000, 1000, 1000, 1000, 900, 1000, 1000], [0] * 7)
+                assert r.classes == [0, 0, 0xFF, 0xFF, 1, 0, 0]
+            b.setsockopt(SOL_UDP, UDP_SEGMENT, 0)
+            b.send(b"x")
+            assert (r.receive(a.fileno()), r.classes) == (([1], [0]), [])
+
+
 # Addresses -----------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +151,23 @@ def test_source_and_destination(family: int, bound: str, source: str, destinatio
             b.sendto(data, (destination, a.getsockname()[1]))
         envelope = Envelope(addr.packed(source), b.getsockname()[1], addr.packed(destination), 0)
         assert received_from(a) == [(b"one", envelope), (b"", envelope)]
+
+
+@pytest.mark.parametrize(("family", "bound"), [(socket.AF_INET, ""), (socket.AF_INET6, "::")])
+@pytest.mark.parametrize("source", ["127.0.0.1", "::1"])
+def test_traffic_class_of_a_first_datagram(family: int, bound: str, source: str) -> None:
+    v6 = ":" in source
+    if v6 and family == socket.AF_INET:
+        return
+    own = socket.AF_INET6 if v6 else socket.AF_INET
+    with listening(family, bound) as a, socket.socket(own, socket.SOCK_DGRAM) as b:
+        a.setsockopt(*RECEIVE_CLASS[0], 1)
+        if family == socket.AF_INET6:
+            a.setsockopt(*RECEIVE_CLASS[1], 1)
+        b.setsockopt(*TRAFFIC_CLASS[v6], 0xB8)
+        b.sendto(b"x", (source, a.getsockname()[1]))
+        ((_, envelope),) = received_from(a)
+        assert (envelope.tos, envelope.local) == (0xB8, addr.packed(source))
 
 
 def test_without_ip_pktinfo_a_mapped_destination_is_known_too() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pwd
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,16 @@ def test_processes_are_described_for_error_messages() -> None:
     assert proc.describe(os.getpid()).startswith(f"process {os.getpid()} is ")
     assert proc.describe(os.getpid()).endswith(f" of {user}")
     assert proc.describe(2**22 + 1) == "process 4194305"
+
+
+def test_file_of_a_standard_stream_gets_another_number() -> None:
+    """Other streams of the same file lead nowhere then, and those of other files stay."""
+    script = (
+        "import os, socket; from passt.linux import proc; ours, theirs = socket.socketpair(); "
+        "os.dup2(theirs.fileno(), 0); os.dup2(theirs.fileno(), 2); theirs.close(); fd = proc.moved_from_stdio(0); "
+        "os.write(2, b'lost'); os.write(fd, b'said'); "
+        "print(fd > 2, ours.recv(99), *(os.readlink(f'/proc/self/fd/{i}') == os.devnull for i in (0, 1, 2)), "
+        "os.get_inheritable(0), os.get_inheritable(fd))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == "True b'said' True False True True False\n"

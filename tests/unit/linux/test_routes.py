@@ -126,6 +126,50 @@ def test_pick_address() -> None:
     assert routes.pick_link_local(h, 3) is None
 
 
+def six(last: int, prefix_len: int = 64, **state: bool) -> Address:
+    return Address(2, ip(f"2001:db8::{last}"), prefix_len, **state)
+
+
+OLD, NEW, PRIVATE = six(1, deprecated=True), six(2, tentative=True), six(3, temporary=True)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "chosen", "copied"),
+    [
+        ([OLD], 1, [1]),
+        ([six(1, deprecated=True), six(9, 128, deprecated=True)], 9, [1, 9]),
+        ([OLD, six(4, deprecated=True, temporary=True)], 1, [1, 4]),
+        ([PRIVATE, six(5)], 5, [3, 5]),
+        ([PRIVATE, OLD], 3, [3]),
+        ([PRIVATE, six(3, 128, deprecated=True)], 3, [3]),
+        ([NEW], 2, [2]),
+        ([NEW, PRIVATE], 3, [2, 3]),
+        ([NEW, OLD], 2, [2]),  # which is in use when the guest is
+        ([six(6, 128, temporary=True), six(7, 64)], 7, [6, 7]),
+        ([six(6), six(7, 128)], 7, [6, 7]),
+        ([six(8, duplicate=True), OLD], 1, [1]),
+        ([six(8, duplicate=True, tentative=True)], 0, []),
+    ],
+)
+def test_which_address_lasts(addresses: list[Address], chosen: int, copied: list[int]) -> None:
+    h = host(addresses=tuple(addresses))
+    found = routes.pick_address(h, 2, v6=True)
+    assert (found.addr[-1] if found else 0) == chosen
+    assert [a.addr[-1] for a in routes.addresses_to_copy(h, 2, v6=True)] == copied
+
+
+def test_deprecated_ipv4_address() -> None:
+    h = host(addresses=(ADDRESSES[2],))
+    assert routes.pick_address(h, 2, v6=False) == ADDRESSES[2]
+    assert routes.addresses_to_copy(h, 2, v6=False) == (ADDRESSES[2],)
+
+
+def test_link_local_address_that_another_host_has() -> None:
+    twice = Address(2, ip("fe80::1"), 64, RT_SCOPE_LINK, duplicate=True)
+    assert routes.pick_link_local(host(addresses=(twice, ADDRESSES[6])), 2) == ip("fe80::2")
+    assert routes.pick_link_local(host(addresses=(twice,)), 2) is None
+
+
 def test_addresses_to_copy() -> None:
     h = host(addresses=ADDRESSES)
     assert [a.addr[-1] for a in routes.addresses_to_copy(h, 2, v6=False)] == [2, 4, 5]

@@ -29,9 +29,7 @@ FOUR = (
     ExtendedError(111, ORIGIN_ICMP, 3, 3, 0, addr.packed("192.0.2.1")),
 )
 SIX = (
-    head(90, 3, 2, 0, 1280)
-    + native(10, 2)
-    + bytes.fromhex("0000 00000000 20010db8000000000000000000000001 00000000"),
+    head(90, 3, 2, 0, 1280) + native(10, 2) + bytes.fromhex("0000 00000000 20010db8000000000000000000000001 00000000"),
     ExtendedError(90, ORIGIN_ICMP6, 2, 0, 1280, addr.packed("2001:db8::1")),
 )
 LOCAL = (head(90, 1, 0, 0, 1400) + bytes(16), ExtendedError(90, ORIGIN_LOCAL, 0, 0, 1400, None))
@@ -116,6 +114,19 @@ def test_read_errors_is_bounded() -> None:
     found = read_errors(s)  # type: ignore[arg-type]
     assert s.calls == sockopt.ERRORS_PER_DRAIN
     assert found == [(FOUR[1], b"quoted")] * s.calls
+
+
+def test_a_socket_that_was_destroyed() -> None:
+    class Gone(Endless):
+        def recvmsg(self, *_: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, None]:
+            raise BlockingIOError
+
+        def getsockopt(self, level: int, option: int, *_: int) -> int:
+            assert (level, option) == (socket.SOL_SOCKET, socket.SO_ERROR)
+            return errno.ECONNABORTED
+
+    with pytest.raises(sockopt.Destroyed):
+        read_errors(Gone())  # type: ignore[arg-type]
 
 
 def test_recverr_by_family() -> None:

@@ -23,6 +23,7 @@ from passt.linux.tun import (
     Tap,
     inherited_tap,
     open_tap,
+    set_carrier,
 )
 
 ALL, TSO, CSUM = 0x67, 0x07, 0x01
@@ -109,6 +110,14 @@ def test_failures_name_the_step_and_close_the_device(
         opened(monkeypatch, Kernel(**errors))
     assert text in str(e.value.strerror)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_carrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int, bytes]] = []
+    monkeypatch.setattr(fcntl, "ioctl", lambda *args: calls.append(args))
+    set_carrier(9, on=False)
+    set_carrier(9, on=True)
+    assert calls == [(9, 0x400454E2, struct.pack("=i", 0)), (9, 0x400454E2, struct.pack("=i", 1))]
 
 
 def test_no_device(device: Path) -> None:

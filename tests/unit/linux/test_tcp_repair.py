@@ -1,0 +1,236 @@
+"""TCP_REPAIR with the running kernel, over loopback: what was read is made again, in every state that moves."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from passt import addr
+from passt.linux import tcp_repair, tcpinfo
+from passt.linux.tcp_repair import OFF, ON, TCP_REPAIR, NotMovable
+from passt.wire.migration import FIN_ACKED, FIN_RECEIVED, FIN_SENT, QUEUE_MAX, SocketState
+
+from ...system.support import wait_for
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="TCP_REPAIR needs CAP_NET_ADMIN")
+FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
+BIG = random.Random(1).randbytes(1 << 20)
+
+
+class Ends:
+    """A connection: `ours`, which moves, and the peer's end."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        with socket.create_server((address, 0), family=FAMILIES[address]) as listener:
+            self.ours = socket.create_connection(listener.getsockname()[:2])
+            self.peer, _ = listener.accept()
+        self.far = addr.packed(address), self.ours.getpeername()[1]
+        self.peer.settimeout(10)
+
+    def state(self, sock: socket.socket) -> int:
+        return int(tcpinfo.tcp_info(sock)[0])
+
+    def move(self) -> SocketState:
+        """Read `ours`, close it, and make it again."""
+        tcp_repair.fence(self.ours)
+        self.ours.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, ON)
+        state = tcp_repair.read(self.ours, self.far, peek_off=False)
+        self.ours.close()
+        self.ours = socket.socket(FAMILIES[self.address])
+        self.ours.setblocking(False)
+        tcp_repair.fence(self.ours)
+        self.ours.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, ON)
+        ends = ((addr.text(a), port) for a, port in (state.local, state.peer))
+        tcp_repair.restore(self.ours, state, *ends)
+        tcp_repair.lift_fence(self.ours)
+        self.ours.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF)
+        tcp_repair.finish(self.ours, state)
+        tcp_repair.lift_fence(self.ours)
+        self.ours.settimeout(10)
+        return state
+
+    def close(self) -> None:
+        self.ours.close()
+        self.peer.close()
+
+
+@pytest.fixture(params=FAMILIES)
+def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    made = Ends(request.param)
+    yield made
+    made.close()
+
+
+def read_all(sock: socket.socket, size: int) -> bytes:
+    sock.settimeout(10)
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(1 << 20)
+        assert piece
+        data += piece
+    return data
+
+
+def fill(sock: socket.socket) -> bytes:
+    """Send as much of BIG as is taken; what was taken."""
+    sock.setblocking(False)
+    sent = 0
+    try:
+        while sent < len(BIG):
+            sent += sock.send(BIG[sent:])
+    except BlockingIOError:
+        pass
+    return BIG[:sent]
+
+
+def test_a_fenced_socket_hears_nothing_and_answers_nothing(ends: Ends) -> None:
+    tcp_repair.fence(ends.ours)
+    ends.peer.sendall(b"unheard")
+    ends.ours.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        ends.ours.recv(1)
+    info = tcpinfo.Details.parse(tcpinfo.tcp_info(ends.peer))
+    assert info.acked == 0
+    tcp_repair.lift_fence(ends.ours)
+    ends.ours.settimeout(10)
+    assert ends.ours.recv(100) == b"unheard", "the peer sends it again"
+
+
+@needs_root
+def test_both_queues_and_their_order(ends: Ends) -> None:
+    unread = fill(ends.peer)
+    unsent = fill(ends.ours)
+    state = ends.move()
+    assert state.receive_queue == unread[: len(state.receive_queue)]
+    assert state.send_queue == unsent[len(unsent) - len(state.send_queue) :]
+    assert state.unsent
+    assert state.fins == 0
+    assert read_all(ends.peer, len(unsent)) == unsent
+    ends.peer.sendall(b"after")
+    assert read_all(ends.ours, len(unread) + 5) == unread + b"after"
+    ends.ours.sendall(b"up")
+    assert ends.peer.recv(10) == b"up"
+    ends.peer.close()
+    assert ends.ours.recv(1) == b""
+
+
+@needs_root
+def test_bytes_that_were_sent_and_not_acknowledged(ends: Ends) -> None:
+    tcp_repair.fence(ends.peer)
+    ends.ours.sendall(b"in flight")
+    state = ends.move()
+    assert (state.send_queue, state.unsent) == (b"in flight", 0)
+    tcp_repair.lift_fence(ends.peer)
+    assert ends.peer.recv(100) == b"in flight"
+
+
+@needs_root
+def test_many_bytes_in_flight_fit(ends: Ends) -> None:
+    """More than the send buffer of a new socket."""
+    tcp_repair.fence(ends.peer)
+    ends.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
+    sent = fill(ends.ours)
+    state = ends.move()
+    assert len(state.send_queue) == len(sent) > 100_000
+    tcp_repair.lift_fence(ends.peer)
+    assert read_all(ends.peer, len(sent)) == sent
+
+
+@needs_root
+@pytest.mark.parametrize("data", [b"", b"data"])
+def test_fin_that_the_peer_has_acknowledged(ends: Ends, data: bytes) -> None:
+    ends.ours.shutdown(socket.SHUT_WR)
+    wait_for(lambda: ends.state(ends.ours) == 5, "FIN-WAIT-2")
+    ends.peer.sendall(data)
+    state = ends.move()
+    assert state.fins == FIN_SENT | FIN_ACKED
+    assert ends.peer.recv(1) == b""
+    ends.peer.sendall(b"answer")
+    assert read_all(ends.ours, len(data) + 6) == data + b"answer"
+    ends.peer.close()
+    assert ends.ours.recv(1) == b""
+
+
+@needs_root
+@pytest.mark.parametrize("answered", [False, True])
+def test_fin_that_the_peer_has_not_acknowledged(ends: Ends, answered: bool) -> None:
+    if answered:
+        ends.peer.shutdown(socket.SHUT_WR)
+        assert ends.ours.recv(1) == b""
+    tcp_repair.fence(ends.peer)
+    ends.ours.sendall(b"last words")
+    ends.ours.shutdown(socket.SHUT_WR)
+    state = ends.move()
+    assert state.fins == FIN_SENT | (FIN_RECEIVED if answered else 0)
+    assert state.send_queue == b"last words"
+    tcp_repair.lift_fence(ends.peer)
+    assert read_all(ends.peer, 10) == b"last words"
+    assert ends.peer.recv(1) == b""
+
+
+@needs_root
+def test_fin_behind_bytes_that_were_never_sent(ends: Ends) -> None:
+    unsent = fill(ends.ours)
+    ends.ours.shutdown(socket.SHUT_WR)
+    state = ends.move()
+    assert state.fins == FIN_SENT
+    assert state.unsent
+    assert read_all(ends.peer, len(unsent)) == unsent
+    assert ends.peer.recv(1) == b""
+
+
+@needs_root
+def test_fin_of_the_peer(ends: Ends) -> None:
+    """It is not made again: the caller knows of it, and the peer may still be told something."""
+    ends.peer.sendall(b"question")
+    ends.peer.shutdown(socket.SHUT_WR)
+    wait_for(lambda: ends.state(ends.ours) == 8, "CLOSE-WAIT")
+    state = ends.move()
+    assert (state.fins, state.receive_queue) == (FIN_RECEIVED, b"question")
+    ends.ours.sendall(b"answer")
+    ends.ours.shutdown(socket.SHUT_WR)
+    assert read_all(ends.peer, 6) == b"answer"
+    assert ends.peer.recv(1) == b""
+    assert ends.ours.recv(100) == b"question"
+
+
+@needs_root
+def test_options_stay(ends: Ends) -> None:
+    before = tcpinfo.tcp_info(ends.ours)
+    state = ends.move()
+    after = tcpinfo.tcp_info(ends.ours)
+    assert before[5] & 7 == after[5] & 7 == state.options
+    assert before[6] == after[6] == state.snd_wscale | state.rcv_wscale << 4
+    assert ends.ours.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+
+
+@needs_root
+def test_an_address_of_another_host(ends: Ends) -> None:
+    state = SocketState(
+        (addr.packed("192.0.2.1"), 1234), (addr.packed("192.0.2.2"), 80), 1, 2, b"", 0, b"", 0, 1460, 0, 0, 0, 0, 0, 0,
+        0, 0, 0,
+    )  # fmt: skip
+    with socket.socket() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, ON)
+        with pytest.raises(OSError, match="Cannot assign"):
+            tcp_repair.restore(sock, state, ("192.0.2.1", 1234), ("192.0.2.2", 80))
+
+
+@needs_root
+def test_a_closed_socket_does_not_move(ends: Ends) -> None:
+    ends.peer.close()
+    ends.ours.close()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, ON)
+        with pytest.raises(NotMovable, match="a socket in state 7"):
+            tcp_repair.read(sock, ends.far, peek_off=False)
+
+
+def test_a_queue_has_a_limit(ends: Ends) -> None:
+    with pytest.raises((NotMovable, OSError)):
+        tcp_repair._queue(ends.ours, 1, 4 * QUEUE_MAX + 1)
