@@ -16,6 +16,9 @@ so that pending events are skipped, and closes the descriptor when the turn ends
 back within the turn, because no other is left, calls `forget`: it removes its events of this turn. No other code closes
 a descriptor that is or was watched.
 
+A handler that has more to do than is good for the others asks for `next_turn`: the rest is called behind the events of
+the next turn, which does not wait.
+
 A turn ends with the `at_turn_end` callbacks (acknowledgements without data, batches of frames). The callbacks of
 `between_turns` run last, after descriptors were closed: no event is pending then, so that a descriptor retired there
 may be closed before the callback goes on (`close_retired`).
@@ -24,47 +27,57 @@ A fault of a handler, a callback or a close goes to `on_fault(ref, exception, no
 none, and the turn goes on with the others. If `on_fault` fails as well, the descriptor is not watched any more: an
 event that is neither handled nor ended would come again for ever.
 
-`now` is `time.monotonic()`, read once after the wait.
+Nothing waits but the loop, with one exception: another process that has a descriptor, too, may empty or fill a pipe
+between the event and the call, or may have cleared O_NONBLOCK. Such a call goes through `read` or `write`, and a signal
+that ends the process ends it.
+
+`now` is `time.monotonic()`, read once after the wait. `busy_poll.py` has the wait that does not sleep.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 import socket
 import time
-from collections.abc import Callable
-from typing import Protocol
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from .. import log
 from ..calls import calls
+from .busy_poll import BusyPoll
 from .each import FAULT_INTERVAL, each
 
 Handler = Callable[[int, int, float], None]
 
-EPOLLIN = select.EPOLLIN
-EPOLLOUT = select.EPOLLOUT
-EPOLLERR = select.EPOLLERR
-EPOLLHUP = select.EPOLLHUP
-EPOLLRDHUP = select.EPOLLRDHUP
-EPOLLPRI = select.EPOLLPRI
-EPOLLET = select.EPOLLET
+EPOLLIN: Final = select.EPOLLIN
+EPOLLOUT: Final = select.EPOLLOUT
+EPOLLERR: Final = select.EPOLLERR
+EPOLLHUP: Final = select.EPOLLHUP
+EPOLLRDHUP: Final = select.EPOLLRDHUP
+EPOLLPRI: Final = select.EPOLLPRI
+EPOLLET: Final = select.EPOLLET
+INTEREST: Final = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET  # in a connected TCP socket with room in its send buffer
 
 # Reference types, one per kind of watched descriptor; TYPE_NAMES are their names in messages
-TYPE_NAMES = (
+TYPE_NAMES: Final = (
     "callback", "tap", "tcp", "tcp timer", "udp", "ping", "timer", "signal", "netns", "child",
     "listen", "tcp splice", "udp splice", "guest", "guest listen", "control", "control listen",
-    "dns", "inotify",
+    "dns", "inotify", "vring", "group", "group flow", "host", "device state", "repair", "repair listen", "neighbour",
+    "exit",
 )  # fmt: skip
 TYPE_NONE, TYPE_TAP, TYPE_TCP, TYPE_TCP_TIMER, TYPE_UDP, TYPE_PING, TYPE_TIMER = range(7)
 TYPE_SIGNAL, TYPE_NETNS, TYPE_CHILD, TYPE_LISTEN, TYPE_TCP_SPLICE, TYPE_UDP_SPLICE = range(7, 13)
 TYPE_GUEST, TYPE_GUEST_LISTEN, TYPE_CONTROL, TYPE_CONTROL_LISTEN = range(13, 17)
-TYPE_DNS, TYPE_INOTIFY = range(17, len(TYPE_NAMES))
+TYPE_DNS, TYPE_INOTIFY, TYPE_VRING, TYPE_GROUP, TYPE_GROUP_FLOW, TYPE_HOST = range(17, 23)
+TYPE_DEVICE_STATE, TYPE_REPAIR, TYPE_REPAIR_LISTEN, TYPE_NEIGHBOUR, TYPE_EXIT = range(23, len(TYPE_NAMES))
 
-MAX_EVENTS = 256  # per wait; more stay in the kernel until the next turn
+MAX_EVENTS: Final = 256  # per wait; more stay in the kernel until the next turn
 
-CALLS = calls("epoll_wait", "epoll_ctl", "read", "close")
+CALLS = calls("epoll_wait", "epoll_pwait", "epoll_ctl", "read", "close")  # the second is musl's epoll_wait(3)
 
 
 class Closable(Protocol):
@@ -103,17 +116,22 @@ class Reactor:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._refs: list[int] = [0] * (self._epoll.fileno() + 1024)
+        self._refs = array("Q", bytes(8 * (self._epoll.fileno() + 1024)))  # 8 bytes each, where a list has 44
         self._handlers: list[Handler] = [_unhandled] * len(TYPE_NAMES)
         self._ready: list[tuple[int, int]] = []  # the events of this turn
         self._retired: list[Closable] = []
         self._put_off: list[Callable[[float], None]] = []
+        self._next_turn: list[Callable[[float], None]] = []
         self._signals: dict[int, Callable[[float], None]] = {}
         self._stop = False
+        self._may_wait = False  # in `read` or `write`
+        self._ending = False  # a signal that ends the process has come
         self.at_turn_end: list[Callable[[float], None]] = []
         self.wakeups = 0
         self.events = 0
         self.on_fault: Callable[[int, Exception, float], None] | None = None
+        self.busy_poll: BusyPoll | None = None
+        self.moved = 0  # bytes of payload in this turn, for `busy_poll`
 
     def handle(self, kind: int, handler: Handler) -> None:
         """Events of references of type `kind` go to `handler`."""
@@ -157,13 +175,23 @@ class Reactor:
         """Call callback(now) once, when all events of this turn are handled."""
         self._put_off.append(callback)
 
+    def next_turn(self, callback: Callable[[float], None]) -> None:
+        """Call callback(now) once, in the next turn, behind the events of that turn, for which it does not wait."""
+        self._next_turn.append(callback)
+
     def close_retired(self) -> None:
         """Close retired descriptors. Only for callbacks of `between_turns`."""
         retired, self._retired = self._retired, []
         each(retired, _close, self.fault_at)
 
-    def on_signal(self, number: int, callback: Callable[[float], None]) -> None:
-        """Call callback(now) from the loop, not from the interrupted code, when signal `number` arrives."""
+    def on_signal(
+        self, number: int, callback: Callable[[float], None], interrupt: Callable[[], None] | None = None
+    ) -> None:
+        """Call callback(now) from the loop, not from the interrupted code, when signal `number` arrives.
+
+        interrupt() is called in the interrupted code at once, and may raise an exception that this code expects. It is
+        for signals that end the process: they also end a call of `read` or `write`.
+        """
         if not self._signals:
             reader, writer = socket.socketpair()
             reader.setblocking(False)
@@ -173,7 +201,37 @@ class Reactor:
             self.handle(TYPE_SIGNAL, self._signal_handler)
             self.watch(reader.fileno(), TYPE_SIGNAL, 0, EPOLLIN)
         self._signals[number] = callback
-        signal.signal(number, lambda *_: None)  # the wake-up descriptor does the work
+
+        def interrupted(number: int, frame: object) -> None:  # the wake-up descriptor does the work
+            if interrupt:
+                self._ending = True
+                interrupt()
+                if self._may_wait:
+                    self._interrupt()
+
+        signal.signal(number, interrupted)
+
+    def read(self, fd: int, size: int) -> bytes:
+        """read(2) from a descriptor that others have, too. Raises OSError: InterruptedError, the process is to end."""
+        self._may_wait = True
+        try:
+            self._interrupt()
+            return os.read(fd, size)
+        finally:
+            self._may_wait = False
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        """Likewise write(2)."""
+        self._may_wait = True
+        try:
+            self._interrupt()
+            return os.write(fd, data)
+        finally:
+            self._may_wait = False
+
+    def _interrupt(self) -> None:
+        if self._ending:
+            raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
 
     def _signal_handler(self, ref: int, events: int, now: float) -> None:
         # Any signal with a handler in Python writes here, also one that is not in `_signals`
@@ -191,8 +249,17 @@ class Reactor:
 
     def turn(self, timeout: float = -1) -> None:
         """Wait at most `timeout` seconds (-1: for ever), handle events, close retired descriptors."""
-        ready = self._ready = self._epoll.poll(timeout, MAX_EVENTS)
-        now = time.monotonic()
+        more: Sequence[Callable[[float], None]] = ()
+        if self._next_turn:
+            more, self._next_turn, timeout = self._next_turn, [], 0.0
+        if self.busy_poll is None:
+            ready = self._epoll.poll(timeout, MAX_EVENTS)
+            now = time.monotonic()
+        else:
+            ready = self.busy_poll.wait(self._epoll.poll, timeout, MAX_EVENTS, self.moved)
+            now = self.busy_poll.now
+            self.moved = 0
+        self._ready = ready
         self.wakeups += 1
         self.events += len(ready)
         refs, handlers = self._refs, self._handlers
@@ -202,6 +269,8 @@ class Reactor:
                 handlers[ref >> 56](ref, events, now)
             except Exception as e:
                 self._failed(ref, e, now)
+        if more:
+            each(more, _call, self.fault_at, now)
         if self.at_turn_end:
             each(self.at_turn_end, _call, self.fault_at, now)
         if self._retired:

@@ -6,6 +6,9 @@ it. A timer returned to the pool stays armed: a spurious wake-up finds no owner,
 later deadline than the pending expiry needs no system call at all. IDLE_MAX of them wait for connections; those
 beyond, after a flood, are closed.
 
+The pool has POOL_MAX timers, or one for POOL_SHARE of the descriptors that the process may have. Connections beyond get
+none: their deadlines share a timer (`tcp_engine/wheel.py`), and descriptors are left for their sockets.
+
 A service re-arms its timer in the callback, so a fault of the callback would end the service: therefore the timer fires
 again after RETRY. A fault in a connection ends the connection, which then needs no timer.
 """
@@ -13,16 +16,21 @@ again after RETRY. A fault in a connection ends the connection, which then needs
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
+from typing import Final
 
 from .. import NEVER
 from ..calls import calls
 from ..linux.syscall import timerfd_create, timerfd_settime
 from .reactor import EPOLLIN, TYPE_TCP_TIMER, TYPE_TIMER, Reactor, ref_data, ref_fd
 
-NO_OWNER = 0xFFFFFFFF
-IDLE_MAX = 128
-RETRY = 1.0  # s, from a fault of a service to its next attempt
+NO_OWNER: Final = 0xFFFFFFFF
+NO_TIMER: Final = -1
+POOL_MAX: Final = 4096
+POOL_SHARE: Final = 8
+IDLE_MAX: Final = 128
+RETRY: Final = 1.0  # s, from a fault of a service to its next attempt
 
 CALLS = calls("timerfd_create", "timerfd_settime", "read", "close")
 
@@ -91,18 +99,29 @@ class TimerPool:
         self._reactor = reactor
         self._free: list[int] = []
         self._expiry: dict[int, float] = {}  # descriptor -> when it fires
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.most = POOL_MAX if soft == resource.RLIM_INFINITY else min(POOL_MAX, soft // POOL_SHARE)
         self.callback: Callable[[int, float], None] = lambda index, now: None
         self.services = Timers(reactor)
         reactor.handle(TYPE_TCP_TIMER, self._fired)
 
     def take(self, index: int) -> int:
-        """A timer for flow `index`. Raises OSError when descriptors run out."""
+        """A timer for flow `index`; NO_TIMER if the pool has given away all, or no descriptor or memory is left."""
         if self._free:
             fd = self._free.pop()
             self._reactor.retarget(fd, index)
             return fd
-        fd = timerfd_create()
-        self._reactor.watch(fd, TYPE_TCP_TIMER, index, EPOLLIN)
+        if len(self._expiry) >= self.most:
+            return NO_TIMER
+        try:
+            fd = timerfd_create()
+        except OSError:
+            return NO_TIMER
+        try:
+            self._reactor.watch(fd, TYPE_TCP_TIMER, index, EPOLLIN)
+        except OSError:
+            os.close(fd)
+            return NO_TIMER
         self._expiry[fd] = NEVER
         return fd
 

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,7 @@ from functools import partial
 import pytest
 
 from passt.loop import reactor as r
+from passt.loop.busy_poll import MOST, BusyPoll
 from passt.loop.reactor import EPOLLIN, EPOLLOUT, TYPE_NAMES, TYPE_TAP, TYPE_TCP, TYPE_UDP, Reactor
 
 Seen = list[tuple[int, int]]
@@ -137,7 +139,7 @@ def test_who_gets_a_forgotten_number_in_the_same_turn_gets_no_event_of_its_forme
 def test_descriptor_beyond_the_table(reactor: Reactor) -> None:
     a = readable()
     seen: Seen = []
-    reactor._refs = []  # as if the number were high
+    del reactor._refs[:]  # as if the number were high
     reactor.handle(TYPE_TCP, lambda ref, events, now: seen.append((r.ref_fd(ref), r.ref_data(ref))))
     reactor.watch(a.fileno(), TYPE_TCP, 5, EPOLLIN)
     reactor.turn(5)
@@ -387,6 +389,35 @@ def test_signal_interrupts_the_wait(reactor: Reactor) -> None:
     assert len(seen) == 1
 
 
+def waits(reactor: Reactor, call: str) -> None:
+    """A call that waits for the other end of a pipe."""
+    ours, theirs = os.pipe()
+    try:
+        if call == "read":
+            reactor.read(ours, 1)
+        else:
+            os.write(theirs, bytes(1 << 16))  # all that it takes
+            reactor.write(theirs, b"x")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.usefixtures("restore")
+@pytest.mark.parametrize("call", ["read", "write"])
+def test_a_call_that_others_hold_up_ends_with_the_process(reactor: Reactor, call: str) -> None:
+    reactor.on_signal(signal.SIGUSR1, lambda now: None)  # not one of those
+    reactor.on_signal(signal.SIGALRM, lambda now: None, lambda: None)
+    began = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    threading.Timer(0.03, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1)).start()
+    with pytest.raises(InterruptedError):
+        waits(reactor, call)
+    assert 0.09 < time.monotonic() - began < 5
+    with pytest.raises(InterruptedError):
+        waits(reactor, call)  # the signal has come: nothing is waited for any more
+
+
 @pytest.mark.usefixtures("restore")
 def test_close_gives_the_wake_up_descriptor_back() -> None:
     reactor = Reactor()
@@ -420,3 +451,57 @@ def test_abandoned_descriptors_are_closed(reactor: Reactor) -> None:
         os.fstat(ours)
     for fd in (theirs, other, unwatched):
         os.close(fd)  # these were not
+
+
+# The next turn -----------------------------------------------------------------------------------------------------
+
+
+def test_more_is_called_in_the_next_turn_behind_its_events(reactor: Reactor) -> None:
+    called: list[str] = []
+
+    def more(now: float) -> None:
+        called.append("more")
+
+    def handler(ref: int, events: int, now: float) -> None:
+        called.append("event")
+        if len(called) == 1:
+            reactor.next_turn(more)
+
+    source = readable()
+    with source:
+        reactor.handle(TYPE_TCP, handler)
+        reactor.watch(source.fileno(), TYPE_TCP, 0, EPOLLIN)
+        reactor.turn(1)
+        assert called == ["event"]
+        reactor.turn(1)
+        assert called == ["event", "event", "more"]
+        reactor.turn(1)
+        assert called[3:] == ["event"], "once"
+
+
+def test_the_next_turn_does_not_wait(reactor: Reactor) -> None:
+    called: list[float] = []
+    reactor.next_turn(lambda now: reactor.next_turn(called.append))
+    reactor.turn(60)
+    assert called == [], "asked for within the turn: it is for the one after it"
+    begin = time.monotonic()
+    reactor.turn(60)
+    assert len(called) == 1 and time.monotonic() - begin < 30
+    reactor.turn(0.001)
+    assert len(called) == 1
+
+
+# Busy-polling ------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_that_polls_handles_the_same_events(reactor: Reactor, pair: tuple[socket.socket, socket.socket]) -> None:
+    seen: Seen = []
+    reactor.handle(TYPE_TCP, lambda ref, events, now: seen.append((ref, events)))
+    ref = reactor.watch(pair[0].fileno(), TYPE_TCP, 5, EPOLLIN)
+    pair[1].send(b"x")
+    reactor.busy_poll = BusyPoll(1.0)
+    for _ in range(MOST + 2):  # the first ones by sleeping
+        reactor.moved = 1
+        reactor.turn()
+        assert reactor.moved == 0
+    assert seen == [(ref, EPOLLIN)] * (MOST + 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 import time
@@ -15,7 +16,7 @@ from passt import NEVER
 from passt.linux.syscall import timerfd_settime
 from passt.loop import timers as module
 from passt.loop.reactor import EPOLLIN, TYPE_TCP, Reactor
-from passt.loop.timers import TimerPool
+from passt.loop.timers import NO_TIMER, POOL_MAX, TimerPool
 
 SOON = 0.001
 LATER = 3600.0
@@ -235,14 +236,37 @@ def test_ten_thousand_deadlines_few_calls(clock: Clock) -> None:
     assert len(clock.settings) == 1
 
 
-def test_out_of_descriptors(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> Any:
+@pytest.mark.parametrize("what", ["timerfd", "epoll"])
+def test_out_of_descriptors(clock: Clock, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    def fail(*_: Any) -> Any:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(module, "timerfd_create", fail)
-    with pytest.raises(OSError, match="Too many"):
-        clock.pool.take(1)
-    assert clock.pool._expiry == {}
+    before = len(os.listdir("/proc/self/fd"))
+    if what == "timerfd":
+        monkeypatch.setattr(module, "timerfd_create", fail)
+    else:
+        monkeypatch.setattr(clock.reactor, "watch", fail)
+    assert clock.pool.take(1) == NO_TIMER
+    assert clock.pool._expiry == {} and len(os.listdir("/proc/self/fd")) == before
+
+
+def test_there_are_so_many_and_no_more(clock: Clock) -> None:
+    clock.pool.most = 2
+    one, two = clock.pool.take(1), clock.pool.take(2)
+    assert NO_TIMER not in (one, two)
+    assert clock.pool.take(3) == NO_TIMER
+    clock.pool.give_back(one)
+    assert clock.pool.take(3) == one
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"), [(1024, 128), (20_000, 2500), (1 << 20, POOL_MAX), (resource.RLIM_INFINITY, POOL_MAX)]
+)
+def test_a_share_of_the_descriptors(limit: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    reactor = Reactor()
+    assert TimerPool(reactor).most == most
+    reactor.close()
 
 
 def test_descriptors_do_not_block(clock: Clock) -> None:
