@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from .. import log
+from .. import addr, log
 from ..log import Fatal
 from . import values
 from .values import NONE
@@ -22,7 +22,11 @@ Fields = dict[str, Any]  # fields of Options that the command line has set
 
 
 class Done(Exception):
-    """--help, --version, --completion: print the text on standard output, exit status 0."""
+    """--help, --version, --doctor: print the text on standard output, and exit with the status."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Pair(NamedTuple):
@@ -133,31 +137,27 @@ def address(fields: Fields, text: str, _: Row) -> None:
     v6 = len(value) == 16
     _put(fields, "address", value, v6)
     _put(fields, "prefix_len", prefix_len, v6, unset=0)
-    if prefix_len and not v6:
-        fields["netmask"] = 0
-
-
-def netmask(fields: Fields, text: str, _: Row) -> None:
-    """The last of -n and the prefix length of -a wins."""
-    fields["netmask"] = values.netmask(text)
-    _put(fields, "prefix_len", 0, v6=False, unset=0)
 
 
 def dns(fields: Fields, text: str, _: Row) -> None:
-    """Add to the list. `none` clears it and the options about forwarding; a later -D starts a new list."""
+    """Add to the list. `none` clears it and the options about forwarding; a later -D starts a new list.
+
+    The list has any length (`names.py` takes the first ones): callers pass all that a configuration has.
+    """
     if text == NONE:
         fields.update(dns=(), dns_none=True, dns_forward=(), dns_host=())
         return
-    value = values.dns(text)
-    servers = (*fields.get("dns", ()), value)
-    if len([s for s in servers if len(s) == len(value)]) > DNS_MAX:
-        raise Fatal(f"Cannot use DNS address {text} (at most {DNS_MAX} per family)")
-    fields.update(dns=servers, dns_none=False)
+    fields.update(dns=(*fields.get("dns", ()), values.dns(text)), dns_none=False)
 
 
 def dns_host(fields: Fields, text: str, _: Row) -> None:
     """Add to the list."""
-    value = values.dns_host(text)
+    plain, percent, zone = text.partition("%")
+    value = values.dns_host(plain)
+    if percent:
+        if len(value) == 4 or not addr.is_link_local(value):
+            raise Fatal(f"Invalid host nameserver address: {text} (only a link-local address has an interface)")
+        fields["dns_zones"] = (*fields.get("dns_zones", ()), (value, values.interface(zone)))
     hosts = (*fields.get("dns_host", ()), value)
     if len([a for a in hosts if len(a) == len(value)]) > DNS_MAX:
         raise Fatal(f"Cannot use host nameserver address {text} (at most {DNS_MAX} per family)")

@@ -38,14 +38,17 @@ def parse(argv: Sequence[str], program: str = PASTA, ephemeral: range | None = E
         _check(fields)
     elif parsed.operands:
         raise Fatal(f"Extra non-option argument: {parsed.operands[0]} (passt takes options only)")
-    from . import ports  # not needed by --help and --version
+    prefix_len = fields["prefix_len"].v4 if "prefix_len" in fields else 0
+    if prefix_len and fields.get("netmask"):
+        raise Fatal(f"Redundant prefix length specification: --netmask and /{prefix_len} of --address: leave one out")
+    from . import forwards  # not needed by --help and --version
 
     specs = fields.pop(PORT_SPECS, [])
     options = Options(**fields)
     _check_files(options)
     if options.mode == PASTA and options.fd is not None:
         _check_tap(options)
-    rules = ports.forwards(specs, options, program, EPHEMERAL if ephemeral is None else ephemeral)
+    rules = forwards.forwards(specs, options, program, EPHEMERAL if ephemeral is None else ephemeral)
     if ephemeral is None and any(rule.weak and not rule.auto for rule in rules):
         taken = f"{EPHEMERAL[0]}-{EPHEMERAL[-1]}"
         log.warn(f"Couldn't read the range of ephemeral ports, which are not forwarded: taking {taken}")
@@ -98,7 +101,7 @@ def _check_tap(options: Options) -> None:
 
 def _check_files(options: Options) -> None:
     """Reject a path that is given for a socket and for another file. Raises Fatal."""
-    sockets = ("socket_path", "conf_path", "api_socket")
+    sockets = ("socket_path", "conf_path", "api_socket", "repair_path")
     files = ("pid_file", "log_file", "pcap")
     for i, field in enumerate(sockets):
         path = getattr(options, field)

@@ -14,8 +14,8 @@ Options end at the first operand. For pasta that is a command, which is complete
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from ..lean.records import dataclass
 from ..log import Fatal
 from . import getopt
 from .getopt import Option

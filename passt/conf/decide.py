@@ -5,7 +5,8 @@ The state of the host never prevents the start. Each address family is decided s
 
     host has                                guest gets
     --------------------------------------  -----------------------------------------------------------------------
-    an interface with an address            that address, the interface's routes, its gateway if there is one
+    an interface with an address            that address, the interface's routes, its gateway if there is one. Which of
+                                            several addresses: `linux/routes.py`
     an address but no default route         the address; no gateway, hence no DHCP (IPv4) and no mapping of the host
     nothing usable                          local mode: 169.254.2.1/16 and 169.254.2.2; fe80::1 as IPv6 gateway
     a kernel without the family             the family is off
@@ -18,14 +19,14 @@ The options -a, -g, -n, -I replace the values found on the host, in local mode t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from .. import addr, log
+from ..lean.records import dataclass, replace
 from ..linux import routes
 from ..linux.routes import Address, Host, Link, NsPlan, Route
 from ..log import Fatal
-from ..policy.config import FRAME_MTU_MAX, PASTA, Config, Ip4, Ip6
-from . import names, ports
+from ..policy.config import FRAME_MTU_MAX, OFF, PASTA, WINDOW_MAX, Config, Ip4, Ip6
+from ..policy.rules import with_names
+from . import forwards, names
 from .options import Options
 from .resolv_conf import ResolvConf
 
@@ -37,7 +38,6 @@ LOCAL_IFNAME = "tap0"
 PREFIX6 = 64
 MTU_MIN6 = 1280  # RFC 8200, 5
 
-WINDOW_MAX = 1 << 24  # bytes that a TCP sender in the namespace may have in flight
 HEADERS = 52  # IPv4, TCP, timestamps
 SEGMENT = 1500 - HEADERS
 TXQLEN_MAX = 16384
@@ -89,14 +89,16 @@ def decide(options: Options, host: Host, resolv_conf: ResolvConf, *, have_v6: bo
     _remark_local(options, template4, why4, remarks, v6=False)
     if ip6:
         _remark_local(options, template6, why6, remarks, v6=True)
+    for template, v6 in ((template4, False), (template6, True)):
+        _remark_deprecated(options, host, template, remarks, v6=v6)
     if ip4 is None and ip6 is None:
         raise Fatal("No address family left: IPv6 is not possible and IPv4 was not asked for (leave out -6)")
-    ports.check_families(options.forwards, ip4 is not None, ip6 is not None)
+    forwards.check_families(options.forwards, ip4 is not None, ip6 is not None)
     used4, used6 = template4 if ip4 else None, template6 if ip6 else None
-    config = _config(options, mtu, ip4, ip6, template6 or template4)
+    config = _config(options, host, mtu, ip4, ip6, template6 or template4)
     config = names.apply(options, config, resolv_conf)
     plan = _plan(options, host, used4, used6, config, remarks) if options.mode == PASTA else None
-    names.remark(options, config, resolv_conf, remarks.warn)
+    names.remark(options, config, resolv_conf, remarks.warn, remarks.info)
     _remark_off(options, config, remarks)
     return Decision(config, plan, used4, used6, why4, why6, remarks)
 
@@ -107,15 +109,18 @@ def queue_length(mtu: int) -> int:
     return min(WINDOW_MAX // payload + 1, TXQLEN_MAX)
 
 
-def _config(options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, scope: Link | None) -> Config:
+def _config(options: Options, host: Host, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, scope: Link | None) -> Config:
     """A field of Config with the name of a field of Options takes its value, unless it is set here."""
-    same = {name: getattr(options, name) for name in Config.__dataclass_fields__ if name in Options.FIELDS}
+    same = {name: getattr(options, name) for name in Config.__match_args__ if name in Options.FIELDS}
     return replace(
         Config(**same),
         ip4=ip4,
         ip6=ip6,
         mtu=mtu,
         scope_id=scope.index if scope else 0,
+        forwards=with_names(options.forwards, host.altnames),
+        altnames=tuple(host.altnames.items()),
+        interfaces=tuple(host.indices.items()),
         advertise_dns=options.dhcp_dns,
         advertise_search=options.dhcp_search,
         no_dhcp=options.no_dhcp or ip4 is None or ip4.gateway is None,
@@ -123,6 +128,7 @@ def _config(options: Options, mtu: int, ip4: Ip4 | None, ip6: Ip6 | None, scope:
         no_ndp=options.no_ndp or ip6 is None,
         no_ra=options.no_ra or ip6 is None,
         no_splice=options.no_splice or options.no_namespace,
+        followed=options.follow != OFF and not options.splice_only,
     )
 
 
@@ -159,6 +165,17 @@ def _check_named(options: Options, host: Host, template4: Link | None, template6
             raise Fatal(f"External interface not usable: {name} has no {'IPv6' if v6 else 'IPv4'} address")
 
 
+def _plain_name(host: Host, name: str | None) -> str | None:
+    """The name of an interface that is given by that, or by an alternative name."""
+    return host.altnames.get(name, name) if name else name
+
+
+def _group_index(options: Options, host: Host, template: Link | None, v6: bool) -> int:
+    """The index of the interface that multicast groups are joined on: the outbound one, or the template."""
+    link = host.named(options.outbound_if.get(v6) or "") or template
+    return link.index if link is not None else 0
+
+
 def _want_v6(options: Options, mtu: int, have_v6: bool, remarks: Remarks) -> bool:
     if not options.use.v6:
         return False
@@ -183,7 +200,8 @@ def _ip4(options: Options, host: Host, template: Link | None) -> Ip4:
         gateway = gateway or routes.pick_gateway(host, template.index, v6=False)
     else:
         address, gateway = address or LOCAL_ADDR4, gateway or LOCAL_GATEWAY4
-    prefix_len = options.prefix_len.v4 or options.netmask or (found.prefix_len if found else _usual_prefix(address))
+    usual = found.prefix_len if found and not options.address.v4 else _usual_prefix(address)
+    prefix_len = options.prefix_len.v4 or options.netmask or usual
     return Ip4(
         addr=address,
         prefix_len=prefix_len,
@@ -192,7 +210,9 @@ def _ip4(options: Options, host: Host, template: Link | None) -> Ip4:
         map_host_loopback=_mapped(options, gateway, v6=False),
         map_guest_addr=options.map_guest_addr.v4 or None,
         addr_out=options.outbound.v4,
-        if_out=options.outbound_if.v4,
+        if_out=_plain_name(host, options.outbound_if.v4),
+        group_index=_group_index(options, host, template, v6=False),
+        fixed=options.address.v4 is not None,
     )
 
 
@@ -218,7 +238,9 @@ def _ip6(options: Options, host: Host, template: Link | None) -> Ip6:
         map_host_loopback=_mapped(options, gateway, v6=True),
         map_guest_addr=options.map_guest_addr.v6 or None,
         addr_out=options.outbound.v6,
-        if_out=options.outbound_if.v6,
+        if_out=_plain_name(host, options.outbound_if.v6),
+        group_index=_group_index(options, host, template, v6=True),
+        fixed=options.address.v6 is not None,
     )
 
 
@@ -227,6 +249,12 @@ def _remark_local(options: Options, template: Link | None, why: str, remarks: Re
     if template is None and options.use.get(v6) and not given:
         family = "IPv6" if v6 else "IPv4"
         remarks.info(f"{family}: no external interface as template ({why}), using local mode")
+
+
+def _remark_deprecated(options: Options, host: Host, template: Link | None, remarks: Remarks, v6: bool) -> None:
+    found = routes.pick_address(host, template.index, v6) if template else None
+    if template and found and found.deprecated and options.address.get(v6) is None:
+        remarks.info(f"{template.name} has deprecated {'IPv6' if v6 else 'IPv4'} addresses only: using them")
 
 
 def _remark_off(options: Options, config: Config, remarks: Remarks) -> None:

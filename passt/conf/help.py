@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from textwrap import wrap
 from typing import Protocol
 
+from ..log import WIDTH
 from . import getopt
 
-WIDTH = 80
 _COLUMN = 26
 
 

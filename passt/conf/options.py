@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .. import log
 from ..log_file import SIZE as LOG_SIZE
-from ..policy.config import MTU_DEFAULT, OUR_MAC, PASST, PASTA
+from ..policy.config import ALL, MTU_DEFAULT, OUR_MAC, PASST, PASTA
 from ..policy.rules import Rule
 from . import actions, values
 from .actions import Pair
@@ -48,12 +48,13 @@ class Options(Record):
     pid: int | None = None
     command: tuple[str, ...] = ()
 
+    slirp4netns: bool = False  # by its command line (`slirp4netns.py`), which alone sets these two:
+    packets: bool = False  # the machine's socket is one of packets
+    exit_fd: int | None = None  # descriptor whose event is the end
     # Basic options
     config_net: bool = field(
         False,
-        option("--config-net", BASIC,
-               "Set up the interface: addresses, routes, MTU",
-               actions.config_net,
+        option("--config-net", BASIC, "Set up the interface: addresses, routes, MTU", actions.config_net,
                only=Only(PASTA, "a virtual machine sets up its interface itself, by DHCP and router advertisements")),
     )  # fmt: skip
 
@@ -112,7 +113,7 @@ class Options(Record):
         option("-n, --netmask MASK", ADDRESSES,
                "Assign this IPv4 netmask, dotted or in bits\n"
                "default: that of the host's interface",
-               actions.netmask),
+               actions.parsed(values.netmask)),
     )  # fmt: skip
     gateway: Pair = field(
         Pair(),
@@ -133,6 +134,14 @@ class Options(Record):
         f"default: {MTU_DEFAULT}",
         values.mtu, default=MTU_DEFAULT,
     )  # fmt: skip
+    follow: str = value(
+        "--follow MODE", ADDRESSES,
+        "Follow changes of the host's network: 'off', 'routes', or 'all'\n"
+        "'routes' leaves addresses alone; default: 'all'",
+        values.follow, default=ALL,
+    )  # fmt: skip
+    follow_link: bool = flag("--follow-link", ADDRESSES, "Take the link down and up when addresses change",
+                             only=Only(PASTA, "let QEMU do it: set_link NAME off, set_link NAME on"))  # fmt: skip
     use: Pair = field(
         Pair(True, True),
         option("-4, --ipv4-only", ADDRESSES, "Use IPv4 only", actions.setting(Pair(True, False))),
@@ -183,7 +192,7 @@ class Options(Record):
     dns: tuple[bytes, ...] = field(
         (),
         option("-D, --dns ADDR", NAMES,
-               "Tell the {guest} this resolver, up to 3 per family\n"
+               "Tell the {guest} this resolver; the first 3 per family count\n"
                "'none': none; default: those in /etc/resolv.conf",
                actions.dns),
     )  # fmt: skip
@@ -210,6 +219,7 @@ class Options(Record):
                "default: those in /etc/resolv.conf",
                actions.dns_host),
     )  # fmt: skip
+    dns_zones: tuple[tuple[bytes, str], ...] = ()  # interfaces of link-local ones
     dhcp_dns: bool = field(
         False,
         option("--dhcp-dns", NAMES,
@@ -252,8 +262,14 @@ class Options(Record):
     )  # fmt: skip
     api_socket: str | None = value(
         "--api-socket PATH", RUNNING,
-        "Listen on PATH for requests as slirp4netns(1) has them",
+        "Listen on UNIX domain socket PATH for requests in the API of slirp4netns(1)",
         values.socket_path, default=None,
+    )  # fmt: skip
+    busy_poll: int = value(
+        "--busy-poll USEC", RUNNING,
+        "While packets are expected at once, poll for USEC microseconds before sleeping\n"
+        "default: 100; 0: always sleep",
+        values.busy_poll, default=100,
     )  # fmt: skip
     fd: int | None = field(
         None,
@@ -261,6 +277,12 @@ class Options(Record):
                "Serve the guest at open descriptor FD, {link}\n"
                "and end with it",
                actions.fd),
+    )  # fmt: skip
+    given_fd: int | None = None  # its number on the command line, if it was that of a standard stream (`cli.py`)
+    ready_fd: int | None = value(
+        "--ready-fd FD", RUNNING,
+        "Write a line to open descriptor FD when everything is ready, and close it",
+        values.ready_fd, default=None,
     )  # fmt: skip
     runas: str | None = value(
         "--runas UID[:GID]|LOGIN[:GROUP]", RUNNING,
@@ -304,7 +326,7 @@ class Options(Record):
         "-I, --ns-ifname NAME", NAMESPACE,
         "Set the name of the interface in the namespace\n"
         "default: that of the host's interface",
-        values.interface, default=None,
+        values.new_interface, default=None,
         only=Only(PASTA, "a virtual machine names its interface itself", inert=True),
     )  # fmt: skip
     ns_mac: bytes | None = value(
@@ -326,6 +348,17 @@ class Options(Record):
                "The same as --socket",
                actions.socket, only=Only(PASST, "pasta takes a PID, --netns or a command", inert=True)),
     )  # fmt: skip
+    vhost_user: bool = flag(
+        "--vhost-user", MACHINE,
+        "Be a vhost-user back end at that socket: the guest shares its memory",
+        only=_PASST,
+    )  # fmt: skip
+    repair_path: str | None = value(
+        "--repair-path PATH", MACHINE,
+        "Listen on UNIX domain socket PATH for passt-repair(1)\n"
+        "'none': nowhere; default: the path of --socket with .repair behind it",
+        values.socket_path, default=None, only=_PASST,
+    )  # fmt: skip
     one_off: bool = flag(
         "-1, --one-off", MACHINE,
         "End when the guest disconnects",
@@ -335,6 +368,7 @@ class Options(Record):
     # Protocols and services
     no_tcp: bool = flag("--no-tcp", SERVICES, "Turn off TCP")
     no_udp: bool = flag("--no-udp", SERVICES, "Turn off UDP")
+    no_multicast: bool = flag("--no-multicast", SERVICES, "Turn off multicast: UDP to and from groups")
     no_icmp: bool = flag("--no-icmp", SERVICES, "Turn off ICMP and ICMPv6 echo (ping)")
     no_dhcp: bool = flag("--no-dhcp", SERVICES, "Turn off the DHCP server")
     no_dhcpv6: bool = flag("--no-dhcpv6", SERVICES, "Turn off the DHCPv6 server")
@@ -355,6 +389,12 @@ class Options(Record):
         f"default: {LOG_SIZE}",
         values.log_size, default=LOG_SIZE,
     )  # fmt: skip
+    log_json: bool = value(
+        "--log-format FORMAT", MESSAGES,
+        "Write messages to standard error and the log file as 'text' or 'json'\n"
+        "default: 'text'",
+        values.log_format, default=False,
+    )  # fmt: skip
     pcap: str | None = file("-p, --pcap FILE", MESSAGES, "Save all packets to FILE, for tcpdump(8)", default=None)
     stats: float = field(  # seconds between tables of statistics, 0: none
         0.0,
@@ -366,6 +406,10 @@ class Options(Record):
     stats_json: bool = False
 
     # Less used options
+    doctor: bool = flag(
+        "--doctor", RARE,
+        "Check this machine, print what is missing and how to mend it, and exit",
+    )  # fmt: skip
     print_seccomp: bool = flag(
         "--print-seccomp", RARE,
         "Print which system calls are allowed, and exit",
@@ -373,6 +417,16 @@ class Options(Record):
     chroot_fallback: bool = flag(
         "--chroot-fallback", RARE,
         "Use chroot(2) where the root file system forbids pivot_root(2), as an initramfs does",
+    )  # fmt: skip
+    migrate_exit: bool = flag(
+        "--migrate-exit", RARE,
+        "End when a guest that has migrated to another host disconnects (deprecated)",
+        only=_PASST, deprecated=True,
+    )  # fmt: skip
+    migrate_no_linger: bool = flag(
+        "--migrate-no-linger", RARE,
+        "Close TCP sockets as soon as their state is with another host (deprecated)",
+        only=_PASST, deprecated=True,
     )  # fmt: skip
     copy_routes: bool = flag(
         "--no-copy-routes", RARE,
@@ -384,6 +438,11 @@ class Options(Record):
         "With --config-net: only one address (deprecated)",
         to=False, only=_PASTA, deprecated=True,
     )  # fmt: skip
+
+    @property
+    def fd_name(self) -> int | None:
+        """The number of `fd` for messages."""
+        return self.fd if self.given_fd is None else self.given_fd
 
     @property
     def no_namespace(self) -> bool:

@@ -1,4 +1,5 @@
-"""Specifications of ports (-t, -u, -T, -U): text -> rules. Pure: no file is read, no interface looked up.
+"""One specification of ports (-t, -u, -T, -U): text -> rules. Pure: no file is read, no interface looked up.
+`forwards.py` combines those of a command line.
 
     spec     = "none" | [ bind "/" ] item { "," item }
     bind     = ( address | "*" ) [ "%" interface ] | "%" interface         (-t and -u only)
@@ -13,12 +14,14 @@ An IPv6 target needs its brackets: 80:2001:db8::1/80 is port 80 of a bind addres
     -----------------------------  ---------------------------------------------------------  ----------------
     ranges, exclusions             those of the ranges that are not excluded                  are errors
     "all", or only exclusions      1 to 65535, but for ephemeral ones and excluded ones       leave a port out
+    "all", ranges, exclusions      both: a port of a range leads where the range says         are errors, leave a port
+                                                                                              out
     "auto", exclusions             1 to 65535 without excluded ones, while a program has      leave a port out
                                    them bound at the target
-    "auto", ranges, exclusions     those of the first row, likewise                           leave a port out
+    "auto", and what is above      the ports of that row, likewise                            leave a port out
 
-Several options of one letter add up, but a single `none`, `all` or `auto` excludes any other. No port may be listened
-on twice. An error message shows the invalid part of the text and its position.
+The original takes the ranges only where "all" stands beside them, though its manual has it as here. A word may be given
+twice. An error message shows the invalid part of the text and its position.
 """
 
 from __future__ import annotations
@@ -27,19 +30,16 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .. import addr
 from ..log import Fatal
 from ..policy.config import PASST, PASTA
-from ..policy.rules import PORT_MAX, Rule, conflict
+from ..policy.rules import PORT_MAX, Rule
 from ..wire.checksum import PROTO_TCP, PROTO_UDP
 from . import values
 from .getopt import suggestion
 from .values import NONE
-
-if TYPE_CHECKING:
-    from .options import Options
 
 ALL, AUTO = "all", "auto"
 EPHEMERAL = values.EPHEMERAL
@@ -82,14 +82,14 @@ class _SpecError(Exception):
         self.head = head
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """`text` in a form for a one-line message."""
     if len(text) > _SHOWN_MAX:
         text = f"{text[:_SHOWN_MAX]}..."
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
-def _given(letter: str, text: str) -> str:
+def given(letter: str, text: str) -> str:
     return f"-{letter} {text}"
 
 
@@ -101,14 +101,14 @@ def parse_spec(letter: str, text: str, mode: str = PASTA, ephemeral: range = EPH
     try:
         return tuple(_rules(letter, text, mode, ephemeral))
     except _SpecError as e:
-        where = f"'{_shown(e.piece.text)}' at character {e.piece.at + 1}"
-        raise Fatal(f"{e.head} {_shown(_given(letter, text))}: {where}: {e.reason}") from None
+        where = f"'{shown(e.piece.text)}' at character {e.piece.at + 1}"
+        raise Fatal(f"{e.head} {shown(given(letter, text))}: {where}: {e.reason}") from None
 
 
 def _rules(letter: str, text: str, mode: str, ephemeral: range) -> Iterator[Rule]:
     if text == NONE:
         return
-    option, inbound = _given(letter, text), letter in INBOUND
+    option, inbound = given(letter, text), letter in INBOUND
     proto = PROTO_TCP if letter in "tT" else PROTO_UDP
     bind, listed = _split_bind(_Piece(text))
     if bind is not None and not inbound:
@@ -127,7 +127,7 @@ def _rules(letter: str, text: str, mode: str, ephemeral: range) -> Iterator[Rule
             ifname,
             r.target,
             auto=items.auto,
-            weak=items.auto or items.open,
+            weak=items.auto or r.weak,
         )
 
 
@@ -142,7 +142,7 @@ def _bind(piece: _Piece) -> tuple[bytes | None, str | None]:
     """Address and interface to listen on; None for any."""
     host, interface = piece.cut("%")
     if interface is not None and not values.is_interface(interface.text):
-        raise _SpecError(interface, f"not an interface name ({values.IFNAME_RULE})")
+        raise _SpecError(interface, f"not an interface name ({values.ALTNAME_RULE})")
     ifname = interface.text if interface else None
     if host.text == "*" or (not host.text and ifname):
         return None, ifname
@@ -184,6 +184,7 @@ class _Range(NamedTuple):
     to: int
     target: bytes | None
     piece: _Piece
+    weak: bool = False  # a port that cannot be bound is left out
 
     def part(self, first: int, last: int) -> _Range:
         return self._replace(first=first, last=last, to=self.to + first - self.first)
@@ -200,7 +201,6 @@ class _Items:
         for item in listed.split(","):
             self._read(item, mode)
         self.auto = AUTO in self._words
-        self.open = not self.auto and not self._included  # every port but ephemeral ones
 
     def _read(self, item: _Piece, mode: str) -> None:
         head, target = item.cut(":")
@@ -220,8 +220,6 @@ class _Items:
             first, last = _range(head)
             to, address = _target(target, first, last) if target is not None else (first, None)
             self._included.append(_Range(first, last, to, address, item))
-            if ALL in self._words:
-                raise self._not_all(item)
 
     def _read_word(self, item: _Piece, target: _Piece | None, mode: str) -> None:
         word = item.cut(":")[0].text
@@ -229,44 +227,40 @@ class _Items:
             raise _SpecError(item, "'none' stands alone")
         if word == AUTO and mode == PASST:
             raise _SpecError(item, "give ports, or 'all'", "'auto' port forwarding is only allowed for pasta:")
-        if self._words:
-            head = f"Port forwarding mode '{word}' conflicts with previous mode:"
-            raise _SpecError(item, f"'{next(iter(self._words))}' was given before: leave one out", head)
         if word == AUTO and target is not None:
             raise _SpecError(target, "'auto' has no target: give the ports that have one (auto,8080:80)")
-        self._words[word] = _Range(1, PORT_MAX, 1, _target_address(target) if target is not None else None, item)
-        if word == ALL and self._included:
-            raise self._not_all(self._included[0].piece)
-
-    @staticmethod
-    def _not_all(item: _Piece) -> _SpecError:
-        return _SpecError(
-            item,
-            "'all' is every port but ephemeral ones; to lead one elsewhere give two options, -t ~22 -t 22:2022",
-            "Specific ports cannot be specified together with all/none/auto:",
-        )
+        read = _Range(1, PORT_MAX, 1, _target_address(target) if target is not None else None, item, weak=True)
+        former = self._words.setdefault(word, read)
+        if former.target != read.target:
+            head = f"Port forwarding mode '{word}' conflicts with previous mode:"
+            raise _SpecError(item, f"'{former.piece.text}' was given before: leave one out", head)
 
     def ranges(self, ephemeral: range) -> Iterator[_Range]:
         """The ranges without the excluded ports, in their order."""
         _check_disjoint(self._excluded, "Overlapping excluded ranges")
         _check_disjoint(self._included, "Invalid port specifier")
-        included = self._included
-        if not included:
-            word = self._words.get(ALL)
-            included = [_Range(1, PORT_MAX, 1, word.target if word else None, self._listed)]
-        if self.open and ephemeral:
-            included = list(_without(included, [(ephemeral[0], ephemeral[-1])]))
+        included = [*self._included, *self._others(ephemeral)]
         left = list(_without(included, sorted((r.first, r.last) for r in self._excluded)))
         if not left:
             raise _SpecError(self._listed, "every port is excluded ('none' forwards nothing)")
         yield from left
+
+    def _others(self, ephemeral: range) -> Iterator[_Range]:
+        """The ranges that no item names."""
+        every = self._words.get(ALL, _Range(1, PORT_MAX, 1, None, self._listed, weak=True))
+        if self.auto and not self._included and ALL not in self._words:
+            yield every
+        elif ALL in self._words or not self._included:
+            named = sorted((r.first, r.last) for r in self._included)
+            holes = [(ephemeral[0], ephemeral[-1])] if ephemeral else []
+            yield from _without(_without([every], holes), named)
 
 
 def _check_disjoint(ranges: Iterable[_Range], head: str) -> None:
     for a, b in pairwise(sorted(ranges, key=lambda r: r.first)):
         if b.first <= a.last:
             former, latter = sorted((a.piece, b.piece), key=lambda p: p.at)
-            reason = f"{_ports(b.first, min(a.last, b.last))} in '{_shown(former.text)}', too: leave out one of them"
+            reason = f"{_ports(b.first, min(a.last, b.last))} in '{shown(former.text)}', too: leave out one of them"
             raise _SpecError(latter, reason, head)
 
 
@@ -340,109 +334,3 @@ def _target_address(piece: _Piece) -> bytes:
     if not addr.is_unicast(address):
         raise _SpecError(piece, "nothing can be connected to there: give the address of one host")
     return address
-
-
-# All specifications --------------------------------------------------------------------------------------------------
-
-
-def forwards(
-    specs: Sequence[tuple[str, str]], options: Options, mode: str = PASTA, ephemeral: range = EPHEMERAL
-) -> tuple[Rule, ...]:
-    """The rules of a command line: `specs` are (option letter, argument) in their order, `options` all other options.
-
-    A letter that does not occur means `auto` in pasta, and no rule in passt or without access to the namespace. Raises
-    Fatal.
-    """
-    for letter, text in specs:
-        _check_wanted(letter, text, options)
-    for letter in INBOUND + OUTBOUND:
-        _check_modes([_given(letter, text) for at, text in specs if at == letter])
-    rules = [rule for letter, text in specs for rule in parse_spec(letter, text, mode, ephemeral)]
-    for rule in rules:
-        _check_target(rule, options, mode)
-    if mode == PASTA and not options.no_namespace:
-        missing = [c for c in INBOUND + OUTBOUND if not _is_off(c, options) and c not in {at for at, _ in specs}]
-        rules += [rule for letter in missing for rule in parse_spec(letter, AUTO)]
-    _check_conflicts(rules)
-    return tuple(rules)
-
-
-def later(option: str, options: Options, ephemeral: range, v4: bool, v6: bool) -> tuple[Rule, ...]:
-    """The rules of an option, "-t 8080:80", that is added at run time to a program started with `options`.
-
-    `v4` and `v6` say which families are on. The caller checks for conflicts with other rules. Raises Fatal.
-    """
-    letter, text = option[1:2], option[2:].lstrip(" ")
-    if not option.startswith("-") or not letter or letter not in INBOUND + OUTBOUND:
-        raise Fatal(f"Invalid port forwarding option '{_shown(option)}': give -t, -u, -T or -U and ports, '-t 8080:80'")
-    _check_wanted(letter, text, options)
-    rules = parse_spec(letter, text, options.mode, ephemeral)
-    for rule in rules:
-        _check_target(rule, options, options.mode)
-    check_families(rules, v4, v6)
-    return rules
-
-
-def _is_off(letter: str, options: Options) -> bool:
-    return options.no_tcp if letter in "tT" else options.no_udp
-
-
-def _check_wanted(letter: str, text: str, options: Options) -> None:
-    name, option = "TCP" if letter in "tT" else "UDP", _shown(_given(letter, text))
-    if text != NONE and _is_off(letter, options):
-        raise Fatal(f"{name} port forwarding requested but {name} is disabled: {option} (and --no-{name.lower()})")
-    if text != NONE and options.no_namespace and (letter in OUTBOUND or AUTO in text):
-        raise Fatal(f"{option} needs the namespace of the tap device: give its PID or --netns beside --fd")
-
-
-def _check_modes(given: Sequence[str]) -> None:
-    """`given`: all options of one letter. A keyword (none, all, auto) excludes any other option. Raises Fatal."""
-    keywords = [option[3:] in (NONE, ALL, AUTO) for option in given]
-    for i, option in enumerate(given):
-        if not i or not (keywords[i] or keywords[0]):
-            continue
-        both = f"'{_shown(given[0])}' and '{_shown(option)}'"
-        if keywords[i]:
-            raise Fatal(f"Port forwarding mode '{option[3:]}' conflicts with previous mode: {both}: leave one out")
-        raise Fatal(f"Specific ports cannot be specified together with all/none/auto: {both}: leave one out")
-
-
-def _check_target(rule: Rule, options: Options, mode: str) -> None:
-    """Reject a target that no connection can reach. Raises Fatal."""
-    if rule.outbound or rule.target is None:
-        return
-    spliced = mode == PASTA and not options.no_splice and not options.no_namespace
-    local = spliced and (options.splice_only or (rule.addr is not None and addr.is_loopback(rule.addr)))
-    head, target = f"Invalid port specifier {_shown(rule.option)}: '{addr.text(rule.target)}'", rule.target
-    if addr.is_loopback(target) and not local:
-        what = "is a loopback address, which only connections from the host's loopback reach"
-        how = "listen on 127.0.0.1 or ::1, or leave out the target address"
-        raise Fatal(f"{head} {what}: {how}" if spliced else f"{head} is a loopback address, which cannot be reached")
-    if rule.addr is not None and len(rule.addr) != len(target) and not local:
-        raise Fatal(f"{head} is not of the family of '{addr.text(rule.addr)}', which is listened on")
-
-
-def _check_conflicts(rules: Iterable[Rule]) -> None:
-    """Reject two rules that listen on one port (`Rule.overlaps`). Raises Fatal."""
-    both = conflict(rules)
-    if both is not None:
-        _refuse(*both)
-
-
-def _refuse(a: Rule, b: Rule) -> None:
-    port = max(a.first, b.first)
-    if a.option == b.option:
-        raise Fatal(f"Port {port} is asked for twice by '{_shown(a.option)}': give it once")
-    raise Fatal(
-        f"Port {port} is asked for twice, by '{_shown(a.option)}' and by '{_shown(b.option)}': "
-        f"leave it out of one of them (~{port} excludes it)"
-    )
-
-
-def check_families(rules: Iterable[Rule], v4: bool, v6: bool) -> None:
-    """Reject a rule that needs a family that is off. Raises Fatal."""
-    for rule in rules:
-        for address in (rule.addr, None if rule.outbound else rule.target):
-            if address is not None and not (v4 if len(address) == 4 else v6):
-                name = "IPv4" if len(address) == 4 else "IPv6"
-                raise Fatal(f"Invalid port specifier {_shown(rule.option)}: {addr.text(address)}, but {name} is off")

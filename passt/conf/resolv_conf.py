@@ -32,11 +32,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .. import addr, log
 from ..calls import calls
+from ..lean.records import dataclass
 from ..linux import inotify
 from ..linux.inotify import Event
 from ..loop.directories import Changes
@@ -66,22 +66,27 @@ class ResolvConf:
 
     servers: tuple[bytes, ...] = ()
     search: tuple[str, ...] = ()
+    zones: tuple[tuple[bytes, str], ...] = ()  # interfaces of link-local servers (RFC 4007, 11), where they are given
 
 
 def parse(text: str) -> ResolvConf:
     """Nameservers and the first search list. Invalid lines are ignored, as by resolver(3)."""
     servers: list[bytes] = []
+    zones: list[tuple[bytes, str]] = []
     search: tuple[str, ...] = ()
     for line in text.splitlines():
         keyword, *values = line.split() or [""]
         if keyword == "nameserver" and values:
+            text, _, zone = values[0].partition("%")
             try:
-                servers.append(addr.packed(values[0].partition("%")[0]))
+                servers.append(addr.packed(text))
+                if zone and addr.is_link_local(servers[-1]):
+                    zones.append((servers[-1], zone))
             except ValueError:
                 log.debug(f"{RESOLV_CONF}: {line.strip()}: not an address, left out")
         elif keyword == "search" and not search:
             search = tuple(filter(is_name, values))  # a single "." usually means an empty list
-    return ResolvConf(tuple(servers), search)
+    return ResolvConf(tuple(servers), search, tuple(zones))
 
 
 class UnreadableError(Exception):

@@ -31,9 +31,15 @@ def describe_socket(path: str) -> str:
     return f"UNIX domain socket bound at {path}"
 
 
-def describe_client(path: str) -> Iterator[str]:
+def describe_client(path: str, *, vhost_user: bool = False) -> Iterator[str]:
     """The last lines: how to connect a virtual machine."""
     yield ""
+    if vhost_user:
+        yield "You can now start qemu (>= 8.0), with the same SIZE twice:"
+        yield "    kvm ... -m SIZE -object memory-backend-memfd,id=m,size=SIZE,share=on -machine memory-backend=m"
+        yield f"        -chardev socket,id=s,path={path} -netdev vhost-user,id=n,chardev=s"
+        yield "        -device virtio-net-pci,netdev=n"
+        return
     yield "You can now start qemu (>= 7.2):"
     netdev = f"stream,id=s,server=off,addr.type=unix,addr.path={path}"
     yield f"    kvm ... -device virtio-net-pci,netdev=s -netdev {netdev}"

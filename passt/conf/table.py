@@ -2,8 +2,7 @@
 
 It has the rows of `options.py` and, from here, the rows that set no field. An option of the other mode is in the table
 as well, as an error that names the alternative. The original accepts the long names of some of these; here they cause a
-warning. Rows without help are options of the original that this program does not have: they are an error with the text
-of getopt_long(3), by which clients detect a missing option.
+warning.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ..policy.config import PASST, PASTA
 from . import actions
 from .actions import Done, Fields, Row
 from .options import Options
-from .row import BASIC, GROUPS, RARE, Only, Option, option
+from .row import BASIC, GROUPS, MACHINE, RARE, Only, Option, option
 
 if TYPE_CHECKING:
     from .completion import Program
@@ -46,7 +45,8 @@ contradict each other, the last one counts. See passt(1) for details.""",
 Usage: passt [OPTION]...
 
 Connect a virtual machine to the network of the host, without privileges. passt
-listens on a UNIX domain socket, to which QEMU connects by -netdev stream.
+listens on a UNIX domain socket, to which QEMU connects by -netdev stream, or
+with --vhost-user by -netdev vhost-user.
 
 Example: passt -t 2222:22
 
@@ -55,24 +55,19 @@ contradict each other, the last one counts. See passt(1) for details.""",
 }
 
 
-def _absent(head: str, why: str, none: bool = False) -> Option:
-    """An option of the original that does not exist here; with `none`, its argument "none" is accepted."""
-
-    def action(fields: Fields, text: str, row: Row) -> None:
-        if not (none and text == "none"):
-            raise Fatal(f"{fields['mode']}: unrecognized option '--{row.name}': {why}")
-
-    return option(head, RARE, "", action, only=Only(PASST))
-
-
 def _help(fields: Fields, _: str, __: Row) -> None:
     raise Done(usage(fields["mode"]))
 
 
 def _version(fields: Fields, _: str, __: Row) -> None:
     from .. import __version__
+    from . import build
 
-    raise Done(f"{fields['mode']} {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n")
+    raise Done(f"{fields['mode']} {__version__}\n{build.description()}\n")
+
+
+def _capabilities(_: Fields, __: str, ___: Row) -> None:
+    raise Done('{\n  "type": "net"\n}\n')
 
 
 def _completion(fields: Fields, text: str, _: Row) -> None:
@@ -81,18 +76,19 @@ def _completion(fields: Fields, text: str, _: Row) -> None:
     raise Done(completion.script(text, completed(fields["mode"])))
 
 
-_NO_MIGRATION = "connections do not migrate with the guest here"
 TABLE = (
     *Options.ROWS,
     option("-h, --help", BASIC, "Show this help and exit", _help),
     option("--version", BASIC, "Show the version and exit", _version),
+    option(
+        "--print-capabilities",
+        MACHINE,
+        "Print what the back end of --vhost-user can do, as JSON, and exit",
+        _capabilities,
+        only=Only(PASST),
+    ),
     option("--completion SHELL", RARE, "Print completions for bash, zsh or fish, and exit", _completion),
     option("-e, --stderr", RARE, "No effect; accepted for compatibility", actions.nothing),
-    _absent("--vhost-user", "the guest is served on a stream socket here (qemu -netdev stream)"),
-    _absent("--print-capabilities", "it is about vhost-user, and the guest is served on a stream socket here"),
-    _absent("--repair-path PATH", _NO_MIGRATION, none=True),
-    _absent("--migrate-exit", _NO_MIGRATION),
-    _absent("--migrate-no-linger", _NO_MIGRATION),
 )
 
 

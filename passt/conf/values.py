@@ -10,16 +10,20 @@ import re
 
 from .. import addr
 from ..log import Fatal
-from ..policy.config import MTU_MAX, MTU_MIN
+from ..policy.config import ALL, MTU_MIN, OFF, ROUTES
 from ..wire.domain import is_name
+from ..wire.ip import MTU_MAX
 from .getopt import suggestion
 
 IFNAME_MAX = 15  # IFNAMSIZ less the final NUL
+ALTNAME_MAX = 127  # ALTIFNAMSIZ less the final NUL
 IFNAME_RULE = f"1 to {IFNAME_MAX} characters, no blanks, '/', ':' or '%'"
+ALTNAME_RULE = f"1 to {ALTNAME_MAX} characters, no blanks, '/', ':' or '%'"
 SOCKET_PATH_MAX = 107  # bytes: sizeof(sun_path) less the final NUL (unix(7))
 FD_MAX = 2**31 - 1
 LOG_SIZE_MIN = 40960  # bytes: enough for a start and what led to an end
 LOG_SIZE_MAX = 2**31 - 1
+BUSY_POLL_MAX = 1000  # us
 STATS_MIN = 0.1  # s
 STATS_MAX = 86400
 NONE = "none"
@@ -50,6 +54,21 @@ def mtu(text: str) -> int:
     return value
 
 
+def log_format(text: str) -> bool:
+    """Whether messages are JSON."""
+    if text not in ("text", "json"):
+        raise Fatal(f"Invalid --log-format: {text} (give text or json)")
+    return text == "json"
+
+
+def follow(text: str) -> str:
+    """How far the host's network is followed."""
+    modes = (OFF, ROUTES, ALL)
+    if text not in modes:
+        raise Fatal(f"Invalid --follow: {text} (give {', '.join(modes)}){suggestion(text, modes)}")
+    return text
+
+
 def log_size(text: str) -> int:
     try:
         value = number(text)
@@ -57,6 +76,16 @@ def log_size(text: str) -> int:
         value = -1
     if not LOG_SIZE_MIN <= value <= LOG_SIZE_MAX:
         raise Fatal(f"Invalid --log-size: {text} (give {LOG_SIZE_MIN} to {LOG_SIZE_MAX} bytes)")
+    return value
+
+
+def busy_poll(text: str) -> int:
+    try:
+        value = number(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= BUSY_POLL_MAX:
+        raise Fatal(f"Invalid --busy-poll: {text} (give 0 to {BUSY_POLL_MAX} microseconds; 0 turns it off)")
     return value
 
 
@@ -90,18 +119,25 @@ def guest_mac(text: str) -> bytes:
     return value
 
 
-def is_interface(text: str) -> bool:
-    """Whether the kernel allows it as the name of an interface."""
+def is_interface(text: str, most: int = ALTNAME_MAX) -> bool:
+    """Whether the kernel allows it as the name of an interface, or as an alternative name."""
     try:
         length = len(os.fsencode(text))
     except UnicodeEncodeError:
         return False
-    return 0 < length <= IFNAME_MAX and text not in (".", "..") and not re.search(r"[/:\s%\0]", text)
+    return 0 < length <= most and text not in (".", "..") and not re.search(r"[/:\s%\0]", text)
 
 
 def interface(text: str) -> str:
-    """An interface name."""
+    """The name of an interface that is there, or an alternative name of it."""
     if not is_interface(text):
+        raise Fatal(f"Invalid interface name: {text} ({ALTNAME_RULE})")
+    return text
+
+
+def new_interface(text: str) -> str:
+    """A name for an interface."""
+    if not is_interface(text, IFNAME_MAX):
         raise Fatal(f"Invalid interface name: {text} ({IFNAME_RULE})")
     return text
 
@@ -152,14 +188,14 @@ def _checked(text: str, refuse: str, message: str, *keywords: str) -> bytes:
 
 
 def address(text: str) -> tuple[bytes, int]:
-    """ADDR or ADDR/PREFIX; the prefix length is 0 when not given."""
+    """ADDR or ADDR/PREFIX; a prefix length of 0 stands for the default, as if it was not given."""
     plain, slash, prefix = text.partition("/")
     value = _checked(plain, "unspecified loopback multicast broadcast IPv4-mapped IPv4-compatible", "Invalid address:")
     if not slash:
         return value, 0
     bits = len(value) * 8
-    if not prefix.isdecimal() or not 1 <= int(prefix) <= bits:
-        raise Fatal(f"Invalid address: {text} (the prefix length is 1 to {bits})")
+    if not (prefix.isascii() and prefix.isdecimal()) or len(prefix) > 3 or int(prefix) > bits:
+        raise Fatal(f"Invalid address: {text} (the prefix length is 1 to {bits}, or 0 for the default)")
     return value, int(prefix)
 
 
@@ -220,13 +256,22 @@ def socket_path(text: str) -> str:
 
 
 def fd(text: str) -> int:
-    """A descriptor that is not standard input, output or error."""
+    """The descriptor of --fd, also 0 (inetd(8), StandardInput=socket of systemd)."""
+    return descriptor(text, "--fd")
+
+
+def ready_fd(text: str) -> int:
+    return descriptor(text, "--ready-fd")
+
+
+def descriptor(text: str, option: str) -> int:
+    """The number of an open descriptor, for `option`."""
     try:
         value = number(text)
     except ValueError:
         value = -1
-    if not 2 < value <= FD_MAX:
-        raise Fatal(f"Invalid --fd: {text} (give the number of an open descriptor, 3 or more)")
+    if not 0 <= value <= FD_MAX:
+        raise Fatal(f"Invalid {option}: {text} (give the number of an open descriptor)")
     return value
 
 

@@ -4,7 +4,8 @@ Guest to host (`outbound`), first match; the source is the kernel's choice, or t
 
     1. port 53 or 853 of a forwarded address (TCP, UDP)  -> one of the host's resolvers (`resolvers.py` decides)
     2. the address that maps the host's loopback         -> 127.0.0.1 or ::1
-    3. the address that maps the host itself             -> the host's own address, which the guest has too
+    3. the address that maps the host itself             -> the host's own address: the guest's, unless it has another
+                                                            (--follow routes)
     4. anything else                                     -> itself
 
 Answers come back to the guest from the address that it sent to: a flow keeps its original destination.
@@ -28,24 +29,66 @@ from __future__ import annotations
 from .. import addr
 from .config import PASTA, Config, Ip4, Ip6
 from .guest import Guest
+from .resolvers import DNS_PORTS
 from .rules import Rule
 from .settings import Settings
 
 NO_SCOPE = 0
+WAYS_MAX = 256  # addresses; all are forgotten then, and worked out again
 
 SockAddr = tuple[str, int] | tuple[str, int, int, int]
+
+
+class Way:
+    """How sockets reach an address on the host's side: all that its flows would work out again, one by one."""
+
+    __slots__ = ("_v4", "dns_scope", "interface", "own", "scope", "source", "text")
+
+    def __init__(
+        self, text: str, scope: int, dns_scope: int, source: bytes | None, interface: str | None, *, own: bool
+    ) -> None:
+        self.text = text  # of the address
+        self.scope = scope  # index of the interface, for an address of link scope (RFC 4007, 4)
+        self.dns_scope = dns_scope  # likewise, on a port of DNS: a resolver may be on another link
+        self.source = source  # address that sockets are bound to, None: the kernel's choice
+        self.interface = interface  # likewise
+        self.own = own  # the address is one of the host itself
+        self._v4 = ":" not in text
+
+    def sockaddr(self, port: int) -> SockAddr:
+        """For connect() and bind()."""
+        if self._v4:
+            return self.text, port
+        return self.text, port, 0, self.dns_scope if port in DNS_PORTS else self.scope
 
 
 class Forwarding:
     """The translation rules of the configuration in force."""
 
-    __slots__ = ("_config",)
+    __slots__ = ("_config", "_resolver_scopes", "_ways")
 
     def __init__(self, settings: Settings) -> None:
         settings.subscribe(self._adopt)
 
     def _adopt(self, config: Config) -> None:
         self._config = config
+        self._resolver_scopes = dict(config.dns_scopes)
+        self._ways: dict[bytes, Way] = {}
+
+    def way(self, target: bytes) -> Way:
+        """How sockets reach the host-side address `target`."""
+        way = self._ways.get(target)
+        if way is None:
+            if len(self._ways) >= WAYS_MAX:
+                self._ways.clear()
+            way = self._ways[target] = self._find_way(target)
+        return way
+
+    def _find_way(self, target: bytes) -> Way:
+        ip, scope = self.family(target), self.scope(target)
+        own = addr.is_loopback(target) or (ip is not None and target in (ip.addr, ip.host_addr))
+        dns_scope = self._resolver_scopes.get(target, scope)
+        return Way(addr.text(target), scope, dns_scope, *self._source(target, ip), own=own)
 
     def family(self, a: bytes) -> Ip4 | Ip6 | None:
         """Settings of the address's family; None if it is off."""
@@ -53,28 +96,36 @@ class Forwarding:
 
     def outbound(self, dst: bytes) -> bytes:
         """The host-side address for a guest's destination, unless `resolvers.py` decides."""
-        ip = self.family(dst)
+        ip = self._config.ip4 if len(dst) == 4 else self._config.ip6
         if ip is None:
             return dst
         if dst == ip.map_host_loopback:
             return addr.LOOPBACK4 if len(dst) == 4 else addr.LOOPBACK6
         if dst == ip.map_guest_addr and ip.addr is not None:
-            return ip.addr
+            return ip.host_addr or ip.addr
         return dst
 
     def source(self, target: bytes) -> tuple[bytes | None, str | None]:
         """Address and interface that a socket to the host-side address `target` is bound to; None: the kernel's choice.
 
-        The host's loopback is reached from no other interface, so there the configured ones do not apply.
+        The host itself is reached through its loopback interface alone, and its loopback addresses from no others. So
+        the configured ones do not apply there.
         """
-        ip = self.family(target)
+        way = self.way(target)
+        return way.source, way.interface
+
+    @staticmethod
+    def _source(target: bytes, ip: Ip4 | Ip6 | None) -> tuple[bytes | None, str | None]:
         if ip is None or addr.is_loopback(target):
             return None, None
-        return ip.addr_out, ip.if_out
+        return ip.addr_out, None if target in (ip.addr, ip.host_addr) else ip.if_out
 
     def sockaddr(self, a: bytes, port: int) -> SockAddr:
-        """For connect() and bind(): addresses of link scope (RFC 4007, 4) get the index of the template interface."""
-        return (addr.text(a), port) if len(a) == 4 else (addr.text(a), port, 0, self.scope(a))
+        """For connect() and bind(): addresses of link scope (RFC 4007, 4) get the index of the template interface.
+
+        A resolver may be on another link.
+        """
+        return self.way(a).sockaddr(port)
 
     def scope(self, a: bytes) -> int:
         """The index of the interface of an address of link scope, 0 for other addresses."""
@@ -92,7 +143,7 @@ class Forwarding:
         if addr.is_loopback(peer):
             mapped = ip.map_host_loopback if peer in (addr.LOOPBACK4, addr.LOOPBACK6) else None
             return mapped or ours
-        if peer == ip.addr and ip.map_guest_addr is not None:
+        if peer == (ip.host_addr or ip.addr) and ip.map_guest_addr is not None:
             return ip.map_guest_addr
         if addr.is_unspecified(peer) or peer in (ip.addr, guest.addr4, guest.addr6, guest.addr6_ll):
             return ours

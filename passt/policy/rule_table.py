@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 
+from ..lean.records import replace
 from .rules import Rule, conflict
 
 Meaning = tuple[object, ...]

@@ -15,11 +15,11 @@ that cannot be bound. A table is a tuple of rules, in the order of the command l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .. import addr
+from ..lean.records import dataclass, replace
 from ..wire.checksum import PROTO_TCP
 
 PORT_MAX = 65535
@@ -153,3 +153,11 @@ class Listener:
         self.sock = sock
         self.fd: int = sock.fileno()
         self.index = -1
+
+
+def with_names(rules: Iterable[Rule], altnames: Mapping[str, str]) -> tuple[Rule, ...]:
+    """`rules` with the names of interfaces that are given by an alternative name (ip-link(8), `property add altname`).
+
+    An alternative name may be longer than a socket option takes.
+    """
+    return tuple(replace(r, ifname=altnames.get(r.ifname, r.ifname)) if r.ifname else r for r in rules)

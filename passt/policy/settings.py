@@ -7,9 +7,11 @@ A `Config` is frozen. A change is another `Config` that takes its place (`replac
     `conf.names.follow`        `dns` of both families, `dns_search`,             resolv.conf has changed
                                `dns_match`, `dns_hosts`
     `ports.forwards.Forwards`  `forwards`                                        a client changes the rules
+    `passt.Clients`            `mtu`                                             a machine whose buffers are small
+    `daemon.following`         what depends on the host's tables: both           they have changed (`conf/follow.py`)
+                               families, `scope_id`, interfaces, names
 
-All other fields keep their values. A host whose addresses or routes change is not followed yet: its follower would read
-`linux/netlink.py` again, decide as `conf/decide.py` does, and call `replace`.
+All other fields keep their values.
 
 There are three interfaces. No object keeps a `Config`, or a part of one, by other means.
 
@@ -26,8 +28,8 @@ A cache has one function that fills it, and one line that subscribes this functi
 
 A fault of one subscriber does not affect the other ones. It is logged, and counted as "fault".
 
-A flow keeps its initial values until its end: our MAC in its pre-cooked header, the longest segment or datagram (from
-the MTU), the address and interface that its socket is bound to, the host that it connects to.
+A flow keeps its initial values until its end: the longest segment or datagram (from the MTU), the address and interface
+that its socket is bound to, the host that it connects to.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from passt.conf import help as conf_help
 from passt.conf.row import Option, option
+from passt.log import WIDTH
 from passt.pesto import command as pesto
 
 FLAG = option("-q, --quiet", "One", "Print little\nnot a word about " + "what is going on " * 4)
@@ -38,7 +39,7 @@ WORDS = st.lists(st.from_regex(r"[a-z:/'.-]{1,40}", fullmatch=True), min_size=1,
 def test_every_word_is_there_and_no_line_is_too_long(paragraphs: list[str], head: str) -> None:
     row: Option = option(head, "One", "\n".join(paragraphs))
     text = conf_help.text("", [row], ["One"])
-    assert max(map(len, text.splitlines())) <= conf_help.WIDTH
+    assert max(map(len, text.splitlines())) <= WIDTH
     assert text.split() == ["One:", *head.split(), *" ".join(paragraphs).split()]
 
 

@@ -37,6 +37,37 @@ def resolv_conf(servers: str, *search: str) -> ResolvConf:
     return ResolvConf(tuple(map(addr.packed, servers.split())), search)
 
 
+def link_local_host(line: str, servers: str, zones: dict[str, str]) -> Config:
+    """A host whose template interface, eth0, is number 2."""
+    interfaces = ("eth0", 2), ("eth1", 3), ("an-alternative-name", 3)
+    config = replace(config_of(line), scope_id=2, interfaces=interfaces)
+    found = tuple((addr.packed(a), zone) for a, zone in zones.items())
+    return conf_names.apply(options_of(line), config, replace(resolv_conf(servers), zones=found))
+
+
+@pytest.mark.parametrize("zone", ["eth1", "an-alternative-name", "3"])
+def test_a_link_local_resolver_on_another_link(zone: str) -> None:
+    """The guest cannot reach it: at its own link, another host may have that address."""
+    config = link_local_host("", "fe80::53", {"fe80::53": zone})
+    assert config.dns_scopes == ((addr.packed("fe80::53"), 3),)
+    assert config.ip6 and config.ip6.dns == (GATEWAY6,) and config.dns_match == (GATEWAY6,)
+
+
+def test_a_link_local_resolver_on_the_guests_link() -> None:
+    config = link_local_host("", "fe80::53", {"fe80::53": "eth0"})
+    assert config.dns_scopes == ((addr.packed("fe80::53"), 2),)
+    assert config.ip6 and config.ip6.dns == (addr.packed("fe80::53"),)
+
+
+def test_an_interface_that_is_not_there_counts_for_nothing() -> None:
+    assert link_local_host("", "fe80::53", {"fe80::53": "eth9"}).dns_scopes == ()
+
+
+def test_the_interface_of_a_given_resolver() -> None:
+    config = link_local_host("--dns-host fe80::99%eth1", "fe80::53", {"fe80::53": "eth0"})
+    assert config.dns_hosts == (addr.packed("fe80::99"),) and config.dns_scopes == ((addr.packed("fe80::99"), 3),)
+
+
 def names(line: str, servers: str) -> Told:
     """(given to the guest, forwarded addresses, resolvers)."""
     config = conf_names.apply(options_of(line), config_of(line), resolv_conf(servers))
@@ -87,6 +118,17 @@ def test_names(line: str, servers: str, expected: Told) -> None:
     assert names(line, servers) == expected
 
 
+def test_more_resolvers_than_a_guest_can_use() -> None:
+    """As many as a caller has: the first ones count, of each family."""
+    line = " ".join(f"-D 8.8.8.{i} -D 2001:db8::{i}" for i in range(1, 6))
+    first = " ".join(f"8.8.8.{i}" for i in (1, 2, 3)), " ".join(f"2001:db8::{i}" for i in (1, 2, 3))
+    assert names(line, "9.9.9.9") == (" ".join(first), "", "9.9.9.9")
+    assert remarks(line, "9.9.9.9") == [
+        "No use for resolvers after the first 3 of a family: 8.8.8.4, 8.8.8.5",
+        "No use for resolvers after the first 3 of a family: 2001:db8::4, 2001:db8::5",
+    ]
+
+
 def test_search() -> None:
     found = resolv_conf("", "example.org", *"abcdef")
     for line, search in (("", ("example.org", *"abcde")), ("-S x -S y", ("x", "y")), ("-S none", ())):
@@ -97,7 +139,7 @@ def remarks(line: str, servers: str) -> list[str]:
     said: list[str] = []
     found = resolv_conf(servers)
     options = options_of(line)
-    conf_names.remark(options, conf_names.apply(options, config_of(line), found), found, said.append)
+    conf_names.remark(options, conf_names.apply(options, config_of(line), found), found, said.append, said.append)
     return said
 
 

@@ -47,7 +47,8 @@ def test_parse() -> None:
         "domain d.example\noptions ndots:2\nnameserver 9.9.9.11"
     )
     servers = ip("9.9.9.9"), ip("9.9.9.10"), ip("fe80::1"), ip("9.9.9.11")
-    assert parse(text) == ResolvConf(servers, ("a.example", "b.example"))
+    assert parse(text) == ResolvConf(servers, ("a.example", "b.example"), ((ip("fe80::1"), "eth0"),))
+    assert parse("nameserver 2001:db8::1%eth0").zones == ()  # an address of every link
     assert parse("") == ResolvConf()
 
 
@@ -246,9 +247,7 @@ def test_the_link_is_pointed_elsewhere(
     new.symlink_to(far)
     new.rename(path)
     assert watcher.settles() == []
-    assert said == [
-        f"{path}: {far} is in a directory that was not on the path at start: keeping its previous contents"
-    ]
+    assert said == [f"{path}: {far} is in a directory that was not on the path at start: keeping its previous contents"]
 
 
 def test_a_new_target_in_a_known_directory_is_watched_too(linked: tuple[Path, Path], start: Start) -> None:

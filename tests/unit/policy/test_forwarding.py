@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from passt.addr import packed
 from passt.policy.config import Config, Ip4, Ip6
-from passt.policy.forwarding import Forwarding
+from passt.policy.forwarding import WAYS_MAX, Forwarding
+from passt.policy.guest import Guest
+from passt.policy.rules import Rule
 from passt.policy.settings import Settings
+from passt.wire.checksum import PROTO_TCP
 
 IP4 = Ip4(
     addr=packed("192.0.2.2"),
@@ -58,6 +62,32 @@ def test_the_addresses_in_force_count() -> None:
     assert fwd.scope(packed("fe80::2")) == 4
 
 
+def test_a_resolver_may_be_on_another_link() -> None:
+    """Only as a resolver: on the guest's link, another host may have its address."""
+    fwd = Forwarding(Settings(replace(CONFIG, dns_scopes=((packed("fe80::2"), 7),))))
+    assert [fwd.sockaddr(packed("fe80::2"), port)[3:] for port in (53, 853, 80)] == [(7,), (7,), (3,)]
+    assert fwd.sockaddr(packed("fe80::3"), 53)[3:] == (3,)
+
+
+def test_a_way_is_found_once_and_again_after_a_change() -> None:
+    settings = Settings(CONFIG)
+    fwd = Forwarding(settings)
+    target = packed("198.51.100.1")
+    way = fwd.way(target)
+    assert fwd.way(target) is way and (way.source, way.interface, way.own) == (packed("203.0.113.7"), "eth1", False)
+    own = replace(IP4, addr_out=None, if_out="eth2", host_addr=target)
+    settings.replace(replace(CONFIG, ip4=own), 0.0)
+    assert (fwd.way(target).source, fwd.way(target).interface, fwd.way(target).own) == (None, None, True)
+    assert fwd.source(packed("198.51.100.2")) == (None, "eth2")
+
+
+def test_ways_are_kept_for_some_addresses() -> None:
+    fwd = Forwarding(Settings(CONFIG))
+    for i in range(3 * WAYS_MAX):
+        fwd.way(bytes((10, 0, i >> 8, i & 0xFF)))
+        assert 0 < len(fwd._ways) <= WAYS_MAX
+
+
 def test_nothing_mapped() -> None:
     plain = replace(IP4, map_host_loopback=None, map_guest_addr=None)
     fwd = Forwarding(Settings(replace(CONFIG, ip4=plain)))
@@ -104,3 +134,36 @@ def test_source(target: str, address: str | None, interface: str | None) -> None
 )
 def test_sockaddr(address: str, sockaddr: tuple[object, ...]) -> None:
     assert Forwarding(Settings(CONFIG)).sockaddr(packed(address), 80) == sockaddr
+
+
+# Loopback to loopback -------------------------------------------------------------------------------------------------
+
+IN = Rule("-t 80", PROTO_TCP, False, 80, 80, 80)
+OUT = replace(IN, option="-T 80", outbound=True)
+GUEST = Guest(addr4=packed("192.0.2.2"), addr6=packed("2001:db8::2"))
+LOOPBACKS = ["127.0.0.1", "::1"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "guest", "config", "targets"),
+    [
+        (IN, GUEST, {}, ["192.0.2.2", "2001:db8::2"]),
+        (IN, Guest(addr4=GUEST.addr4), {}, ["192.0.2.2"]),
+        (IN, Guest(addr6=GUEST.addr6), {}, ["2001:db8::2"]),
+        (IN, Guest(), {}, []),
+        (IN, GUEST, {"ip4": None}, ["2001:db8::2"]),
+        (IN, GUEST, {"ip6": None}, ["192.0.2.2"]),
+        (IN, GUEST, {"host_lo_to_ns_lo": True}, LOOPBACKS),
+        (IN, Guest(), {"splice_only": True}, LOOPBACKS),
+        (IN, Guest(), {"splice_only": True, "ip6": None}, ["127.0.0.1"]),
+        (OUT, Guest(), {}, LOOPBACKS),
+        (OUT, GUEST, {"ip4": None, "ip6": None}, LOOPBACKS),
+        (replace(IN, target=packed("198.51.100.1")), GUEST, {"host_lo_to_ns_lo": True}, ["198.51.100.1"]),
+    ],
+)
+def test_where_a_spliced_client_is_led(rule: Rule, guest: Guest, config: dict[str, Any], targets: list[str]) -> None:
+    """Its own family comes first."""
+    fwd = Forwarding(Settings(replace(CONFIG, **config)))
+    expected = [packed(a) for a in targets]
+    assert fwd.splice_targets(False, rule, guest) == expected
+    assert fwd.splice_targets(True, rule, guest) == expected[::-1]

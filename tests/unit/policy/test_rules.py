@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passt import addr
 from passt.conf.ports import parse_spec
-from passt.policy.rules import Listener, Rule
+from passt.policy.rules import Listener, Rule, conflict
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
 LO4, LO6 = addr.LOOPBACK4, addr.LOOPBACK6
@@ -99,3 +99,40 @@ def test_listener() -> None:
     with socket.socket() as s:
         listener = Listener(BASE, 85, s)
         assert (listener.port, listener.to, listener.fd, listener.index) == (85, 8085, s.fileno(), -1)
+
+
+WIDTHS = [
+    (None, None),
+    (None, "eth0"),
+    (addr.packed("192.0.2.1"), None),
+    (addr.packed("192.0.2.1"), "eth0"),
+    (addr.ANY4, None),
+    (addr.ANY4, "eth0"),
+]
+
+
+@pytest.mark.parametrize("one", WIDTHS)
+@pytest.mark.parametrize("other", WIDTHS)
+def test_narrow_and_wide_rules_conflict_in_either_order(
+    one: tuple[bytes | None, str | None], other: tuple[bytes | None, str | None]
+) -> None:
+    """One address, any of its family, any; with an interface and without."""
+    a, b = (
+        Rule("-t x", PROTO_TCP, False, first, first + 10, first, addr=address, ifname=name)
+        for first, (address, name) in ((80, one), (85, other))
+    )
+    assert conflict([a, b]) == conflict([b, a]) == (a, b)
+    assert conflict([a, replace(b, first=91, last=99)]) is None
+
+
+def test_a_rule_of_another_family_does_not_hide_a_conflict() -> None:
+    """It has the highest port of all addresses, and is none of the addresses of IPv4."""
+    narrow, other, wide = (
+        Rule("-t x", PROTO_TCP, False, first, last, first, addr=address)
+        for first, last, address in (
+            (80, 90, addr.packed("192.0.2.1")),
+            (81, 100, addr.packed("2001:db8::1")),
+            (85, 95, addr.ANY4),
+        )
+    )
+    assert conflict([narrow, other, wide]) == (narrow, wide)

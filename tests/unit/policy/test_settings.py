@@ -129,14 +129,14 @@ def _ip4(n: int) -> Ip4:
     def a(last: int) -> bytes:
         return addr.packed(f"10.0.{n}.{last}")
 
-    return Ip4(a(2), 20 + n, a(1), a(3), a(4), a(5), (a(6), a(7)), a(8), f"eth{n}")
+    return Ip4(a(2), 20 + n, a(1), a(3), a(4), a(5), (a(6), a(7)), a(8), f"eth{n}", n, bool(n & 1), a(9))
 
 
 def _ip6(n: int) -> Ip6:
     def a(last: int) -> bytes:
         return addr.packed(f"2001:db8:{n}::{last}")
 
-    return Ip6(a(2), 60 + n, a(1), a(3), a(4), a(5), (a(6), a(7)), a(8), f"eth{n}")
+    return Ip6(a(2), 60 + n, a(1), a(3), a(4), a(5), (a(6), a(7)), a(8), f"eth{n}", n, bool(n & 1), a(9))
 
 
 def _rules(n: int) -> tuple[Rule, ...]:
@@ -153,6 +153,7 @@ def _config(n: int) -> Config:
         ip6=_ip6(n),
         our_mac=bytes((0x9A, 0x55, 0, 0, 0, n)),
         mtu=1300 + n,
+        busy_poll=n,
         scope_id=n,
         dns_search=(f"{n}.test",),
         dns_match=(addr.packed(f"10.0.{n}.53"),),
@@ -160,6 +161,9 @@ def _config(n: int) -> Config:
         hostname=f"h{n}",
         fqdn=f"h{n}.test",
         forwards=_rules(n),
+        interfaces=((f"eth{n}", n),),
+        dns_scopes=((addr.packed("fe80::53"), n),),
+        altnames=((f"alternative{n}", f"eth{n}"),),
         **{f.name: odd for f in fields(Config) if f.type == "bool"},
     )
 
