@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 
 from ..drops import Reason
+from ..lean.records import dataclass, field
 from ..link.backend import Link
 from ..link.packet import PacketPool
 from ..linux.nspool import NsSockets
@@ -14,8 +14,12 @@ from ..loop.timers import TimerPool
 from ..policy.config import Config
 from ..policy.forwarding import Forwarding
 from ..policy.guest import Guest
+from ..policy.lan import Lan
 from ..policy.resolvers import Resolvers
 from ..policy.settings import Settings
+from .headers import Headers
+from .neighbours import Neighbours
+from .room import Room
 from .services import Services
 from .stats import Stats
 from .table import FlowTable
@@ -36,8 +40,20 @@ class Context:
     guest: Guest = field(default_factory=Guest)
     drops: Counter[Reason] = field(default_factory=Counter)  # by reason; the module that drops a packet counts it
     services: Services = field(default_factory=Services)  # each registers itself
+    classes: dict[bytes, int] = field(default_factory=dict)  # of TCP connections by key: traffic, if not 0
+    room: Room = field(default_factory=Room)  # each protocol offers what it can end
     stats: Stats = field(default_factory=Stats)  # writers: see there
     ns: NsSockets | None = None  # sockets of the guest's namespace; a virtual machine has none
+    lan: Lan = field(init=False)  # MAC addresses of the host's neighbours
+    headers: Headers = field(init=False)
+    neighbours: Neighbours = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lan = Lan(self.settings, self.guest)
+        self.headers = Headers(self.flows, self.guest, self.lan, self.timers, self.drops)
+        self.neighbours = Neighbours(
+            self.settings, self.guest, self.flows, self.headers, self.services, self.timers, self.reactor, self.drops
+        )
 
     @property
     def config(self) -> Config:

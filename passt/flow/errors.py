@@ -74,9 +74,12 @@ class Errors:
         self._second = 0.0
         self._left = 0
 
-    def refused(self, number: int, guest: bytes, dst: bytes, packet: bytes, now: float) -> None:
-        """The host's kernel refused to send `packet` of `guest` to `dst`, with errno `number`."""
-        self._send(dst, guest, *from_errno(number, 0, v4=len(dst) == 4), packet, now)
+    def refused(self, number: int, guest: bytes, dst: bytes, packet: bytes, now: float, mtu: int = 0) -> None:
+        """The host's kernel refused to send `packet` of `guest` to `dst`, with errno `number`.
+
+        `mtu` is that of the link or path, where the packet is too big for it.
+        """
+        self._send(dst, guest, *from_errno(number, mtu, v4=len(dst) == 4), packet, now)
 
     def reported(self, error: ExtendedError, guest: bytes, dst: bytes, host: bytes, packet: bytes, now: float) -> None:
         """`error` is about `packet`, which `guest` sent to `dst`; on the host that is `host`."""
@@ -88,7 +91,7 @@ class Errors:
         if offender is None or len(offender) != len(dst) or offender == host or not addr.is_unicast(offender):
             return dst
         settings = self._ctx.fwd.family(dst)
-        ours = addr.is_loopback(offender) or (settings is not None and offender == settings.addr)
+        ours = addr.is_loopback(offender) or (settings is not None and offender in (settings.addr, settings.host_addr))
         return dst if ours else offender
 
     def _send(self, src: bytes, dst: bytes, kind: int, code: int, word: int, packet: bytes, now: float) -> None:
@@ -97,7 +100,8 @@ class Errors:
             ctx.drops[Drop.ICMP_ERROR_NOT_SENT] += 1
             return
         message = icmp.error(src, dst, kind, code, word, packet)
-        ctx.link.send_frame(ether.ip_frame(ctx.guest.mac, ctx.config.our_mac, src, dst, icmp.protocol(src), message))
+        mac = ctx.guest.mac_of(dst)
+        ctx.link.send_frame(ether.ip_frame(mac, ctx.lan.mac_of(src), src, dst, icmp.protocol(src), message))
 
     def _allowed(self, now: float) -> bool:
         if now - self._second >= 1:

@@ -3,8 +3,9 @@
     event                                    consequence                                          reason
     ---------------------------------------  ---------------------------------------------------  ---------
     nothing sent or received for `timeout`   the next sweep closes it                             idle
-    more than `limit` flows, or table full   the longest idle sixteenth is closed                 evicted
-    no descriptor left (EMFILE, ENFILE)      the same, and the socket is opened again             evicted
+    more than `limit` flows                  the longest idle sixteenth is closed                 evicted
+    table full                               the flow of least use ends (`room.py`), or the same  evicted
+    no descriptor left (EMFILE, ENFILE)      likewise, and the socket is opened again             evicted
     a fault in handling a flow               that flow is closed                                  fault
 
 Where peers can begin flows as well (`foreign`), a new one makes room at the cost of other foreign flows, as long as
@@ -28,11 +29,13 @@ from ..drops import Reason
 from ..loop.each import each, record
 from ..loop.reactor import EPOLLERR, EPOLLIN, Reactor
 from .context import Context
+from .room import DESCRIPTORS, EVICT_SHARE, IDLE, NO_DESCRIPTORS, TABLE
 from .table import FREE, RECENT, Flow, FlowInfo, TableFull, reason_of
 
-SWEEP_MIN = 5.0  # s between sweeps, at least
-EVICT_SHARE = 16
-NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
+SWEEP_MIN = 1.0  # s between sweeps, at least
+SWEEP_COST = 0.25e-3  # s between sweeps for each flow: a sweep looks at all, and takes a thousandth of that
+SOON = 1e-6  # s from now: in the next turn
+SWEEP_MAX = 512  # flows that a turn closes
 
 
 class IdleFlow(Flow):
@@ -93,18 +96,18 @@ class IdleFlows(Generic[F]):
         self._foreign: dict[bytes, F] = {}
         self._timer = ctx.timers.services.new(self.sweep)
         self._due = NEVER
+        ctx.room.offer(IDLE, self._give)
 
-    def open(self, make: Callable[[], socket.socket], *, foreign: bool = False) -> socket.socket:
-        """The socket that `make` opens; if descriptors ran out, at the cost of the longest idle flows.
+    def open(self, make: Callable[[], socket.socket], now: float, *, foreign: bool = False) -> socket.socket:
+        """The socket that `make` opens; if descriptors ran out, at the cost of the flows of least use.
 
         `foreign` is that of the flow it is for. Raises what `make` raises.
         """
         try:
             return make()
         except OSError as e:
-            if e.errno not in NO_DESCRIPTORS or not self.by_key:
+            if e.errno not in NO_DESCRIPTORS or not self._find_room(DESCRIPTORS, self.close_at_once, foreign, now):
                 raise
-        self._close_oldest(self.close_at_once, foreign)
         return make()
 
     def add(self, flow: F, sock: socket.socket, now: float) -> None:
@@ -114,11 +117,11 @@ class IdleFlows(Generic[F]):
         """
         ctx = self._ctx
         if len(self.by_key) >= self.limit:
-            self.evict(flow.foreign)
+            self._close_oldest(self.close, flow.foreign)
         try:
             ctx.flows.insert(flow)
         except TableFull:
-            self.evict(flow.foreign)
+            self._find_room(TABLE, self.close, flow.foreign, now)
             ctx.flows.insert(flow)
         flow.sock, flow.fd = sock, sock.fileno()
         try:
@@ -141,6 +144,11 @@ class IdleFlows(Generic[F]):
         finally:
             self._ctx.flows.free(flow, why)
 
+    def end(self, flow: Flow, why: str) -> None:
+        """Close `flow`, if it is one of these: the next packet of the guest begins another one."""
+        if (own := self.by_key.get(flow.key)) is flow:
+            self.close(own, why)
+
     def close_all(self, why: str) -> None:
         """Close every flow."""
         each(self.by_key.values(), self.close, self.fault_at, why)
@@ -157,6 +165,12 @@ class IdleFlows(Generic[F]):
         if flow is not None and (own := self.by_key.get(flow.key)) is flow:
             self.close(own, "fault")
 
+    def fault_key(self, key: bytes) -> None:
+        """Close the flow of `key`, if there is one."""
+        flow = self.by_key.get(key)
+        if flow is not None:
+            self.close(flow, "fault")
+
     def close_at_once(self, flow: F, why: str) -> None:
         """Forget `flow` and give its descriptors back now: their numbers go to the sockets that are opened next."""
         self._remove(flow)
@@ -171,9 +185,24 @@ class IdleFlows(Generic[F]):
         del self.by_key[flow.key]
         self._foreign.pop(flow.key, None)
 
-    def evict(self, foreign: bool) -> None:
-        """Make room in the table, for a flow that is `foreign` or not."""
-        self._close_oldest(self.close, foreign)
+    def _find_room(self, short_of: str, close: Callable[[F, str], None], foreign: bool, now: float) -> bool:
+        """Make room for a flow that is `foreign` or not: at the cost of what the process needs least, or of the
+        longest idle flows of this protocol. Returns whether any has ended.
+        """
+        if not (foreign and self._foreign) and self._ctx.room.make(short_of, now, foreign=foreign):
+            return True
+        if not self.by_key:
+            return False
+        self._close_oldest(close, foreign)
+        return True
+
+    def _give(self, foreign: bool, now: float) -> int:
+        """Close the longest idle sixteenth of those that carry nothing at the moment; returns how many these were."""
+        flows = self._foreign if foreign else self.by_key
+        idle = sorted((f for f in flows.values() if now - f.last >= RECENT), key=_last)
+        oldest = idle[: len(idle) // EVICT_SHARE + 1]
+        each(oldest, self._make_room, self.fault_at, self.close_at_once)
+        return len(oldest)
 
     def _close_oldest(self, close: Callable[[F, str], None], foreign: bool) -> None:
         """Close the longest idle sixteenth, so that the sorting is paid for by many new flows."""
@@ -186,12 +215,18 @@ class IdleFlows(Generic[F]):
         close(flow, "evicted")
 
     def sweep(self, now: float) -> None:
-        """Close what has been idle for too long, and come back when the next flow may be due."""
+        """Close what has been idle for too long, and come back when the next flow may be due.
+
+        Of many flows that are due at once, the others are closed in the next turns.
+        """
         self._due = NEVER
-        each([f for f in self.by_key.values() if f.last + f.timeout <= now], self.close, self.fault_at, "idle")
-        if self.by_key:
+        due = [f for f in self.by_key.values() if f.last + f.timeout <= now]
+        each(due[:SWEEP_MAX], self.close, self.fault_at, "idle")
+        if len(due) > SWEEP_MAX:
+            self._arm(now + SOON)
+        elif self.by_key:
             earliest = min(f.last + f.timeout for f in self.by_key.values())
-            self._arm(max(earliest, now + SWEEP_MIN))
+            self._arm(max(earliest, now + SWEEP_MIN, now + len(self.by_key) * SWEEP_COST))
 
     def _arm(self, deadline: float) -> None:
         if deadline < self._due:

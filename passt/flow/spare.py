@@ -22,7 +22,7 @@ from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN
 from ..loop.timers import RETRY
 from .context import Context
-from .idle import NO_DESCRIPTORS
+from .room import NO_DESCRIPTORS
 
 REST = 0.1  # s
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ..calls import calls
 
@@ -51,6 +52,7 @@ class Stats:
         self.bytes_from_guest = 0  # likewise
         self.spliced = {"tcp": (Tally(), Tally()), "udp": (Tally(), Tally())}
         self.gauges: dict[str, Callable[[], int]] = {}
+        self.network: Callable[[], dict[str, Any]] | None = None  # what is followed of the host's network
         self._stat = -1
         self._page, self._tick = os.sysconf("SC_PAGESIZE"), os.sysconf("SC_CLK_TCK")
 

@@ -43,11 +43,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Final
 
 from .. import addr, log
 from ..calls import calls
+from ..lean.records import dataclass
 from ..log import Fatal
 
 CALLS = calls("getsockname")
@@ -59,6 +59,7 @@ LABELS = ("tcp", "tcp_splice", "udp", "udp_splice", "dns", "ping")
 GUEST, HOST = "guest", "host"  # the side that began a flow
 RECENT = 5.0  # s after its last packet a flow counts as idle
 
+RESET: Final = frozenset((errno.ECONNRESET, errno.EPIPE))  # errnos of a socket that was connected: a refusal differs
 _REASONS = {
     errno.ECONNREFUSED: "refused",
     errno.ECONNRESET: "reset by peer",
@@ -135,7 +136,7 @@ class FlowInfo:
         """For JSON: text, numbers, None."""
         tcp: dict[str, object] = {}
         if self.tcp is not None:
-            tcp = {name: getattr(self.tcp, name) for name in self.tcp.__slots__}
+            tcp = {name: getattr(self.tcp, name) for name in self.tcp.__match_args__}
             if self.tcp.rtt is not None:
                 tcp["rtt"] = round(self.tcp.rtt, 6)
         return {
@@ -163,7 +164,7 @@ class Flow:
 
     __slots__ = ("fd", "index", "key", "opened", "sock", "state")
     kind = "flow"
-    label = ""
+    label: ClassVar[str] = ""
 
     def __init__(self, key: bytes) -> None:
         self.key = key
@@ -176,6 +177,9 @@ class Flow:
     def endpoints(self) -> Endpoints:
         """The ends of the flow."""
         return Endpoints(GUEST, "", "", "")
+
+    def set_macs(self, guest: bytes, peer: bytes) -> None:
+        """Write the MAC addresses of the guest and of the peer into the header, if there is one."""
 
     def traffic(self) -> tuple[int, int]:
         """Bytes of payload to the guest, and to the host."""
@@ -220,11 +224,15 @@ class FlowTable:
         self.opened[flow.label] += 1
         if log.debug_on:
             log.debug(f"Flow {flow.index} ({flow.kind}): {flow.endpoints()} opened")
-        self._set(flow, NEW)
+        if log.trace_on:
+            _trace(flow, NEW)
+        flow.state = NEW
 
     def activate(self, flow: Flow) -> None:
         """NEW -> ACTIVE."""
-        self._set(flow, ACTIVE)
+        if log.trace_on:
+            _trace(flow, ACTIVE)
+        flow.state = ACTIVE
 
     def free(self, flow: Flow, why: str) -> None:
         """Any state but FREE -> FREE; the index may be used again at once. The caller has retired the socket.
@@ -242,12 +250,13 @@ class FlowTable:
             to_guest, to_host = flow.traffic()
             what = f"{to_host} bytes out, {to_guest} in, {self._clock() - flow.opened:.1f} s"
             log.debug(f"Flow {flow.index} ({flow.kind}): closed: {why}; {what}")
-        self._set(flow, FREE)
-
-    def _set(self, flow: Flow, state: int) -> None:
         if log.trace_on:
-            log.trace(f"Flow {flow.index} ({flow.kind}): {STATE_NAMES[flow.state]} -> {STATE_NAMES[state]}")
-        flow.state = state
+            _trace(flow, FREE)
+        flow.state = FREE
+
+
+def _trace(flow: Flow, state: int) -> None:
+    log.trace(f"Flow {flow.index} ({flow.kind}): {STATE_NAMES[flow.state]} -> {STATE_NAMES[state]}")
 
 
 def check_hash() -> None:

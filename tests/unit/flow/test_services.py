@@ -13,6 +13,7 @@ from scapy.packet import Packet, Raw
 
 from passt import addr
 from passt.flow.context import Context
+from passt.flow.ip_fields import HOPS_MASK
 from passt.flow.services import Services
 from passt.tap import Tap
 
@@ -57,8 +58,8 @@ class Multicast:
         ctx.services.take_port(False, 5353, self.port_handler)
         ctx.services.take_ethertype(0x88CC, self.frame_handler)
 
-    def tap_handler(self, mac: bytes, src: bytes, dst: bytes, message: memoryview, now: float, hops: int) -> None:
-        self.seen.append((mac, src, bytes(message), hops))
+    def tap_handler(self, mac: bytes, src: bytes, dst: bytes, message: memoryview, now: float, fields: int) -> None:
+        self.seen.append((mac, src, bytes(message), fields & HOPS_MASK))
 
     def port_handler(self, mac: bytes, src: bytes, dst: bytes, sport: int, payload: bytes, now: float) -> bytes:
         self.seen.append((mac, src, sport, payload))
