@@ -13,13 +13,14 @@ names it.
 
 Frames to the guest. A pre-cooked frame is a `bytearray` that starts with the virtio-net header (`wire/virtio.py`), then
 Ethernet, IP and transport headers; the caller has written the fields that change. The payload is a view of wherever the
-data lies, valid until the call returns. A back end that keeps frames copies them.
+data lies, valid until the call returns. A back end that keeps frames copies them. TCP asks a back end where it wants
+the payload of what comes next (`lay_out`): a machine that shares its memory has buffers for it, and nothing is copied.
 
 Frames from the guest. A frame is a pair of offsets (start, end) into the pool, with the place of its virtio-net header
 first; `reads_vnet` says whether anything is in that place. The pool is the back end's to make (`make_pool`): protocols
 read headers from `buf`, and reach payload only by slices of `mv`. So a back end whose payload lies elsewhere, in memory
 that is shared with a machine, copies the headers into `buf` and gives a pool whose `mv` answers a slice with a view of
-that memory. All views are let go of when `received` returns: what must stay longer is copied by who keeps it.
+that memory. All views are let go of when `received` returns: a receiver copies what must stay longer.
 
 One guest after the other. `attach` gives a back end that guests connect to the socket of the next one; `tso` and `uso`
 are read for each flow or batch, so that they may be those that this guest has agreed to.
@@ -31,13 +32,15 @@ import errno
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from ..drops import Drop, Reason
 from ..loop.reactor import Reactor
 from .packet import PacketPool
+from .verify import Verifier
 
 # The guest's side could not take a frame now: a drop, which the transport above repairs, as on any link.
-TRANSIENT = frozenset((errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOSPC, errno.EIO, errno.ENOMEM))
+TRANSIENT: Final = frozenset((errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOSPC, errno.EIO, errno.ENOMEM))
 
 Buffer = bytes | bytearray | memoryview
 Capture = Callable[[bool, bytes], None]
@@ -55,7 +58,9 @@ class Link:
     """The base of all back ends, and what the others know of them."""
 
     reads_vnet = True  # whether a virtio-net header is before each frame that is read
-    full = False  # whether frames would be dropped now, so that who can wait should
+    rto_min = 0.010  # s that a lost frame is waited for at least (`tcp_engine.rtt`)
+    full = False  # whether frames would be dropped now: a sender that can wait does
+    room = 1 << 30  # bytes of TCP payload that can be sent now
 
     def __init__(self, drops: Counter[Reason], *, tso: bool, uso: bool) -> None:
         self.drops = drops
@@ -64,6 +69,7 @@ class Link:
         self.sent_frames = 0  # a super-frame of a back end that does not cut them is one
         self.capture: Capture | None = None  # capture(to_guest, virtio-net header + frame), in both directions
         self.on_room: Callable[[float], None] | None = None  # called when `full` ends
+        self.on_mtu: Callable[[int], None] | None = None  # on_mtu(bytes): longer packets do not get through
         self.on_gone: Callable[[str], None] | None = None  # on_gone(why), a sentence: no frame gets through any more
 
     @property
@@ -82,6 +88,10 @@ class Link:
     def make_pool(self) -> PacketPool:
         """The memory that frames are read into."""
         return PacketPool()
+
+    def verifier(self, pool: PacketPool) -> Verifier:
+        """The verifier of checksums of frames in the pool, for those that no kernel has verified."""
+        return Verifier(pool, self.drops)
 
     def start(self, reactor: Reactor, pool: PacketPool, receiver: Receiver) -> None:
         """Begin, when all else is wired: what is called at the end of a turn is called behind all that send."""
@@ -115,6 +125,18 @@ class Link:
 
     def send_frame(self, frame: bytes) -> None:
         """Send a finished Ethernet frame, checksums and all: no virtio-net header, no offload."""
+        raise NotImplementedError
+
+    def lay_out(self, header: int, chunk: int, want: int) -> tuple[list[memoryview], int]:
+        """Where up to `want` bytes of TCP payload may be received, instead of in memory that `send_payload` is given.
+
+        They are frames of `chunk` bytes, each behind `header` bytes from the virtio-net header on; returns views, and
+        how many bytes these are. None: nowhere. `send_laid_out` sends it at once.
+        """
+        return [], 0
+
+    def send_laid_out(self, hdr: bytearray, length: int) -> None:
+        """Send the next frame that was laid out, with `length` bytes of payload."""
         raise NotImplementedError
 
 

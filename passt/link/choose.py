@@ -5,8 +5,10 @@
     a tap device with a virtio-net header  link.tap_device.TapLink
     one without                            link.plain_tap.PlainLink
     a machine with a stream socket         link.stream_socket.StreamLink
+    a machine with a socket of packets     link.packet_socket.PacketLink
+    a machine that shares its memory       link.vhost_user.VhostLink
 
-The latter two import NumPy, which takes 60 ms: only those who need it wait for it.
+The latter four import NumPy, which takes 60 ms: only guests that need it wait for it.
 """
 
 from __future__ import annotations
@@ -29,8 +31,18 @@ def for_device(device: Tap) -> Link:
     return PlainLink(device.fd, drops)
 
 
-def for_machine() -> Link:
-    """The back end of a virtual machine that has not connected yet."""
+def for_machine(*, vhost_user: bool = False, packets: bool = False) -> Link:
+    """The back end of a virtual machine that has not connected yet. Raises Fatal."""
+    if vhost_user:
+        from .vhost_user import VhostLink
+        from .vring import check_byte_order
+
+        check_byte_order()
+        return VhostLink(Counter())
+    if packets:
+        from .packet_socket import PacketLink
+
+        return PacketLink(Counter())
     from .stream_socket import StreamLink
 
     return StreamLink(Counter())
@@ -38,7 +50,9 @@ def for_machine() -> Link:
 
 def load_all() -> tuple[type[Link], ...]:
     """Import them all, for what they declare."""
+    from .packet_socket import PacketLink
     from .plain_tap import PlainLink
     from .stream_socket import StreamLink
+    from .vhost_user import VhostLink
 
-    return TapLink, PlainLink, StreamLink
+    return TapLink, PlainLink, StreamLink, PacketLink, VhostLink

@@ -15,7 +15,9 @@ value of zero is sent as 0xffff, which UDP demands and other protocols permit. U
 A super-frame is laid out as a matrix: a row for each segment but the last, which may be shorter and keeps the flags.
 
     | length | Ethernet | IP, its id and checksum      | TCP: seq, checksum | gso_size bytes | x (segments - 1)
-      one header for all rows, broadcast                 columns: arithmetic  one strided copy
+      one header for all rows, broadcast                 columns: arithmetic  one strided copy (and padding)
+
+A frame is at least FRAME_MIN bytes long, as on a wire: shorter ones are padded with zeros (RFC 894), which no sum sees.
 
 Lengths, partial sums and numbers follow from those of the super-frame, as in the kernel's own segmentation: PSH and FIN
 stay with the last segment; the id of IPv4 counts up from that of the header, as far as it goes.
@@ -32,6 +34,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from struct import Struct
+from typing import Final
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read on import: no idle threads beside us, no linear algebra here
 import numpy as np
@@ -41,28 +44,30 @@ from ..wire.checksum import ones_sum
 from ..wire.virtio import VNET, VNET_LEN
 from .backend import Buffer
 
-LENGTH = Struct("!I")
-SCALAR_MAX = 2048  # bytes
-FRONT = VNET_LEN - LENGTH.size  # of a vnet header: what does not go into the buffer
+LENGTH: Final = Struct("!I")
+SCALAR_MAX: Final = 2048  # bytes
+FRAME_MIN: Final = 60  # bytes of an Ethernet frame without its check sequence (IEEE 802.3, 3.2.8)
+PADDING: Final = bytes(FRAME_MIN)
+FRONT: Final = VNET_LEN - LENGTH.size  # of a vnet header: what does not go into the buffer
 
-_U16 = Struct("!H")
-_U32 = Struct("!I")
-_LE16 = np.dtype("<u2")
-_BE16 = np.dtype(">u2")
-_BE32 = np.dtype(">u4")
-_CSUM_TCP = 16  # offset of the checksum in the transport header, which tells the protocol
-_CSUM_UDP = 6
+_U16: Final = Struct("!H")
+_U32: Final = Struct("!I")
+_LE16: Final = np.dtype("<u2")
+_BE16: Final = np.dtype(">u2")
+_BE32: Final = np.dtype(">u4")
+_CSUM_TCP: Final = 16  # offset of the checksum in the transport header, which tells the protocol
+_CSUM_UDP: Final = 6
 # Places in a pre-cooked header; those of TCP and UDP count from the transport header
-_IP = VNET_LEN + ether.HEADER_LEN
-_IP4_LENGTH = _IP + 2
-_IP4_ID = _IP + 4
-_IP4_CSUM = _IP + 10
-_IP6_LENGTH = _IP + 4
-_START4 = _IP + ip.HEADER4.size
-_TCP_SEQ = 4
-_TCP_FLAGS = 13
-_UDP_LENGTH = 4
-_PSH_FIN = 0x09
+_IP: Final = VNET_LEN + ether.HEADER_LEN
+_IP4_LENGTH: Final = _IP + 2
+_IP4_ID: Final = _IP + 4
+_IP4_CSUM: Final = _IP + 10
+_IP6_LENGTH: Final = _IP + 4
+_START4: Final = _IP + ip.HEADER4.size
+_TCP_SEQ: Final = 4
+_TCP_FLAGS: Final = 13
+_UDP_LENGTH: Final = 4
+_PSH_FIN: Final = 0x09
 
 
 class Gso:
@@ -72,9 +77,15 @@ class Gso:
         self._out = out
         self._bytes = np.frombuffer(out, np.uint8)
 
-    def frame(self, at: int, length: int, parts: Sequence[Buffer]) -> None:
-        """Write one frame of `length` bytes, made of `parts`, of which the first starts with the vnet header."""
+    def frame(self, at: int, length: int, parts: Sequence[Buffer]) -> int:
+        """Write one frame of `length` bytes, made of `parts`, of which the first starts with the vnet header.
+
+        Returns where it ends.
+        """
         out = self._out
+        if length < FRAME_MIN:
+            parts = (*parts, PADDING[length:])
+            length = FRAME_MIN
         end = at + LENGTH.size + length
         flags, _, _, _, start, offset = VNET.unpack_from(parts[0])
         start += VNET_LEN
@@ -85,7 +96,7 @@ class Gso:
                 without = offset == _CSUM_UDP and start == _START4
                 _U16.pack_into(frame, start + offset, 0 if without else 0xFFFF - ones_sum(frame[start:]) or 0xFFFF)
             out[at:end] = frame[FRONT:]
-            return
+            return end
         base = at - FRONT
         place = base + len(parts[0])
         out[at:place] = memoryview(parts[0])[FRONT:]
@@ -99,6 +110,7 @@ class Gso:
                 _U16.pack_into(out, base + start + offset, 0)
             else:
                 self._checksums(base + start, end - base - start, offset)
+        return end
 
     def cut(self, at: int, hdr: Buffer, payload: Buffer) -> int:
         """Write the segments of a super-frame with some payload; returns where the last one ends."""
@@ -109,20 +121,21 @@ class Gso:
         if rows:
             at = self._rows(at, _segment(hdr, 0, size, n), rows, size, payload)
         length = len(hdr) - VNET_LEN + n - whole
-        self.frame(at, length, (_segment(hdr, rows, size, n), memoryview(payload)[whole:]))
-        return at + LENGTH.size + length
+        return self.frame(at, length, (_segment(hdr, rows, size, n), memoryview(payload)[whole:]))
 
     def _rows(self, at: int, hdr: bytearray, rows: int, size: int, payload: Buffer) -> int:
         """`rows` segments of `size` bytes of payload; `hdr` is the header of the first."""
         start, offset = VNET.unpack_from(hdr)[4:]
         start += VNET_LEN
-        stride = len(hdr) - FRONT + size
+        head = len(hdr) - FRONT
+        stride = max(head + size, LENGTH.size + FRAME_MIN)
         end = at + rows * stride
         base, out, step = at - FRONT, self._out, (stride,)
         LENGTH.pack_into(hdr, FRONT, stride - LENGTH.size)
         matrix = self._bytes[at:end].reshape(rows, stride)
-        matrix[:, :-size] = np.frombuffer(hdr, np.uint8, -1, FRONT)
-        matrix[:, -size:] = np.frombuffer(payload, np.uint8, rows * size).reshape(rows, size)
+        matrix[:, :head] = np.frombuffer(hdr, np.uint8, -1, FRONT)
+        matrix[:, head : head + size] = np.frombuffer(payload, np.uint8, rows * size).reshape(rows, size)
+        matrix[:, head + size :] = 0
         number = np.arange(rows)
         if start == _START4:
             (ident,), (csum,) = _U16.unpack_from(hdr, _IP4_ID), _U16.unpack_from(hdr, _IP4_CSUM)

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from ..drops import Drop, Reason
 from ..wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
 from .backend import Buffer
-from .gso import LENGTH, Gso
+from .gso import FRAME_MIN, LENGTH, Gso
+from .packet import PacketPool
 from .tap_device import TapLink
+from .vector_sums import VectorVerifier
+from .verify import Verifier
 
 WRITE_MAX = 65535  # bytes of a frame that a tap device takes
 
@@ -30,6 +33,10 @@ class PlainLink(TapLink):
         self._out = memoryview(bytearray(1 << 18))
         self._gso = Gso(self._out)
 
+    def verifier(self, pool: PacketPool) -> Verifier:
+        """The bytes in the pool are as they came from the guest."""
+        return VectorVerifier(pool, self.drops)
+
     def send(self, hdr: bytearray) -> None:
         """Send a frame that is complete in `hdr`, virtio-net header first."""
         self.send_payload((hdr,))
@@ -41,8 +48,7 @@ class PlainLink(TapLink):
         if hdr[1]:  # gso_type
             end = self._segments(hdr, parts[1] if len(parts) == 2 else b"".join(parts[1:]))
         elif length <= WRITE_MAX:
-            self._gso.frame(0, length, parts)
-            end = LENGTH.size + length
+            end = self._gso.frame(0, length, parts)
         else:
             self.drops[Drop.TAP_FRAME_TOO_LONG] += 1
             return
@@ -55,7 +61,7 @@ class PlainLink(TapLink):
 
     def _segments(self, hdr: Buffer, payload: Buffer) -> int:
         """Cut a super-frame; returns where its last segment ends. The buffer grows if they are many."""
-        need = len(payload) + -(-len(payload) // VNET.unpack_from(hdr)[3]) * (LENGTH.size + len(hdr))
+        need = len(payload) + -(-len(payload) // VNET.unpack_from(hdr)[3]) * (LENGTH.size + len(hdr) + FRAME_MIN)
         if need > len(self._out):
             self._out = memoryview(bytearray(need))
             self._gso = Gso(self._out)

@@ -28,8 +28,15 @@ header before each (bytes of no meaning: there are no offloads here):
       4 bytes, big-endian; a frame is an Ethernet frame of 14 to 65535 bytes
 
 An incomplete frame at the end is moved to the front of the pool, and the next read continues there. Nothing is copied
-otherwise. After an invalid length there is no way to find the next frame: the connection is closed, with one message,
-and another client may connect.
+otherwise.
+
+    length            consequence
+    ----------------  -------------------------------------------------------------------------------------------------
+    0 to 13           the frame is skipped, and counted ("truncated"): a frame without an Ethernet header
+    14 to 65535       the frame is handed on
+    65536 to 69632    skipped, and counted ("oversized frame"): QEMU's buffer is that large, and a packet is never
+    more              no machine sends it: where the next frame begins is unknown. The connection is closed, with one
+                        message, and another client may connect
 
 `full` and `on_room` are for senders that can wait instead of being dropped. Without a client, all frames are drops ("no
 guest").
@@ -41,6 +48,7 @@ import mmap
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from typing import Final
 
 from .. import PASST
 from ..calls import calls
@@ -49,17 +57,19 @@ from ..loop.reactor import EPOLLIN, EPOLLOUT, TYPE_GUEST, Reactor
 from ..wire.ether import HEADER_LEN
 from ..wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
 from .backend import TRANSIENT, Buffer, Link, Receiver
-from .gso import LENGTH, Gso
+from .gso import FRAME_MIN, LENGTH, Gso
 from .packet import FRAME_ROOM, PacketPool
+from .vector_sums import VectorVerifier
+from .verify import Verifier
 
-LIMIT = 1 << 22  # bytes that may wait for the socket
-FLUSH_AT = 5 << 16  # bytes after which a turn's end is not waited for: more than one peek of TCP brings
-NET_BUFSIZE = 4096 + 65536  # bytes of a frame that QEMU has room for
-SENT_MIN, SENT_MAX = HEADER_LEN, 65535  # bytes of a frame that QEMU sends
-LENGTH_LEN = LENGTH.size
-_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_FRONT = 16  # where the first length stands: a virtio-net header ends where its frame begins
-_BEFORE = LENGTH_LEN - VNET_LEN  # from a length to the start of the virtio-net header
+LIMIT: Final = 1 << 22  # bytes that may wait for the socket
+FLUSH_AT: Final = 5 << 16  # bytes after which a turn's end is not waited for: more than one peek of TCP brings
+NET_BUFSIZE: Final = 4096 + 65536  # bytes of a frame that QEMU has room for
+SENT_MIN, SENT_MAX = HEADER_LEN, 65535  # bytes of a frame that is handed on
+LENGTH_LEN: Final = LENGTH.size
+SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+FRONT: Final = 16  # where the first length stands: a virtio-net header ends where its frame begins
+_BEFORE: Final = LENGTH_LEN - VNET_LEN  # from a length to the start of the virtio-net header
 
 CALLS = calls("recvfrom", "sendto", "sendmsg", "write", mode=PASST)
 
@@ -68,6 +78,7 @@ class StreamLink(Link):
     """A connected stream socket, while there is one."""
 
     reads_vnet = False
+    rto_min = 0.050  # a process beyond the socket moves the frames, and it may be busy
 
     _reactor: Reactor
     _pool: PacketPool
@@ -78,6 +89,7 @@ class StreamLink(Link):
         self._out = memoryview(mmap.mmap(-1, 2 * LIMIT))
         self._gso = Gso(self._out)
         self._octets = 0  # of frames that were written to the buffer
+        self._skipped = 0  # bytes of this read that were no frame to hand on
         self._sock: socket.socket | None = None
         self._reset()
 
@@ -101,7 +113,7 @@ class StreamLink(Link):
         self.full = False
         self._head = self._tail = 0
         self._mark = FLUSH_AT if self._sock is not None else 0
-        self._fill = _FRONT  # end of what was read and not handled
+        self._fill = FRONT  # end of what was read and not handled
 
     def _handle(self, ref: int, events: int, now: float) -> None:
         """The guest's socket has something for us, takes more, or is no more."""
@@ -117,6 +129,10 @@ class StreamLink(Link):
 
     # From the guest --------------------------------------------------------------------------------------------------
 
+    def verifier(self, pool: PacketPool) -> Verifier:
+        """The bytes in the pool are as they came from the guest."""
+        return VectorVerifier(pool, self.drops)
+
     def read(self, now: float) -> None:
         """Read what there is, hand on the frames that are complete."""
         sock = self._sock
@@ -127,19 +143,21 @@ class StreamLink(Link):
         except BlockingIOError:
             return
         except OSError as e:
-            self._end(_failure(e))
+            self._end(failure(e))
             return
         if not n:
-            where = "" if self._fill == _FRONT else " in the middle of a frame"
+            where = "" if self._fill == FRONT else " in the middle of a frame"
             self._end(f"The guest closed the connection{where}")
             return
+        self._skipped = 0
         frames, left, lie = self._frames(self._fill + n)
         if frames:
-            self._receiver.received(frames, left - _FRONT - (len(frames) >> 1) * LENGTH_LEN, now)
+            octets = left - FRONT - self._skipped - (len(frames) >> 1) * LENGTH_LEN
+            self._receiver.received(frames, octets, now)
         if self._sock is not sock:
             return
         if lie >= 0:
-            self._end(f"The guest sent a frame length of {lie} ({SENT_MIN} to {SENT_MAX} are possible)")
+            self._end(f"The guest sent a frame length of {lie} (up to {NET_BUFSIZE} are possible)")
         else:
             self._keep(left, self._fill + n)
 
@@ -147,26 +165,30 @@ class StreamLink(Link):
         """Complete frames as (start of the virtio-net header, end)*, where the rest begins, a lying length or -1."""
         unpack, buf = LENGTH.unpack_from, self._pool.buf
         frames: list[int] = []
-        at, last = _FRONT, fill - LENGTH_LEN
+        at, last = FRONT, fill - LENGTH_LEN
         while at <= last:
             (length,) = unpack(buf, at)
-            if not SENT_MIN <= length <= SENT_MAX:
+            if length > NET_BUFSIZE:
                 return frames, at, length
             end = at + LENGTH_LEN + length
             if end > fill:
                 break
-            frames.append(at + _BEFORE)
-            frames.append(end)
+            if SENT_MIN <= length <= SENT_MAX:
+                frames.append(at + _BEFORE)
+                frames.append(end)
+            else:
+                self.drops[Drop.TRUNCATED if length < SENT_MIN else Drop.OVERSIZED_FRAME] += 1
+                self._skipped += end - at
             at = end
         return frames, at, -1
 
     def _keep(self, start: int, end: int) -> None:
         """Move the rest to the front."""
         rest = end - start
-        if rest and start != _FRONT:
+        if rest and start != FRONT:
             buf = self._pool.buf
-            buf[_FRONT : _FRONT + rest] = buf[start:end]
-        self._fill = _FRONT + rest
+            buf[FRONT : FRONT + rest] = buf[start:end]
+        self._fill = FRONT + rest
 
     # To the guest ----------------------------------------------------------------------------------------------------
 
@@ -182,14 +204,14 @@ class StreamLink(Link):
             return
         length = sum(map(len, parts)) - VNET_LEN
         at = self._tail
-        if at + LENGTH_LEN + length > self._mark or length > NET_BUFSIZE:
-            at = self._room(LENGTH_LEN + length, 1, length)
+        need = LENGTH_LEN + (length if length > FRAME_MIN else FRAME_MIN)
+        if at + need > self._mark or length > NET_BUFSIZE:
+            at = self._room(need, 1, length)
             if at < 0:
                 return
-        self._gso.frame(at, length, parts)
-        self._tail = at + LENGTH_LEN + length
+        self._tail = self._gso.frame(at, length, parts)
         self.sent_frames += 1
-        self._octets += length
+        self._octets += need - LENGTH_LEN
         if self.capture is not None:
             self._show(at)
 
@@ -207,11 +229,13 @@ class StreamLink(Link):
         size = VNET.unpack_from(hdr)[3]
         count = -(-len(payload) // size)
         head = len(hdr) - VNET_LEN
-        at = self._room(count * (LENGTH_LEN + head) + len(payload), count, head + size)
+        last = len(payload) - (count - 1) * size
+        octets = (count - 1) * max(head + size, FRAME_MIN) + max(head + last, FRAME_MIN)
+        at = self._room(count * LENGTH_LEN + octets, count, head + size)
         if at >= 0:
             self._tail = self._gso.cut(at, hdr, payload)
             self.sent_frames += count
-            self._octets += self._tail - at - count * LENGTH_LEN
+            self._octets += octets
             if self.capture is not None:
                 self._show(at)
 
@@ -250,10 +274,10 @@ class StreamLink(Link):
         sock = self._sock
         assert sock is not None
         try:
-            self._head += sock.send(self._out[self._head : self._tail], _SEND_FLAGS)
+            self._transmit(sock)
         except OSError as e:
             if e.errno not in TRANSIENT:
-                self._end(_failure(e))
+                self._end(failure(e))
                 return
         full = self._head != self._tail
         if full:
@@ -265,6 +289,10 @@ class StreamLink(Link):
             self.full = full
             self._reactor.change(sock.fileno(), EPOLLIN | (EPOLLOUT if full else 0))
 
+    def _transmit(self, sock: socket.socket) -> None:
+        """Send from the buffer, as much as the socket takes. Raises OSError."""
+        self._head += sock.send(self._out[self._head : self._tail], SEND_FLAGS)
+
     def _show(self, at: int) -> None:
         """Hand what was written from `at` on to `capture`, frame by frame."""
         assert self.capture is not None
@@ -274,6 +302,6 @@ class StreamLink(Link):
             self.capture(True, NO_OFFLOAD + self._out[frame:at])
 
 
-def _failure(e: OSError) -> str:
+def failure(e: OSError) -> str:
     """The message for a connection that failed."""
     return f"The guest's connection failed: {e.strerror}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import Final
 
 from .. import PASTA
 from ..calls import calls
@@ -24,8 +25,8 @@ from ..wire.virtio import NO_OFFLOAD, VNET_LEN
 from .backend import TRANSIENT, Buffer, Link, Receiver
 from .packet import FRAME_ROOM, PacketPool
 
-BUDGET_MAX = 512  # frames in one turn, so that sockets get theirs
-PATIENCE = 8  # turns that use up the budget before it doubles
+BUDGET_MAX: Final = 512  # frames in one turn, so that sockets get theirs
+PATIENCE: Final = 8  # turns that use up the budget before it doubles
 
 CALLS = calls("readv", "write", "writev", mode=PASTA)
 

@@ -146,7 +146,7 @@ def test_payload_that_lies_elsewhere_reaches_protocols_as_it_is(monkeypatch: pyt
     assert tap is not None
     seen: list[memoryview] = []
 
-    def segments(tcp: Tcp, key: bytes, flat: list[int], now: float) -> None:
+    def segments(tcp: Tcp, key: bytes, flat: list[int], now: float, hops: int) -> None:
         seen.extend(tcp._pool.mv[start + 20 : end] for start, end in zip(flat[::2], flat[1::2], strict=True))
 
     def datagrams(udp: Udp, key: bytes, flat: list[int], now: float, hops: int) -> None:

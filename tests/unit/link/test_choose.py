@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 from passt.link import choose
+from passt.link.packet_socket import PacketLink
 from passt.link.plain_tap import PlainLink
 from passt.link.stream_socket import StreamLink
 from passt.link.tap_device import TapLink
+from passt.link.vhost_user import VhostLink
 from passt.linux.tun import Tap
 
 
@@ -28,10 +30,11 @@ def test_machine() -> None:
     link = choose.for_machine()
     assert type(link) is StreamLink
     assert (link.tso, link.uso, link.reads_vnet) == (True, True, False)
+    assert type(choose.for_machine(packets=True)) is PacketLink
 
 
 def test_all_of_them_have_been_imported() -> None:
-    assert set(choose.load_all()) == {TapLink, PlainLink, StreamLink}
+    assert set(choose.load_all()) == {TapLink, PlainLink, StreamLink, PacketLink, VhostLink}
 
 
 def test_a_namespace_does_not_wait_for_numpy() -> None:

@@ -20,6 +20,7 @@ from passt.link.backend import Buffer, Link
 from passt.link.packet import PacketPool
 from passt.link.stream_socket import FLUSH_AT, NET_BUFSIZE, StreamLink
 from passt.loop.reactor import EPOLLOUT
+from passt.udp_engine.flow import UdpFlow
 from passt.wire.virtio import GSO_NONE, GSO_TCPV6, NO_OFFLOAD, VNET
 
 from ..support import T0, FakeReactor, FakeReceiver
@@ -49,6 +50,11 @@ def parse(stream: bytes) -> list[bytes]:
         at += 4 + length
     assert at == len(stream), "the last frame is not complete"
     return frames
+
+
+def padded(frame: bytes) -> bytes:
+    """A frame as it goes on the wire, at least 60 bytes long."""
+    return frame.ljust(60, b"\0")
 
 
 class Loop(FakeReactor):
@@ -149,7 +155,29 @@ def test_length_comes_first(guest: Guest) -> None:
     guest.link.send_frame(b"third!!")
     guest.link.at_turn_end(T0)
     guest.read()
-    assert guest.stream == b"\0\0\0\5first" + b"\0\0\0\6second" + b"\0\0\0\7third!!"
+    frames = [padded(frame) for frame in (b"first", b"second", b"third!!")]
+    assert guest.stream == b"".join(b"\0\0\0\x3c" + frame for frame in frames)
+
+
+def test_shortest_frame_that_is_not_padded(guest: Guest) -> None:
+    for size in (59, 60, 61):
+        guest.link.send_frame(b"x" * size)
+    assert guest.end_turn() == [b"x" * 59 + b"\0", b"x" * 60, b"x" * 61]
+    assert guest.link.sent_bytes == 181
+
+
+@pytest.mark.parametrize("size", [1, 5, 17, 18, 19])
+def test_short_segments_are_padded(guest: Guest, size: int) -> None:
+    """Of an IPv4 UDP super-frame, whose headers are 42 bytes long; the last one is shorter still."""
+    flow = UdpFlow(b"\x0a\0\0\1\x0a\0\0\2" + bytes(4), b"", 0.0)
+    flow.index = 0
+    flow.build_header(bytes(6), bytes(6), 1500)
+    data = bytes(range(1, 10 * size + 1)) + (b"" if size == 1 else b"!")
+    guest.link.send_payload((flow.header(len(data), size), data))
+    frames = guest.end_turn()
+    pieces = [data[i : i + size] for i in range(0, len(data), size)]
+    assert [frame[42:] for frame in frames] == [padded(bytes(42) + piece)[42:] for piece in pieces]
+    assert guest.link.sent_bytes == sum(map(len, frames))
 
 
 def test_header_may_be_used_again_at_once(guest: Guest) -> None:
@@ -249,7 +277,7 @@ def test_full_socket_is_waited_for(guest: Guest) -> None:
     guest.link.at_turn_end(T0)
     assert guest.wants == [True], "asked once"
     assert rooms == []
-    assert guest.drain() == [*sent, b"later"]
+    assert guest.drain() == [*sent, padded(b"later")]
     assert guest.wants == [True, False]
     assert rooms == [T0]
     assert not guest.drops
@@ -268,7 +296,7 @@ def test_full_buffer_drops_whole_frames(guest: Guest) -> None:
     guest.link.send_payload(super_frame(45, 1440))
     assert guest.drops == {"stream full": 46}
     guest.link.send_frame(b"small enough")
-    sent.append(b"small enough")
+    sent.append(padded(b"small enough"))
     assert guest.drain() == sent
     guest.link.send_frame(frame)
     assert guest.end_turn() == [frame]
@@ -348,7 +376,7 @@ def test_any_reader_gets_what_was_accepted(seed: int, sndbuf: int) -> None:
                 guest.link.writable(T0)
             assert guest.link.full == (guest.wants[-1] if guest.wants else False)
         for frame, end in zip(guest.drain(), wanted, strict=True):
-            assert frame.endswith(end)
+            assert frame.endswith(end) or frame == padded(frame[: frame.index(end) + len(end)])
         assert set(guest.drops) <= {"stream full"}
 
 
@@ -374,7 +402,7 @@ def test_the_next_guest_begins_with_a_frame(guest: Guest) -> None:
     guest.connect()
     assert not guest.link.full
     guest.link.send_frame(b"welcome")
-    assert guest.end_turn() == [b"welcome"]
+    assert guest.end_turn() == [padded(b"welcome")]
 
 
 @pytest.mark.parametrize("when", ["turn end", "long turn", "writable"])
@@ -426,4 +454,4 @@ def test_short_of_memory_is_as_good_as_full(guest: Guest, code: int) -> None:
     assert guest.wants == [True]
     guest.link.writable(T0)
     assert guest.wants == [True, False]
-    assert guest.end_turn() == [b"patience"]
+    assert guest.end_turn() == [padded(b"patience")]

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from passt.drops import Reason
 from passt.link.packet import PacketPool
-from passt.link.stream_socket import LENGTH, SENT_MAX, SENT_MIN, StreamLink
+from passt.link.stream_socket import LENGTH, NET_BUFSIZE, SENT_MAX, SENT_MIN, StreamLink
 
 from ..support import T0, FakeReactor, FakeReceiver
 
@@ -26,7 +27,8 @@ class Wire:
         self.pool = PacketPool(1 << 20)
         self.tap = FakeReceiver(self.pool.mv)
         self.ends: list[str] = []
-        self.stream = StreamLink(Counter())
+        self.drops: Counter[Reason] = Counter()
+        self.stream = StreamLink(self.drops)
         self.stream.on_gone = self.ends.append
         self.loop = FakeReactor()
         self.stream.start(cast(Any, self.loop), self.pool, self.tap)
@@ -89,8 +91,39 @@ def test_longest_and_shortest(wire: Wire) -> None:
     assert not wire.ends
 
 
+@pytest.mark.parametrize(
+    ("length", "reason"),
+    [
+        (0, "truncated"),
+        (1, "truncated"),
+        (SENT_MIN - 1, "truncated"),
+        (SENT_MAX + 1, "oversized frame"),
+        (NET_BUFSIZE, "oversized frame"),
+    ],
+)
+@pytest.mark.parametrize("piece", [1 << 20, 1000])
+def test_lengths_of_no_frame_are_skipped(wire: Wire, length: int, reason: str, piece: int) -> None:
+    frames = [b"before" * 10, b"behind" * 10]
+    data = framed(frames[0], bytes(length), bytes(length), frames[1])
+    for at in range(0, len(data), piece):
+        wire.send(data[at : at + piece])
+    assert wire.tap.frames == frames
+    assert (wire.tap.count, wire.tap.octets) == (2, 120)
+    assert wire.drops == {reason: 2}
+    assert not wire.ends
+
+
+def test_nothing_but_lengths_of_no_frame(wire: Wire) -> None:
+    wire.send(framed(*[b""] * 1000))
+    assert (wire.tap.frames, wire.drops) == ([], {"truncated": 1000})
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(SENT_MIN, 4000), max_size=40), st.lists(st.integers(1, 9000), min_size=1), st.integers())
+@given(
+    st.lists(st.one_of(st.integers(0, 4000), st.integers(SENT_MAX - 2, NET_BUFSIZE)), max_size=40),
+    st.lists(st.integers(1, 9000), min_size=1),
+    st.integers(),
+)
 def test_any_split_gives_the_same_frames(sizes: list[int], cuts: list[int], seed: int) -> None:
     wire = Wire()
     rng = random.Random(seed)
@@ -101,18 +134,21 @@ def test_any_split_gives_the_same_frames(sizes: list[int], cuts: list[int], seed
         wire.send(data[: cuts[i % len(cuts)]])
         data = data[cuts[i % len(cuts)] :]
         i += 1
-    assert wire.tap.frames == frames
+    valid = [frame for frame in frames if SENT_MIN <= len(frame) <= SENT_MAX]
+    assert wire.tap.frames == valid
+    assert wire.tap.octets == sum(map(len, valid))
+    assert wire.drops.total() == len(frames) - len(valid)
     wire.close()
 
 
-@pytest.mark.parametrize("length", [0, 1, 13, 65536, 1 << 20, (1 << 32) - 1])
+@pytest.mark.parametrize("length", [NET_BUFSIZE + 1, 1 << 20, (1 << 32) - 1])
 def test_a_lie_ends_the_client_with_one_message(wire: Wire, length: int) -> None:
     wire.send(LENGTH.pack(length) + bytes(50))
-    assert wire.ends == [f"The guest sent a frame length of {length} (14 to 65535 are possible)"]
+    assert wire.ends == [f"The guest sent a frame length of {length} (up to 69632 are possible)"]
 
 
 def test_frames_before_a_lie_count(wire: Wire) -> None:
-    wire.send(framed(bytes(20)) + LENGTH.pack(3))
+    wire.send(framed(bytes(20)) + LENGTH.pack(1 << 24))
     assert wire.tap.frames == [bytes(20)]
     assert len(wire.ends) == 1
 

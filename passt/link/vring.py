@@ -1,0 +1,327 @@
+"""A split virtqueue, seen from the device (virtio 1.2, 2.7): buffers that a machine gives, and gets back as used.
+
+    part            who writes     layout (little-endian)
+    --------------  -------------  ------------------------------------------------------------------------
+    descriptors     the machine    address u64 | length u32 | flags u16 | next u16                 x num
+    available ring  the machine    flags u16 | idx u16 | heads u16 x num | used_event u16
+    used ring       this program   flags u16 | idx u16 | (head u32, length u32) x num | avail_event u16
+
+    available    the machine has written up to `idx` of the available ring; `base` is the next entry to take
+    used         `push` writes entries, `publish` moves `idx` of the used ring behind them
+    kick         an eventfd: the machine has made buffers available. `want_kick` says from when on it shall tell
+    call         an eventfd: buffers were used. `publish` writes to it unless the machine does not want to know
+
+While the machine migrates, what is written is logged (`dirty_log.py`): buffers when their chain is given back, which
+happens in the order in which chains were taken, and the used ring when it is published or a kick is asked for.
+
+All three parts are hostile. A descriptor is copied before it is looked at; a chain has at most `num` descriptors,
+CHAIN_MAX of them, and SUM_MAX bytes; an index that is more than `num` ahead is refused. Each of these raises BadRing.
+
+Order of memory accesses. The processor may let a later load pass an earlier store, and an Arm may reorder stores or
+loads as well. `fence` is the one place that forbids it:
+
+    where                                                   what must not be swapped
+    ------------------------------------------------------  -------------------------------------------
+    `available`: after `idx` of the available ring          load of idx, load of the entries
+    `publish`: before `idx` of the used ring                stores of the entries, store of idx
+    `publish`: after it                                     store of idx, load of used_event or flags
+    `want_kick`: after avail_event or flags                 its store, the next load of idx (`available`)
+
+The descriptors of eventfds are shared with the front end, and so are their flags: O_NONBLOCK is not set here, since the
+other side may wait in read(2). RWF_NOWAIT has the same effect for one read. A write waits if the counter stands at its
+maximum of 2**64 - 2, which only a front end that harms its own device can reach.
+
+16-bit values are read and written through views cast to "H", which is one access of that size; `struct` with "<" reads
+bytes one by one, and would see half of an update. Casts are in the host's byte order: `check_byte_order`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from array import array
+from collections import deque
+from struct import Struct
+from typing import Final
+
+from .. import PASST
+from ..calls import calls
+from ..log import Fatal
+from ..wire.vhost import RING_LOGGED, Invalid, RingAddresses
+from .dirty_log import DirtyLog
+from .guest_memory import BadRing, GuestMemory
+
+Chain = tuple[int, list[memoryview], int]  # head, buffers, the sum of their lengths
+
+NUM_MAX: Final = 1024  # entries of a ring (VIRTQUEUE_MAX_SIZE of QEMU)
+CHAIN_MAX: Final = 256  # descriptors of a chain: a frame of 64 KiB in pieces of 256 bytes
+SUM_MAX: Final = 1 << 17  # bytes of a chain: a frame of 64 KiB, or all that a machine gives for one
+NEXT, WRITE, INDIRECT = 1, 2, 4  # flags of a descriptor: another follows; the device writes; it is a table of them
+_NO_CALL: Final = 1  # flag of the available ring
+_NO_KICK: Final = 1  # flag of the used ring
+_DESC: Final = Struct("<QIHH")
+_USED: Final = Struct("<II")
+_UNPACK: Final = _DESC.unpack_from
+_NO_MEMORY: Final = memoryview(b"")
+_NO_RING: Final = memoryview(bytearray(8)).cast("H")
+_NO_ENTRIES: Final = memoryview(bytearray(8)).cast("I")
+
+CALLS = calls("preadv2", "write", mode=PASST)
+
+_held = threading.Lock()
+_held.acquire()
+
+
+def fence() -> None:
+    """Let no memory access pass this point, in either direction.
+
+    CPython has no fence. Release and acquisition of a lock are one together: what is before the release stays before,
+    what is after the acquisition stays after, and the acquisition sees the release (a locked instruction on x86; STLR,
+    then LDAR on Arm, which are not swapped).
+    """
+    _held.release()
+    _held.acquire()
+
+
+def check_byte_order() -> None:
+    """Raises Fatal on hosts whose byte order is not that of a ring."""
+    if sys.byteorder != "little":
+        raise Fatal("--vhost-user needs a little-endian host: use the stream socket (qemu -netdev stream)")
+
+
+class Vring:
+    """One ring. It `runs` when the front end has said everything about it, and enabled it."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.kick = self.call = -1  # descriptors of eventfds
+        self._counter = bytearray(8)
+        self.watched = False  # whether epoll looks at the kick
+        self.log: DirtyLog | None = None  # of what is written to buffers
+        self._places: deque[list[tuple[int, int]]] = deque()  # with a log: addresses of the chains that were taken
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all that was said, descriptors excepted."""
+        self.num = 0
+        self.base = 0
+        self.enabled = False
+        self.broken = False
+        self.event_idx = False
+        self.addresses: RingAddresses | None = None
+        self.unbind()
+
+    @property
+    def runs(self) -> bool:
+        """Whether buffers may be taken."""
+        return self.bound and self.enabled and self.kick >= 0 and not self.broken
+
+    # Where it is -----------------------------------------------------------------------------------------------------
+
+    def resize(self, num: int) -> None:
+        """Set the number of entries. Raises Invalid."""
+        if not 0 < num <= NUM_MAX or num & num - 1:
+            raise Invalid(f"a ring of {num} entries (a power of two up to {NUM_MAX} is possible)")
+        self.num = num
+
+    def bind(self, memory: GuestMemory) -> None:
+        """Find the parts in memory, where their addresses are known. Raises Invalid."""
+        at, num = self.addresses, self.num
+        if at is None or not num:
+            return
+        self._memory = memory
+        self._desc = memory.of_front_end(at.desc, _DESC.size * num, 16)
+        self._avail = memory.of_front_end(at.avail, 6 + 2 * num, 2).cast("H")
+        self._used = memory.of_front_end(at.used, 6 + _USED.size * num, 4)
+        self._used16 = self._used.cast("H")
+        self._entries = self._used[4 : 4 + _USED.size * num].cast("I")
+        self._mask = num - 1
+        self.use_log(self.log)
+        self.used_idx = self._published = self._used16[1]
+        self.bound = True
+
+    def unbind(self) -> None:
+        """Let go of the memory."""
+        self.bound = False
+        self._memory = GuestMemory()
+        self._append = self._memory.append
+        self._places.clear()
+        self._desc = self._used = _NO_MEMORY
+        self._avail = self._used16 = _NO_RING
+        self._entries = _NO_ENTRIES
+        self._mask = 0
+        self.used_idx = self._published = 0
+
+    # Available buffers -----------------------------------------------------------------------------------------------
+
+    def available(self) -> int:
+        """Chains that the machine has made available, and that were not taken. Raises BadRing."""
+        count = self._avail[1] - self.base & 0xFFFF
+        if count > self.num:
+            raise BadRing(f"{count} buffers available in a ring of {self.num}")
+        if count:
+            fence()
+        return count
+
+    def take(self, out: list[memoryview], write: int) -> tuple[int, int]:
+        """Take the next available chain, and add its buffers to `out`: (its head, the sum of their lengths).
+
+        `write` is WRITE for buffers that this program fills, 0 for those that it reads. Raises BadRing.
+        """
+        head = self._avail[2 + (self.base & self._mask)]
+        table: memoryview | bytes = self._desc
+        limit = self.num
+        if head >= limit:
+            raise BadRing(f"descriptor {head} of {limit}")
+        address, length, flags, following = _UNPACK(table, head << 4)
+        if flags & INDIRECT:
+            limit = length >> 4
+            if length & 15 or not 0 < limit <= self.num or flags & (NEXT | WRITE):
+                raise BadRing(f"an indirect table of {length} bytes, flags {flags:#x}")
+            table = self._memory.table(address, length)
+            address, length, flags, following = _UNPACK(table, 0)
+        append = self._append
+        if self.log is not None:
+            self._places.append([])
+        total = seen = 0
+        while True:
+            if flags & (WRITE | INDIRECT) != write:
+                raise BadRing(f"a descriptor with flags {flags:#x} in the wrong place")
+            if length:
+                append(out, address, length)
+                total += length
+                if total > SUM_MAX:
+                    raise BadRing(f"a chain of more than {SUM_MAX} bytes")
+            if not flags & NEXT:
+                break
+            seen += 1
+            if seen >= limit or seen >= CHAIN_MAX or following >= limit:
+                raise BadRing(f"a chain of {seen} descriptors goes on at {following} of {limit}")
+            address, length, flags, following = _UNPACK(table, following << 4)
+        self.base = self.base + 1 & 0xFFFF
+        return head, total
+
+    def take_buffers(self, count: int, chains: deque[Chain]) -> int:
+        """Take `count` chains to be filled, and add them to `chains`; the sum of their bytes. Raises BadRing.
+
+        Most drivers give chains of one buffer. The first region that has one is tried first for the others.
+        """
+        first, behind, shift, view = self._memory.region_of(0)
+        avail, desc, num, mask = self._avail, self._desc, self.num, self._mask
+        total, plain = 0, self.log is None
+        for _ in range(count):
+            head = avail[2 + (self.base & mask)]
+            if plain and head < num:
+                address, length, flags, _following = _UNPACK(desc, head << 4)
+                if flags == WRITE and 0 < length <= SUM_MAX:
+                    end = address + length
+                    if not first <= address or end > behind:
+                        first, behind, shift, view = self._memory.region_of(address)
+                    if first <= address and end <= behind:
+                        chains.append((head, [view[address + shift : end + shift]], length))
+                        self.base = self.base + 1 & 0xFFFF
+                        total += length
+                        continue
+            buffers: list[memoryview] = []
+            head, length = self.take(buffers, WRITE)
+            if not buffers:
+                raise BadRing("a chain without a buffer")
+            chains.append((head, buffers, length))
+            total += length
+        return total
+
+    def want_kick(self, on: bool) -> None:
+        """Whether the machine shall tell of the buffers that it makes available from now on."""
+        if self.event_idx:
+            if on:
+                self._used16[2 + 4 * self.num] = self.base
+        else:
+            self._used16[0] = 0 if on else _NO_KICK
+        if self.log is not None:
+            self._log_used(self.log)
+        if on:
+            fence()
+
+    # Used buffers ----------------------------------------------------------------------------------------------------
+
+    def push(self, head: int, length: int) -> None:
+        """Give a chain back, of which `length` bytes were written. It is seen when `publish` was called.
+
+        Raises OSError.
+        """
+        if self.log is not None:
+            self._log_chain(self.log, length)
+        _USED.pack_into(self._used, 4 + ((self.used_idx & self._mask) << 3), head, length)
+        self.used_idx = self.used_idx + 1 & 0xFFFF
+
+    def push_all(self, used: list[int]) -> None:
+        """`push` for several chains: a flat list of (head, bytes written). Raises OSError."""
+        count = len(used) >> 1
+        at = self.used_idx & self._mask
+        if self.log is not None or at + count > self.num:
+            for i in range(0, len(used), 2):
+                self.push(used[i], used[i + 1])
+            return
+        self._entries[2 * at : 2 * (at + count)] = memoryview(array("I", used))
+        self.used_idx = self.used_idx + count & 0xFFFF
+
+    def publish(self) -> None:
+        """Show the machine what was given back, and call it if it wants that. Raises OSError."""
+        old, new = self._published, self.used_idx
+        if old == new:
+            return
+        fence()
+        self._used16[1] = new
+        self._published = new
+        if self.log is not None:
+            self._log_used(self.log)
+        fence()
+        if self.event_idx:  # virtio 1.2, 2.7.7.2
+            wanted = (new - self._avail[2 + self.num] - 1 & 0xFFFF) < (new - old & 0xFFFF)
+        else:
+            wanted = not self._avail[0] & _NO_CALL
+        if wanted and self.call >= 0:
+            os.eventfd_write(self.call, 1)
+
+    # The log of what was written -------------------------------------------------------------------------------------
+
+    def use_log(self, log: DirtyLog | None) -> None:
+        """Log what is written from now on, or do not. No chain is taken."""
+        self.log = log
+        self._append = self._memory.append if log is None else self._append_logged
+        self._places.clear()
+
+    def give_back(self, chains: int) -> None:
+        """The last chains that were taken are available again."""
+        self.base = self.base - chains & 0xFFFF
+        self._places.clear()
+
+    def _append_logged(self, out: list[memoryview], address: int, length: int) -> None:
+        """Like `append` of the memory, and note the address."""
+        self._memory.append(out, address, length)
+        self._places[-1].append((address, length))
+
+    def _log_chain(self, log: DirtyLog, length: int) -> None:
+        """`length` bytes of the chain that was taken longest ago were written. Raises OSError."""
+        for address, size in self._places.popleft():
+            written = min(size, length)
+            log.mark(address, written)
+            length -= written
+
+    def _log_used(self, log: DirtyLog) -> None:
+        """The used ring was written. Raises OSError."""
+        if self.addresses is not None and self.addresses.flags & RING_LOGGED:
+            log.mark(self.addresses.log, 6 + _USED.size * self.num)
+        log.notify()
+
+    def notice(self) -> None:
+        """Kick this ring from here, so that epoll reports it again. Raises OSError."""
+        os.eventfd_write(self.kick, 1)
+
+    def kicked(self) -> None:
+        """Take the notice of a kick. Raises OSError."""
+        try:
+            os.preadv(self.kick, (self._counter,), -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass  # taken before

@@ -1,0 +1,103 @@
+"""Frames of a machine: chains of any shape, headers copied once, payload of TCP never."""
+
+from __future__ import annotations
+
+import pytest
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.l2 import Ether
+
+from passt.drops import Drop
+from passt.link.vring_in import BATCH_MAX, COPY_MAX
+from passt.wire import vhost
+from passt.wire.vhost import RingState
+
+from ... import front_end
+from ...front_end import TRANSMIT, U16
+from .vhost_desk import Desk, tcp_frame
+
+
+@pytest.mark.parametrize("split", [[], [12], [10, 12], [12, 26, 46], [100], [2000, 3000], [5, 66, 4000]])
+@pytest.mark.parametrize("indirect", [False, True])
+@pytest.mark.parametrize("length", [0, 100, COPY_MAX, 60000])
+def test_a_frame_arrives_however_it_is_cut_into_descriptors(
+    desk: Desk, split: list[int], indirect: bool, length: int
+) -> None:
+    frame = tcp_frame(length)
+    desk.machine.send(frame, split=[end for end in split if end < len(frame) + 12], indirect=indirect)
+    assert desk.frames() == [frame]
+    assert [length for _, length in desk.machine.rings[TRANSMIT].used()] == [0]
+    assert desk.keeper.octets == len(frame)
+
+
+def test_payload_of_tcp_is_not_copied(desk: Desk) -> None:
+    for v6 in (False, True):
+        frame = tcp_frame(60000, v6=v6)
+        head = 12 + 54 + 20 * v6
+        desk.machine.send(frame, split=[head, head + 32768])
+        assert desk.frames() == [frame]
+    assert desk.keeper.parts == [2, 3], "two buffers, and 20 bytes of the header of IPv6"
+
+
+def test_all_other_frames_are_copied(desk: Desk) -> None:
+    udp = bytes(Ether() / IP(src="192.0.2.2", dst="192.0.2.1") / UDP() / bytes(3000))
+    fragment = bytes(Ether() / IP(src="192.0.2.2", dst="192.0.2.1", flags="MF") / TCP() / bytes(3000))
+    options = bytes(Ether() / IP(src="192.0.2.2", dst="192.0.2.1", options=b"\1\1\1\1") / TCP() / bytes(3000))
+    wrong = bytearray(tcp_frame(3000))
+    wrong[14 + 20 + 12] = 4 << 4  # a header of 16 bytes
+    for frame in (udp, fragment, options, bytes(wrong), b"\xff" * 3000):
+        desk.machine.send(frame, split=[1000, 2000])
+        assert desk.frames() == [frame]
+    assert desk.keeper.parts == [1] * 5
+
+
+def test_a_header_that_changes_after_it_was_copied_changes_nothing(desk: Desk) -> None:
+    """Time of check, time of use: the receiver writes to the machine's memory while it looks at the frame."""
+    frame = tcp_frame(60000)
+    machine = desk.machine
+
+    def received(frames: list[int], octets: int, now: float) -> None:
+        machine.memory[front_end.SEND_AREA : front_end.SEND_AREA + 66] = b"\xff" * 66
+        desk.keeper.frames.append(desk.keeper.pool.copy(frames[0] + 10, frames[0] + 64))
+
+    desk.keeper.received = received  # type: ignore[method-assign]
+    machine.send(frame)
+    assert desk.frames() == [frame[:54]]
+
+
+def test_more_frames_than_a_batch_come_in_several(desk: Desk) -> None:
+    frames = [tcp_frame(100, seed=i) for i in range(250)]
+    for frame in frames:
+        desk.machine.send(frame, kick=False)
+    desk.machine.send(tcp_frame(1))
+    assert desk.frames() == [*frames, tcp_frame(1)]
+    big = [tcp_frame(60000, seed=i) for i in range(30)]  # more than the pool has room for
+    desk.keeper.batches = 0
+    for frame in big:
+        desk.machine.send(frame, kick=frame is big[-1])
+    assert desk.frames() == big
+    assert desk.keeper.batches > 1
+    assert BATCH_MAX >= 251
+
+
+def test_the_indices_wrap(desk: Desk) -> None:
+    ring = desk.machine.rings[TRANSMIT]
+    desk.machine.tell(vhost.GET_VRING_BASE, RingState(TRANSMIT, 0).emit())
+    desk.run()
+    assert RingState.parse(desk.machine.answer().payload) == RingState(TRANSMIT, 0)
+    ring.avail_idx = ring.seen = 0xFFFE
+    U16.pack_into(desk.machine.memory, ring.avail_at + 2, 0xFFFE)
+    U16.pack_into(desk.machine.memory, ring.used_at + 2, 0xFFFE)
+    desk.machine.start_ring(ring, 0xFFFE)
+    for i in range(5):
+        desk.machine.send(tcp_frame(i))
+        assert desk.frames() == [tcp_frame(i)]
+    assert len(ring.used()) == 5
+
+
+def test_frames_that_are_no_frames_are_counted(desk: Desk) -> None:
+    desk.machine.send(b"short")
+    desk.machine.send(bytes(66000))
+    desk.machine.send(tcp_frame(1))
+    assert desk.frames() == [tcp_frame(1)]
+    assert desk.drops == {Drop.TRUNCATED: 1, Drop.OVERSIZED_FRAME: 1}
+    assert len(desk.machine.rings[TRANSMIT].used()) == 3
