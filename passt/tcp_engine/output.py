@@ -20,36 +20,42 @@ the socket has, or if it fills half of the largest window of the guest. Otherwis
 guest with two segments in flight acknowledges at once, so the socket is not even read then. At an MTU of 65520 the
 window of a guest is often not much more than one segment, and an answer in two writes depends on this rule.
 
+A link may have places for payload of its own (`lay_out`), which saves a copy. It is asked where the last peek brought
+much (`bulk`): to lay out a window takes longer than to copy a few bytes.
+
 A short peek means that the receive queue is empty (`drained`): the next peek follows an event of the socket. Urgent
-data makes a peek short as well, so a connection that has seen any always peeks twice. Without SO_PEEK_OFF it waits
+data makes a peek short as well, so a connection that has seen any always peeks twice, and after CUTS_MAX marks in a row
+requests the event once more: a peer may move the mark on as fast as it is reached. Without SO_PEEK_OFF it waits
 until the guest has acknowledged everything before the mark.
 
 If the peer's FIN was reported before a short peek, the peek ends the stream, and our FIN rides on the last segment.
 
-Loss. A duplicate acknowledgement causes a fast retransmit of one frame, and each partial acknowledgement one more
-(`fast_retransmit`, RFC 6582). A timeout sets snd_nxt back to snd_una, and everything is sent again (`go_back_n`). An
-acknowledgement beyond the new snd_nxt skips what the guest has already (`skip_acknowledged`).
+Loss. `recovery.py` decides what is sent again, and `resend` peeks it once more, wherever it lies in flight.
 """
 
 from __future__ import annotations
 
 import mmap
 import socket
+from collections.abc import Sequence
 from struct import Struct
+from typing import Final
 
 from ..calls import calls
 from ..flow.context import Context
-from ..flow.errors import Errors
 from ..linux.sockopt import SO_PEEK_OFF, setting
 from ..linux.tcpinfo import Features
+from ..loop.reactor import EPOLLOUT, INTEREST
 from ..policy.config import Config
-from ..wire import icmp, ip, tcp
+from ..wire import ip, tcp
 from ..wire.checksum import PROTO_TCP, fold
+from ..wire.tcp import MASK
 from ..wire.virtio import GSO_NONE, GSO_TCPV4, GSO_TCPV6
 from .conn import (
     ESTABLISHED,
     L3,
     L4_IPV4,
+    SOCK_FAILED,
     SOCK_FIN_RCVD,
     TAP_FIN_ACKED,
     TAP_FIN_SENT,
@@ -61,17 +67,21 @@ from .conn import (
     set_event,
     set_segmentation,
 )
+from .held import sack_blocks
+from .turns import Turns
 
-PEEK_MAX = 1 << 18  # bytes in one peek: four super-frames, small enough for the second-level cache
-DISCARD_MAX = 1 << 22  # bytes in flight to the guest without SO_PEEK_OFF; also the most consumed in one call
-_TCP_VARIABLE = Struct("!IIHHH")  # seq, ack, offset and flags, window, checksum: at offset 4
-_IP4_VARIABLE = Struct("!HHHHH")  # total length, id, fragment, TTL and protocol, checksum: at offset 2
-_U16 = Struct("!H")
-_TTL_PROTO = ip.TTL << 8 | PROTO_TCP
-_MASK = 0xFFFFFFFF
-_OFFSET_5 = 5 << 12
-MSG_PEEK = socket.MSG_PEEK
-MSG_TRUNC = socket.MSG_TRUNC
+PEEK_MAX: Final = 1 << 18  # bytes in one peek: four super-frames, small enough for the second-level cache
+BULK: Final = 1 << 14  # bytes in one peek from which on the next one goes where the link wants it
+CUTS_MAX: Final = 16  # urgent marks passed in one turn
+DISCARD_MAX: Final = 1 << 22  # bytes in flight to the guest without SO_PEEK_OFF; also the most consumed in one call
+_TCP_VARIABLE: Final = Struct("!IIHHH")  # seq, ack, offset and flags, window, checksum: at offset 4
+_IP4_VARIABLE: Final = Struct("!HHHHH")  # total length, id, fragment, TTL and protocol, checksum: at offset 2
+_U16: Final = Struct("!H")
+_TTL_PROTO: Final = ip.TTL << 8 | PROTO_TCP
+_OFFSET_5: Final = 5 << 12
+_NO_VIEWS: Final[tuple[list[memoryview], int]] = ([], 0)
+MSG_PEEK: Final = socket.MSG_PEEK
+MSG_TRUNC: Final = socket.MSG_TRUNC
 
 CALLS = (*setting((socket.SOL_SOCKET, SO_PEEK_OFF)), *calls("recvmsg", "recvfrom"))
 
@@ -81,21 +91,23 @@ class TcpOut:
 
     def __init__(self, ctx: Context, features: Features) -> None:
         self._link = ctx.link
-        self._guest = ctx.guest
-        self._errors = Errors(ctx)
+        self._reactor = ctx.reactor
+        self._guest, self._lan = ctx.guest, ctx.lan
         self._peek_off = features.peek_off
-        self.stalled: dict[int, TcpConn] = {}  # by index: connections that wait for the link to take frames
+        self.turns = Turns(ctx)
         self._buf = memoryview(bytearray(PEEK_MAX))
         # With MSG_TRUNC the kernel writes nothing, and with SO_PEEK_OFF no peek uses it: memory that is never touched.
         self._discard = memoryview(mmap.mmap(-1, DISCARD_MAX))
         ctx.settings.subscribe(self._adopt)
 
     def _adopt(self, config: Config) -> None:
-        self._our_mac, self._mtu = config.our_mac, config.mtu
+        self._mtu = config.mtu
 
     def build_header(self, conn: TcpConn) -> None:
         """Prepare the header of a new connection."""
-        build_header(conn, self._guest.mac, self._our_mac, self._mtu, tso=self._link.tso)
+        n = (len(conn.key) - 4) // 2
+        guest, peer = self._guest.mac_of(conn.key[:n]), self._lan.mac_of(conn.key[n : 2 * n])
+        build_header(conn, guest, peer, self._mtu, tso=self._link.tso)
 
     def limit_mss(self, conn: TcpConn) -> None:
         """Limit the MSS that the guest announced, and the length of frames by it."""
@@ -110,8 +122,8 @@ class TcpOut:
         _TCP_VARIABLE.pack_into(
             conn.hdr,
             l4 + 4,
-            seq & _MASK,
-            conn.rcv_acked & _MASK,
+            seq & MASK,
+            conn.rcv_acked & MASK,
             _OFFSET_5 + (options << 10) | flags,
             window if window < 65535 else 65535,
             (s & 0xFFFF) + (s >> 16),
@@ -119,9 +131,7 @@ class TcpOut:
         if l4 == L4_IPV4:
             length += 20
             s = conn.ip_sum + length
-            _IP4_VARIABLE.pack_into(
-                conn.hdr, L3 + 2, length, 0, 0, _TTL_PROTO, 0xFFFF - ((s & 0xFFFF) + (s >> 16))
-            )
+            _IP4_VARIABLE.pack_into(conn.hdr, L3 + 2, length, 0, 0, _TTL_PROTO, 0xFFFF - ((s & 0xFFFF) + (s >> 16)))
         else:
             _U16.pack_into(conn.hdr, L3 + 4, length)
 
@@ -134,8 +144,22 @@ class TcpOut:
         self._link.send(conn.hdr)
 
     def ack(self, conn: TcpConn) -> None:
-        """Send an acknowledgement with the current window."""
+        """Send an acknowledgement with the current window, and with SACK where the guest has to know of a hole."""
+        if conn.held or conn.dsack:
+            blocks = sack_blocks(conn)
+            if blocks:
+                self._sack(conn, blocks)
+                return
         self.bare(conn, tcp.ACK, conn.snd_nxt)
+
+    def _sack(self, conn: TcpConn, blocks: Sequence[tuple[int, int]]) -> None:
+        """Send an acknowledgement with the option."""
+        options = tcp.emit_sack(blocks)
+        if conn.gso:
+            set_segmentation(conn, GSO_NONE)
+        self.header(conn, conn.snd_nxt, tcp.ACK, 0, len(options))
+        conn.ack_due = False
+        self._link.send_payload((conn.hdr, options))
 
     def reset(self, conn: TcpConn) -> None:
         """Send RST. It carries ACK, which a guest in SYN-SENT requires (RFC 9293, 3.10.7.3).
@@ -157,7 +181,7 @@ class TcpOut:
         """The window of a SYN is never scaled (RFC 7323, 2.2)."""
         overhead = conn.l4 - L3 + tcp.HEADER_LEN
         mss = (self._mtu or 1500) - overhead
-        options = tcp.SynOptions(mss, ws).emit()
+        options = tcp.emit_syn_options(mss, ws, conn.sack)
         scale, conn.rcv_wscale = conn.rcv_wscale, 0
         self.header(conn, conn.snd_una, flags, 0, len(options))
         conn.rcv_wscale = scale
@@ -173,21 +197,22 @@ class TcpOut:
             stray.rcv_acked = stray.rcv_edge = seq + length
             self.bare(stray, tcp.RST | tcp.ACK, 0)
 
-    def unreachable(self, conn: TcpConn, error: int, now: float) -> None:
-        """Answer SYN by an ICMP error, so that connect(2) in the guest fails with the errno of the host's."""
-        n = (len(conn.key) - 4) // 2
-        guest, peer, ports = conn.key[:n], conn.key[n : 2 * n], conn.key[2 * n :]
-        syn = icmp.quote(guest, peer, PROTO_TCP, ports + conn.irs.to_bytes(4, "big") + bytes(12))
-        self._errors.refused(error, guest, peer, syn, now)
-
-    def send_data(self, conn: TcpConn, *, reset: bool = False) -> None:
+    def send_data(self, conn: TcpConn) -> None:
         """Send what the socket has and the guest's window takes, and FIN after the last byte. Raises OSError.
 
-        `reset`: the host peer has reset the connection, so an empty receive queue is not the end of its stream.
+        Where the socket has failed, an empty receive queue is not the end of the peer's stream.
+
+        Longer than most on purpose: each step decides on what the one before has found, and it runs for every event.
         """
+        cuts = 0
+        turns = self.turns
         while not conn.events & TAP_FIN_SENT:
-            if self._link.full:
-                self.stalled[conn.index] = conn
+            room = self._link.room
+            if self._link.full or room <= 0:
+                turns.waiting[conn.index] = conn
+                return
+            if turns.left <= 0 and turns.used_up():
+                turns.put_off(conn)
                 return
             in_flight = conn.snd_nxt - conn.snd_una
             want = conn.snd_wnd - in_flight
@@ -198,14 +223,16 @@ class TcpOut:
                 return  # the acknowledgement on its way opens the window
             if want > PEEK_MAX:
                 want = PEEK_MAX
+            if want > room:
+                want = room
             if not self._peek_off:
                 if conn.urgent:
                     self.consume(conn)
                 want = min(want, DISCARD_MAX - (conn.snd_nxt - conn.base))
                 if want <= 0:
                     return
-            n = self._peek(conn, want)
-            if not n and not reset:
+            n, want, laid_out = self._peek_next(conn, want)
+            if not n and not conn.events & SOCK_FAILED:
                 set_event(conn, SOCK_FIN_RCVD)
             n = max(n, 0)
             # Perhaps short at an urgent mark: a peek that begins before the mark ends there.
@@ -215,8 +242,10 @@ class TcpOut:
                 return
             ended = n < want and conn.events & SOCK_FIN_RCVD and not cut
             if n:
-                self._segments(conn, n, tcp.FIN if ended else 0)
+                self._reactor.moved += n
+                self._segments(conn, conn.snd_nxt, n, tcp.FIN if ended else 0, laid_out)
                 conn.snd_nxt += n
+                turns.left -= n
             elif ended:
                 self.bare(conn, tcp.FIN | tcp.ACK, conn.snd_nxt)
             if ended:
@@ -227,27 +256,57 @@ class TcpOut:
                 return
             if not n:
                 return  # the bytes after the mark can be peeked when the guest has acknowledged those before it
+            if cut:
+                cuts += 1
+                if cuts == CUTS_MAX and not conn.events & SOCK_FAILED:
+                    self._reactor.change(conn.fd, INTEREST | (EPOLLOUT if conn.wait_writable else 0))
+                    return
 
-    def _peek(self, conn: TcpConn, want: int) -> int:
-        """Read up to `want` bytes at snd_nxt and leave them in the socket; 0: end of stream, -1: no bytes now."""
+    def _peek_next(self, conn: TcpConn, want: int) -> tuple[int, int, bool]:
+        """Peek what comes next, where the link wants it if it may be much: (as of `_peek`, at most, whether there)."""
+        views, laid_out = self._link.lay_out(len(conn.hdr), conn.chunk, want) if conn.bulk else _NO_VIEWS
+        if laid_out:
+            n = self._peek_into(conn, conn.snd_nxt, views)
+            want = laid_out
+        else:
+            n = self._peek(conn, conn.snd_nxt, want)
+        conn.bulk = n >= BULK
+        return n, want, laid_out > 0
+
+    def _peek(self, conn: TcpConn, seq: int, want: int) -> int:
+        """Read up to `want` bytes at `seq` and leave them in the socket; 0: end of stream, -1: no bytes now.
+
+        With SO_PEEK_OFF, `seq` is where the last peek ended, or `_seek` went.
+        """
+        if not self._peek_off:
+            return self._peek_into(conn, seq, [self._buf[:want]])
         try:
-            if self._peek_off:
-                n: int = conn.sock.recv_into(self._buf, want, MSG_PEEK)
-            else:
-                sent = conn.snd_nxt - conn.base
-                n = conn.sock.recvmsg_into((self._discard[:sent], self._buf[:want]), 0, MSG_PEEK)[0]
-                if sent:
-                    # With bytes in flight in the queue, a peek cannot tell an end from a pause: EPOLLRDHUP does.
-                    return n - sent if n > sent else -1
+            n: int = conn.sock.recv_into(self._buf, want, MSG_PEEK)
         except BlockingIOError:
             return -1
         return n
 
-    def _segments(self, conn: TcpConn, n: int, last_flags: int) -> None:
-        """Send the first `n` bytes of the peek buffer as segments at snd_nxt; the last segment has PSH."""
-        hdr, chunk, mss, seq = conn.hdr, conn.chunk, conn.mss, conn.snd_nxt
-        buf, send = self._buf, self._link.send_payload
+    def _peek_into(self, conn: TcpConn, seq: int, views: list[memoryview]) -> int:
+        """The same, into `views`."""
+        sent = 0 if self._peek_off else seq - conn.base
+        if sent:
+            views.insert(0, self._discard[:sent])
+        try:
+            n: int = conn.sock.recvmsg_into(views, 0, MSG_PEEK)[0]
+        except BlockingIOError:
+            return -1
+        if sent:
+            # With bytes in flight in the queue, a peek cannot tell an end from a pause: EPOLLRDHUP does.
+            return n - sent if n > sent else -1
+        return n
+
+    def _segments(self, conn: TcpConn, seq: int, n: int, last_flags: int, laid_out: bool = False) -> None:
+        """Send `n` bytes as segments at `seq`; the last one has PSH. They are in the peek buffer, or `laid_out`."""
+        hdr, chunk, mss = conn.hdr, conn.chunk, conn.mss
+        buf, link = self._buf, self._link
         conn.ack_due = False
+        if n <= mss:  # one segment, as the loop would send it
+            chunk = n
         offset = 0
         while offset < n:
             end = offset + chunk
@@ -259,43 +318,31 @@ class TcpOut:
             if gso != conn.gso:
                 set_segmentation(conn, (GSO_TCPV4 if conn.l4 == L4_IPV4 else GSO_TCPV6) if gso else GSO_NONE)
             self.header(conn, seq + offset, flags, end - offset)
-            send((hdr, buf[offset:end]))
+            if laid_out:
+                link.send_laid_out(hdr, end - offset)
+            else:
+                link.send_payload((hdr, buf[offset:end]))
             offset = end
 
-    def fast_retransmit(self, conn: TcpConn) -> None:
-        """Retransmit one frame at snd_una, whatever else is in flight (RFC 6582)."""
-        conn.resent += 1
-        in_flight = conn.snd_nxt - conn.snd_una
-        if conn.events & TAP_FIN_SENT and in_flight == 1:
-            self.bare(conn, tcp.FIN | tcp.ACK, conn.snd_una)
-            return
-        fin = 1 if conn.events & TAP_FIN_SENT else 0
-        nxt, conn.snd_nxt = conn.snd_nxt, conn.snd_una
-        self._seek(conn, conn.snd_una)
-        n = self._peek(conn, min(in_flight - fin, conn.chunk))
-        if n > 0:
-            self._segments(conn, n, 0)
-        conn.snd_nxt = nxt
-        self._seek(conn, nxt - fin)
-
-    def go_back_n(self, conn: TcpConn) -> None:
-        """Set snd_nxt back to snd_una: the next `send_data` retransmits everything in flight."""
-        conn.resent += 1
-        conn.snd_max = max(conn.snd_max, conn.snd_nxt)
-        conn.snd_max_fin = conn.snd_max_fin or bool(conn.events & TAP_FIN_SENT)
-        conn.snd_nxt = conn.snd_una
-        conn.drained = False
-        set_event(conn, 0, clear=TAP_FIN_SENT)
-        self._seek(conn, conn.snd_una)
-
-    def skip_acknowledged(self, conn: TcpConn) -> None:
-        """The guest acknowledged bytes at or after snd_nxt, sent before `go_back_n`: do not retransmit these."""
-        conn.snd_nxt = conn.snd_una
-        fin = 0
-        if conn.snd_una == conn.snd_max and conn.snd_max_fin:
-            set_event(conn, TAP_FIN_SENT)
-            fin = 1
-        self._seek(conn, conn.snd_una - fin)
+    def resend(self, conn: TcpConn, ranges: Sequence[tuple[int, int]]) -> None:
+        """Send ranges of what is in flight once more, FIN included. Raises OSError."""
+        fin = conn.snd_nxt - 1 if conn.events & TAP_FIN_SENT else -1
+        for seq, right in ranges:
+            ends = right - 1 == fin
+            data_end = fin if ends else right
+            conn.resent += 1
+            if seq == fin:
+                self.bare(conn, tcp.FIN | tcp.ACK, fin)
+                continue
+            self._seek(conn, seq)
+            at = seq
+            while at < data_end:
+                n = self._peek(conn, at, min(data_end - at, PEEK_MAX))
+                if n <= 0:
+                    break  # without SO_PEEK_OFF, no peek gets beyond an urgent mark in front of this
+                self._segments(conn, at, n, tcp.FIN if ends and at + n == data_end else 0)
+                at += n
+        self._seek(conn, conn.snd_nxt if fin < 0 else fin)
 
     def consume(self, conn: TcpConn) -> None:
         """Take what the guest acknowledged out of the socket, without a copy. The kernel adjusts the peek offset."""

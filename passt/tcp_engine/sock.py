@@ -6,8 +6,12 @@
     TCP_NODELAY       the guest's kernel has applied Nagle's algorithm already; a second delay would only add to it
     SO_OOBINLINE      the urgent byte stays in the stream, as on the guest's side
     TCP_USER_TIMEOUT  while connecting to one of several resolvers: without an answer, the next resolver is tried
-    SO_KEEPALIVE      on from the guest's first keep-alive probe, after the same idle time
+    SO_KEEPALIVE      on from the guest's first keep-alive probe (`keepalive.py`)
+    IP_TTL            the guest's, where its SYN has another one than the host's packets (`syn_errors.py`)
+    IP_RECVERR        on with it, while connecting
+    SO_RCVLOWAT       raised and set back, where the link to the guest is long: see `widen`
     SO_LINGER         on, 0 s: close(2) sends RST instead of FIN, as the guest did
+    IP_TOS, ...       the DSCP of the guest's last segments (RFC 2474); ECN is the business of each side's TCP
 
 Accepted sockets inherit the first three from the listening socket, so `prepare_listener` sets them there once. The
 guest's source port is not kept: it may be in use on the host, and no peer may rely on it.
@@ -19,42 +23,60 @@ import errno
 import os
 import socket
 from struct import Struct
-from typing import Any
+from typing import Any, Final
 
-from .. import addr, log
-from ..drops import Drop, Failed
+from .. import addr
+from ..drops import Drop, Failed, Reason
 from ..flow.context import Context
+from ..linux import tcpinfo
 from ..linux.nspool import new_socket
-from ..linux.sockopt import SO_PEEK_OFF, setting
+from ..linux.sockopt import HOPS, RECVERR, SO_PEEK_OFF, TRAFFIC_CLASS, hops_option, recverr, setting
 from ..linux.tcpinfo import Features
-from ..loop.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, TYPE_TCP
+from ..loop.reactor import EPOLLOUT, INTEREST, TYPE_TCP
 from ..policy.forwarding import Forwarding, SockAddr
 from .conn import TcpConn
 
-INTEREST = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET  # of a connected socket with room in its send buffer
-RESOLVER_TIMEOUT = 1500  # ms without an answer to SYN (RFC 5482; Linux applies it while connecting, too)
-KEEPIDLE_MAX = 32767  # s, MAX_TCP_KEEPIDLE of Linux
-_RESET_ON_CLOSE = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
+RESOLVER_TIMEOUT: Final = 1500  # ms without an answer to SYN (RFC 5482; Linux applies it while connecting, too)
+ECN_MASK: Final = 3
+LONG_LINK_BYTES: Final = 1 << 22  # in flight to the guest over a long link, or half of tcp_rmem's largest
+_RESET_ON_CLOSE: Final = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
+# Numbers: the names are of enumerations, of which an operation costs a microsecond
+_AF_INET: Final = int(socket.AF_INET)
+_AF_INET6: Final = int(socket.AF_INET6)
+_STREAM: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 CALLS = (
-    *setting(*((socket.IPPROTO_TCP, o) for o in (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE))),
+    *setting(*HOPS, *RECVERR),
+    *setting(*((socket.IPPROTO_TCP, o) for o in (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT))),
     *setting(
+        *TRAFFIC_CLASS,
         (socket.SOL_SOCKET, SO_PEEK_OFF),
         (socket.SOL_SOCKET, socket.SO_OOBINLINE),
         (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
         (socket.SOL_SOCKET, socket.SO_LINGER),
+        (socket.SOL_SOCKET, socket.SO_RCVLOWAT),
     ),
 )
 
 
+def widen(sock: socket.socket) -> None:
+    """Enlarge the receive buffer: over a long link, what is in flight to the guest stays in it for a round trip.
+
+    The kernel enlarges a receive buffer by the bytes that are read within a round trip of its own path, which may be a
+    thousandth of the link's. SO_RCVBUF would end that, with a limit of 208 KiB (net.core.rmem_max). SO_RCVLOWAT makes
+    the kernel (4.18) enlarge it within its own limits; the mark itself is set back, and the buffer stays
+    (tcp_set_rcvlowat in net/ipv4/tcp.c).
+    """
+    for mark in (LONG_LINK_BYTES, 1):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+
+
 def choose_host(ctx: Context, conn: TcpConn, now: float) -> None:
     """Set `conn.host` to the target of the guest's connection: of several resolvers, the best one."""
-    key = conn.key
-    n = (len(key) - 4) // 2
-    peer, port = key[n : 2 * n], int.from_bytes(key[2 * n + 2 :], "big")
+    peer, port = conn.peer
     if not ctx.resolvers.serve(peer, port) or not choose_resolver(ctx, conn, now):
-        conn.host = ctx.fwd.outbound(peer), port
+        target = ctx.fwd.outbound(peer)
+        conn.mapped_host = () if target == peer else (target, port)
 
 
 def choose_resolver(ctx: Context, conn: TcpConn, now: float) -> bool:
@@ -68,14 +90,17 @@ def choose_resolver(ctx: Context, conn: TcpConn, now: float) -> bool:
     return True
 
 
-def connect(ctx: Context, features: Features, conn: TcpConn) -> int:
+def connect(ctx: Context, features: Features, conn: TcpConn, now: float) -> int:
     """Open the host socket and start to connect to `conn.host`; returns 0, EINPROGRESS or another errno.
 
-    Raises OSError when no socket can be opened. A host without IPv6 only rules a resolver out.
+    Raises OSError when no socket can be opened, even at the cost of another flow (`flow/room.py`). A host without IPv6
+    only rules a resolver out.
     """
     try:
         return _connect(ctx, features, conn)
     except OSError as e:
+        if ctx.room.descriptor(e, now):
+            return _connect(ctx, features, conn)
         if not conn.resolvers_tried or e.errno != errno.EAFNOSUPPORT:
             raise
         return errno.EAFNOSUPPORT
@@ -94,7 +119,7 @@ def connect_next(ctx: Context, features: Features, conn: TcpConn, error: int, no
             ctx.reactor.retire(conn.fd, conn.sock)
             conn.sock = None
         try:
-            error = connect(ctx, features, conn)
+            error = connect(ctx, features, conn, now)
         except OSError as e:
             error = e.errno or errno.EIO
     return error
@@ -102,15 +127,24 @@ def connect_next(ctx: Context, features: Features, conn: TcpConn, error: int, no
 
 def _connect(ctx: Context, features: Features, conn: TcpConn) -> int:
     """Only the last resolver to be tried has the kernel's own timeout."""
-    fwd, dst = ctx.fwd, conn.host[0]
-    sockaddr = fwd.sockaddr(*conn.host)
-    sock: Any = new_socket(addr.family(dst), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    dst, port = conn.host
+    way = ctx.fwd.way(dst)
+    sockaddr = way.sockaddr(port)
+    sock: Any = new_socket(_AF_INET if len(dst) == 4 else _AF_INET6, _STREAM)
     conn.sock, conn.fd = sock, sock.fileno()
-    _prepare(sock, features)
+    prepare(sock, features)
+    if conn.key in ctx.classes:
+        set_class(ctx, conn)
     if conn.resolvers_tried and len(conn.resolvers_tried) < len(ctx.resolvers.hosts):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, RESOLVER_TIMEOUT)
-    conn.near = is_near(fwd, features, dst)
-    _bind(ctx, conn, dst)
+    if conn.hops:
+        set_hops(conn)
+    conn.near = way.own or not features.bytes_acked
+    if way.source is not None or way.interface is not None:
+        try:
+            bind_source(ctx.fwd, sock, dst)
+        except OSError as e:
+            return e.errno or errno.EIO  # the interface or the address vanished after the start
     error = connect_local(sock, sockaddr) if conn.near else sock.connect_ex(sockaddr)
     pending = EPOLLOUT if error == errno.EINPROGRESS else 0
     if error in (0, errno.EINPROGRESS):
@@ -121,22 +155,26 @@ def _connect(ctx: Context, features: Features, conn: TcpConn) -> int:
 def connect_local(sock: Any, sockaddr: SockAddr) -> int:
     """Connect to a server on this host; returns 0, EINPROGRESS or another errno.
 
-    Over loopback the handshake is complete before connect(2) returns, yet it returns EINPROGRESS. A second call tells.
+    Over loopback the handshake is complete before connect(2) returns, yet it returns EINPROGRESS: the state tells.
+    Another connect(2) would discard what a server has sent that has reset the connection meanwhile. An event tells of
+    such an end.
     """
     error: int = sock.connect_ex(sockaddr)
-    if error == errno.EINPROGRESS:
-        error = sock.connect_ex(sockaddr)
-        if error == errno.EALREADY:
-            return errno.EINPROGRESS
-    return error
+    return 0 if error == errno.EINPROGRESS and tcpinfo.is_connected(sock) else error
+
+
+def set_class(ctx: Context, conn: TcpConn) -> None:
+    """Send segments to the host peer with the guest's traffic class. Raises OSError."""
+    conn.sock.setsockopt(*TRAFFIC_CLASS[len(conn.host[0]) == 16], ctx.classes.get(conn.key, 0))
 
 
 def prepare_listener(sock: Any, features: Features) -> None:
     """Set the options that accepted sockets inherit. Raises OSError."""
-    _prepare(sock, features)
+    prepare(sock, features)
 
 
-def _prepare(sock: Any, features: Features) -> None:
+def prepare(sock: Any, features: Features) -> None:
+    """Set the options of every socket. Raises OSError."""
     if features.peek_off:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -145,20 +183,27 @@ def _prepare(sock: Any, features: Features) -> None:
 
 def is_near(fwd: Forwarding, features: Features, peer: bytes) -> bool:
     """Whether data that a socket takes for `peer` counts as acknowledged: it is on this host, or TCP_INFO lacks it."""
-    ip = fwd.family(peer)
-    return addr.is_loopback(peer) or not features.bytes_acked or (ip is not None and peer == ip.addr)
+    return fwd.way(peer).own or not features.bytes_acked
 
 
-def _bind(ctx: Context, conn: TcpConn, dst: bytes) -> None:
-    """Apply the configured outbound address and interface; the connection goes on where the kernel refuses."""
-    source, interface = ctx.fwd.source(dst)
-    try:
-        if source is not None:
-            conn.sock.bind(ctx.fwd.sockaddr(source, 0))
-        if interface is not None:
-            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
-    except OSError as e:
-        log.debug(f"Flow {conn.index} (TCP connection): cannot bind: {e.strerror}")
+def bind_source(fwd: Forwarding, sock: Any, target: bytes) -> None:
+    """Bind to the configured outbound interface and address, if there are any for `target`. Raises OSError."""
+    source, interface = fwd.source(target)
+    if interface is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
+    if source is not None:
+        sock.bind(fwd.sockaddr(source, 0))
+
+
+def set_hops(conn: TcpConn) -> None:
+    """Give the connecting socket the TTL or hop limit of the guest's SYN, and an error queue."""
+    conn.sock.setsockopt(*hops_option(conn.host[0]), conn.hops)
+    conn.sock.setsockopt(*recverr(addr.family(conn.host[0])), 1)
+
+
+def no_error_queue(conn: TcpConn) -> None:
+    """The socket is connected: an ICMP error is no end of it any more."""
+    conn.sock.setsockopt(*recverr(addr.family(conn.host[0])), 0)
 
 
 def clear_user_timeout(sock: Any) -> None:
@@ -166,15 +211,16 @@ def clear_user_timeout(sock: Any) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
 
 
-def keep_alive(sock: Any, idle: float) -> None:
-    """Let the kernel probe the host peer after `idle` seconds without data (RFC 9293, 3.8.4; tcp(7))."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, min(max(int(idle), 1), KEEPIDLE_MAX))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
 def reset_on_close(sock: Any) -> None:
     """Let close(2) send RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+
+
+def turn_away(ctx: Context, sock: Any, reason: Reason, now: float) -> None:
+    """Reset a host client that was accepted, and count why."""
+    ctx.drops[reason] += 1
+    reset_on_close(sock)
+    ctx.reactor.retire(sock.fileno(), sock)
 
 
 def reset(sock: Any) -> None:

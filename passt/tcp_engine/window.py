@@ -6,7 +6,7 @@ Acknowledgements
     host peer                       the guest's data is acknowledged
     ------------------------------  --------------------------------------------------------------------------------
     near: on this host, or closer   when the socket takes it, and FIN likewise: neither can get lost any more
-    than 100 us (tcpi_min_rtt)
+    than 25 us (tcpi_min_rtt)
     elsewhere                       when the socket takes it, but for the last 32 to 64 KiB (the tail). The tail and FIN
                                     are acknowledged when the peer has acknowledged them (tcpi_bytes_acked)
 
@@ -25,58 +25,93 @@ next look at TCP_INFO, would fill a fast path at a quarter of its rate.
 
 An acknowledgement to the guest goes out at once, or is delayed:
 
-    at once     after a batch of BULK_MIN bytes or more; with a new window; after a segment that is a duplicate, out of
-                order, a probe, or refused by the socket; and always outside the ping-pong mode
+    at once     after a batch of BULK_MIN bytes or more; after a full-sized segment behind one whose acknowledgement is
+                delayed (RFC 9293, 3.8.6.3); with a new window; after a segment that is a duplicate, out of order, a
+                probe, or refused by the socket; and always outside the ping-pong mode. Behind a hole, it is an
+                acknowledgement of all before the hole (`held.py`)
     delayed     in ping-pong mode, about 10 ms, so that an answer can carry it
 
 Ping-pong mode is the kernel's: it begins when two answers in a row came within the delay, and ends when a delay passes
-without one. One timer serves all delays, by a heap. It also consumes from the host sockets what the guest has
-acknowledged since (`output.py`).
+without one. A connection begins in it where the first requests of HABIT connections to the same server were answered in
+time: for a short one, that is a frame in five. A guest that sends the second part of a request when the first one is
+acknowledged (Nagle's algorithm) waits for the delay then, once: for VAIN, no connection to this server begins so.
+
+One timer serves all delays, by a heap. It also consumes from the host sockets what the guest has acknowledged since
+(`output.py`).
 
 The window
 ==========
 
 The window advertised is what the socket can take: three quarters of the free space in its send buffer (SO_MEMINFO), and
 not more than the larger of the host peer's window (tcpi_snd_wnd) and 64 KiB. It is computed again when half of it is
-used up, not for each segment. Its right edge never moves left. A send buffer that is two thirds full is no longer
-writable to the kernel; from then on EPOLLOUT tells when to advertise more. Waiting for EPOLLOUT also makes the kernel
-enlarge a buffer that limits the connection.
+used up, not for each segment. The first one is that of an earlier connection to the same server, for FIRST_KEPT: their
+sockets begin alike. Its right edge never moves left. A send buffer that is two thirds full is no longer writable to the
+kernel; from then on EPOLLOUT tells when to advertise more. Waiting for EPOLLOUT also makes the kernel enlarge a buffer
+that limits the connection.
 
-A new window never exceeds the free space, so the socket rarely refuses data. Data that it does refuse is dropped and
-counted, and duplicate acknowledgements ask for it once EPOLLOUT reports room.
+A new window does not exceed the free space, so the socket rarely refuses data. Refused data waits in the out-of-order
+queue, unacknowledged, until EPOLLOUT reports room.
+
+A link with a long round trip (a machine in another place, a link that is simulated) needs more. The kernel enlarges the
+send buffer of a connection that its path limits, and this one is limited by the link: the buffer stays empty, and as
+small as it began. So where the link's round trip exceeds LONG_LINK and the socket drains, the window grows beyond the
+free space. The round trip is that of the handshake, or less: from an edge that was advertised to data beyond it, it
+takes one at least (`rcv_mark`). The window doubles with each new window, up to GROWN_MAX, which the out-of-order queue
+has room for. A window is computed again when an eighth of it is used up: the guest would wait for a round trip at the
+edge of a half.
 
 Silly window avoidance (RFC 9293, 3.8.6.2.1): a guest sends nothing shorter than a segment, or half of the largest
 window that it has seen, whichever is less. It waits for more window, and probes after 200 ms. So the window is computed
-again before the rest becomes that small (`rcv_wnd_low`). Where it stays small although the socket drains, the
-delayed-ACK timer computes it again.
+again before the rest becomes that small (`rcv_wnd_low`). A socket that drains is promised that much although its buffer
+is smaller: nothing would make the window larger later. Where the socket is fuller, the delayed-ACK timer computes it
+again.
 """
 
 from __future__ import annotations
 
 from heapq import heappop, heappush
 from itertools import count
+from typing import Final
 
+from .. import NEVER
 from ..flow.context import Context
 from ..linux import tcpinfo
 from ..loop.each import each
-from ..loop.reactor import EPOLLOUT
-from ..policy.config import Config
-from .conn import CLOSED, SOCK_ACCEPTED, TAP_FIN_RCVD, WINDOW_MAX, TcpConn
+from ..loop.reactor import EPOLLOUT, INTEREST
+from ..policy.config import WINDOW_MAX, Config
+from .conn import CLOSED, SOCK_ACCEPTED, TAP_FIN_RCVD, TcpConn
 from .output import TcpOut
-from .sock import INTEREST
 from .table import TcpTable
 
-ACK_DELAY = 0.010  # s; half as much to half as much again
-COALESCE = ACK_DELAY / 4  # s: delays that end so close to each other end together
-POLL_MIN = 0.001  # s between reads of TCP_INFO; the interval grows from the round trip, ACK_DELAY at most
-POLL_MAX = 1.0  # s, while the peer acknowledges nothing
-PINGPONG_MAX = 3
-PINGPONG = 2  # answers in time after which acknowledgements are delayed
-BULK_MIN = 8192  # bytes: a batch of so many is no request that waits for its answer
-TAIL_MAX = 65536  # bytes that may wait for the host peer's acknowledgement
-TAIL_MIN = 32768  # bytes that go on waiting where there are more
-NEAR_US = 100  # us, round trip below which a peer is near
-WINDOW_FLOOR = 65536  # bytes, advertised whatever the host peer's window if the send buffer has room
+ACK_DELAY: Final = 0.010  # s; half as much to half as much again
+COALESCE: Final = ACK_DELAY / 4  # s: delays that end so close to each other end together
+POLL_MIN: Final = 0.001  # s between reads of TCP_INFO; the interval grows from the round trip, ACK_DELAY at most
+POLL_MAX: Final = 1.0  # s, while the peer acknowledges nothing
+PINGPONG_MAX: Final = 3
+PINGPONG: Final = 2  # answers in time after which acknowledgements are delayed
+BULK_MIN: Final = 8192  # bytes: a batch of so many is no request that waits for its answer
+TAIL_MAX: Final = 65536  # bytes that may wait for the host peer's acknowledgement
+TAIL_MIN: Final = 32768  # bytes that go on waiting where there are more
+NEAR_US: Final = 25  # us, round trip below which a peer is near: a veth pair takes 10, two network cards 50
+LONG_LINK: Final = 0.002  # s, round trip
+GROWN_MAX: Final = 3 << 19  # bytes, less than OUT_OF_ORDER_MAX
+FIRST_KEPT: Final = 1.0  # s
+HABIT: Final = 8  # connections in a row whose first request was answered in time
+VAIN: Final = 60.0  # s without the habit after a wait in vain
+SERVERS_MAX: Final = 256
+WINDOW_FLOOR: Final = 65536  # bytes, advertised whatever the host peer's window if the send buffer has room
+
+
+class Server:
+    """Experience with connections of the guest to a server, for the next ones."""
+
+    __slots__ = ("answered", "until", "vain_at", "window")
+
+    def __init__(self) -> None:
+        self.window = 0  # the first one
+        self.until = 0.0  # until when that counts
+        self.answered = 0  # connections in a row whose first request was answered in time
+        self.vain_at = -VAIN  # when an acknowledgement of a first request last waited in vain
 
 
 class TcpAck:
@@ -89,6 +124,7 @@ class TcpAck:
         self._features = features
         self._waiting: list[tuple[float, int, TcpConn]] = []  # a heap, by deadline
         self._order = count()
+        self._servers: dict[tuple[bytes, int], Server] = {}  # by address and port
         self._timer = ctx.timers.services.new(self.timer_handler)
         ctx.settings.subscribe(self._adopt)
 
@@ -98,16 +134,17 @@ class TcpAck:
     def acknowledge(self, conn: TcpConn, n: int, must_ack: bool, now: float) -> None:
         """Acknowledge what may be acknowledged of the `n` bytes that the socket has just taken, now or later."""
         before = conn.rcv_acked
-        if conn.near:
+        if conn.near or conn.held:
             conn.rcv_acked = conn.rcv_nxt
         elif conn.rcv_nxt - before > TAIL_MAX:
             conn.rcv_acked = conn.rcv_nxt - TAIL_MIN
         elif not conn.poll_interval:
             self.update_rcv_acked(conn)
-        if conn.rcv_edge - conn.rcv_nxt < conn.rcv_wnd_low or conn.rcv_dropped:
+        if conn.rcv_edge - conn.rcv_nxt < conn.rcv_wnd_low or conn.rcv_refused:
             self.open_window(conn, now)
             must_ack = True
-        if must_ack or (conn.rcv_acked != before and (n >= BULK_MIN or conn.pingpong < PINGPONG)):
+        second = conn.ack_due and n >= conn.mss
+        if must_ack or (conn.rcv_acked != before and (n >= BULK_MIN or conn.pingpong < PINGPONG or second)):
             self._out.ack(conn)
             if conn.rcv_acked == conn.rcv_nxt:
                 return
@@ -155,6 +192,8 @@ class TcpAck:
         info = tcpinfo.tcp_info(conn.sock)
         # tcpi_bytes_acked counts FIN as a byte, and SYN, too, unless the socket was accepted.
         first = conn.irs + 1 if conn.events & SOCK_ACCEPTED else conn.irs
+        if conn.moved is not None:
+            first = conn.moved[0]
         acked = min(first + tcpinfo.u64(info, tcpinfo.BYTES_ACKED), conn.rcv_nxt)
         conn.rcv_acked = max(before, acked)
         self._measure(conn, info)
@@ -168,6 +207,38 @@ class TcpAck:
         if self._features.min_rtt and tcpinfo.u32(info, tcpinfo.MIN_RTT) < NEAR_US:
             conn.near = True
 
+    def first_window(self, conn: TcpConn, now: float) -> None:
+        """`open_window` of a connection whose socket has just been connected."""
+        server = self._servers.get(conn.host)
+        if server is None:
+            if len(self._servers) >= SERVERS_MAX:
+                self._servers.clear()
+            server = self._servers[conn.host] = Server()
+        if server.answered >= HABIT:
+            conn.pingpong = PINGPONG
+        if now >= server.until:
+            self.open_window(conn, now)
+            server.until, server.window = now + FIRST_KEPT, conn.rcv_edge - conn.rcv_nxt
+            return
+        window = server.window
+        conn.rcv_mark, conn.rcv_mark_at = conn.rcv_nxt + 1, now
+        conn.rcv_edge = conn.rcv_nxt + window
+        conn.rcv_wnd_max = window
+        conn.rcv_wnd_low = window // 2 + (1 << conn.rcv_wscale) - 1
+
+    def first_answer(self, conn: TcpConn, now: float) -> None:
+        """The first request of a connection was answered in time, outside the ping-pong mode."""
+        server = self._servers.get(conn.host)
+        if server is not None and now - server.vain_at >= VAIN:
+            server.answered += 1
+
+    def _waited_in_vain(self, conn: TcpConn, now: float) -> None:
+        """No answer has come in time."""
+        conn.pingpong = 0
+        server = self._servers.get(conn.host)
+        if server is not None:
+            server.answered, server.vain_at = 0, now
+
     def open_window(self, conn: TcpConn, now: float) -> None:
         """Move the right edge as far as the socket has room, and ask for EPOLLOUT where that is little."""
         size, used = tcpinfo.send_buffer(conn.sock, self._features)
@@ -177,26 +248,44 @@ class TcpAck:
             window = min(window, max(tcpinfo.u32(info, tcpinfo.SND_WND), WINDOW_FLOOR))
             if not conn.near:
                 self._measure(conn, info)
+        drains = used * 3 <= size
+        window = self._grown(conn, window, drains, now)
+        rounding = (1 << conn.rcv_wscale) - 1  # bytes that scaling may take off a window (RFC 7323, 2.3)
+        if drains:
+            window = max(window, self._least(conn, rounding))
         conn.rcv_edge = max(conn.rcv_edge, conn.rcv_nxt + min(window, WINDOW_MAX), conn.rcv_nxt)
         window = conn.rcv_edge - conn.rcv_nxt
         conn.rcv_wnd_max = max(conn.rcv_wnd_max, conn.rcv_edge - conn.rcv_acked)  # for the guest it begins at rcv_acked
-        rounding = (1 << conn.rcv_wscale) - 1  # bytes that scaling may take off a window (RFC 7323, 2.3)
-        conn.rcv_wnd_low = max(window // 2, min(self._segment, conn.rcv_wnd_max // 2)) + rounding
-        if used * 3 > size * 2 or conn.rcv_dropped:
+        fresh = window * 7 // 8 if conn.rcv_grown else window // 2
+        conn.rcv_wnd_low = max(fresh + rounding, self._least(conn, rounding))
+        if used * 3 > size * 2 or conn.rcv_refused:
             conn.wait_writable = True
             self._ctx.reactor.change(conn.fd, INTEREST | EPOLLOUT)
         elif window < conn.rcv_wnd_low and used and not conn.delack_at:
             self.queue_delayed(conn, now)
 
+    def _least(self, conn: TcpConn, rounding: int) -> int:
+        """The smallest window that lets the guest send; WINDOW_FLOOR, which scaling leaves whole, has any segment."""
+        return min(min(self._segment, conn.rcv_wnd_max // 2) + rounding, WINDOW_FLOOR)
+
+    def _grown(self, conn: TcpConn, window: int, drains: bool, now: float) -> int:
+        """The window of a connection over a long link, which begins with `window`."""
+        if conn.rcv_nxt >= conn.rcv_mark:
+            if conn.rcv_mark:
+                conn.rcv_rtt = min(conn.rcv_rtt, now - conn.rcv_mark_at)
+            conn.rcv_mark, conn.rcv_mark_at = max(conn.rcv_edge, conn.rcv_nxt + 1), now
+        rtt = conn.srtt if conn.rcv_rtt == NEVER else conn.rcv_rtt
+        if rtt <= LONG_LINK or not drains:
+            conn.rcv_grown = 0
+            return window
+        conn.rcv_grown = min(max(2 * conn.rcv_grown, window), GROWN_MAX)
+        return max(window, conn.rcv_grown)
+
     def writable(self, conn: TcpConn, now: float) -> None:
-        """The send buffer has room again: advertise it, and ask for a fast retransmit of what was dropped."""
+        """The send buffer has room again, and took what had waited: advertise it."""
         conn.wait_writable = False
-        lost, conn.rcv_dropped = conn.rcv_dropped, False
         self.open_window(conn, now)
         self._out.ack(conn)
-        if lost:
-            for _ in range(3):  # duplicate acknowledgements start a fast retransmit (RFC 5681, 3.2)
-                self._out.ack(conn)
 
     def timer_handler(self, now: float) -> None:
         """Handle each connection whose delay is over, or nearly over."""
@@ -234,7 +323,7 @@ class TcpAck:
             if now - conn.t_rx < ACK_DELAY / 2:  # newer data came, and its delay has just begun
                 self._delay_ack(conn, now)
                 return
-            conn.pingpong = 0
+            self._waited_in_vain(conn, now)
             self._out.ack(conn)
 
     def forward_ack(self, conn: TcpConn) -> None:

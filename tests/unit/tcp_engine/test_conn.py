@@ -19,7 +19,6 @@ from passt.tcp_engine.conn import (
     KEEPALIVE_IDLE,
     KEEPALIVE_INTERVAL,
     L2,
-    RETRIES_MAX,
     RTO_MAX,
     TAP_FIN_SENT,
     TAP_SYN_ACK_SENT,
@@ -31,6 +30,7 @@ from passt.tcp_engine.conn import (
     set_segmentation,
     timeout,
 )
+from passt.tcp_engine.scoreboard import Scoreboard
 from passt.wire.virtio import F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, GSO_TCPV6, VNET
 from tests.unit.support import GUEST4, GUEST6, GUEST_MAC, OUR_MAC
 
@@ -105,14 +105,15 @@ class Case:
 
 CASES = {
     "connecting": Case({"events": TAP_SYN_RCVD, "snd_nxt": 5}, NEVER),
-    "SYN,ACK": Case({"events": TAP_SYN_RCVD | TAP_SYN_ACK_SENT, "snd_nxt": 1}, 1),
-    "SYN,ACK again": Case({"events": TAP_SYN_RCVD | TAP_SYN_ACK_SENT, "snd_nxt": 1, "retries": 2}, 4),
-    "data": Case({"snd_nxt": 100, "snd_wnd": 1000}, 1),
-    "data, window closed": Case({"snd_nxt": 100, "snd_wnd": 0}, 1),
-    "data, fifth time": Case({"snd_nxt": 100, "snd_wnd": 1000, "retries": 5}, 32),
-    "data, last time": Case({"snd_nxt": 100, "snd_wnd": 1000, "retries": RETRIES_MAX}, RTO_MAX),
-    "zero window": Case({"drained": False}, 0.2),
-    "zero window, probed": Case({"drained": False, "retries": 3}, 1.6),
+    "SYN,ACK": Case({"events": TAP_SYN_RCVD | TAP_SYN_ACK_SENT, "snd_nxt": 1, "rto": 0.02}, 0.02),
+    "data": Case({"snd_nxt": 100, "snd_wnd": 1000, "rto": 0.2, "pto": 0.1}, 0.1),
+    "data, window closed": Case({"snd_nxt": 100, "snd_wnd": 0, "rto": 0.2, "pto": 0.1}, 0.1),
+    "data, again": Case({"snd_nxt": 100, "snd_wnd": 1000, "rto": 0.2, "pto": 0.1, "retries": 1}, 0.2),
+    "data, a loss known": Case(
+        {"snd_nxt": 100, "snd_wnd": 1000, "rto": 0.2, "pto": 0.1, "scoreboard": Scoreboard(0, 0, 100)}, 0.2
+    ),
+    "zero window": Case({"drained": False}, 0.05),
+    "zero window, probed": Case({"drained": False, "retries": 3}, 0.4),
     "zero window, for a day": Case({"drained": False, "retries": 1440}, RTO_MAX),
     "zero window, nothing to send": Case({"drained": True}, KEEPALIVE_IDLE),
     "idle": Case({"snd_wnd": 1000}, KEEPALIVE_IDLE),
@@ -170,6 +171,14 @@ def test_what_a_frame_may_carry(v4: bool, mss: int, mtu: int, tso: bool) -> None
         assert counted + conn.mss > 65535, "as many as there is room for"
     else:
         assert conn.chunk == conn.mss
+
+
+@pytest.mark.parametrize(("v4", "most"), [(True, 65535 - 40), (False, 65535 - 20)])
+def test_the_longest_segment_of_each_family(v4: bool, most: int) -> None:
+    """The length field of IPv4 counts the IP header, that of IPv6 does not."""
+    conn = new(v4, mss=0xFFFF)
+    build_header(conn, GUEST_MAC, OUR_MAC, 0, tso=True)
+    assert (conn.mss, conn.chunk) == (most, most)
 
 
 @pytest.mark.parametrize(("v4", "gso_type", "hdr_len"), [(True, GSO_TCPV4, 54), (False, GSO_TCPV6, 74)])

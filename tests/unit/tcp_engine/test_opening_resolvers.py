@@ -71,7 +71,7 @@ def test_the_next_one_is_tried_if_one_fails(immediately: bool) -> None:
         reactor(talk.ctx).fire(first.fd, EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLRDHUP, talk.now)
         talk.expect_nothing()
         reactor(talk.ctx).end_turn(talk.now)
-        assert first.closed
+        assert first.closed and list(reactor(talk.ctx).refs) == [talk.sock.fd]
         talk.writable()
     talk.expect(SYN | ACK)
     assert connected() == [A, C]
@@ -80,6 +80,53 @@ def test_the_next_one_is_tried_if_one_fails(immediately: bool) -> None:
     conn = talk.tcp._conns[talk.key]
     assert conn.resolvers_tried == ()
     assert conn.endpoints().host == f"[{C}]:53"
+
+
+def test_the_last_one_may_connect_at_once() -> None:
+    """No other is left, and none is needed."""
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    talk = talk_to(A, B)
+    talk.syn()
+    FakeSocket.connect_results = [0]
+    talk.host(error=errno.ETIMEDOUT)
+    talk.expect(SYN | ACK)
+    assert connected() == [A, B]
+    assert talk.ctx.drops == {"dns: resolver failed: ETIMEDOUT": 1}
+    assert not talk.ctx.resolvers.hosts[1].held
+
+
+@pytest.mark.parametrize(
+    ("error", "name"), [(OSError(errno.EMFILE, "too many"), "EMFILE"), (OSError("no number"), "EIO")]
+)
+def test_the_next_one_cannot_be_tried_without_a_socket(
+    error: OSError, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest hears of it, and nothing is left."""
+    monkeypatch.setattr(log, "warn_ratelimited", lambda *_: None)
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    talk = talk_to(A, B)
+    talk.syn()
+
+    def init(self: FakeSocket, family: int, kind: int) -> None:
+        raise error
+
+    monkeypatch.setattr(FakeSocket, "__init__", init)
+    talk.host(error=errno.ETIMEDOUT)
+    assert talk.ctx.drops == {
+        "dns: resolver failed: ETIMEDOUT": 1,
+        f"dns: resolver failed: {name}": 1,
+        "dns: all resolvers failed": 1,
+    }
+    assert len(link(talk.ctx).take()) == 1  # an ICMP message
+    assert talk.gone and not reactor(talk.ctx).refs
+
+
+def test_connections_that_no_resolver_takes_are_counted_one_by_one() -> None:
+    FakeSocket.connect_results = [errno.ECONNREFUSED]
+    talk = talk_to(A)
+    for n in 1, 2:
+        talk.syn()
+        assert talk.ctx.drops["dns: all resolvers failed"] == talk.ctx.drops["dns: resolver failed: ECONNREFUSED"] == n
 
 
 def test_only_the_last_one_may_take_as_long_as_the_kernel_waits() -> None:

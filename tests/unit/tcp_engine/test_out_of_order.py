@@ -12,6 +12,7 @@ from passt.tcp_engine import out_of_order
 from passt.tcp_engine.out_of_order import OVERHEAD
 from passt.wire.tcp import ACK, FIN, PSH, RST
 
+from ..support import lines_of
 from ..tcp_support import Segment, Talk, fake_sockets, open_connection
 
 __all__ = ["fake_sockets"]
@@ -32,7 +33,12 @@ def talk_of(*pieces: bytes, fin: bool = False) -> tuple[Talk, list[Put]]:
 
 def kept(talk: Talk) -> int:
     total = talk.tcp._table.out_of_order.total
-    assert total == sum(len(data) + OVERHEAD for c in talk.tcp._conns.values() for _, data, _ in c.out_of_order)
+    queues = [c.out_of_order for c in talk.tcp._conns.values()]
+    assert total == sum(len(data) + OVERHEAD for queue in queues for _, data, _ in queue)
+    assert total == sum(queue.cost for queue in queues)
+    for queue in queues:
+        ends = [seq + len(data) + fin for seq, data, fin in queue]
+        assert sorted({*ends}) == ends and queue == sorted(queue, key=lambda piece: piece[0])
     return total
 
 
@@ -125,9 +131,8 @@ def test_up_to_the_edge_of_the_window_it_is_kept() -> None:
     conn.rcv_edge = conn.rcv_nxt + 2
     talk.put(b)
     assert kept(talk) == 1 + OVERHEAD and not talk.ctx.drops
-    conn.rcv_edge -= 1
     for times in 1, 2:
-        talk.put(b)
+        talk.guest(ACK, b"c", seq=3)
         assert list(talk.ctx.drops.values()) == [times]
 
 
@@ -138,6 +143,38 @@ def test_pieces_that_overlap() -> None:
     talk.put(talk.segment(ACK, b"abcd", seq=1))
     assert talk.sock.sent == b"abcdefgh" and kept(talk) == 0
     assert not talk.ctx.drops
+
+
+def test_pieces_that_begin_alike() -> None:
+    """A guest that sends again may join what it sent in two segments."""
+    talk, _ = talk_of()
+    talk.put(talk.segment(ACK, b"cd", seq=3), talk.segment(ACK, b"cdef", seq=3), talk.segment(ACK, b"c", seq=3))
+    talk.put(talk.segment(ACK, b"ab", seq=1))
+    assert talk.sock.sent == b"abcdef" and kept(talk) == 0
+
+
+def test_bytes_that_the_host_has_are_not_sent_to_it_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment came early, and another one that brings its bytes as well follows in the same batch."""
+    talk, _ = talk_of()
+    sent: list[list[int]] = []
+    sendmsg = talk.sock.sendmsg
+
+    def noting(parts: list[memoryview]) -> int:
+        sent.append([len(part) for part in parts])
+        return sendmsg(parts)
+
+    monkeypatch.setattr(talk.sock, "sendmsg", noting)
+    talk.put(talk.segment(ACK, b"cd", seq=3), talk.segment(ACK, b"abcd", seq=1))
+    assert sent == [[4]] and talk.sock.sent == b"abcd"
+
+
+def test_nothing_is_kept_behind_the_end() -> None:
+    talk, (a, end) = talk_of(b"a", fin=True)
+    talk.put(a, end, talk.segment(ACK, b"nonsense", seq=9))
+    assert talk.sock.sent == b"a" and talk.sock.shut and kept(talk) == 0
+    assert not talk.ctx.drops
+    talk.put(talk.segment(ACK, b"nonsense", seq=9))
+    assert kept(talk) == 0 and not talk.ctx.drops
 
 
 def test_the_end_twice_is_kept_once() -> None:
@@ -156,6 +193,45 @@ def test_what_others_have_counts() -> None:
     queue.total = out_of_order.OUT_OF_ORDER_TOTAL
     talk.put(talk.segment(ACK, b"d", seq=4))
     assert talk.ctx.drops
+
+
+def test_what_is_needed_earlier_takes_the_place_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out_of_order, "OUT_OF_ORDER_MAX", 2 * (OVERHEAD + 1))
+    talk, (a, b, c, d) = talk_of(b"a", b"b", b"c", b"d")
+    for early in d, c, b:
+        talk.put(early)
+    assert kept(talk) == 2 * (OVERHEAD + 1) and talk.ctx.drops == {"tcp early: no room": 1}
+    talk.put(a)
+    assert talk.sock.sent == b"abc"
+
+
+def test_a_piece_that_covers_others_takes_their_place() -> None:
+    talk, _ = talk_of()
+    for at in 3, 5, 7, 20:
+        talk.guest(ACK, b"cd", seq=at)
+    talk.guest(ACK, b"bcdcdcd", seq=2)
+    assert kept(talk) == 7 + 2 + 2 * OVERHEAD
+    talk.guest(ACK, b"a", seq=1)
+    assert talk.sock.sent == b"abcdcdcd"
+
+
+@pytest.mark.parametrize("place", ["last", "first", "middle", "again", "filled"])
+def test_the_price_of_a_segment_does_not_depend_on_the_queue(place: str) -> None:
+    """Behind 2000 pieces with a hole before each: no more steps than behind 20, as the interpreter counts lines."""
+    few, many = (_steps(n, place) for n in (20, 2000))
+    assert many <= few + 100
+
+
+def _steps(pieces: int, place: str) -> int:
+    talk, _ = talk_of()
+    for i in range(pieces):
+        talk.guest(ACK, b"x", seq=11 + 4 * i)
+    middle = 11 + 4 * (pieces // 2)
+    at = {"last": 12 + 4 * pieces, "first": 5, "middle": middle + 2, "again": middle, "filled": 1}[place]
+    lines = lines_of(lambda: talk.guest(ACK, b"y", seq=at))
+    kept(talk)
+    assert len(next(iter(talk.tcp._conns.values())).out_of_order) == pieces + (place not in ("again", "filled"))
+    return lines
 
 
 def test_nothing_is_left_of_a_connection_that_ends() -> None:

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scapy.layers.inet import IP, TCP
+from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 
 from passt import addr
+from passt.linux.tcpinfo import Features
 from passt.tcp_engine import output as tcp_output
 from passt.tcp_engine.conn import SOCK_FIN_RCVD, TAP_FIN_ACKED, TAP_FIN_SENT, TcpConn, set_event
 from passt.tcp_engine.output import DISCARD_MAX, TcpOut
 from passt.wire.checksum import ones_sum
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 from passt.wire.virtio import VNET
+from tests.unit import support
+from tests.unit.machine_link import LayingLink
 from tests.unit.oracle import recomputed
 from tests.unit.support import GUEST4, GUEST6, link, make_context
 from tests.unit.tcp_support import ALL, FakeSocket, Segment, Talk, fake_sockets, open_connection
@@ -89,7 +92,11 @@ def test_syn_ack_offers_what_the_link_carries(mtu: int, mss4: int, mss6: int) ->
         assert recomputed(frame) == frame
         segment = Ether(frame)[TCP]
         assert segment.flags == "SA" and segment.window == 40000  # not scaled in a SYN
-        assert segment.options == [("MSS", mss), ("NOP", None), ("WScale", 8)]
+        permitted = [("NOP", None), ("NOP", None), ("SAckOK", b"")]
+        assert segment.options == [("MSS", mss), ("NOP", None), ("WScale", 8), *permitted]
+        out.syn_ack(conn, False)
+        assert Ether(fake.take_one())[TCP].options == [("MSS", mss), *permitted]
+        conn.sack = False
         out.syn_ack(conn, False)
         assert Ether(fake.take_one())[TCP].options == [("MSS", mss)]
 
@@ -144,7 +151,7 @@ def test_lost_fin_is_sent_again(features: Any) -> None:
     talk.expect(FIN | ACK | PSH, b"data")
     talk.guest(ACK, ack=5)  # the data, not the FIN
     talk.taken()
-    talk.wait(1.0)
+    talk.wait(talk.ctx.link.rto_min)
     talk.expect(FIN | ACK, b"", seq=5)
     talk.guest(ACK, ack=6)
     assert talk.tcp._conns[talk.key].events & TAP_FIN_ACKED
@@ -158,17 +165,21 @@ def test_duplicate_acknowledgement_of_a_lost_fin() -> None:
     talk.expect(FIN | ACK, b"", seq=1)
 
 
-def test_go_back_n_sends_the_same_again() -> None:
-    talk = open_connection()
+@pytest.mark.parametrize("features", [ALL, NO_PEEK_OFF])
+def test_ranges_in_flight_are_sent_again(features: Any) -> None:
+    talk = open_connection(features=features)
     data = os.urandom(30_000)
     talk.host(data, end=True)
-    before = talk.taken()
+    talk.taken()
     conn = talk.tcp._conns[talk.key]
-    talk.tcp._out.go_back_n(conn)
-    assert conn.snd_nxt == conn.snd_una and not conn.events & TAP_FIN_SENT
-    talk.tcp._out.send_data(conn)
-    again = talk.taken()
-    assert [(s.seq, s.payload, s.flags) for s in again] == [(s.seq, s.payload, s.flags) for s in before]
+    una = conn.snd_una
+    talk.tcp._out.resend(conn, [(una + 10, una + 25), (una + 29_000, una + 30_001), (una + 30_000, una + 30_001)])
+    first, second, third = talk.taken()
+    assert (first.seq, first.payload, first.flags) == (11, data[10:25], ACK | PSH)
+    assert (second.seq, second.payload, second.flags) == (29_001, data[29_000:], ACK | PSH | FIN)
+    assert (third.seq, third.payload, third.flags) == (30_001, b"", ACK | FIN)
+    talk.guest(ACK, ack=30_002)
+    assert talk.sock.incoming == b"" and conn.events & TAP_FIN_ACKED
 
 
 def test_without_peek_offset_no_more_is_in_flight_than_the_discard_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +193,27 @@ def test_without_peek_offset_no_more_is_in_flight_than_the_discard_holds(monkeyp
     talk.wait(0.02)  # what was acknowledged may lie there for a while
     talk.guest(ACK, ack=5001, window=65534)
     assert sum(len(s.payload) for s in talk.taken()) >= 5000
+
+
+@pytest.mark.parametrize("features", [ALL, NO_PEEK_OFF], ids=["offset", "no offset"])
+def test_payload_is_received_where_the_link_wants_it(features: Features, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second large peek on, until a small one."""
+    monkeypatch.setattr(support, "new_link", LayingLink)
+    talk = open_connection(features=features)
+    fake = link(talk.ctx)
+    assert isinstance(fake, LayingLink)
+    data = os.urandom(500_000)
+    talk.host(data)
+    segments = talk.taken()
+    assert b"".join(s.payload for s in segments) == data
+    assert [s.seq for s in segments] == [1 + sum(len(s.payload) for s in segments[:i]) for i in range(len(segments))]
+    assert fake.direct == 4, "those of the second peek"
+    talk.guest(ACK, ack=500_001)
+    talk.host(b"little")
+    assert fake.direct == 5, "it could have been much"
+    talk.host(b"more", end=True)
+    assert [s.payload for s in talk.taken()] == [b"little", b"more"]
+    assert fake.direct == 5
 
 
 # Dropping what was acknowledged ---------------------------------------------------------------------------------------
@@ -220,20 +252,6 @@ def test_consume() -> None:
     assert consumed(DISCARD_MAX + 7, 0, 1 << 30, 1 << 30) == ([DISCARD_MAX, 7], DISCARD_MAX + 7)
     assert consumed(500, SOCK_FIN_RCVD, 200, 0) == ([500, 300], 200)  # reset underneath
     assert consumed(500, 0, 200, None) == ([500, 300], 200)
-
-
-# Unreachable peers ----------------------------------------------------------------------------------------------------
-
-
-def test_unreachable_quotes_the_syn() -> None:
-    out, conn, fake = out_and_conn()
-    conn.irs = 0xDEADBEEF
-    out.unreachable(conn, 113, 1000.0)
-    packet = Ether(fake.take_one())
-    assert (packet[IP].src, packet[IP].dst) == (addr.text(PEER4), addr.text(GUEST4))
-    quoted = IP(bytes(packet[IP].payload)[8:])
-    assert (quoted.src, quoted.dst) == (addr.text(GUEST4), addr.text(PEER4))
-    assert (quoted[TCP].sport, quoted[TCP].dport, quoted[TCP].seq) == (40000, 80, 0xDEADBEEF)
 
 
 def test_segments_as_the_conversation_sees_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import socket
 from dataclasses import replace
 from struct import Struct
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from passt import addr, log
-from passt.linux.sockopt import SO_PEEK_OFF
+from passt import addr
+from passt.linux.sockopt import SO_PEEK_OFF, TRAFFIC_CLASS
 from passt.loop.reactor import EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from passt.tcp_engine import sock as tcp_sock
 from passt.tcp_engine.conn import TcpConn
-from tests.unit.support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, IP6, T0, make_context, reactor
-from tests.unit.tcp_support import ALL, FakeSocket, fake_sockets
+from passt.wire.tcp import ACK, SYN
+from tests.unit.support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, IP6, T0, link, make_context, reactor
+from tests.unit.tcp_support import ALL, FakeSocket, Talk, fake_sockets
 
 __all__ = ["fake_sockets"]
 PEER4, PEER6 = addr.packed("198.51.100.7"), addr.packed("2001:db8:ffff::7")
@@ -30,7 +32,7 @@ def connected(peer: bytes, *, features: Any = ALL, **config: Any) -> tuple[TcpCo
     conn = TcpConn(guest + peer + bytes.fromhex("9c40 0050"))
     ctx.flows.insert(conn)
     tcp_sock.choose_host(ctx, conn, T0)
-    error = tcp_sock.connect(ctx, features, conn)
+    error = tcp_sock.connect(ctx, features, conn, T0)
     assert error == FakeSocket.connect_results[-1]
     return conn, FakeSocket.made[-1], reactor(ctx).events.get(conn.fd)
 
@@ -111,20 +113,21 @@ def test_loopback_has_its_own_address_and_interface() -> None:
 
 
 @pytest.mark.parametrize("what", ["bind", "setsockopt"])
-def test_refusal_is_told_and_no_more(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_what_cannot_be_applied_ends_the_attempt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The address or the interface vanished after the start: nothing goes out by another one."""
     original = getattr(FakeSocket, what)
 
     def refuse(self: FakeSocket, *args: Any) -> None:
         if what == "bind" or args[:2] == (socket.SOL_SOCKET, socket.SO_BINDTODEVICE):
-            raise OSError(errno.EPERM, "Operation not permitted")
+            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
         original(self, *args)
 
-    lines: list[str] = []
     monkeypatch.setattr(FakeSocket, what, refuse)
-    monkeypatch.setattr(log, "debug", lines.append)
-    _, sock, events = connected(PEER4, ip4=replace(IP4, addr_out=OUT4, if_out="eth7"))
-    assert lines == ["Flow 0 (TCP connection): cannot bind: Operation not permitted"]
-    assert sock.peer == ("198.51.100.7", 80) and events
+    talk = Talk(config={"ip4": replace(IP4, addr_out=OUT4, if_out="eth7")})
+    talk.syn()
+    (frame,) = link(talk.ctx).take()
+    assert frame[23] == 1 and frame[34:36] == b"\3\1", "host unreachable"
+    assert talk.sock.peer == () and talk.gone
 
 
 # How connecting goes -------------------------------------------------------------------------------------------------
@@ -142,13 +145,19 @@ def test_loopback_is_asked_twice() -> None:
     assert events is not None and not events & EPOLLOUT
 
 
+def test_a_far_peer_is_asked_once() -> None:
+    FakeSocket.connect_results = [errno.EINPROGRESS, errno.EINPROGRESS]
+    _, sock, _ = connected(PEER4)
+    assert sock._connects == [errno.EINPROGRESS]
+
+
 def test_loopback_that_takes_its_time() -> None:
     FakeSocket.connect_results = [errno.EINPROGRESS, errno.EALREADY]
     ctx = make_context()
     conn = TcpConn(GUEST4 + GATEWAY4 + bytes.fromhex("9c40 0050"))
     ctx.flows.insert(conn)
     tcp_sock.choose_host(ctx, conn, T0)
-    assert tcp_sock.connect(ctx, ALL, conn) == errno.EINPROGRESS
+    assert tcp_sock.connect(ctx, ALL, conn, T0) == errno.EINPROGRESS
     assert reactor(ctx).events[conn.fd] & EPOLLOUT
 
 
@@ -172,3 +181,96 @@ def test_what_failed_is_not_watched() -> None:
 )
 def test_near(peer: bytes, features: Any, near: bool) -> None:
     assert connected(peer, features=features)[0].near is near
+
+
+# Traffic class -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("v6", [False, True])
+def test_the_class_of_a_connection(v6: bool) -> None:
+    """SYN has it, segments have the last one, and nothing is kept of a connection that has ended."""
+    talk = Talk(v6=v6)
+    talk.ctx.classes[talk.key] = 0xB8
+    talk.syn()
+    assert talk.sock.options[TRAFFIC_CLASS[v6]] == 0xB8
+    for tos in (0x48, 0):
+        talk.ctx.classes[talk.key] = tos
+        talk.tcp.set_class(talk.key)
+        assert talk.sock.options[TRAFFIC_CLASS[v6]] == tos
+    assert talk.ctx.classes == {}, "zero is what all others have"
+    talk.ctx.classes[talk.key] = 0xB8
+    talk.tcp.fault_key(talk.key)
+    assert talk.ctx.classes == {}
+
+
+def test_a_class_of_no_connection_is_forgotten() -> None:
+    talk = Talk()
+    talk.ctx.classes[talk.key] = 0xB8
+    talk.tcp.set_class(talk.key)
+    talk.tcp.forget_class(talk.key)
+    assert talk.ctx.classes == {}
+
+
+# Receive buffers over a long link --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "wide"), [(0.0, False), (0.0019, False), (0.0021, True), (0.1, True)])
+def test_a_long_link_has_a_wide_receive_buffer(seconds: float, wide: bool) -> None:
+    talk = Talk()
+    talk.syn()
+    talk.expect(SYN | ACK)
+    talk.now += seconds
+    talk.guest(ACK)
+    assert talk.sock.options.get((socket.SOL_SOCKET, socket.SO_RCVLOWAT)) == (1 if wide else None)
+
+
+def test_the_kernel_enlarges_the_buffer_and_reports_every_byte() -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_connection(server.getsockname()) as sock, server.accept()[0] as peer:
+        before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        tcp_sock.widen(sock)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > before
+        with select.epoll() as epoll:
+            epoll.register(sock, select.EPOLLIN | select.EPOLLET)
+            epoll.poll(0)
+            peer.send(b"x")
+            assert epoll.poll(60)
+
+
+class ResetAtOnce:
+    """A socket whose server answers and resets before connect(2) returns."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self.inner = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def connect_ex(self, sockaddr: Any) -> int:
+        error = self.inner.connect_ex(sockaddr)
+        server = self._listener.accept()[0]
+        server.send(b"greeting")
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, Struct("=ii").pack(1, 0))
+        server.close()
+        return error
+
+
+def test_what_a_server_sends_before_it_resets_at_once_is_kept() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock = ResetAtOnce(listener)
+        with sock.inner:
+            assert tcp_sock.connect_local(sock, listener.getsockname()) == errno.EINPROGRESS, "an event says the rest"
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+            assert sock.recv(100) == b"greeting"
+
+
+def test_a_local_server_is_connected_at_once() -> None:
+    """An event says that there is none."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+            assert tcp_sock.connect_local(sock, address) == 0
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        assert tcp_sock.connect_local(sock, address) == errno.EINPROGRESS
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, RTT, SND_WND
 from passt.loop.reactor import EPOLLHUP, EPOLLOUT
+from passt.tcp_engine import sock as tcp_sock
+from passt.tcp_engine.window import GROWN_MAX
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 from tests.unit.support import GATEWAY4, reactor
 from tests.unit.tcp_support import ALL, FakeSocket, Talk, accepted_connection, fake_sockets, open_connection
@@ -187,10 +190,10 @@ def test_looks_come_with_the_round_trip() -> None:
     talk.sock.info |= {BYTES_ACKED: 1, RTT: 1500}
     talk.host(b"x")
     talk.taken()
-    talk.guest(ACK | PSH, b"a")
+    talk.guest(ACK | PSH, b"a", ack=2)
     talk.wait(0.011)
     talk.expect_nothing()
-    talk.guest(ACK | PSH, b"b")
+    talk.guest(ACK | PSH, b"b", ack=2)
     talk.sock.info[BYTES_ACKED] = 1 + 2
     talk.wait(0.0021)
     talk.expect(ACK, ack=3)
@@ -204,7 +207,7 @@ def test_a_longer_delay_does_not_keep_the_acknowledgement_of_the_peer_waiting() 
     talk.sock.info[BYTES_ACKED] = 1 + 1
     talk.host(b"answer")
     talk.expect(ACK | PSH, b"answer", ack=2)
-    talk.wait(0.02)
+    talk.wait(0.008)
     talk.guest(ACK)
     talk.now += 0.0002
     talk.guest(ACK | PSH, b"b")
@@ -242,6 +245,8 @@ def test_what_is_said_meanwhile_does_not_end_the_following(how: str) -> None:
     else:
         talk.guest(ACK, bytes(1000), seq=1)
     assert [s.ack for s in talk.taken()] == [1 + 120_000 - 32_768]
+    conn = talk.tcp._conns[talk.key]
+    talk.guest(ACK, ack=conn.snd_nxt - conn.iss)
     talk.wait(0.05)
     talk.expect_nothing()
     talk.sock.info[BYTES_ACKED] = 1 + 120000
@@ -299,17 +304,20 @@ def test_a_fin_that_meets_the_hosts_is_told_by_its_event() -> None:
     talk.guest(ACK)
     talk.sock.info[BYTES_ACKED] = 2
     reactor(talk.ctx).fire(talk.sock.fd, EPOLLHUP, talk.now)
-    talk.expect(ACK, ack=2)
+    acknowledged, released = talk.taken()
+    assert (acknowledged.flags, acknowledged.ack) == (ACK, 2)
+    assert (released.flags, released.seq) == (RST, 2), "from TIME-WAIT"
     assert talk.gone
 
 
 def test_a_host_peer_that_vanishes_ends_a_waiting_fin() -> None:
+    """The guest retransmits it until its own timeout."""
     talk = far()
     talk.guest(FIN | ACK)
     talk.taken()
     talk.host(error=errno.ETIMEDOUT)
-    talk.expect(RST | ACK)
-    assert talk.gone
+    talk.expect_nothing()
+    assert talk.gone and talk.tcp.opening._table.timed_out.ignores(talk.key, talk.now)
 
 
 @pytest.mark.parametrize("accepted", [False, True])
@@ -317,13 +325,13 @@ def test_peer_found_to_be_near_is_not_followed(accepted: bool) -> None:
     """By the round trip of the handshake; that of a client is looked at with the first data."""
     talk = Talk()
     if accepted:
-        talk.accept("198.51.100.7").info |= {MIN_RTT: 50, BYTES_ACKED: 0}
+        talk.accept("198.51.100.7").info |= {MIN_RTT: 10, BYTES_ACKED: 0}
         talk.expect(SYN)
         talk.answer()
     else:
         FakeSocket.connect_results = [errno.EINPROGRESS]
         talk.syn()
-        talk.sock.info |= {MIN_RTT: 50, BYTES_ACKED: 1}
+        talk.sock.info |= {MIN_RTT: 10, BYTES_ACKED: 1}
         talk.writable()
         talk.expect(SYN | ACK)
         talk.guest(ACK)
@@ -332,6 +340,15 @@ def test_peer_found_to_be_near_is_not_followed(accepted: bool) -> None:
     talk.expect(ACK, ack=2)
     talk.guest(FIN | ACK)
     talk.expect(ACK, ack=3)
+
+
+def test_a_peer_behind_a_network_card_is_followed() -> None:
+    """Data for another machine gets lost with its cable, however short that is."""
+    talk = far()
+    talk.sock.info[MIN_RTT] = 40
+    talk.guest(ACK | PSH, b"lost")
+    talk.wait(1)
+    talk.expect_nothing()
 
 
 def test_without_bytes_acked_everything_taken_is_acknowledged() -> None:
@@ -492,13 +509,26 @@ def test_no_window_that_only_scaling_makes_too_small() -> None:
     assert min(seen) >= 51_840 // 2
 
 
-def test_small_window_of_an_empty_buffer_is_left_alone() -> None:
-    """Nothing will make it larger, and an idle connection costs nothing."""
-    talk = small_window()
-    talk.sock.wmem = 0
-    talk.sock.sndbuf = 50_000
+def test_an_empty_buffer_takes_what_the_guest_would_send() -> None:
+    """Although it is smaller: nothing will make it larger, and the guest would send by its probe timer only."""
+    talk = near()
+    conn = talk.tcp._conns[talk.key]
+    talk.sock.sndbuf, talk.sock.wmem = 69_120, 0
+    conn.rcv_wnd_max, conn.rcv_edge = 103_680, conn.rcv_nxt
+    talk.tcp._acks.open_window(conn, talk.now)
+    for _ in range(20):
+        talk.guest(ACK, bytes(25_920))
+        assert talk.taken()[-1].window << 8 >= 51_840
     talk.wait(1.0)
     talk.expect_nothing()
+    assert not any(talk.timers.services.deadlines)  # an idle connection costs nothing
+
+
+def test_a_small_window_of_a_buffer_that_has_emptied_is_enlarged_once() -> None:
+    talk = small_window()
+    talk.sock.sndbuf, talk.sock.wmem = 50_000, 0
+    talk.wait(1.0)
+    assert talk.expect(ACK).window << 8 == 65_536  # the guest's longest segment
     assert not any(talk.timers.services.deadlines)
 
 
@@ -526,3 +556,64 @@ def test_window_is_not_computed_for_every_segment() -> None:
     for _ in range(100):
         round_trip(talk)
     assert asked == 0
+
+
+# A long link ---------------------------------------------------------------------------------------------------------
+
+
+class SmallBuffer(FakeSocket):
+    """A socket as small as the kernel makes it."""
+
+    def __init__(self, family: int, kind: int) -> None:
+        super().__init__(family, kind)
+        self.sndbuf = 100_000
+
+
+def rounds(handshake: float, round_trip: float, n: int = 40) -> list[int]:
+    """The guest fills the window once in each round trip, and the socket drains; returns the windows."""
+    with mock.patch.object(tcp_sock, "new_socket", SmallBuffer):
+        talk = Talk()
+        talk.syn()
+    edge = 1 + talk.expect(SYN | ACK).window
+    talk.now += handshake
+    talk.guest(ACK)
+    windows = []
+    for _ in range(n):
+        talk.wait(round_trip)
+        while talk.seq < edge:
+            talk.guest(ACK, bytes(min(edge - talk.seq, 20_000)))
+        for s in talk.taken():
+            edge = max(edge, s.ack + (s.window << 8))
+        windows.append(edge - talk.seq)
+    return windows
+
+
+def test_behind_a_long_link_the_window_outgrows_the_buffer() -> None:
+    windows = rounds(0.05, 0.05)
+    assert windows[0] < 200_000 and max(windows) > 1_200_000
+    assert max(windows) <= GROWN_MAX + 32_768
+
+
+def test_on_a_short_link_the_buffer_is_the_limit() -> None:
+    assert max(rounds(0.0001, 0.0001)) <= 75_000
+
+
+def test_a_link_that_turns_out_to_be_long() -> None:
+    assert max(rounds(0.0001, 0.05)) > 1_000_000
+
+
+def test_a_link_that_turns_out_to_be_short() -> None:
+    assert rounds(0.05, 0.0001)[-1] <= 75_000
+
+
+def test_a_socket_that_does_not_drain_is_the_limit_again() -> None:
+    with mock.patch.object(tcp_sock, "new_socket", SmallBuffer):
+        talk = Talk()
+        talk.syn()
+    talk.expect(SYN | ACK)
+    talk.now += 0.05
+    talk.guest(ACK)
+    talk.sock.wmem = 60_000
+    talk.guest(ACK, bytes(60_000))
+    s = talk.taken()[-1]
+    assert s.ack + (s.window << 8) - talk.seq <= 30_000

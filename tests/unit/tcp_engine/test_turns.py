@@ -1,0 +1,274 @@
+"""The order of those that send: an answer does not wait for a bulk flow, and bulk flows share the link."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from passt.loop.reactor import EPOLLIN
+from passt.tcp_engine.conn import TcpConn
+from passt.tcp_engine.output import PEEK_MAX
+from passt.tcp_engine.turns import SPARSE, TURN_MAX
+from passt.wire.tcp import ACK, RST, SYN
+
+from ..support import link, reactor
+from ..tcp_support import FakeSocket, Talk, fake_sockets, open_connection
+
+__all__ = ["fake_sockets"]
+
+LARGE = 8 * TURN_MAX  # bytes that the host peer has sent
+
+
+class Party:
+    """Connections of one guest, by number, each with a window of some megabytes."""
+
+    def __init__(self, count: int) -> None:
+        self.talk = open_connection(mss=1460)
+        self.socks = [self.talk.sock]
+        base = self.talk.key
+        keys = [base]
+        for i in range(1, count):
+            talk = self.talk
+            keys.append(base[:-4] + (40000 + i).to_bytes(2, "big") + base[-2:])
+            talk.key, talk.seq, talk.ack = keys[-1], 0, 0
+            talk.syn()
+            talk.expect(SYN | ACK, seq=0, ack=1)
+            talk.guest(ACK)
+            self.socks.append(talk.sock)
+        conns = self.talk.tcp._conns
+        self.conns = [conns[key] for key in keys]
+        for conn in self.conns:
+            conn.snd_wnd = conn.snd_wnd_max = 16 * TURN_MAX
+        self.link = link(self.talk.ctx)
+        self.room = 1 << 30  # bytes that the link takes until it is full
+        send = self.link.send_payload
+
+        def limited(parts: Any) -> None:
+            send(parts)
+            self.room -= sum(map(len, parts))
+            self.link.full = self.room <= 0
+
+        cast(Any, self.link).send_payload = limited
+
+    def arrive(self, number: int, size: int) -> None:
+        """The host peer of a connection sends, and epoll says so."""
+        sock: FakeSocket = self.socks[number]
+        sock.incoming += bytes(size)
+        reactor(self.talk.ctx).fire(sock.fd, EPOLLIN, self.talk.now)
+
+    def opens(self, room: int) -> None:
+        """The link takes some more."""
+        self.room, self.link.full = room, False
+        self.talk.tcp.resume(self.talk.now)
+
+    def next_turn(self) -> None:
+        reactor(self.talk.ctx).go_on(self.talk.now)
+
+    def sent(self) -> list[int]:
+        """Bytes in flight of each."""
+        return [conn.snd_nxt - conn.snd_una for conn in self.conns]
+
+    def order(self) -> list[TcpConn]:
+        return list(self.talk.tcp._out.turns.waiting.values())
+
+
+def test_a_bulk_flow_does_not_fill_the_link_in_front_of_an_answer() -> None:
+    party = Party(2)
+    party.room = 100_000
+    party.arrive(0, LARGE)
+    assert party.link.full
+    party.arrive(1, 1)
+    assert party.sent()[1] == 0, "the link is full"
+    party.opens(100_000)
+    assert party.sent()[1] == 1, "the answer goes first"
+    assert party.link.full, "and then the bulk flow"
+
+
+def test_bulk_flows_take_turns_at_a_link_that_is_full() -> None:
+    party = Party(3)
+    party.room = 1
+    for number in range(3):
+        party.arrive(number, LARGE)
+    for _ in range(9):  # the link takes one peek each time
+        before = party.sent()
+        party.opens(1)
+        assert sum(party.sent()) - sum(before) == PEEK_MAX
+    assert max(party.sent()) - min(party.sent()) <= PEEK_MAX
+
+
+def test_a_turn_has_an_end() -> None:
+    party = Party(2)
+    party.arrive(0, LARGE)
+    assert party.sent()[0] == TURN_MAX, "the guest's window is larger, and the link takes more"
+    party.arrive(1, LARGE)
+    assert party.sent()[1] == 0, "the turn is used up"
+    party.next_turn()
+    assert party.sent() == [TURN_MAX, TURN_MAX], "the one that has nothing in flight goes first"
+    party.next_turn()
+    party.next_turn()
+    assert party.sent() == [2 * TURN_MAX, 2 * TURN_MAX]
+
+
+def test_a_turn_is_not_charged_with_what_earlier_ones_have_sent() -> None:
+    """A bulk flow sends as much as is acknowledged, and needs no other turn for that."""
+    party = Party(1)
+    turns = reactor(party.talk.ctx)
+    party.arrive(0, TURN_MAX - 1000)
+    turns.wakeups += 1
+    party.arrive(0, 2000)
+    assert party.sent() == [TURN_MAX + 1000] and not turns.more
+    party.arrive(0, TURN_MAX)
+    assert turns.more, "this turn has sent enough"
+
+
+def test_an_acknowledgement_does_not_prolong_the_turn() -> None:
+    party = Party(1)
+    talk = party.talk
+    party.arrive(0, LARGE)
+    talk.guest(ACK, ack=1 + TURN_MAX, window=65535)
+    assert party.conns[0].snd_nxt - party.conns[0].snd_una == 0
+    party.next_turn()
+    assert party.sent()[0] == TURN_MAX
+
+
+def test_what_fits_into_a_turn_needs_no_other() -> None:
+    party = Party(1)
+    party.arrive(0, TURN_MAX - 1)
+    assert party.sent()[0] == TURN_MAX - 1
+    assert reactor(party.talk.ctx).more == [] and party.order() == []
+
+
+def test_turns_come_until_all_is_sent() -> None:
+    party = Party(3)
+    for number in range(3):
+        party.arrive(number, 2 * TURN_MAX + 1)
+    turns = 0
+    while reactor(party.talk.ctx).more:
+        assert len(reactor(party.talk.ctx).more) == 1
+        party.next_turn()
+        turns += 1
+    assert party.sent() == [2 * TURN_MAX + 1] * 3
+    assert turns == 6 and party.order() == []
+
+
+def test_a_link_that_is_full_is_not_asked_again_and_again() -> None:
+    party = Party(2)
+    party.arrive(0, LARGE)  # its turn is over
+    party.arrive(1, LARGE)
+    party.link.full = True
+    party.next_turn()
+    assert reactor(party.talk.ctx).more == [], "the back end says when there is room"
+    assert len(party.order()) == 2
+
+
+def test_a_link_without_room() -> None:
+    party = Party(1)
+    party.link.room = 0
+    party.arrive(0, 10)
+    party.talk.tcp.resume(party.talk.now)
+    assert party.sent() == [0] and party.order() == party.conns
+    party.link.room = 1 << 20
+    party.talk.tcp.resume(party.talk.now)
+    assert party.sent() == [10] and party.order() == []
+
+
+def test_few_bytes_in_flight_are_no_bulk() -> None:
+    """An answer in two writes: the second one waits for the link while the first is in flight."""
+    party = Party(2)
+    party.arrive(1, SPARSE)
+    party.room = 1
+    party.arrive(0, LARGE)
+    party.arrive(1, 1)
+    party.opens(1)
+    assert party.sent()[1] == SPARSE + 1
+    party.opens(1)
+    party.arrive(1, 1)
+    assert party.order() == [party.conns[0], party.conns[1]]
+    party.opens(1)
+    assert party.order()[0] is party.conns[1], "more in flight are: it is the other's turn"
+
+
+def test_a_connection_that_ends_while_it_waits_for_its_turn() -> None:
+    party = Party(1)
+    party.arrive(0, LARGE)
+    party.talk.guest(RST)
+    party.link.take()
+    party.next_turn()
+    assert party.link.take() == [] and party.order() == [] and reactor(party.talk.ctx).more == []
+
+
+def test_what_a_reset_leaves_takes_its_turn() -> None:
+    """The socket holds it, and RST follows."""
+    party = Party(1)
+    talk: Talk = party.talk
+    party.arrive(0, TURN_MAX)
+    talk.host(b"x" * 100, error=104)
+    before = talk.taken()
+    assert not any(s.flags & RST for s in before)
+    party.next_turn()
+    frames = [s for s in (*before, *talk.taken()) if s.payload or s.flags & RST]
+    assert sum(len(s.payload) for s in frames) == TURN_MAX + 100 and frames[-1].flags & RST
+
+
+# Borders -------------------------------------------------------------------------------------------------------------
+
+
+def waiting(*sizes: int) -> Party:
+    """Connections that have so much to send each, and wait for the link."""
+    party = Party(len(sizes))
+    party.link.full = True
+    for number, size in enumerate(sizes):
+        party.arrive(number, size)
+    assert party.sent() == [0] * len(sizes)
+    return party
+
+
+def test_the_last_byte_of_a_turn_lets_another_one_send() -> None:
+    party = waiting(TURN_MAX - 1, 10)
+    party.opens(1 << 30)
+    assert party.sent() == [TURN_MAX - 1, 10]
+
+
+def test_a_link_that_gets_full_with_the_last_byte_is_waited_for() -> None:
+    party = waiting(TURN_MAX - 1, 10)
+    party.opens(TURN_MAX - 1)
+    assert party.sent() == [TURN_MAX - 1, 0] and party.order() == [party.conns[1]]
+    assert reactor(party.talk.ctx).more == []
+
+
+def test_a_turn_that_is_used_up_to_the_byte_goes_on_in_the_next() -> None:
+    party = waiting(TURN_MAX - 100, 100, 10)
+    party.opens(1 << 30)
+    assert party.sent() == [TURN_MAX - 100, 100, 0] and len(reactor(party.talk.ctx).more) == 1
+    party.next_turn()
+    assert party.sent() == [TURN_MAX - 100, 100, 10]
+
+
+def test_a_new_turn_is_open_where_the_last_one_was_used_up() -> None:
+    party = Party(2)
+    party.arrive(0, TURN_MAX - 100)
+    party.arrive(1, 100)
+    reactor(party.talk.ctx).wakeups += 1
+    party.arrive(1, 1000)
+    assert party.sent() == [TURN_MAX - 100, 1100] and not reactor(party.talk.ctx).more
+
+
+def test_a_link_with_room_for_a_byte_takes_it() -> None:
+    party = Party(1)
+    party.link.room = 0
+    party.arrive(0, 10)
+    party.link.room = 1
+    party.talk.tcp.resume(party.talk.now)
+    assert party.sent() == [10], "a byte each time"
+
+
+def test_one_that_finds_no_room_is_in_front_of_one_that_has_sent() -> None:
+    party = waiting(LARGE, LARGE)
+    send = party.link.send_payload
+
+    def last(parts: Any) -> None:
+        send(parts)
+        party.link.room = 0
+
+    cast(Any, party.link).send_payload = last
+    party.opens(1 << 30)
+    assert party.sent()[0] > 0 and party.order() == [party.conns[1], party.conns[0]]
