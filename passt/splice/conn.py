@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from .. import addr
 from ..flow.stats import Tally
@@ -56,7 +56,7 @@ class SpliceConn(Flow):
 
     __slots__ = ("events_before", "halves", "inbound", "peer", "peer_port", "port", "server", "server_sock", "targets")
     kind = "spliced TCP connection"
-    label = "tcp_splice"
+    label: ClassVar[str] = "tcp_splice"
 
     def __init__(self, sock: Any, peer: bytes, peer_port: int, listener: Listener, targets: list[bytes]) -> None:
         super().__init__(b"")

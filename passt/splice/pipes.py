@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+from typing import Final
 
 from .. import PASTA
 from ..calls import calls, one_of
 
-PIPE_SIZE = 1 << 20  # bytes: the default of fs.pipe-max-size, which is the limit of ordinary users
-IDLE_MAX = 32  # idle pipes kept open
+PIPE_SIZE: Final = 1 << 20  # bytes: the default of fs.pipe-max-size, which is the limit of ordinary users
+IDLE_MAX: Final = 32  # idle pipes kept open
 
 Pipe = tuple[int, int]  # descriptors: to read from, to write to
-_F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
+_F_SETPIPE_SZ: Final = getattr(fcntl, "F_SETPIPE_SZ", 1031)
 
 CALLS = (*calls("pipe2", "close", mode=PASTA), *one_of("fcntl", 1, _F_SETPIPE_SZ, mode=PASTA))
 

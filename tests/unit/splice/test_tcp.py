@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -24,16 +25,27 @@ from passt.flow.context import Context
 from passt.flow.table import FlowTable
 from passt.link.packet import PacketPool
 from passt.linux.nspool import open_socket
-from passt.loop.reactor import EPOLLIN, TYPE_LISTEN, TYPE_TCP_SPLICE, Reactor, make_ref
+from passt.loop.reactor import (
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLRDHUP,
+    TYPE_LISTEN,
+    TYPE_TCP_SPLICE,
+    Reactor,
+    make_ref,
+)
 from passt.policy.forwarding import Forwarding
 from passt.policy.guest import Guest
 from passt.policy.resolvers import Resolvers
 from passt.policy.rules import Listener, Rule
 from passt.policy.settings import Settings
-from passt.splice.tcp import BUFFER_SIZE, COPY_MAX, TUNED_MAX, TcpSplice
+from passt.splice import lingering
+from passt.splice.tcp import BUFFER_SIZE, COPY_MAX, ROUNDS_MAX, TUNED_MAX, TcpSplice
 from passt.wire.checksum import PROTO_TCP
 
-from ..support import CONFIG, FakeLink, FakeTimers
+from ..support import CONFIG, IP4, FakeLink, FakeTimers
 
 DEADLINE = 10.0  # seconds, after which what a test waits for has failed
 RESET = struct.pack("=ii", 1, 0)
@@ -100,9 +112,18 @@ class Lab:
         """Turn until the condition is true; returns its value."""
         deadline = time.monotonic() + DEADLINE
         while not (value := condition()):
-            self.reactor.turn(0.01)
+            self.turn()
             assert time.monotonic() < deadline, "nothing happens any more"
         return value
+
+    def turn(self) -> None:
+        """A turn of the loop; timers that are due have expired."""
+        self.reactor.turn(0.01)
+        services = self.ctx.timers.services
+        for timer, deadline in enumerate(services.deadlines):  # type: ignore[attr-defined]
+            if deadline is not None and deadline <= time.monotonic():
+                services.fire(timer)  # type: ignore[attr-defined]
+        self.reactor.close_retired()
 
     def client(self) -> socket.socket:
         sock = socket.create_connection(self.door.getsockname())
@@ -176,12 +197,22 @@ class Lab:
                 idle = 0
             except BlockingIOError:
                 idle += 1
-            self.reactor.turn(0.01)
+            self.turn()
         return sent
 
     def gone(self) -> None:
         """Wait until no connection is left."""
         self.until(lambda: self.ctx.flows.count == 0)
+
+    @property
+    def conn(self) -> Any:
+        """The only connection."""
+        (conn,) = [f for f in self.ctx.flows.by_index if f is not None]
+        return conn
+
+    def closed(self) -> dict[str, int]:
+        """How many connections have ended, by reason."""
+        return {why: n for (label, why), n in self.ctx.flows.closed.items() if label == "tcp_splice"}
 
     def close(self) -> None:
         for sock in (*self.open, self.server, self.door):
@@ -305,6 +336,73 @@ def test_a_slow_reader_gets_everything(lab: Lab) -> None:
     assert got.digest() == hashlib.sha256(data).digest()
 
 
+@pytest.mark.parametrize("upwards", [True, False])
+def test_small_pieces_wait_for_a_slow_reader(lab: Lab, upwards: bool) -> None:
+    """Each is received at once, but the other side takes a part of it, or nothing."""
+    pair = lab.pair()
+    source, sink = pair if upwards else pair[::-1]
+    half = lab.conn.halves[not upwards]
+    half.dst.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    changes: list[int] = []
+    change = lab.reactor.change
+    lab.reactor.change = lambda fd, mask: (changes.append(fd), change(fd, mask))[1]  # type: ignore[method-assign]
+    rng = random.Random(6)
+    sent, got = bytearray(), bytearray()
+    waits = 0
+    while waits < 50:
+        if half.pending:
+            waits += 1
+            lab.until(lambda: select.select([sink], [], [], 0)[0])
+            got += sink.recv(rng.randrange(1, 100_000))
+        else:
+            piece = rng.randbytes(rng.randrange(1, 5000))
+            sent += piece[: source.send(piece)]
+        lab.reactor.turn(0)
+    assert not half.bulk and half.pipe is None
+    assert changes == [half.dst_fd], "it is asked for room once"
+    assert half.moved == half.tally.bytes == lab.splice._tallies[not upwards].bytes
+    source.shutdown(socket.SHUT_WR)
+    assert got + lab.read(sink, len(sent) - len(got)) == sent
+    assert half.moved == half.tally.bytes == len(sent)
+    assert lab.outcome(sink) == "end"
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_event_of_both_kinds_moves_both_directions(lab: Lab, gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has room for what is pending, and has sent something itself. Events come once."""
+    monkeypatch.setattr(lingering, "GIVE_UP", 0.1)
+    client, server = lab.pair()
+    there, back = lab.conn.halves
+    there.pending = b"question"
+    server.send(b"answer")
+    assert select.select([lab.conn.server_sock], [], [], DEADLINE)[0]
+    if gone:
+        there.dst = Broken(there.dst, errno.EPIPE)
+    event(lab, 1, EPOLLIN | EPOLLOUT)
+    if gone:
+        lab.gone()
+        assert lab.closed() == {"reset by guest": 1} and lab.outcome(client) == "reset"
+        return
+    assert lab.read(server, 8) == b"question"
+    assert back.moved == 6 and not there.pending
+    assert lab.read(client, 6) == b"answer"
+
+
+def test_an_event_of_room_that_is_gone_again(lab: Lab) -> None:
+    """Nothing is received meanwhile, which would have to wait behind what is pending."""
+    client, server = lab.pair()
+    half = lab.conn.halves[0]
+    real, half.pending = half.dst, b"first"
+    half.dst = Broken(real, errno.EAGAIN)
+    client.send(b"second")
+    assert select.select([lab.conn.sock], [], [], DEADLINE)[0]
+    event(lab, 1, EPOLLOUT)
+    half.dst = real
+    event(lab, 1, EPOLLOUT)
+    event(lab, 0, EPOLLIN)
+    assert lab.read(server, 11) == b"firstsecond"
+
+
 def test_blocked_connections_cost_nothing(lab: Lab) -> None:
     """With both directions full and no reader, no event comes any more."""
     client, server = lab.pair()
@@ -393,6 +491,104 @@ def test_a_fast_stream_lets_others_have_their_turn(lab: Lab, monkeypatch: pytest
     assert got == data
 
 
+def bulk_pair(lab: Lab) -> tuple[socket.socket, socket.socket]:
+    """A client whose half is bulk, and the server that has read everything. Much may wait in each buffer."""
+    lab.door.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
+    lab.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
+    client, server = lab.pair()
+    lab.write(client, bytes(COPY_MAX * 3))
+    lab.read(server, COPY_MAX * 3)
+    lab.conn.halves[0].bulk = True
+    lab.conn.halves[0].src.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
+    return client, server
+
+
+def has_come(lab: Lab, n: int) -> None:
+    """Wait until `n` bytes are in the client's socket. No event is handled."""
+    sock = lab.conn.sock
+    deadline = time.monotonic() + DEADLINE
+    while len(sock.recv(n, socket.MSG_PEEK)) < n if select.select([sock], [], [], DEADLINE)[0] else True:
+        assert time.monotonic() < deadline, "the rest does not come"
+
+
+def event(lab: Lab, side: int, events: int) -> None:
+    lab.splice.sock_handler(make_ref(TYPE_TCP_SPLICE, 0, lab.conn.index << 1 | side), events, 1.0)
+
+
+def test_a_turn_of_a_bulk_half_is_bounded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it requests another one. In the last one it finds that nothing is left, and waits for bytes."""
+    client, server = bulk_pair(lab)
+    monkeypatch.setattr("passt.splice.tcp.ROUNDS_MAX", 2)
+    monkeypatch.setattr("passt.splice.tcp.PIPE_SIZE", 4096)
+    first, second = lab.conn.halves
+    client.send(bytes(5 * 4096))
+    has_come(lab, 5 * 4096)
+    before = first.moved
+    for rounds in (2, 4):
+        event(lab, 0, EPOLLIN)
+        assert first.moved == before + rounds * 4096
+        assert first.bulk and second.epollout, "more is left, though less than a wake-up of a bulk half brings"
+        assert first.pipe is None and len(lab.splice._pipes._idle) == 1, "and somebody else may use the pipe"
+    second.epollout = False
+    event(lab, 0, EPOLLIN)
+    assert first.moved == before + 5 * 4096
+    assert not second.epollout and not first.bulk
+    lab.read(server, 5 * 4096)
+
+
+@pytest.mark.parametrize(("size", "bulk"), [(16383, False), (16384, True), (20000, True)])
+def test_a_half_is_bulk_as_long_as_wake_ups_bring_much(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, size: int, bulk: bool
+) -> None:
+    """All that a wake-up brings counts, in however many pieces it moves."""
+    client, server = bulk_pair(lab)
+    monkeypatch.setattr("passt.splice.tcp.PIPE_SIZE", 8192)
+    client.send(bytes(size))
+    has_come(lab, size)
+    event(lab, 0, EPOLLIN)
+    assert lab.conn.halves[0].bulk == bulk
+    assert not lab.conn.halves[1].epollout, "it waits for bytes"
+    lab.read(server, size)
+
+
+def test_an_end_behind_bulk_data_is_passed_on_in_the_same_turn(lab: Lab) -> None:
+    client, server = bulk_pair(lab)
+    client.send(bytes(50_000))
+    has_come(lab, 50_000)
+    client.shutdown(socket.SHUT_WR)
+    event(lab, 0, EPOLLIN | EPOLLRDHUP)
+    half = lab.conn.halves[0]
+    assert half.fin and not half.urgent
+    lab.read(server, 50_000)
+    assert lab.outcome(server) == "end"
+
+
+def test_bytes_behind_an_urgent_mark_do_not_overtake(lab: Lab) -> None:
+    """Mark and end come after the event that makes the half move; what is behind finds the server's buffer full."""
+    lab.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+    lab.door.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * MIB)
+    client, server = lab.pair()
+    half = lab.conn.halves[0]
+    half.dst.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
+    half.bulk = True
+    data = random.Random(8).randbytes(300_000)
+    client.send(data[:1], socket.MSG_OOB)
+    assert client.send(data[1:]) == len(data) - 1
+    client.shutdown(socket.SHUT_WR)
+    poll = select.poll()
+    poll.register(lab.conn.sock, select.POLLRDHUP)
+    assert poll.poll(1000 * DEADLINE)
+    event(lab, 0, EPOLLIN)
+    assert half.pending and not half.urgent
+    lab.reactor.change(lab.conn.fd, 0)  # neither is announced
+    got = b""
+    while len(got) < len(data):
+        lab.until(lambda: select.select([server], [], [], 0)[0])
+        got += server.recv(MIB)
+    assert got == data
+    assert lab.outcome(server) == "end"
+
+
 def test_order_is_kept_when_the_end_is_far_behind(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end is announced while more is left than one turn moves, and the reader is slow."""
     monkeypatch.setattr("passt.splice.tcp.ROUNDS_MAX", 1)
@@ -431,6 +627,51 @@ def test_urgent_data_stays_in_line(lab: Lab, size: int) -> None:
     client.shutdown(socket.SHUT_WR)
     assert lab.read(server, 2 * size + 1) == b"a" * size + b"!" + b"b" * size
     assert lab.outcome(server) == "end"
+
+
+def test_a_stream_of_urgent_data_lets_others_have_their_turn(lab: Lab) -> None:
+    """A client that moves the mark on as fast as it is reached takes a turn for ROUNDS_MAX receives."""
+    client, server = lab.pair()
+    (conn,) = [f for f in lab.ctx.flows.by_index if f is not None]
+    half = cast(Any, conn).halves[0]
+    sent = bytearray()
+
+    class Endless:
+        """The client's socket as the half sees it: after each receive there is another urgent byte."""
+
+        receives = 0
+
+        def recv_into(self, buf: memoryview) -> int:
+            self.receives += 1
+            assert self.receives < 1000, "one turn has no end"
+            n = half_src.recv_into(buf)
+            if more:
+                sent.extend(b"!")
+                client.send(b"!", socket.MSG_OOB)
+            return n
+
+    half_src, more, half.src = half.src, True, Endless()
+    client.send(b"!", socket.MSG_OOB)
+    sent += b"!"
+    lab.reactor.turn(0.2)
+    assert 0 < half.src.receives <= ROUNDS_MAX
+    lab.reactor.turn(0.2)
+    assert ROUNDS_MAX < half.src.receives <= 2 * ROUNDS_MAX, "it goes on by itself"
+    more = False
+    client.send(b"end")
+    assert lab.read(server, len(sent) + 3) == sent + b"end"
+
+
+@pytest.mark.parametrize("by_client", [True, False])
+def test_what_is_behind_urgent_data_before_a_reset_goes_on(lab: Lab, by_client: bool) -> None:
+    """Both come in one turn, and a receive ends at the mark."""
+    me, other = lab.pair()[:: 1 if by_client else -1]
+    me.send(b"before")
+    me.send(b"!", socket.MSG_OOB)
+    me.send(b"behind")
+    reset(me)
+    assert lab.read(other, 13) == b"before!behind"
+    assert lab.outcome(other) == "reset"
 
 
 def test_without_descriptors_for_pipes_it_copies(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,7 +777,8 @@ POINTS = [
 
 @pytest.mark.parametrize("by_client", [True, False])
 @pytest.mark.parametrize("point", POINTS)
-def test_reset_at_every_point(lab: Lab, point: Step, by_client: bool) -> None:
+def test_reset_at_every_point(lab: Lab, point: Step, by_client: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lingering, "GIVE_UP", 0.1)
     pair = lab.pair()
     me, other = pair if by_client else pair[::-1]
     point(lab, me, other)
@@ -548,6 +790,7 @@ def test_reset_at_every_point(lab: Lab, point: Step, by_client: bool) -> None:
             other.send(b"x")
     else:
         assert lab.outcome(other) == "reset"
+    assert lab.closed() == {"reset by peer" if by_client else "reset by guest": 1}
     pipes = lab.splice._pipes._idle
     assert all(not select.select([reader], [], [], 0)[0] for reader, _ in pipes), "bytes were left in a pipe"
 
@@ -568,12 +811,83 @@ def test_what_was_sent_before_a_reset_goes_on(lab: Lab, by_client: bool, size: i
     lab.gone()
 
 
+def test_much_that_was_sent_before_a_reset_goes_on(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a turn moves."""
+    monkeypatch.setattr("passt.splice.tcp.ROUNDS_MAX", 4)
+    monkeypatch.setattr("passt.splice.tcp.PIPE_SIZE", 4096)
+    client, server = bulk_pair(lab)
+    data = os.urandom(4 * 4 * 4096)
+    client.send(data)
+    reset(client)
+    assert lab.read(server, len(data)) == data
+    assert lab.outcome(server) == "reset"
+
+
 def test_a_server_that_closes_with_unread_data_resets_the_client(lab: Lab) -> None:
     client, server = lab.pair()
     lab.write(client, b"never read")
     lab.until(lambda: select.select([server], [], [], 0)[0])
     server.close()
     assert lab.outcome(client) == "reset"
+
+
+@pytest.mark.parametrize("outbound", [True, False])
+@pytest.mark.parametrize("by_client", [True, False])
+def test_who_has_reset_is_told(make_lab: MakeLab, outbound: bool, by_client: bool) -> None:
+    """The client of an outbound rule is the guest."""
+    lab = make_lab(outbound=outbound)
+    reset(lab.pair()[not by_client])
+    lab.gone()
+    assert lab.closed() == {"reset by guest" if by_client == outbound else "reset by peer": 1}
+
+
+@pytest.mark.parametrize(("error", "ended"), [(0, "reset by peer"), (errno.ETIMEDOUT, "timed out")])
+def test_why_a_connection_broke_is_told(lab: Lab, error: int, ended: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error may have been read before, by a receive."""
+    monkeypatch.setattr(lingering, "GIVE_UP", 0.1)
+    client, _ = lab.pair()
+    lab.conn.halves[0].src = Failed(lab.conn.halves[0].src, error)
+    lab.splice.sock_handler(make_ref(TYPE_TCP_SPLICE, 0, lab.conn.index << 1), EPOLLERR, time.monotonic())
+    lab.gone()
+    assert lab.closed() == {ended: 1}
+    assert lab.outcome(client) == "reset"
+
+
+@pytest.mark.parametrize(
+    ("half", "failing", "error", "ended"),
+    [
+        (0, "src", errno.ECONNRESET, "reset by peer"),
+        (0, "dst", errno.EPIPE, "reset by guest"),
+        (1, "src", errno.ECONNRESET, "reset by guest"),
+        (1, "dst", errno.EPIPE, "reset by peer"),
+        (0, "src", errno.ETIMEDOUT, "timed out"),
+    ],
+)
+def test_which_side_broke_is_told(
+    lab: Lab, half: int, failing: str, error: int, ended: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that moves bytes fails before an event tells: a receive at its own side, a send at the other."""
+    monkeypatch.setattr(lingering, "GIVE_UP", 0.1)
+    pair = lab.pair()
+    moving = lab.conn.halves[half]
+    setattr(moving, failing, Broken(getattr(moving, failing), error))
+    pair[half].send(b"x")
+    lab.gone()
+    assert lab.closed() == {ended: 1}
+    assert lab.outcome(pair[0]) == lab.outcome(pair[1]) == "reset"
+
+
+class Broken:
+    """A socket whose next receive or send fails."""
+
+    def __init__(self, inner: Any, error: int) -> None:
+        self.inner, self.error = inner, error
+
+    def recv_into(self, buf: memoryview) -> int:
+        raise OSError(self.error, os.strerror(self.error))
+
+    def send(self, data: memoryview) -> int:
+        raise OSError(self.error, os.strerror(self.error))
 
 
 def test_a_client_that_leaves_before_it_was_accepted(lab: Lab) -> None:
@@ -587,12 +901,27 @@ def test_a_client_that_leaves_before_it_was_accepted(lab: Lab) -> None:
 # Connecting --------------------------------------------------------------------------------------------------------
 
 
-def test_refused(lab: Lab) -> None:
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Warnings with the time from which on they are not repeated for a while."""
+    said: list[str] = []
+
+    def warn(key: str, text: str, now: float) -> None:
+        assert now > 0
+        said.append(text)
+
+    monkeypatch.setattr("passt.splice.tcp.log.warn_ratelimited", warn)
+    return said
+
+
+def test_refused(lab: Lab, warnings: list[str]) -> None:
+    """A port without a server is usual: it is counted, and worth no warning."""
     lab.server.close()
-    client = lab.client()
-    assert lab.outcome(client) == "reset"
-    assert lab.ctx.drops["splice: ECONNREFUSED"] == 1
-    assert lab.sockets.taken == 2, "both families were tried"
+    for count in (1, 2):
+        assert lab.outcome(lab.client()) == "reset"
+        assert lab.ctx.drops["splice: ECONNREFUSED"] == count
+        assert lab.sockets.taken == 2 * count, "both families were tried"
+    assert lab.closed() == {"refused": 2} and not warnings
 
 
 def test_the_other_family_is_tried(make_lab: MakeLab) -> None:
@@ -600,6 +929,27 @@ def test_the_other_family_is_tried(make_lab: MakeLab) -> None:
     client, server = lab.pair()
     lab.write(client, b"by IPv4")
     assert lab.read(server, 7) == b"by IPv4"
+
+
+def test_the_family_of_the_client_is_tried_first(lab: Lab) -> None:
+    """Different servers may be at the same port of either loopback."""
+    server6 = listening(socket.AF_INET6, "::1", lab.server.getsockname()[1])
+    door = listening(socket.AF_INET6, "::1")
+    client = socket.create_connection(door.getsockname()[:2])
+    lab.open += [server6, door, client]
+    sock, peer = door.accept()
+    sock.setblocking(False)
+    inner = socket.SocketType(sock.family, sock.type, 0, sock.detach())
+    lab.splice.accepted(lab.listener, inner, addr.LOOPBACK6, peer[1], 1.0)
+    assert select.select([server6], [], [], DEADLINE)[0]
+    assert not select.select([lab.server], [], [], 0)[0]
+
+
+def test_the_namespace_has_no_address(lab: Lab, warnings: list[str]) -> None:
+    lab.ctx.guest.addr4, lab.ctx.guest.addr6 = addr.ANY4, addr.ANY6
+    assert lab.outcome(lab.client()) == "reset"
+    assert lab.closed() == {"no route": 1} and lab.sockets.taken == 0
+    assert warnings == [f"Cannot connect to forwarded port {lab.listener.to}: No route to host"]
 
 
 def test_outbound_rules_use_sockets_of_the_host(make_lab: MakeLab) -> None:
@@ -610,28 +960,81 @@ def test_outbound_rules_use_sockets_of_the_host(make_lab: MakeLab) -> None:
     assert lab.sockets.taken == 0
 
 
-def test_no_socket_in_the_namespace(lab: Lab) -> None:
+class Noted:
+    """A socket that notes its options and its address, and is not connected."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.options: dict[tuple[int, int], Any] = {}
+        self.bound: Any = None
+        self.error = error
+
+    def setsockopt(self, level: int, option: int, value: Any) -> None:
+        self.options[level, option] = value
+
+    def bind(self, address: Any) -> None:
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        self.bound = address
+
+    def connect_ex(self, address: Any) -> int:
+        return errno.ENETUNREACH
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("error", [0, errno.EADDRNOTAVAIL])
+@pytest.mark.parametrize("target", ["198.51.100.7", "127.0.0.1"])
+def test_a_target_elsewhere_is_reached_from_the_outbound_address(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch, target: str, error: int
+) -> None:
+    """As by all other sockets; and its end may vanish without a sign, so the kernel looks after it."""
+    lab = make_lab(outbound=True)
+    out = addr.packed("203.0.113.5")
+    lab.ctx.settings.replace(replace(CONFIG, ip4=replace(IP4, addr_out=out, if_out="eth7")), 0.0)
+    lab.listener.rule = replace(lab.listener.rule, target=addr.packed(target))
+    sock = Noted(error)
+    monkeypatch.setattr("passt.splice.tcp.open_socket", lambda family, kind: sock)
+    assert lab.outcome(lab.client()) == "reset"
+    elsewhere = target != "127.0.0.1"
+    assert (sock.options.get((socket.SOL_SOCKET, socket.SO_BINDTODEVICE)) == b"eth7\0") == elsewhere
+    if not error:
+        assert sock.bound == (("203.0.113.5", 0) if elsewhere else None)
+        assert (sock.options.get((socket.SOL_SOCKET, socket.SO_KEEPALIVE)) == 1) == elsewhere
+    elif elsewhere:
+        assert lab.ctx.drops == {"splice: EADDRNOTAVAIL": 1}
+    lab.gone()
+
+
+def test_no_socket_in_the_namespace(lab: Lab, warnings: list[str]) -> None:
     lab.sockets.error = OSError(errno.EMFILE, "Too many open files")
     assert lab.outcome(lab.client()) == "reset"
     assert lab.ctx.drops["splice: EMFILE"] == 1
+    assert lab.closed() == {"no descriptor": 1}
+    assert warnings == [f"Cannot connect to forwarded port {lab.listener.to}: Too many open files"]
 
 
 def test_a_full_table_refuses_and_harms_nobody(make_lab: MakeLab) -> None:
     lab = make_lab(flows=1)
     client, server = lab.pair()
-    assert lab.outcome(lab.client()) == "reset"
-    assert lab.ctx.drops["splice: table full"] == 1
+    for count in (1, 2):
+        assert lab.outcome(lab.client()) == "reset"
+        assert lab.ctx.drops["splice: table full"] == count
     lab.write(client, b"still here")
     assert lab.read(server, 10) == b"still here"
 
 
 def test_a_loopback_address_of_the_client_is_kept(lab: Lab) -> None:
-    sock = socket.socket()
-    lab.open.append(sock)
-    sock.bind(("127.0.0.7", 0))
-    sock.connect(lab.door.getsockname())
-    server = lab.accepted()
-    assert server.getpeername()[0] == "127.0.0.7"
+    for _ in range(2):  # two connections differ in their ports
+        sock = socket.socket()
+        lab.open.append(sock)
+        sock.bind(("127.0.0.7", 0))
+        sock.connect(lab.door.getsockname())
+        server = lab.accepted()
+        assert server.getpeername()[0] == "127.0.0.7"
 
 
 class Slow:
@@ -647,8 +1050,8 @@ class Slow:
     def connect_ex(self, sockaddr: Any) -> int:
         return errno.EINPROGRESS if self.refused is False else errno.ECONNREFUSED
 
-    def getsockopt(self, level: int, option: int) -> Any:
-        return errno.ECONNREFUSED if self.refused else self.inner.getsockopt(level, option)
+    def getsockopt(self, level: int, option: int, *length: int) -> Any:
+        return errno.ECONNREFUSED if self.refused else self.inner.getsockopt(level, option, *length)
 
 
 def slowly(lab: Lab) -> list[Slow]:
@@ -680,6 +1083,7 @@ def test_connecting_takes_a_while(lab: Lab) -> None:
     lab.until(lambda: made)
     server = now_connected(lab, made)
     assert lab.read(server, 8) == b"question"
+    assert [half.urgent for half in lab.conn.halves] == [False, False], "or it could not become bulk"
     assert lab.outcome(server) == "end"
 
 
@@ -710,18 +1114,114 @@ def test_connecting_takes_a_while_and_fails(lab: Lab) -> None:
     lab.gone()
 
 
-def test_the_client_gives_up_while_connecting_takes_a_while(lab: Lab) -> None:
+def waiting(lab: Lab) -> socket.socket:
+    """A client whose server has a full backlog: its SYN is not answered."""
+    lab.server.listen(0)
+    for _ in range(2):
+        sock = socket.socket()
+        lab.open.append(sock)
+        sock.setblocking(False)
+        sock.connect_ex(lab.server.getsockname())
+    client = lab.client()
+    lab.until(lambda: lab.ctx.flows.count)
+    assert lab.conn.server_sock is not None and not lab.conn.halves
+    return client
+
+
+class Failed:
+    """The socket of a connection that fails with `error`."""
+
+    def __init__(self, inner: Any, error: int) -> None:
+        self.inner, self.error = inner, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def getsockopt(self, level: int, option: int) -> int:
+        return self.error
+
+
+def fail_late(lab: Lab, error: int) -> None:
+    """Connecting to the server, which took a while, has failed."""
+    lab.conn.server_sock = Failed(lab.conn.server_sock, error)
+    events = EPOLLERR | EPOLLHUP | EPOLLIN | EPOLLRDHUP | EPOLLOUT
+    lab.splice.sock_handler(make_ref(TYPE_TCP_SPLICE, 0, lab.conn.index << 1 | 1), events, 1.0)
+
+
+def test_the_next_target_is_asked_when_one_fails_late(lab: Lab) -> None:
+    """The server is there by IPv6. Its socket has none of the events of the other."""
+    client = waiting(lab)
+    server6 = listening(socket.AF_INET6, "::1", lab.server.getsockname()[1])
+    lab.open.append(server6)
+    fail_late(lab, errno.ETIMEDOUT)
+    server, _ = server6.accept()
+    lab.open.append(server)
+    server.setblocking(False)
+    assert not any(half.urgent or half.eof_announced for half in lab.conn.halves)
+    lab.write(client, b"by IPv6")
+    assert lab.read(server, 7) == b"by IPv6"
+
+
+@pytest.mark.parametrize(("error", "ended"), [(errno.ENETUNREACH, "no route"), (errno.EMFILE, "no descriptor")])
+def test_the_last_target_fails_when_one_has_failed_late(lab: Lab, warnings: list[str], error: int, ended: str) -> None:
+    client = waiting(lab)
+    if error == errno.EMFILE:
+        lab.sockets.error = OSError(error, os.strerror(error))
+    else:
+        lab.sockets.take = lambda family, kind: Noted()  # type: ignore[method-assign]
+    fail_late(lab, errno.ETIMEDOUT)
+    assert lab.outcome(client) == "reset"
+    assert lab.ctx.drops == {f"splice: {errno.errorcode[error]}": 1} and lab.closed() == {ended: 1}
+    assert warnings == [f"Cannot connect to forwarded port {lab.listener.to}: {os.strerror(error)}"]
+
+
+def test_the_client_gives_up_while_the_server_is_busy(lab: Lab) -> None:
+    """Neither its data nor its end is a reason to give up; its reset is."""
+    client = waiting(lab)
+    client.send(b"question")
+    client.shutdown(socket.SHUT_WR)
+    lab.until(lambda: lab.conn.events_before & EPOLLRDHUP)
+    assert not lab.conn.halves
+    reset(client)
+    lab.gone()
+    assert lab.closed() == {"client gone": 1}
+
+
+@pytest.mark.parametrize("data", [b"", b"question"])
+def test_the_client_gives_up_while_connecting_takes_a_while(lab: Lab, data: bytes) -> None:
+    """As without this program: the server accepts the connection, and it was reset."""
+    made = slowly(lab)
+    client = lab.client()
+    client.send(data)
+    lab.until(lambda: made)
+    reset(client)
+    server = now_connected(lab, made)
+    assert lab.read(server, len(data)) == data if data else True
+    assert lab.outcome(server) == "reset"
+    lab.gone()
+
+
+def test_the_server_resets_before_it_was_seen_to_be_connected(lab: Lab) -> None:
     made = slowly(lab)
     client = lab.client()
     lab.until(lambda: made)
-    reset(client)
+    made[0].inner.setblocking(True)
+    made[0].inner.connect(lab.server.getsockname())
+    server = lab.server.accept()[0]
+    server.send(b"greeting")
+    reset(server)
+    assert lab.read(client, 8) == b"greeting"
+    assert lab.outcome(client) == "reset"
     lab.gone()
 
 
 def test_a_fault_ends_only_its_flow(lab: Lab) -> None:
+    others = [lab.pair()]
     client, _ = lab.pair()
-    other, server = lab.pair()
-    lab.splice.fault(make_ref(TYPE_TCP_SPLICE, 0, 0 << 1 | 1))
+    others.append(lab.pair())
+    lab.splice.fault(make_ref(TYPE_TCP_SPLICE, 0, 1 << 1 | 1))
     assert lab.outcome(client) == "reset"
-    lab.write(other, b"unharmed")
-    assert lab.read(server, 8) == b"unharmed"
+    assert lab.closed() == {"fault": 1}
+    for other, server in others:
+        lab.write(other, b"unharmed")
+        assert lab.read(server, 8) == b"unharmed"

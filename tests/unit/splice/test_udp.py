@@ -7,6 +7,7 @@ import os
 import re
 import select
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,14 +16,14 @@ import pytest
 
 from passt import addr
 from passt.linux import nspool
-from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
+from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT, Destroyed
 from passt.loop.reactor import EPOLLERR, EPOLLIN, TYPE_UDP_SPLICE, make_ref
 from passt.splice import udp as udp_splice
 from passt.splice.udp import CLIENT, KEPT_MAX, SERVER, SpliceFlow
 from passt.udp_engine import io as udp_io
 
 from ..support import T0, reactor, reconfigure, timers
-from ..udp_support import Between, Lab, host_of, labs, port_of, unprivileged
+from ..udp_support import QUERY, Between, Lab, host_of, labs, port_of, unprivileged
 
 Start = Callable[..., Lab]
 
@@ -118,6 +119,87 @@ def test_ping_pong_is_one_datagram_at_a_time(talk: Talk) -> None:
     assert not any(end.gro for end in talk.flow.ends)
 
 
+@pytest.mark.parametrize("asked", [0x28, 1])
+def test_the_class_of_each_reply_is_passed_on(talk: Talk, asked: int) -> None:
+    """Single replies are received without a look at their class only after both directions had none."""
+    v6 = talk.server.family == socket.AF_INET6
+    sends = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS) if v6 else (socket.IPPROTO_IP, socket.IP_TOS)
+    for sock in (talk.client, talk.server, talk.listener.sock):
+        _tells_class(sock)
+    talk.client.setsockopt(*sends, asked)
+    talk.client.send(b"ping")
+    talk.lab.turn()
+    assert _class_of(talk.server) == (b"ping", asked)
+    where = talk.client.getsockname()
+    for tos in (0x48, 0, 0x48, 0, 0, 0x48, 0x48):  # also one that has none in between
+        talk.server.setsockopt(*sends, tos)
+        talk.server.sendto(b"pong", where)
+        talk.lab.turn()
+        assert _class_of(talk.client) == (b"pong", tos)
+        talk.client.send(b"ping")
+        talk.lab.turn()
+        assert _class_of(talk.server) == (b"ping", asked)
+
+
+def _tells_class(sock: socket.socket) -> None:
+    v6 = sock.family == socket.AF_INET6
+    tells = (socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS) if v6 else (socket.IPPROTO_IP, socket.IP_RECVTOS)
+    sock.setsockopt(*tells, 1)
+
+
+def _class_of(sock: socket.socket) -> tuple[bytes, int]:
+    """A datagram and its traffic class."""
+    data, ((_, _, tos),), _, _ = sock.recvmsg(65536, socket.CMSG_SPACE(4))
+    return data, int.from_bytes(tos, sys.byteorder)
+
+
+@pytest.mark.parametrize(("host", "other"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
+def test_classes_of_a_server_in_the_other_family(start: Start, host: str, other: str) -> None:
+    """Each end has the option of its own family."""
+    lab = start()
+    server = lab.socket(other)
+    client = lab.client(lab.listen(host, to=port_of(server)), host)
+    client.send(b"first")
+    _, where = lab.recvfrom(server)
+    for sock in (client, server):
+        _tells_class(sock)
+        v6 = sock.family == socket.AF_INET6
+        sends = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS) if v6 else (socket.IPPROTO_IP, socket.IP_TOS)
+        sock.setsockopt(*sends, 0x48)
+    client.send(b"ping")
+    lab.turn()
+    assert _class_of(server) == (b"ping", 0x48)
+    server.sendto(b"pong", where)
+    lab.turn()
+    assert _class_of(client) == (b"pong", 0x48)
+
+
+def test_replies_without_a_class_cost_the_plain_call(talk: Talk) -> None:
+    _tells_class(talk.client)
+    where = talk.begin()
+    for left in (udp_io.PLAIN, udp_io.PLAIN - 1, udp_io.PLAIN - 2):
+        talk.server.sendto(b"pong", where)
+        talk.lab.turn()
+        assert _class_of(talk.client) == (b"pong", 0)
+        assert talk.flow.ends[SERVER].plain == left
+        talk.client.send(b"ping")
+        talk.lab.turn()
+        assert talk.server.recv(9) == b"ping"
+
+
+def test_a_stream_behind_a_reply_is_received_together(talk: Talk) -> None:
+    """Only the first datagram is likely to be alone."""
+    where = talk.begin()
+    for i in range(9):
+        talk.server.sendto(b"%d" % i, where)
+    talk.lab.turn()
+    assert talk.client.recv(9) == b"0"
+    assert not select.select([talk.client], [], [], 0)[0]
+    talk.lab.turn()
+    talk.client.setblocking(False)
+    assert [talk.client.recv(9) for _ in range(8)] == [b"%d" % i for i in range(1, 9)]
+
+
 @pytest.mark.parametrize("size", [1, 1400, 9000])
 def test_bulk_both_ways_is_exact_and_in_order(talk: Talk, size: int) -> None:
     where = talk.begin()
@@ -137,6 +219,24 @@ def test_all_sizes_in_one_batch_stay_in_order(talk: Talk) -> None:
     for data in sent:
         talk.client.send(data)
     assert [talk.lab.recv(talk.server) for _ in sent] == sent
+    assert talk.flow.traffic() == (1 + sum(map(len, sent)), 0)
+    assert talk.lab.ctx.stats.spliced["udp"][0].bytes == 1 + sum(map(len, sent))
+
+
+@pytest.mark.parametrize("outbound", [False, True])
+def test_bytes_are_counted_by_direction(start: Start, outbound: bool) -> None:
+    """The client of an outbound rule is the guest."""
+    talk = Talk(start(), outbound=outbound)
+    where = talk.begin(b"?")
+    for size in (10, 200):
+        talk.client.send(bytes(size))
+        assert len(talk.lab.recv(talk.server)) == size
+        talk.server.sendto(bytes(2 * size), where)
+        assert len(talk.lab.recv(talk.client)) == 2 * size
+    asked, answered = 1 + 210, 420
+    expected = (answered, asked) if outbound else (asked, answered)
+    assert talk.flow.traffic() == expected
+    assert tuple(tally.bytes for tally in talk.lab.ctx.stats.spliced["udp"]) == expected
 
 
 def test_runs_that_the_client_sends_are_joined(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,11 +266,13 @@ def test_a_kernel_without_offloads(start: Start, monkeypatch: pytest.MonkeyPatch
     assert not any(end.gro or end.gso_size for end in talk.flow.ends)
 
 
-def test_a_stream_gathers_for_a_moment(talk: Talk) -> None:
+@pytest.mark.parametrize("growing", [False, True])
+def test_a_stream_gathers_for_a_moment(talk: Talk, growing: bool) -> None:
+    """Its datagrams count, however many batches they are."""
     talk.begin()
     fd = talk.flow.ends[CLIENT].fd
-    for _ in range(udp_io.GRO_MIN):
-        talk.client.send(b"x")
+    for i in range(udp_io.GRO_MIN):
+        talk.client.send(b"x" * (1 + i * growing))
     talk.lab.turn()
     assert reactor(talk.lab.ctx).events[fd] == EPOLLERR
     talk.lab.turn()
@@ -304,12 +406,40 @@ def test_the_rules_target(start: Start) -> None:
     assert client.recv(9) == b"!"
 
 
+@pytest.mark.parametrize("outbound", [True, False])
+@pytest.mark.parametrize("target", ["198.51.100.7", "127.0.0.1"])
+def test_a_target_elsewhere_is_reached_from_the_outbound_address(
+    start: Start, monkeypatch: pytest.MonkeyPatch, target: str, outbound: bool
+) -> None:
+    """These are of the host: a socket in the namespace has none of them, and one to a loopback that of the client."""
+    lab = start()
+    out = addr.packed("203.0.113.5")
+    assert lab.ctx.config.ip4 is not None
+    reconfigure(lab.ctx, ip4=replace(lab.ctx.config.ip4, addr_out=out, if_out="eth7"))
+    bound: list[Any] = []
+
+    def unreachable(make: Any, fwd: Any, source: bytes | None, interface: str | None, *_: Any) -> Any:
+        bound.append((source, interface))
+        raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+    monkeypatch.setattr(udp_splice, "open_target", unreachable)
+    lab.client(lab.listen(outbound=outbound, target=addr.packed(target))).send(b"?")
+    lab.turn()
+    if target == "127.0.0.1":
+        assert bound == [(addr.LOOPBACK4, None)]
+    else:
+        assert bound == [(out, "eth7") if outbound else (None, None)]
+    assert lab.ctx.drops == {"udp splice: no flow: ENETUNREACH": 1}
+
+
 def test_no_address_on_the_other_side(start: Start) -> None:
     lab = start(host_lo_to_ns_lo=False)
     lab.ctx.guest = replace(lab.ctx.guest, addr4=addr.ANY4, addr6=addr.ANY6)
-    lab.client(lab.listen()).send(b"?")
-    lab.turn()
-    assert lab.ctx.drops == {"udp splice: no address to deliver to": 1}
+    client = lab.client(lab.listen())
+    for count in (1, 2):
+        client.send(b"?")
+        lab.turn()
+        assert lab.ctx.drops == {"udp splice: no address to deliver to": count}
 
 
 # A server in the other family ----------------------------------------------------------------------------------------
@@ -357,6 +487,22 @@ def test_the_next_send_may_be_what_tells_of_the_refusal(start: Start) -> None:
     reactor(lab.ctx).fire(talk.flow.ends[CLIENT].fd, EPOLLIN, T0)
     assert [server.recv(9), server.recv(9)] == [b"one", b"two"]
     assert lab.ctx.drops == {"udp splice: ECONNREFUSED": 1}
+
+
+def test_a_receive_may_be_what_tells_of_the_refusal(start: Start) -> None:
+    lab = start()
+    talk = Talk(lab, "::1")
+    to = port_of(talk.server)
+    talk.server.close()
+    server = lab.socket("127.0.0.1", "127.0.0.1", to)
+    talk.client.send(b"one")
+    lab.turn()
+    end = talk.flow.ends[SERVER]
+    p = select.poll()
+    p.register(end.fd, 0)
+    assert p.poll(5000), "the refusal"
+    reactor(lab.ctx).fire(end.fd, EPOLLIN, T0)
+    assert server.recv(9) == b"one"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -471,9 +617,11 @@ def test_the_other_target_cannot_be_had_after_a_refusal(start: Start) -> None:
     lab.ctx.ns = Lacking(socket.AF_INET, socket.AF_INET6)  # type: ignore[assignment]
     host, port = talk.server.getsockname()
     talk.server.close()
-    talk.client.send(b"lost")
-    lab.until(lambda: bool(lab.ctx.drops))
-    assert lab.ctx.drops == {"udp splice: ECONNREFUSED": 1, "udp splice: no server: EAFNOSUPPORT": 1}
+    for i in (1, 2):
+        talk.client.send(b"lost")
+        lab.turn()
+        lab.turn()
+        assert lab.ctx.drops == {"udp splice: ECONNREFUSED": i, "udp splice: no server: EAFNOSUPPORT": i}
     server = lab.socket(host, host, port)
     talk.client.send(b"found")
     lab.turn()
@@ -490,9 +638,13 @@ def test_the_datagram_that_was_kept_cannot_be_sent(start: Start, monkeypatch: py
     def full(*_: Any) -> int:
         raise OSError(errno.ENOBUFS, "")
 
-    monkeypatch.setattr(os, "writev", full)
-    lab.until(lambda: lab.ctx.drops["udp splice: ECONNREFUSED"] > 0)
-    assert lab.ctx.drops == {"udp splice: ECONNREFUSED": 1, "udp splice: send: ENOBUFS": 1}
+    for i in (1, 2):
+        with monkeypatch.context() as m:
+            m.setattr(os, "writev", full)
+            lab.turn()
+        assert lab.ctx.drops == {"udp splice: ECONNREFUSED": i, "udp splice: send: ENOBUFS": i}
+        talk.client.send(b"lost")
+        lab.turn()
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -520,6 +672,40 @@ def test_errors_that_a_receive_reports(talk: Talk) -> None:
     assert talk.lab.ctx.drops == {"udp splice: ECONNREFUSED": 1}
 
 
+@pytest.mark.parametrize("side", [CLIENT, SERVER])
+@pytest.mark.parametrize("told", ["by an event", "when receiving", "when sending"])
+def test_a_flow_whose_socket_was_destroyed_begins_again(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, told: str, side: int
+) -> None:
+    """By root of the host, `ss -K`: the socket is not connected any more. The other end goes with it."""
+    where = talk.begin(b"first")
+    flow, lab = talk.flow, talk.lab
+    end = flow.ends[side]
+    end.reply_expected = False
+    with monkeypatch.context() as m:
+        if told == "by an event":
+            m.setattr("passt.splice.udp.read_errors", _destroyed)
+            talk.client.send(b"to a socket that anybody reaches")
+            reactor(lab.ctx).fire(end.fd, EPOLLERR | EPOLLIN, T0)
+        elif told == "when receiving":
+            m.setattr("passt.splice.udp.receive", _destroyed)
+            reactor(lab.ctx).fire(end.fd, EPOLLIN, T0)
+        else:
+            m.setattr(os, "writev", _destroyed)
+            for _ in range(2):
+                talk.server.sendto(b"lost", where) if side == CLIENT else talk.client.send(b"lost")
+            lab.turn()
+    assert not lab.flows and lab.ctx.flows.closed == {("udp_splice", "socket destroyed"): 1}
+    reactor(lab.ctx).end_turn(T0)
+    talk.client.send(b"again")
+    assert lab.recv(talk.server) == b"again"
+    assert talk.flow is not flow
+
+
+def _destroyed(*_: object) -> None:
+    raise Destroyed(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+
+
 def test_an_event_for_nothing_is_borne(talk: Talk) -> None:
     talk.begin()
     for end in talk.flow.ends:
@@ -535,10 +721,12 @@ def test_a_full_buffer_is_a_drop(talk: Talk, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOBUFS, "")
 
     monkeypatch.setattr(os, "writev", full)
-    for _ in range(3):
-        talk.client.send(b"x")
-    talk.lab.turn()
-    assert talk.lab.ctx.drops == {"udp splice: send: ENOBUFS": 3}
+    for i in (1, 2):
+        for _ in range(3):
+            talk.client.send(b"x")
+        talk.lab.turn()
+        assert talk.lab.ctx.drops == {"udp splice: send: ENOBUFS": 3 * i}
+    assert talk.flow.state, "the flow goes on"
 
 
 def test_a_path_that_refuses_segments_gets_single_datagrams(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,10 +749,11 @@ def test_a_path_that_refuses_segments_gets_single_datagrams(talk: Talk, monkeypa
 # Life ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("to", "timeout"), [(53, 30), (5353, 180)])
-def test_timeouts(start: Start, to: int, timeout: float) -> None:
+@pytest.mark.parametrize(("first", "timeout"), [(QUERY, 30), (b"?", 180)])
+@pytest.mark.parametrize("to", [53, 9953])
+def test_a_query_to_any_port_ends_soon(start: Start, to: int, first: bytes, timeout: float) -> None:
     lab = start()
-    lab.client(lab.listen(to=to)).send(b"?")
+    lab.client(lab.listen(to=to)).send(first)
     lab.turn()
     assert lab.flow.timeout == timeout
 
@@ -639,12 +828,40 @@ def test_without_descriptors_the_longest_idle_flow_makes_room(start: Start, monk
     assert {f.client.port for f in lab.flows} == {port_of(c) for c in clients[1:]}
 
 
+@pytest.mark.parametrize("scarce", ["open_client", "open_target"])
+def test_without_descriptors_clients_of_the_host_take_none_of_the_namespace(
+    start: Start, monkeypatch: pytest.MonkeyPatch, scarce: str
+) -> None:
+    """An older flow of their own makes room, not the oldest one."""
+    lab = start()
+    reconfigure(lab.ctx, ip6=None)  # one target
+    server = lab.socket()
+    inward, outward = lab.listen(to=port_of(server)), lab.listen(to=port_of(server), outbound=True)
+    clients = [lab.client(listener) for listener in (outward, inward, inward)]
+    failures = [errno.EMFILE]
+    place: Any = udp_splice if scarce == "open_target" else lab.udp_in._outbound
+    real = getattr(place, scarce)
+
+    def failing(*args: Any) -> Any:
+        if failures:
+            raise OSError(failures.pop(), "")
+        return real(*args)
+
+    for i, client in enumerate(clients):
+        lab.now = T0 + i
+        if i == 2:
+            monkeypatch.setattr(place, scarce, failing)
+        client.send(b"?")
+        lab.turn()
+    assert {f.client.port for f in lab.flows} == {port_of(clients[n]) for n in (0, 2)}
+
+
 @pytest.mark.parametrize("limit", [0, 1])
 def test_a_full_table_leaves_no_socket(start: Start, limit: int) -> None:
     lab = start()
     lab.ctx.flows.limit = limit
     if limit:
-        lab.udp_in.splice._flows.evict = lambda foreign: None  # type: ignore[method-assign]
+        lab.udp_in.splice._flows._find_room = lambda *_: False  # type: ignore[method-assign]
     server = lab.socket()
     listener = lab.listen(to=port_of(server))
     for _ in range(limit + 1):
