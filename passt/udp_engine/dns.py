@@ -62,13 +62,13 @@ from ..drops import Drop, Failed
 from ..flow.context import Context
 from ..flow.idle import IdleFlows, flow_limit
 from ..flow.table import ACTIVE, GUEST, Endpoints, TableFull
-from ..linux.sockopt import RECVERR, read_errors, recverr, setting
+from ..linux.sockopt import DESTROYED, RECVERR, read_errors, recverr, setting
 from ..loop.each import each
 from ..loop.reactor import EPOLLERR, EPOLLIN, TYPE_DNS, Reactor, ref_data, ref_fd
 from ..policy.config import Config
 from ..policy.forwarding import Forwarding
 from ..policy.resolvers import DNS_PORT, Resolver, Tried
-from .flow import UdpFlow
+from .flow import DNS_TIMEOUT, UdpFlow
 from .io import CONGESTED
 
 QUERY_TIMEOUT = 1.5  # s; the resolver's own retries are over, and glibc waits for another 3.5
@@ -130,6 +130,7 @@ class DnsFlow(UdpFlow):
 
     def __init__(self, key: bytes, now: float) -> None:
         super().__init__(key, b"", now)
+        self.timeout = DNS_TIMEOUT
         self.ends: dict[Resolver, Any] = {}
         self.by_fd: dict[int, Resolver] = {}
         self.queries: dict[int, Query] = {}
@@ -204,7 +205,7 @@ class Dns:
         ctx.settings.subscribe(self._adopt)
 
     def _adopt(self, config: Config) -> None:
-        self._our_mac, self._mtu = config.our_mac, config.mtu
+        self._mtu = config.mtu
 
     # Guest -> resolvers ----------------------------------------------------------------------------------------------
 
@@ -231,7 +232,8 @@ class Dns:
         except TableFull:
             self._drops[Drop.DNS_TABLE_FULL] += count
             return None
-        flow.build_header(self._ctx.guest.mac, self._our_mac, self._mtu)
+        ctx = self._ctx
+        flow.build_header(ctx.guest.mac_of(flow.src), ctx.lan.mac_of(flow.dst), self._mtu)
         return flow
 
     def _query(self, flow: DnsFlow, payload: bytes, now: float) -> None:
@@ -242,7 +244,7 @@ class Dns:
             return
         query = flow.queries.get(ident)
         if query is not None and query.payload == payload and not query.exhausted:
-            self._resend(query)  # the resolver's timeout stays as it is
+            self._resend(query, now)  # the resolver's timeout stays as it is
             return
         new = Query(flow, ident, payload, now)
         if query is not None:
@@ -257,10 +259,10 @@ class Dns:
         if not self._armed and self._waiting:
             self._arm(now + QUERY_TIMEOUT)
 
-    def _resend(self, query: Query) -> None:
+    def _resend(self, query: Query, now: float) -> None:
         """The guest retransmits a query that waits: send it to the same resolver."""
         try:
-            self._send(query.flow, query.tried[-1], query.payload)
+            self._send(query.flow, query.tried[-1], query.payload, now)
         except (OSError, FlowEvicted):
             self._drops[Drop.DNS_NOT_REPEATED] += 1  # its timeout stays
 
@@ -271,7 +273,7 @@ class Dns:
             query.tried += (resolver,)
             query.sent_to = query.sent_to if resolver in query.sent_to else (*query.sent_to, resolver)
             try:
-                self._send(flow, resolver, query.payload)
+                self._send(flow, resolver, query.payload, now)
             except FlowEvicted:
                 return
             except OSError as e:
@@ -296,21 +298,25 @@ class Dns:
         self._drops[Failed.DNS_RESOLVER.of(e)] += 1
         self._resolvers.failed(resolver, e.strerror or str(e), now)
 
-    def _send(self, flow: DnsFlow, resolver: Resolver, payload: bytes) -> None:
+    def _send(self, flow: DnsFlow, resolver: Resolver, payload: bytes, now: float) -> None:
         """Raises OSError, FlowEvicted."""
-        sock = flow.ends.get(resolver) or self._open(flow, resolver)
+        sock = flow.ends.get(resolver) or self._open(flow, resolver, now)
         flow.to_host += len(payload)
         try:
             sock.send(payload)
         except OSError as e:
             if e.errno in CONGESTED:
                 raise
-            read_errors(sock)  # the error may be about an earlier query
+            if e.errno not in DESTROYED:
+                read_errors(sock)  # the error may be about an earlier query
+            else:
+                self._destroyed(flow, resolver)
+                sock = self._open(flow, resolver, now)
             sock.send(payload)
 
-    def _open(self, flow: DnsFlow, resolver: Resolver) -> Any:
+    def _open(self, flow: DnsFlow, resolver: Resolver, now: float) -> Any:
         """The socket of `flow` towards `resolver`, watched. Raises OSError, FlowEvicted."""
-        sock = self._flows.open(partial(open_socket, self._ctx.fwd, resolver.addr))
+        sock = self._flows.open(partial(open_socket, self._ctx.fwd, resolver.addr), now)
         if flow.state != ACTIVE:  # evicted, to free descriptors
             sock.close()
             self._drops[Drop.DNS_NO_DESCRIPTOR] += 1
@@ -335,10 +341,13 @@ class Dns:
         resolver = flow.by_fd.get(ref_fd(ref))
         if resolver is None:
             return
-        if events & EPOLLERR:
-            self._report(flow, resolver, now)
-        if events & EPOLLIN and flow.state == ACTIVE:
-            self._receive(flow, resolver, now)
+        try:
+            if events & EPOLLERR:
+                self._report(flow, resolver, now)
+            if events & EPOLLIN and flow.state == ACTIVE:
+                self._receive(flow, resolver, now)
+        except ConnectionAbortedError:
+            self._destroyed(flow, resolver)
 
     def _receive(self, flow: DnsFlow, resolver: Resolver, now: float) -> None:
         sock = flow.ends[resolver]
@@ -347,6 +356,8 @@ class Dns:
                 answer = self._answer[: sock.recv_into(self._answer)]
             except BlockingIOError:
                 return
+            except ConnectionAbortedError:  # as `Destroyed`
+                raise
             except OSError:
                 self._report(flow, resolver, now)
                 return
@@ -359,6 +370,12 @@ class Dns:
             flow.last = now
             self._remove(query)
             self._deliver(flow, answer)
+
+    def _destroyed(self, flow: DnsFlow, resolver: Resolver) -> None:
+        """The socket towards `resolver` is of no use: the next query there gets another one."""
+        sock = flow.ends.pop(resolver)
+        del flow.by_fd[sock.fileno()]
+        self._ctx.reactor.retire(sock.fileno(), sock)
 
     def _report(self, flow: DnsFlow, resolver: Resolver, now: float) -> None:
         """Errors came back from `resolver`: its queries go to the next one."""
@@ -421,14 +438,8 @@ class Dns:
 
     def fault_key(self, key: bytes) -> None:
         """The same, for a handler that failed on datagrams of the guest."""
-        flow = self._by_key.get(key)
-        if flow is not None:
-            self._flows.close(flow, "fault")
+        self._flows.fault_key(key)
 
     def forget(self) -> None:
         """The guest is gone: end all flows."""
         self._flows.close_all("guest gone")
-
-    def set_guest_mac(self, mac: bytes) -> None:
-        """Write the guest's new MAC address into all headers."""
-        each(self._by_key.values(), UdpFlow.set_guest_mac, self._flows.fault_at, mac)

@@ -4,8 +4,8 @@
     | vnet  10 | Ethernet 14 | IP 20 / 40 | UDP 8  |  `hdr`, written when the flow begins
     +----------+-------------+------------+--------+
 
-Only lengths, gso_size and two checksums depend on the datagram. A stream of equal datagrams leaves these alone, too:
-`header` compares with the values that the header has.
+Only lengths, gso_size, the traffic class and two checksums depend on the datagram. A stream of equal datagrams leaves
+these alone, too: `header` compares with the values that the header has.
 
 The UDP checksum field holds the sum of the pseudo-header. The guest's kernel completes it where it needs one
 (VIRTIO_NET_HDR_F_NEEDS_CSUM). A super-frame has GSO_UDP_L4 and the size of its datagrams; its length fields count all
@@ -13,37 +13,39 @@ of it, as the kernel's software segmentation expects.
 
 Both kinds of flows are alike here, those of the guest and those of clients of a listener. The key is that of a packet
 from the guest, so the guest is the source. `client` is the client of a listener, None if the guest began the flow.
+
+DNS is known by its look, not by its port: a flow that begins with a query (`wire/dns.py`) ends after DNS_TIMEOUT. Where
+the guest asked, the first datagram that comes back must be the answer, or the flow is one like any other.
 """
 
 from __future__ import annotations
 
 from struct import Struct
+from typing import ClassVar, Final
 
 from .. import addr
 from ..drops import Drop
 from ..flow.idle import IdleFlow
+from ..flow.ip_fields import CLASS, UNSET, apply
 from ..flow.table import GUEST, HOST, Endpoints
-from ..linux.sockopt import HOPS, hops_option, setting
-from ..policy.resolvers import DNS_PORT
-from ..wire import ether, ip, udp
+from ..wire import dns, ether, ip, udp
 from ..wire.checksum import PROTO_UDP, fold, ones_sum, pseudo_sum
 from ..wire.virtio import F_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, VNET
 from .sock import Client
 
-FLOW_TIMEOUT = 180.0  # s
-DNS_TIMEOUT = 30.0  # s; a query from a port of its own has one response, and resolvers give up before
+FLOW_TIMEOUT: Final = 180.0  # s
+DNS_TIMEOUT: Final = 30.0  # s; a DNS query from a port of its own has one response, and resolvers give up before
 
-CALLS = setting(*HOPS)
+_IP_AT: Final = VNET.size + ether.HEADER.size
+_VNET_GSO: Final = Struct("=BBHH")  # flags, gso_type, hdr_len, gso_size
+_U16: Final = Struct("!H")
+_U32: Final = Struct("!I")
+_LENGTH_CSUM: Final = Struct("!HH")
 
-_IP_AT = VNET.size + ether.HEADER.size
-_VNET_GSO = Struct("=BBHH")  # flags, gso_type, hdr_len, gso_size
-_U16 = Struct("!H")
-_LENGTH_CSUM = Struct("!HH")
 
-
-def timeout(*ports: int) -> float:
-    """Idle time after which a flow between these ports ends, in seconds."""
-    return DNS_TIMEOUT if DNS_PORT in ports else FLOW_TIMEOUT
+def timeout(first: dns.Buffer) -> float:
+    """Idle time in seconds after which a flow ends that begins with the datagram `first`."""
+    return FLOW_TIMEOUT if dns.query_ident(first) < 0 else DNS_TIMEOUT
 
 
 class UdpFlow(IdleFlow):
@@ -56,44 +58,62 @@ class UdpFlow(IdleFlow):
         "_size",
         "_total",
         "_udp_at",
+        "asked",
         "client",
         "dst",
+        "fields",
         "gro",
         "gso_max_segs",
         "gso_size",
         "hdr",
-        "hops",
         "host",
         "payload_max",
+        "plain",
         "reply_expected",
         "src",
+        "tos",
     )
     kind = "UDP flow"
-    label = "udp"
+    label: ClassVar[str] = "udp"
     evicted = Drop.UDP_EVICTED
 
     def __init__(self, key: bytes, host: bytes, now: float, hops: int = 0, client: Client | None = None) -> None:
         half = (len(key) - 4) // 2
-        super().__init__(key, timeout(int.from_bytes(key[-4:-2], "big"), int.from_bytes(key[-2:], "big")), now)
+        super().__init__(key, FLOW_TIMEOUT, now)
         self.src = key[:half]  # the guest
         self.dst = key[half : 2 * half]  # the peer, as the guest knows it
         self.host = host  # the peer that the socket is connected to
         self.client = client
+        self.asked = -1  # identifier of the DNS query that the flow began with, until the first datagram comes back
         self.gro = False
         self.reply_expected = False  # the guest sent since the last receive: one datagram, the reply, is likely
         self.gso_size = 0
         self.gso_max_segs = 1
-        self.hops = hops  # TTL or hop limit of the socket, 0: not known
+        self.tos = 0  # traffic class of the header, which is that of the last datagram received
+        self.plain = 0  # so many single replies are received next without a look at the class
+        self.fields = UNSET | hops  # of the IP headers of what the socket sends (`flow.ip_fields`)
 
     @property
     def foreign(self) -> bool:
         return self.client is not None
 
+    def begins_with(self, first: dns.Buffer) -> None:
+        """A DNS query, to whatever port, and a flow that ends soon; or anything else."""
+        self.asked = dns.query_ident(first)
+        if self.asked >= 0:
+            self.timeout = DNS_TIMEOUT
+
+    def answered(self, reply: dns.Buffer) -> None:
+        """The first datagram that comes back tells whether the query was one."""
+        if not dns.is_answer(reply, self.asked):
+            self.timeout = FLOW_TIMEOUT
+        self.asked = -1
+
     def endpoints(self) -> Endpoints:
         guest, peer = addr.host_port(self.src, self.sport), addr.host_port(self.dst, self.dport)
         return Endpoints(GUEST if self.client is None else HOST, guest, peer, addr.host_port(self.host, self.dport))
 
-    def build_header(self, guest_mac: bytes, our_mac: bytes, mtu: int) -> None:
+    def build_header(self, guest_mac: bytes, peer_mac: bytes, mtu: int) -> None:
         """Write the header: from `dst` to the guest, with the ports swapped. Needs the flow's index for its label."""
         sport, dport = self.key[-4:-2], self.key[-2:]
         v4 = len(self.src) == 4
@@ -104,7 +124,7 @@ class UdpFlow(IdleFlow):
         self.hdr = bytearray().join(
             (
                 VNET.pack(F_NEEDS_CSUM, GSO_NONE, hdr_len, 0, udp_at - VNET.size, 6),
-                ether.HEADER.pack(guest_mac, our_mac, ether.TYPE_IPV4 if v4 else ether.TYPE_IPV6),
+                ether.HEADER.pack(guest_mac, peer_mac, ether.TYPE_IPV4 if v4 else ether.TYPE_IPV6),
                 ip_header,
                 dport + sport + bytes(4),
             )
@@ -117,8 +137,20 @@ class UdpFlow(IdleFlow):
         room = mtu - len(ip_header) - udp.HEADER.size
         self.payload_max = room if mtu else 65535
 
-    def set_guest_mac(self, mac: bytes) -> None:
-        self.hdr[VNET.size : VNET.size + 6] = mac
+    def set_class(self, tos: int) -> None:
+        """Send frames with this traffic class to the guest from now on."""
+        hdr = self.hdr
+        self.tos, self.plain = tos, 0
+        self._total = self._size = -1
+        if self._ip_sum < 0:
+            (word,) = _U32.unpack_from(hdr, _IP_AT)
+            _U32.pack_into(hdr, _IP_AT, word & 0xF00FFFFF | tos << 20)
+        else:
+            self._ip_sum += tos - hdr[_IP_AT + 1]
+            hdr[_IP_AT + 1] = tos
+
+    def set_macs(self, guest: bytes, peer: bytes) -> None:
+        self.hdr[VNET.size : VNET.size + 12] = guest + peer
 
     def header(self, total: int, size: int) -> bytearray:
         """The header for `total` bytes of payload: one datagram, or several of `size` bytes each if that is less."""
@@ -140,10 +172,11 @@ class UdpFlow(IdleFlow):
             _U16.pack_into(hdr, _IP_AT + 4, length)
         _LENGTH_CSUM.pack_into(hdr, at + 4, length, fold(self._pseudo_sum + length))
 
-    def set_hops(self, hops: int) -> None:
-        """Send with this TTL or hop limit from now on. Raises OSError."""
-        self.sock.setsockopt(*hops_option(self.host), hops)
-        self.hops = hops
+    def set_fields(self, fields: int) -> None:
+        """Send with these fields of the IP header from now on. Raises OSError."""
+        self.fields = apply(self.sock, self.host, self.fields, fields)
+        if fields & CLASS:
+            self.plain = 0
 
     @property
     def sport(self) -> int:

@@ -12,13 +12,14 @@ kernel that segments by size cannot make one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from ..wire import ether, ip, udp
 
 # UDP_MAX_SEGMENTS of Linux before 6.9; twice as much since
-SEGMENTS_MAX = 64
+SEGMENTS_MAX: Final = 64
 # A network device takes less than 64 KiB with headers (gso_max_size); beyond that the kernel segments in software.
-GSO_BATCH_MAX = 65535 - ether.HEADER_LEN - ip.HEADER6.size - udp.HEADER.size
+GSO_BATCH_MAX: Final = 65535 - ether.HEADER_LEN - ip.HEADER6.size - udp.HEADER.size
 
 GsoBatch = tuple[int, int, list[memoryview]]  # size of the datagrams, bytes in all, their memory
 

@@ -4,11 +4,15 @@ A flow from a guest port that a listener of the host leads to is seen as coming 
 answers, and its own first datagrams, reach the same program. So the sockets of these flows are bound to the listener's
 port, beside it (`open_client`). `ports/udp_in.py` tells which listeners there are (`lead`), and hands on what such a
 socket receives that is another client's: see `misdelivered`.
+
+A flow from a port that the guest has in a multicast group is seen as coming from there, beside other programs that have
+the port (`beside`): it is the port of mDNS, whose queriers take no answer from another one (RFC 6762, 6.7).
 """
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from .. import addr
@@ -24,6 +28,8 @@ class Outbound:
         self._ctx = ctx
         self.leading: dict[int, list[Listener]] = {}  # to a port of the guest
         self.misdelivered: list[Misdelivered] = []
+        self.group_ports: set[int] = set()  # that receivers of groups have (`groups.py`)
+        self.on_change: Callable[[], None] = _nothing  # called when listeners come or go
         self.timer = -1  # armed when there are some, outside of an event of a listener
 
     def lead(self, listener: Listener) -> None:
@@ -31,12 +37,14 @@ class Outbound:
         leading = self.leading.setdefault(listener.to, [])
         leading.append(listener)
         leading.sort(key=_one_address)  # any peer of the guest reaches those of all addresses
+        self.on_change()
 
     def lead_no_more(self, listener: Listener) -> None:
         """It closes, if it is one of those."""
         leading = self.leading.get(listener.to, [])
         if listener in leading:
             leading.remove(listener)
+            self.on_change()
 
     def open_client(self, client: Client) -> Any:
         """Open the client's socket, on the side of its listener. Raises OSError."""
@@ -59,8 +67,12 @@ class Outbound:
                 sock.close()  # a shared socket reports no errors; a self-connected one receives what it sends
                 continue
             return sock
-        return open_socket(fwd, host, sport, dport)
+        return open_socket(fwd, host, sport, dport, beside=sport in self.group_ports)
 
 
 def _one_address(listener: Listener) -> bool:
     return listener.rule.addr is not None and not addr.is_unspecified(listener.rule.addr)
+
+
+def _nothing() -> None:
+    """Without multicast: nothing follows listeners."""

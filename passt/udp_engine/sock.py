@@ -13,7 +13,7 @@ the same user. Hence:
 
     socket                          SO_REUSEADDR                     SO_REUSEPORT
     ------------------------------  -------------------------------  -----------------------------------------------
-    towards a host or a server      off                              on
+    towards a host or a server      off; on at a port of a group     on
     listener                        off                              while a client's socket is bound to its port
     client's, listener at any       on: another program that wants   during bind(2)
     address                         the port meets the listener, too
@@ -27,7 +27,7 @@ either, except during the bind(2) of a client's socket.
 A socket that is bound and not yet connected receives what any peer sends to its port. Towards a host or a server these
 datagrams are discarded. Beside a listener they are misdelivered: first datagrams of other clients, which belong to the
 listener. The caller gets them back. The receive buffer is small until connect(2), so a bounded number of receives
-takes all of them.
+takes all of them, in 0.2 ms at most, while any host floods the port.
 
 A port below 1024 was bound with capabilities that the process may have given up (EACCES). Clients of such a port have
 no sockets of their own: their datagrams keep coming by the listener, which also answers them (`SharedSocket`).
@@ -46,24 +46,43 @@ from ..calls import calls
 from ..flow.context import Context
 from ..linux import nspool
 from ..linux.mmsg import INFO4, INFO6
-from ..linux.sockopt import FREEBIND, IP_PKTINFO, RECVERR, SOL_UDP, UDP_SEGMENT, freebind, recverr, setting
+from ..linux.sockopt import (
+    FREEBIND,
+    IP_PKTINFO,
+    RECEIVE_CLASS,
+    RECVERR,
+    REUSEPORT,
+    SOL_UDP,
+    TRAFFIC_CLASS,
+    UDP_SEGMENT,
+    freebind,
+    hops_option,
+    recverr,
+    setting,
+)
 from ..policy.forwarding import Forwarding, SockAddr
 from ..policy.rules import Listener
 
 BUFFER_SIZE = 4 << 20  # requested; net.core.[rw]mem_max limit it
-BUFFER_FIRST = 64 << 10  # of a client's socket before connect(2); the kernel doubles it
+BUFFER_FIRST = 64 << 10  # before connect(2); the kernel doubles it
 # Datagrams before connect(2): sk_buff and skb_shared_info of an empty one take at least 576 bytes of the buffer
 UNCONNECTED_MAX = 2 * BUFFER_FIRST // 576 + 1
 SIZE_MAX = 65535  # of a datagram
 BUSY_PORT = frozenset((errno.EACCES, errno.EADDRINUSE))
 
-_SEGMENT = Struct("=H")
-_SHARED = socket.SOL_SOCKET, socket.SO_REUSEPORT
+_SEGMENT, _INT = Struct("=H"), Struct("=i")
+# (level, option) of the socket: (level, type) of the control message that has its effect for one send
+_ANCILLARY = {
+    hops_option(addr.ANY4): (socket.IPPROTO_IP, socket.IP_TTL),
+    hops_option(addr.ANY6): (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT),
+    TRAFFIC_CLASS[0]: TRAFFIC_CLASS[0],
+    TRAFFIC_CLASS[1]: TRAFFIC_CLASS[1],
+}
 
 Misdelivered = tuple["Client", bytes]  # a datagram that a socket received before it was connected
 
 CALLS = (
-    *setting(*RECVERR, *FREEBIND, (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)),
+    *setting(REUSEPORT, *RECVERR, *FREEBIND, *RECEIVE_CLASS, (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)),
     *setting(
         *(
             (socket.SOL_SOCKET, option)
@@ -71,7 +90,6 @@ CALLS = (
                 socket.SO_RCVBUF,
                 socket.SO_SNDBUF,
                 socket.SO_REUSEADDR,
-                socket.SO_REUSEPORT,
                 socket.SO_BROADCAST,
                 socket.SO_BINDTODEVICE,
             )
@@ -96,7 +114,7 @@ class Client(NamedTuple):
 
     def __str__(self) -> str:
         """[192.0.2.9]:40000 -> [192.0.2.2]:53"""
-        return f"{addr.endpoint(self.peer, self.port)} -> {addr.endpoint(self.local, self.listener.port)}"
+        return f"{addr.host_port(self.peer, self.port)} -> {addr.host_port(self.local, self.listener.port)}"
 
 
 def opener(ctx: Context, namespace: bool) -> Callable[[int, int], Any]:
@@ -113,14 +131,17 @@ def is_self_connected(sock: Any, peer: SockAddr) -> bool:
 # Towards a host or a server ------------------------------------------------------------------------------------------
 
 
-def open_socket(fwd: Forwarding, host: bytes, sport: int, dport: int) -> socket.socket:
-    """A non-blocking UDP socket connected to `host`, from port `sport` if it is free. Raises OSError."""
+def open_socket(fwd: Forwarding, host: bytes, sport: int, dport: int, *, beside: bool = False) -> socket.socket:
+    """A non-blocking UDP socket connected to `host`, from port `sport` if it is free. Raises OSError.
+
+    `beside`: also if other programs share it (SO_REUSEADDR).
+    """
     source, interface = fwd.source(host)
 
     def make() -> socket.socket:
         return socket.socket(addr.family(host), socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
-    sock: socket.socket = open_target(make, fwd, source, interface, sport, host, dport)
+    sock: socket.socket = open_target(make, fwd, source, interface, sport, host, dport, beside=beside)
     return sock
 
 
@@ -132,6 +153,8 @@ def open_target(
     sport: int,
     target: bytes,
     dport: int,
+    *,
+    beside: bool = False,
 ) -> Any:
     """The same with a socket of `make`, from address `source` and through `interface`. Raises OSError."""
     source = source or (addr.ANY4 if len(target) == 4 else addr.ANY6)
@@ -141,9 +164,12 @@ def open_target(
         sock = make()
         try:
             _prepare(sock, len(target) == 16, interface)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_FIRST)
+            if beside:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             _bind(sock, fwd.sockaddr(source, port), fwd.sockaddr(source, 0))
             _connect(sock, peer)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
         except BaseException:
             sock.close()
             raise
@@ -160,6 +186,7 @@ def open_target(
 def _prepare(sock: Any, v6: bool, interface: str | None) -> None:
     """Set the options that all have."""
     sock.setsockopt(*recverr(socket.AF_INET6 if v6 else socket.AF_INET), 1)
+    sock.setsockopt(*RECEIVE_CLASS[v6], 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)
     if v6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -171,18 +198,21 @@ def _bind(sock: Any, wanted: SockAddr, any_port: SockAddr) -> None:
     """Bind the port wanted, or any other if it is in use or reserved."""
     if wanted != any_port:
         try:
-            sock.setsockopt(*_SHARED, 1)
+            sock.setsockopt(*REUSEPORT, 1)
             sock.bind(wanted)
             return
         except OSError as e:
             if e.errno not in BUSY_PORT:
                 raise
-            sock.setsockopt(*_SHARED, 0)  # otherwise the kernel might choose the port of another flow
+            sock.setsockopt(*REUSEPORT, 0)  # otherwise the kernel might choose the port of another flow
     sock.bind(any_port)
 
 
 def _connect(sock: Any, target: SockAddr) -> None:
-    """Connect, with SO_BROADCAST where `target` needs it, and discard what was received before."""
+    """Connect, with SO_BROADCAST where `target` needs it, and discard what was received before.
+
+    At most as much as the buffer holds: the peer may go on to send.
+    """
     try:
         sock.connect(target)
     except PermissionError as e:
@@ -191,7 +221,7 @@ def _connect(sock: Any, target: SockAddr) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         sock.connect(target)
     try:
-        while True:
+        for _ in range(UNCONNECTED_MAX):
             sock.recv(1)
     except BlockingIOError:
         pass  # nothing is left from before connect(2)
@@ -233,8 +263,8 @@ def _bind_to_listener_port(sock: Any, client: Client) -> None:
     here = client.sockaddr(client.local, listener.port)
     anywhere = listener.rule.addr is None or addr.is_unspecified(listener.rule.addr)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, anywhere)
-    sock.setsockopt(*_SHARED, 1)
-    listener.sock.setsockopt(*_SHARED, 1)
+    sock.setsockopt(*REUSEPORT, 1)
+    listener.sock.setsockopt(*REUSEPORT, 1)
     try:
         try:
             sock.bind(here)
@@ -245,20 +275,21 @@ def _bind_to_listener_port(sock: Any, client: Client) -> None:
             sock.setsockopt(*freebind(addr.family(client.local)), 1)
             sock.bind(here)
     finally:
-        listener.sock.setsockopt(*_SHARED, 0)
+        listener.sock.setsockopt(*REUSEPORT, 0)
     if anywhere:
-        sock.setsockopt(*_SHARED, 0)
+        sock.setsockopt(*REUSEPORT, 0)
 
 
 class SharedSocket:
     """A socket towards a client that sends by the listener's: no descriptor, nothing to receive, no errors.
 
-    TTL and hop limit are the listener's.
+    TTL and traffic class go with each send, in control messages (ip(7), ipv6(7)). There is none for DF.
     """
 
     def __init__(self, client: Client) -> None:
         self._sock = client.listener.sock
         self._segment = 0
+        self._fields: dict[tuple[int, int], bytes] = {}  # of the IP header, by level and type of their messages
         to = addr.text(client.peer)
         if len(client.peer) == 16:
             self._to: SockAddr = client.sockaddr(client.peer, client.port)
@@ -275,9 +306,11 @@ class SharedSocket:
         """The listener stays."""
 
     def setsockopt(self, level: int, option: int, value: int) -> None:
-        """UDP_SEGMENT applies to each send. Other options would apply to all clients, and are ignored."""
+        """Options that can apply to each send. Others would apply to all clients, and are ignored."""
         if (level, option) == (SOL_UDP, UDP_SEGMENT):
             self._segment = value
+        elif (level, option) in _ANCILLARY:
+            self._fields[_ANCILLARY[level, option]] = _INT.pack(value)
 
     def getsockopt(self, level: int, option: int) -> int:
         return 0
@@ -290,7 +323,7 @@ class SharedSocket:
 
     def write(self, views: list[memoryview]) -> None:
         """Send a GSO batch. Raises OSError."""
-        control = [self._from]
+        control = [self._from, *((*kind, value) for kind, value in self._fields.items())]
         if self._segment:
             control.append((SOL_UDP, UDP_SEGMENT, _SEGMENT.pack(self._segment)))
         self._sock.sendmsg(views, control, 0, self._to)

@@ -7,7 +7,8 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP, UDPerror, defragment
@@ -16,18 +17,20 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from passt import addr, log, udp
-from passt.flow.table import FREE
+from passt.flow.ip_fields import DF
+from passt.flow.table import ACTIVE, FREE
 from passt.linux import sockopt
-from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT, ExtendedError
+from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT, Destroyed, ExtendedError
 from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.udp import Udp
 from passt.udp_engine import io as udp_io
 from passt.udp_engine import outbound
 from passt.udp_engine.flow import UdpFlow
+from passt.udp_engine.io import PLAIN
 
 from .offload import received
 from .oracle import recomputed
-from .support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, T0, link, make_context, reactor, reconfigure, timers
+from .support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, GUEST_MAC, T0, link, make_context, reactor, reconfigure, timers
 
 SPORT = 0  # of flows whose port does not matter: replaced by a free one
 OTHER_MAC = bytes.fromhex("525400999999")
@@ -63,7 +66,7 @@ class Talk:
         assert isinstance(flow, UdpFlow)
         return flow
 
-    def sends(self, *datagrams: bytes | tuple[bytes, int], now: float = T0, key: bytes = b"", hops: int = 0) -> None:
+    def sends(self, *datagrams: bytes | tuple[bytes, int], now: float = T0, key: bytes = b"", fields: int = 0) -> None:
         """The guest sends datagrams, (payload, size) being a super-frame, in one batch."""
         frames: list[int] = []
         at = 64
@@ -72,7 +75,7 @@ class Talk:
             self.ctx.pool.buf[at : at + len(data)] = data
             frames += (at, at + len(data), size)
             at += len(data) + 5
-        self.udp.tap_handler(key or self.key, frames, now, hops)
+        self.udp.tap_handler(key or self.key, frames, now, fields)
 
     def arrived(self, count: int) -> list[bytes]:
         """The next datagrams at the server."""
@@ -232,6 +235,36 @@ def test_a_full_buffer_is_a_drop_of_each_datagram(talk: Talk, monkeypatch: pytes
     assert talk.link.frames == []
 
 
+@pytest.mark.parametrize("told", ["by an event", "when receiving", "when sending"])
+def test_a_flow_whose_socket_was_destroyed_begins_again(talk: Talk, monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    """By root of the host, `ss -K`: the socket is not connected any more."""
+    talk.sends(b"first")
+    assert talk.arrived(1) == [b"first"]
+    flow = talk.flow
+    if told == "when sending":
+        writes = Writes(monkeypatch)
+        writes.errors = [errno.ECONNABORTED, errno.EDESTADDRREQ]
+        talk.sends(b"lost")
+    else:
+        if told == "by an event":
+            with monkeypatch.context() as m:
+                m.setattr("passt.udp.read_errors", lambda _: (_ for _ in ()).throw(Destroyed(errno.ECONNABORTED, "")))
+                reactor(talk.ctx).fire(flow.fd, EPOLLERR | EPOLLIN, T0)
+        else:
+            with monkeypatch.context() as m:
+                m.setattr("passt.udp.receive", _aborted)
+                flow.gro = 1
+                reactor(talk.ctx).fire(flow.fd, EPOLLIN, T0)
+    assert flow.state != ACTIVE
+    talk.sends(b"again")
+    assert talk.arrived(1)[-1:] == [b"again"]
+    assert talk.flow is not flow
+
+
+def _aborted(*_: object) -> None:
+    raise OSError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+
+
 def test_an_errno_of_an_earlier_datagram_does_not_cost_this_one(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = Writes(monkeypatch)
     writes.errors = [errno.ECONNREFUSED]
@@ -264,12 +297,119 @@ def test_what_the_kernel_refuses_to_send_is_told(
 
 def test_hops_of_the_guest_are_kept(talk: Talk) -> None:
     option = sockopt.hops_option(talk.gateway)
-    talk.sends(b"x", hops=3)
+    talk.sends(b"x", fields=3)
     assert talk.flow.sock.getsockopt(*option) == 3
-    talk.sends(b"x", hops=9)
+    talk.sends(b"x", fields=9)
     assert talk.flow.sock.getsockopt(*option) == 9
     talk.sends(b"x")
     assert talk.flow.sock.getsockopt(*option) == 9
+
+
+def test_traffic_class_of_the_guest_is_kept(talk: Talk) -> None:
+    option = sockopt.TRAFFIC_CLASS[not talk.v4]
+    talk.sends(b"x", fields=64)
+    assert talk.flow.sock.getsockopt(*option) == 0
+    talk.sends(b"x", fields=0xB8 << 8 | 64)
+    assert talk.flow.sock.getsockopt(*option) == 0xB8
+    talk.sends(b"x", fields=0)  # reassembled, so not known
+    assert talk.flow.sock.getsockopt(*option) == 0xB8
+    talk.sends(b"x", fields=64)
+    assert talk.flow.sock.getsockopt(*option) == 0
+
+
+def test_dont_fragment_of_the_guest_is_kept(talk: Talk) -> None:
+    option = sockopt.MTU_DISCOVER[not talk.v4]
+    for fields, value in ((64, 0), (DF | 64, 2), (0, 0), (DF, 2)):
+        talk.sends(b"x", fields=fields)
+        assert talk.flow.sock.getsockopt(*option) == value
+
+
+def test_traffic_class_of_what_comes_back(talk: Talk) -> None:
+    option = sockopt.TRAFFIC_CLASS[not talk.v4]
+    talk.sends(b"?", fields=0x0100 | 64)
+    talk.arrived(1)
+    for tos, count in ((0xB8, 1), (3, 5), (0, 5), (1, 1), (0, 1)):
+        talk.server.setsockopt(*option, tos)
+        talk.answers(*(b"answer" for _ in range(count)))
+        talk.sends(b"?", fields=0x0100 | 64)
+        packets: list[Packet] = []
+        while len(packets) < count:
+            talk.event()
+            packets += talk.packets()
+        assert {p[IP].tos if talk.v4 else p[IPv6].tc for p in packets} == {tos}
+
+
+def test_a_class_that_appears_is_found(talk: Talk) -> None:
+    """Single replies are received without a look at their class while it is zero; not for ever."""
+    talk.sends(b"?", fields=64)
+    talk.arrived(1)
+    seen = []
+    for i in range(2 * PLAIN):
+        talk.server.setsockopt(*sockopt.TRAFFIC_CLASS[not talk.v4], 0xB8 if i else 0)
+        talk.answers(b"!")
+        talk.link.frames.clear()
+        talk.flow.reply_expected = True
+        talk.event()
+        (p,) = talk.packets()
+        seen.append(p[IP].tos if talk.v4 else p[IPv6].tc)
+    assert seen == [0] * (PLAIN + 1) + [0xB8] * (PLAIN - 1)
+
+
+def test_a_class_of_the_guest_lets_that_of_the_answer_be_looked_at(talk: Talk) -> None:
+    option = sockopt.TRAFFIC_CLASS[not talk.v4]
+    for sent, answered in ((0, 0), (0xB8, 1)):
+        talk.sends(b"?", fields=sent << 8 | 64)
+        talk.arrived(1)
+        talk.server.setsockopt(*option, answered)
+        talk.answers(b"!")
+        talk.event()
+        (p,) = talk.packets()
+        assert (p[IP].tos if talk.v4 else p[IPv6].tc) == answered
+
+
+@pytest.mark.parametrize("v4", [True, False])
+def test_fragments_have_the_class(start: Start, v4: bool) -> None:
+    talk = start(v4=v4, mtu=1280)
+    talk.sends(b"?", fields=0x0100)
+    talk.server.setsockopt(*sockopt.TRAFFIC_CLASS[not talk.v4], 0xB8)
+    talk.answers(bytes(4000))
+    talk.event()
+    assert {p[IP].tos if v4 else p[IPv6].tc for p in map(Ether, received(talk.link))} == {0xB8}
+
+
+def test_fields_that_stay_cost_no_system_call(talk: Talk) -> None:
+    talk.sends(b"x", fields=DF | 0x0300 | 64)
+    talk.flow.sock = cast(Any, SimpleNamespace(close=talk.flow.sock.close))  # has no setsockopt
+    for _ in range(3):
+        talk.sends(b"x", fields=DF | 0x0300 | 64)
+
+
+def test_a_datagram_too_big_for_the_hosts_own_link(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reports it twice: by the send, and in the error queue, without the datagram."""
+    local = ExtendedError(errno.EMSGSIZE, sockopt.ORIGIN_LOCAL, 0, 0, 1400, None), b""
+    Writes(monkeypatch).errors = 2 * [errno.EMSGSIZE]
+    monkeypatch.setattr(udp, "read_errors", lambda sock: [local])
+    monkeypatch.setattr(udp, "path_mtu", lambda sock, v6: 1400)
+    talk.sends(bytes(1450), fields=DF | 64)
+    (p,) = talk.packets()
+    if talk.v4:
+        assert (p[ICMP].type, p[ICMP].code, p[ICMP].nexthopmtu) == (3, 4, 1400)
+    else:
+        assert p[ICMPv6PacketTooBig].mtu == 1400
+    assert (p[UDPerror].sport, p[UDPerror].dport) == (talk.sport, talk.port)
+    assert talk.ctx.drops == {"udp: send: EMSGSIZE": 1}
+    reactor(talk.ctx).fire(talk.flow.fd, EPOLLERR, T0)
+    assert talk.packets() == []
+
+
+def test_segments_that_are_too_big_leave_segmentation_on(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QUIC sends its next batch in a size that fits."""
+    Writes(monkeypatch).errors = 8 * [errno.EMSGSIZE]
+    talk.sends((bytes(3 * 1450), 1450), fields=DF | 64)
+    assert talk.ctx.drops == {"udp: send: EMSGSIZE": 3}
+    talk.sends((bytes(3 * 1300), 1300), fields=DF | 64)
+    assert talk.flow.gso_size == 1300
+    assert [len(d) for d in talk.arrived(3)] == [1300, 1300, 1300]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +447,7 @@ def test_what_is_turned_off(start: Start, config: dict[str, Any], reason: str) -
 
 
 def refusing(number: int) -> Callable[..., socket.socket]:
-    def open_socket(*_: object) -> socket.socket:
+    def open_socket(*_: object, **__: object) -> socket.socket:
         raise OSError(number, os.strerror(number))
 
     return open_socket
@@ -322,11 +462,10 @@ def test_a_destination_without_route_is_unreachable(talk: Talk, monkeypatch: pyt
     assert talk.ctx.drops == {"udp: no socket: ENETUNREACH": 2}
 
 
-@pytest.mark.parametrize("group", ["224.0.0.251", "255.255.255.255"])
-def test_no_errors_about_groups(start: Start, monkeypatch: pytest.MonkeyPatch, group: str) -> None:
+def test_no_errors_about_broadcasts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = start()
     monkeypatch.setattr(outbound, "open_socket", refusing(errno.ENETUNREACH))
-    talk.sends(b"first", key=talk.key_to(addr.packed(group), 9))
+    talk.sends(b"first", key=talk.key_to(addr.BROADCAST4, 9))
     assert talk.link.frames == []
 
 
@@ -544,7 +683,9 @@ def test_an_event_for_nothing_is_borne(talk: Talk) -> None:
 
 def test_another_guest_mac(talk: Talk) -> None:
     talk.sends(b"?")
-    talk.udp.set_guest_mac(OTHER_MAC)
+    talk.ctx.neighbours.learn(talk.flow.src, GUEST_MAC)
+    talk.ctx.neighbours.sender(OTHER_MAC)
+    talk.ctx.neighbours.learn(talk.flow.src, OTHER_MAC)
     talk.answers(b"x")
     talk.event()
     assert talk.link.take_one()[:6] == OTHER_MAC

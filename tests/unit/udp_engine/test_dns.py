@@ -52,6 +52,7 @@ class Socket:
         self.errors: list[int] = []
         self.pending: list[int] = []  # errnos of the next sends
         self.closed = False
+        self.destroyed = False  # by root of the host, and not told yet
 
     def fileno(self) -> int:
         return self.fd
@@ -76,7 +77,8 @@ class Socket:
         return b"", [(socket.IPPROTO_IP, 11, error.emit())], 0, None
 
     def getsockopt(self, *_: int) -> int:
-        return 0
+        destroyed, self.destroyed = self.destroyed, False
+        return errno.ECONNABORTED if destroyed else 0
 
     def close(self) -> None:
         self.closed = True
@@ -350,6 +352,27 @@ def test_an_earlier_error_of_the_socket_is_not_this_ones() -> None:
     assert talk.asked() == [(B, 3)]
 
 
+@pytest.mark.parametrize("told", ["by an event", "when sending"])
+def test_a_socket_that_was_destroyed_is_replaced(told: str) -> None:
+    talk = Talk(A, B)
+    talk.asks(query(1))
+    talk.answers(A, answer(1))
+    talk.asked()
+    first = talk.to(A)
+    if told == "by an event":
+        first.destroyed = True
+        reactor(talk.ctx).fire(first.fd, EPOLLERR | EPOLLIN, talk.now)
+    else:
+        first.pending = [errno.ECONNABORTED, errno.EDESTADDRREQ]
+    talk.asks(query(2))
+    assert talk.asked() == [(A, 2)]
+    assert talk.to(A) is not first
+    assert talk.answers(A, answer(2)) == [2]
+    reactor(talk.ctx).end_turn(talk.now)
+    assert first.closed
+    assert talk.drops == {}, "it is no failure of the resolver"
+
+
 def test_a_full_send_buffer_is_a_loss_like_any_other() -> None:
     talk = Talk(A, B)
     talk.asks(query(1))
@@ -554,7 +577,8 @@ def test_new_resolvers_are_used_at_once() -> None:
 def test_a_new_guest_address_reaches_flows() -> None:
     talk = Talk(A)
     talk.asks(query(7))
-    talk.udp.set_guest_mac(bytes.fromhex("525400999999"))
+    talk.ctx.neighbours.sender(bytes.fromhex("525400999999"))
+    talk.ctx.neighbours.learn(GUEST4, bytes.fromhex("525400999999"))
     talk.to(A).answers.append(answer(7))
     reactor(talk.ctx).fire(talk.to(A).fd, EPOLLIN, T0)
     (packet,) = talk.guest_got()

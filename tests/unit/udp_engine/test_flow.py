@@ -10,11 +10,12 @@ from scapy.layers.l2 import Ether
 
 from passt import addr
 from passt.flow.context import Context
-from passt.udp_engine.flow import DNS_TIMEOUT, FLOW_TIMEOUT, UdpFlow
+from passt.udp_engine.flow import DNS_TIMEOUT, FLOW_TIMEOUT, UdpFlow, timeout
 
 from ..offload import received
 from ..oracle import recomputed
 from ..support import GUEST4, GUEST6, GUEST_MAC, OUR_MAC, T0, link
+from ..udp_support import QUERY
 
 PEER4, PEER6 = addr.packed("198.51.100.9"), addr.packed("2001:db8:9::9")
 OTHER_MAC = bytes.fromhex("525400999999")
@@ -79,12 +80,12 @@ def test_each_flow_has_a_label_of_its_own_and_none_is_zero(ctx: Context) -> None
     assert labels == [1, 2, 131071, 1]
 
 
-def test_another_guest_mac(ctx: Context) -> None:
+def test_other_macs(ctx: Context) -> None:
     flow = cooked(True)
     flow.header(1, 1)
-    flow.set_guest_mac(OTHER_MAC)
+    flow.set_macs(OTHER_MAC, GUEST_MAC)
     ctx.link.send_payload((flow.header(1, 1), b"x"))
-    assert link(ctx).take_one()[:12] == OTHER_MAC + OUR_MAC
+    assert link(ctx).take_one()[:12] == OTHER_MAC + GUEST_MAC
 
 
 @pytest.mark.parametrize(("v4", "mtu", "room"), [(True, 1500, 1472), (False, 1500, 1452), (True, 0, 65535)])
@@ -92,17 +93,32 @@ def test_what_fits_the_mtu(v4: bool, mtu: int, room: int) -> None:
     assert cooked(v4, mtu).payload_max == room
 
 
+@pytest.mark.parametrize("dport", [53, 5353, 9000])
+@pytest.mark.parametrize("look", [QUERY, b"no query"])
+def test_a_query_is_known_by_its_look_on_any_port(dport: int, look: bytes) -> None:
+    flow = UdpFlow(flow_key(GUEST4, PEER4, 5000, dport), PEER4, T0)
+    assert (flow.timeout, flow.sport, flow.dport) == (FLOW_TIMEOUT, 5000, dport)
+    flow.begins_with(look)
+    assert flow.timeout == timeout(look) == (DNS_TIMEOUT if look == QUERY else FLOW_TIMEOUT)
+
+
 @pytest.mark.parametrize(
-    ("sport", "dport", "timeout"),
-    [(5000, 53, DNS_TIMEOUT), (5000, 853, FLOW_TIMEOUT), (5000, 9, FLOW_TIMEOUT), (53, 5000, DNS_TIMEOUT)],
+    ("reply", "expected"),
+    [
+        (QUERY[:2] + b"\x81\x80" + QUERY[4:], DNS_TIMEOUT),
+        (QUERY, FLOW_TIMEOUT),
+        (b"\0\1\x81\x80" + QUERY[4:], FLOW_TIMEOUT),
+    ],
 )
-def test_timeouts(sport: int, dport: int, timeout: float) -> None:
-    flow = UdpFlow(flow_key(GUEST4, PEER4, sport, dport), PEER4, T0)
-    assert (flow.timeout, flow.sport, flow.dport) == (timeout, sport, dport)
+def test_a_flow_without_an_answer_to_its_query_is_like_any_other(reply: bytes, expected: float) -> None:
+    flow = UdpFlow(flow_key(GUEST4, PEER4, 5000, 53), PEER4, T0)
+    flow.begins_with(QUERY)
+    flow.answered(reply)
+    assert (flow.timeout, flow.asked) == (expected, -1)
 
 
 def test_hops_are_set_on_the_socket() -> None:
     flow = UdpFlow(flow_key(GUEST4, addr.LOOPBACK4, 5000, 9000), addr.LOOPBACK4, T0)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as flow.sock:
-        flow.set_hops(3)
-        assert flow.sock.getsockopt(socket.IPPROTO_IP, socket.IP_TTL) == flow.hops == 3
+        flow.set_fields(3)
+        assert flow.sock.getsockopt(socket.IPPROTO_IP, socket.IP_TTL) == flow.fields & 0xFF == 3

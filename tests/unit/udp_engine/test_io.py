@@ -13,10 +13,11 @@ import pytest
 from passt.flow.context import Context
 from passt.flow.table import ACTIVE, FREE, Flow
 from passt.linux.mmsg import Receiver
-from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT
+from passt.linux.sockopt import RECEIVE_CLASS, SOL_UDP, TRAFFIC_CLASS, UDP_GRO, UDP_SEGMENT
 from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.udp_engine import io as udp_io
-from passt.udp_engine.io import Pauses, datagram_count, receive, retry_send, set_gso_size, transmit
+from passt.udp_engine.gso_batch import GsoBatch
+from passt.udp_engine.io import Pauses, datagram_count, receive_one, retry_send, set_gso_size, transmit
 
 from ..support import T0, reactor, timers
 
@@ -33,6 +34,13 @@ class End:
 
 
 Pair = tuple[End, End]
+
+
+def receive(receiver: Receiver, end: Any, gro: bool, segments: int) -> list[GsoBatch]:
+    """Of traffic class zero."""
+    ((tos, batches),) = udp_io.receive(receiver, end, gro, segments)
+    assert tos == 0
+    return batches
 
 
 @pytest.fixture
@@ -76,6 +84,32 @@ def test_receive_joins_as_soon_as_several_come_at_once(pair: Pair) -> None:
     ]
     with pytest.raises(BlockingIOError):
         receive(receiver, a, True, 64)
+
+
+def test_traffic_classes_part_batches(pair: Pair) -> None:
+    a, b = pair
+    a.sock.setsockopt(*RECEIVE_CLASS[0], 1)
+    for tos, count in ((0, 2), (0xB8, 3), (1, 1), (0, 1)):
+        b.sock.setsockopt(*TRAFFIC_CLASS[0], tos)
+        for _ in range(count):
+            b.sock.send(b"abc")
+    found = udp_io.receive(Receiver(), a, False, 64)
+    assert [(tos, [(size, total) for size, total, _ in batches]) for tos, batches in found] == [
+        (0, [(3, 6)]),
+        (0xB8, [(3, 9)]),
+        (1, [(3, 3)]),
+        (0, [(3, 3)]),
+    ]
+
+
+def test_one_datagram_with_its_class(pair: Pair) -> None:
+    a, b = pair
+    receiver = Receiver()
+    for asked, tos in ((False, 0), (True, 0xB9)):
+        a.sock.setsockopt(*RECEIVE_CLASS[0], asked)
+        b.sock.setsockopt(*TRAFFIC_CLASS[0], 0xB9)
+        b.sock.send(b"abc")
+        assert receive_one(receiver, a.sock) == (3, tos) and receiver.mv[:3] == b"abc"
 
 
 def test_receive_for_one_who_takes_single_datagrams_only(pair: Pair) -> None:
@@ -166,3 +200,81 @@ def test_a_pause_that_outlives_its_flow(ctx: Context, pair: Pair) -> None:
     pauses.after(4, flow, a, T0)
     assert flow.state == FREE
     timers(ctx).services.fire(0)
+
+
+# Sends that fail, by a script ----------------------------------------------------------------------------------------
+
+
+class Script:
+    """A socket of which each send meets the next of `errors`, 0: none. Notes what was done."""
+
+    def __init__(self, *errors: int) -> None:
+        self.errors = list(errors)
+        self.done: list[Any] = []
+
+    def fileno(self) -> int:
+        return -1
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        assert (level, option) == (SOL_UDP, UDP_SEGMENT)
+        self.done.append(value)
+
+    def send(self, data: bytes) -> None:
+        self.write([memoryview(data)])
+
+    def write(self, buffers: list[memoryview]) -> None:
+        number = self.errors.pop(0) if self.errors else 0
+        if number:
+            raise failure(number)
+        self.done.append(b"".join(buffers))
+
+    def failures(self, size: int, *datagrams: bytes, gso_size: int = 0) -> list[tuple[int | None, int, bytes]]:
+        """The failures of `retry_send` after a first send that has failed with EIO."""
+        end = End(self)
+        end.gso_size = gso_size
+        total = sum(map(len, datagrams))
+        found = retry_send(end, size, total, views(*datagrams), failure(errno.EIO), lambda: self.done.append("report"))
+        return [(e.errno, count, bytes(first)) for e, count, first in found]
+
+
+def test_each_datagram_that_fails_is_tried_once_more_and_then_told() -> None:
+    """The second is refused for good, the third met an error of an earlier one."""
+    sock = Script(errno.EIO, 0, errno.EPERM, errno.EPERM, errno.ECONNREFUSED, 0)
+    assert sock.failures(2, b"ab", b"cd", b"e", gso_size=2) == [(errno.EPERM, 1, b"cd")]
+    assert sock.done == ["report", 0, b"ab", "report", "report", b"e"]
+
+
+def test_a_datagram_that_is_no_longer_than_the_segment_size() -> None:
+    """It was not to be segmented, and is sent as one when nothing is."""
+    sock = Script(errno.EINVAL)
+    assert sock.failures(2, b"ab", gso_size=5) == []
+    assert sock.done == ["report", 0, b"ab"]
+
+
+def test_an_empty_datagram_beside_a_segment_size_is_sent_once() -> None:
+    sock = Script(errno.EINVAL)
+    assert sock.failures(0, b"", gso_size=5) == []
+    assert sock.done == ["report", 0, b""]
+
+
+def test_without_segments_a_failure_is_told_at_once() -> None:
+    sock = Script(errno.EIO)
+    assert sock.failures(2, b"ab") == [(errno.EIO, 1, b"ab")]
+    assert sock.done == ["report"]
+
+
+def test_a_fault_after_a_pause_is_the_flows(ctx: Context, pair: Pair) -> None:
+    faults: list[Any] = []
+    fault = RuntimeError("ours")
+
+    def take(*_: Any) -> None:
+        raise fault
+
+    pauses = Pauses(ctx, take, lambda *what: faults.append(what))
+    a, _ = pair
+    flow = Flow(b"")
+    flow.state = ACTIVE
+    reactor(ctx).watch(a.fd, 4, 0, EPOLLIN | EPOLLERR)
+    pauses.after(4, flow, a, T0)
+    timers(ctx).services.fire(0)
+    assert faults == [(flow, fault)]

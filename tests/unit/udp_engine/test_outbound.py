@@ -5,6 +5,8 @@ with real sockets.
 from __future__ import annotations
 
 import errno
+import socket
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -16,7 +18,8 @@ from passt.udp_engine.outbound import Outbound
 from passt.udp_engine.sock import Client, SharedSocket
 from passt.wire.checksum import PROTO_UDP
 
-from ..support import T0, make_context, timers
+from ..support import IP4, T0, make_context, timers
+from ..udp_support import PlainSockets
 
 HOST = addr.packed("192.0.2.9")
 
@@ -56,7 +59,7 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
         return what
 
     monkeypatch.setattr(outbound, "open_client", open_client)
-    monkeypatch.setattr(outbound, "open_socket", lambda fwd, host, sport, dport: found[0])
+    monkeypatch.setattr(outbound, "open_socket", lambda fwd, host, sport, dport, beside: found[0])
     return found
 
 
@@ -116,3 +119,38 @@ def test_what_came_to_another_socket_is_delivered_soon(sockets: dict[int, Any]) 
     made.misdelivered.append((Client(listener(70), HOST, 9, bytes(4)), b"data"))
     open_from(made)
     assert timers(ctx).services.deadlines == [T0]
+
+
+def test_with_an_interface_configured_no_listener_leads(sockets: dict[int, Any]) -> None:
+    """The listener's socket is not bound to it."""
+    made = Outbound(make_context(ip4=replace(IP4, if_out="eth7")))
+    sockets[70] = Sock()
+    made.lead(listener(70))
+    assert open_from(made) is sockets[0]
+
+
+@pytest.mark.parametrize(("host", "scope"), [("fe80::9", 3), ("2001:db8::9", 0)])
+def test_a_link_local_host_has_its_scope(host: str, scope: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Client] = []
+
+    def open_client(make: object, client: Client, misdelivered: list[Any]) -> Any:
+        asked.append(client)
+        return Sock()
+
+    monkeypatch.setattr(outbound, "open_client", open_client)
+    made, leads = Outbound(make_context(scope_id=3)), listener(70)
+    made.lead(leads)
+    made.open(addr.packed(host), 7, 9, T0)
+    assert asked == [Client(leads, addr.packed(host), 9, bytes(16), scope)]
+
+
+@pytest.mark.parametrize("outward", [False, True])
+def test_a_clients_socket_is_opened_on_the_side_of_its_listener(outward: bool) -> None:
+    ctx, ns = make_context(), PlainSockets()
+    ctx.ns = cast(Any, ns)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.bind(("127.0.0.1", 0))
+        rule = Rule("-u x", PROTO_UDP, outward, s.getsockname()[1], s.getsockname()[1], 7)
+        client = Client(Listener(rule, rule.first, s), addr.packed("127.0.0.9"), 9, addr.LOOPBACK4)
+        Outbound(ctx).open_client(client).close()
+    assert ns.taken == outward

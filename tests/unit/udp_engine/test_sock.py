@@ -15,12 +15,31 @@ import pytest
 
 from passt import addr
 from passt.flow.context import Context
-from passt.linux.sockopt import SOL_UDP, UDP_SEGMENT, read_errors
+from passt.linux.sockopt import (
+    IP_PKTINFO,
+    MTU_DISCOVER,
+    RECEIVE_CLASS,
+    SOL_UDP,
+    TRAFFIC_CLASS,
+    UDP_SEGMENT,
+    hops_option,
+    read_errors,
+)
 from passt.policy.config import Ip4
 from passt.policy.forwarding import Forwarding
 from passt.policy.rules import Listener, Rule
 from passt.policy.settings import Settings
-from passt.udp_engine.sock import BUFFER_FIRST, UNCONNECTED_MAX, Client, SharedSocket, open_client, open_socket, opener
+from passt.udp_engine.sock import (
+    BUFFER_FIRST,
+    UNCONNECTED_MAX,
+    Client,
+    SharedSocket,
+    _drain_misdelivered,
+    open_client,
+    open_socket,
+    open_target,
+    opener,
+)
 from passt.wire.checksum import PROTO_UDP
 
 from ..support import CONFIG, GUEST4, IP4, free_ports, make_context
@@ -78,6 +97,51 @@ def test_one_guest_port_to_several_peers(server: socket.socket) -> None:
             assert (a.recv(10), b.recv(10)) == (b"to a", b"to b")
 
 
+class Flooded(socket.socket):
+    """A socket whose peer sends faster than it is read."""
+
+    reads = 0
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        Flooded.reads += 1
+        assert Flooded.reads < 5000, "read for ever"
+        return b"x"
+
+    def recvfrom(self, size: int, flags: int = 0) -> Any:
+        return self.recv(size), ("127.0.0.1", 7)
+
+
+def test_a_flood_while_a_socket_connects_costs_bounded_work(
+    server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Flooded, "reads", 0)
+    fwd = Forwarding(Settings(CONFIG))
+
+    def make() -> Flooded:
+        return Flooded(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    with open_target(make, fwd, None, None, 0, addr.LOOPBACK4, port_of(server)):
+        assert Flooded.reads <= UNCONNECTED_MAX
+
+
+def test_a_full_buffer_is_emptied_before_the_first_answer(server: socket.socket) -> None:
+    """Of the smallest datagrams, which are the most; and it is large from then on."""
+
+    class Late(socket.socket):
+        def connect(self, address: Any) -> None:
+            for _ in range(3 * UNCONNECTED_MAX):
+                server.sendto(b"", ("127.0.0.1", port_of(self)))
+            super().connect(address)
+
+    def make() -> Late:
+        return Late(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    with open_target(make, FWD, None, None, 0, addr.LOOPBACK4, port_of(server)) as s:
+        server.sendto(b"answer", s.getsockname())
+        assert s.recv(16) == b"answer"
+        assert s.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > 2 * BUFFER_FIRST
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_no_other_user_gets_at_a_flows_port(server: socket.socket) -> None:
     with open_socket(FWD, addr.LOOPBACK4, free_ports(), port_of(server)) as s:
@@ -109,7 +173,7 @@ def test_a_port_that_others_have_is_replaced(server: socket.socket) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
         holder.bind(("", 0))
         with open_socket(FWD, addr.LOOPBACK4, port_of(holder), port_of(server)) as s:
-            assert port_of(s) not in (0, port_of(holder))
+            assert port_of(s) not in (0, port_of(holder)) and shares(s) == ALONE
             s.send(b"x")
             assert server.recvfrom(10) == (b"x", s.getsockname())
 
@@ -133,7 +197,16 @@ def test_a_socket_never_talks_to_itself() -> None:
     port = free_ports()
     with open_socket(FWD, addr.LOOPBACK4, port, port) as s:
         assert s.getpeername() == ("127.0.0.1", port)
-        assert port_of(s) != port
+        assert port_of(s) != port and port_of(s) >= 1024
+    with open_socket(FWD, addr.LOOPBACK6, port, port) as s:
+        assert s.getpeername()[:2] == ("::1", port)
+        assert port_of(s) != port and port_of(s) >= 1024
+
+
+def test_the_port_of_the_peer_is_free_at_another_address() -> None:
+    port = free_ports()
+    with open_socket(FWD, addr.packed("127.0.0.9"), port, port) as s:
+        assert port_of(s) == port
 
 
 def test_broadcast_is_allowed_when_it_turns_out_to_be_one(server: socket.socket) -> None:
@@ -481,6 +554,16 @@ def test_link_local_clients_have_their_scope(journal: type[Journal], listener: L
     assert str(client) == f"[fe80::9]:9 -> [fe80::1]:{listener.port}"
 
 
+@pytest.mark.parametrize("v6", [False, True])
+def test_errors_are_asked_for_and_ipv6_leaves_ipv4_alone(v6: bool, journal: type[Journal], listener: Listener) -> None:
+    family, host = (socket.AF_INET6, "2001:db8::9") if v6 else (socket.AF_INET, "198.51.100.9")
+    make = partial(Journal, family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    open_client(make, Client(listener, addr.packed(host), 9, addr.packed(host)), []).close()
+    level = socket.IPPROTO_IPV6 if v6 else socket.IPPROTO_IP
+    assert (level, 25 if v6 else 11, 1) in journal.options  # IPV6_RECVERR, IP_RECVERR
+    assert ((socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1) in journal.options) is v6
+
+
 def test_sockets_are_opened_on_the_side_that_is_asked_for(ctx: Context) -> None:
     ns = PlainSockets()
     ctx.ns = cast(Any, ns)
@@ -508,11 +591,72 @@ def test_a_port_that_must_not_be_bound_is_shared(listener: Listener, peer: socke
     shared.send(b"!")
     assert peer.recvfrom(9) == (b"!", ("127.0.0.5", listener.port))
     shared.setsockopt(SOL_UDP, UDP_SEGMENT, 2)
-    shared.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 2)
+    shared.setsockopt(*MTU_DISCOVER[0], 2)
     shared.write([memoryview(b"abc"), memoryview(b"de")])
     assert [peer.recv(9) for _ in range(3)] == [b"ab", b"cd", b"e"]
     shared.close()
     assert listener.sock.fileno() >= 0
+
+
+@pytest.mark.parametrize("form", ["ipv4", "dual", "ipv6"])
+def test_a_shared_socket_sends_with_the_fields_of_its_flow(form: str) -> None:
+    """TTL and traffic class of each client apply to its datagrams alone."""
+    v6 = form == "ipv6"
+    host = addr.LOOPBACK6 if v6 else addr.LOOPBACK4
+    with (
+        socket.socket(socket.AF_INET if form == "ipv4" else socket.AF_INET6, socket.SOCK_DGRAM) as s,
+        socket.socket(addr.family(host), socket.SOCK_DGRAM) as peer,
+    ):
+        peer.bind((addr.text(host), 0))
+        peer.settimeout(5)
+        peer.setsockopt(*RECEIVE_CLASS[v6], 1)
+        peer.setsockopt(*((socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT) if v6 else (socket.IPPROTO_IP, 12)), 1)
+        listener = Listener(Rule("-u", PROTO_UDP, False, 9, 9, 53), 9, s)
+        plain, marked = (SharedSocket(Client(listener, host, port_of(peer), host)) for _ in range(2))
+        for option, value in ((hops_option(host), 9), (TRAFFIC_CLASS[v6], 0xB9)):
+            marked.setsockopt(*option, value)
+        for shared, expected in ((marked, {9, 0xB9}), (plain, {64, 0})):
+            shared.send(b"x")
+            data, control, _, _ = peer.recvmsg(9, 256)
+            assert (data, {value[0] for _, _, value in control}) == (b"x", expected)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_shared_socket_sends_from_the_address_that_the_client_wrote_to(dual: bool) -> None:
+    """The kernel chooses the interface."""
+    with socket.socket(socket.AF_INET6 if dual else socket.AF_INET, socket.SOCK_DGRAM) as s:
+        rule = Rule("-u", PROTO_UDP, False, 9, 9, 53)
+        shared = SharedSocket(Client(Listener(rule, 9, s), PEER4, 7, addr.packed("192.0.2.3")))
+        assert shared._to == (("::ffff:198.51.100.9", 7, 0, 0) if dual else ("198.51.100.9", 7))
+        info = bytes(4) + addr.packed("192.0.2.3") + bytes(4)
+        assert shared._from == (socket.IPPROTO_IP, IP_PKTINFO, info)
+        assert shared.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+
+class Queue:
+    """A socket with these datagrams, that came before connect(2)."""
+
+    def __init__(self, *datagrams: tuple[bytes, tuple[Any, ...]]) -> None:
+        self.datagrams = list(datagrams)
+
+    def recvfrom(self, size: int) -> tuple[bytes, tuple[Any, ...]]:
+        assert size == 65535
+        if not self.datagrams:
+            raise BlockingIOError
+        return self.datagrams.pop(0)
+
+
+def test_misdelivered_datagrams_have_the_scope_of_their_sender(listener: Listener) -> None:
+    client = Client(listener, addr.packed("fe80::9"), 9, addr.packed("fe80::1"), 7)
+    sock = Queue((b"a", ("fe80::8", 8, 0, 6)), (b"b", ("2001:db8::8", 8, 0, 0)))
+    found = _drain_misdelivered(sock, client)
+    assert [(c.peer, c.port, c.local, c.scope, data) for c, data in found] == [
+        (addr.packed("fe80::8"), 8, client.local, 6, b"a"),
+        (addr.packed("2001:db8::8"), 8, client.local, 7, b"b"),
+    ]
+    client = Client(listener, PEER4, 9, addr.LOOPBACK4)
+    ((stranger, data),) = _drain_misdelivered(Queue((b"c", ("198.51.100.8", 8))), client)
+    assert (stranger.scope, data) == (0, b"c")
 
 
 def test_other_reasons_not_to_bind_are_failures(listener: Listener, peer: socket.socket) -> None:
