@@ -1,4 +1,4 @@
-"""The DHCP server of the guest (RFC 2131, RFC 2132): one infinite lease, the same for all clients.
+"""The DHCP server of the guest (RFC 2131, RFC 2132): one lease, the same for all clients.
 
     from the guest                  answer                                          not if
     ------------------------------  ----------------------------------------------  ------------------------
@@ -35,24 +35,30 @@ The answer is never longer than the client accepts: 300 bytes for BOOTP, 576 for
 A new option has its code in `wire/dhcp.py` and its value in `configuration`. If its length varies, it also has a place
 in `DISPENSABLE`: all other options together must fit into the 300 bytes of BOOTP.
 
-Left out: leases in a table, timers, other clients. There is one guest, and its lease never ends; no state of clients is
-kept, so the number of client identifiers does not matter. A declined address is offered again: it is the only one.
+The lease time is that of `policy/lease.py`: short after a change of the host's network, infinite with --follow off. A
+client that has a former address learns of the change when it asks for it again: it gets NAK.
+
+Left out: leases in a table, timers, other clients. There is one guest, and nothing happens when its lease ends; no
+state of clients is kept, so the number of client identifiers does not matter. A declined address is offered again: it
+is the only one. FORCERENEW (RFC 3203) needs authentication (RFC 6704), which no usual client has.
 docs/services.md has the requirements of the RFCs one by one.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
 
 from . import addr, log
 from .drops import Drop
 from .flow.context import Context
-from .policy.config import MTU_MAX, Config, Ip4
+from .lean.records import replace
+from .policy.config import Config, Ip4
+from .policy.lease import Quiet
 from .wire import dhcp, domain, ether, ip, udp
 from .wire.cursor import Malformed
 from .wire.dhcp import Fqdn, Message
+from .wire.dhcpv6 import INFINITE
 
-INFINITE = b"\xff" * 4  # of lease times (RFC 2131, 3.3)
 ETHERNET = 1, 6  # hardware type, length of an address
 PARAMETERS_MAX = 255  # of a request list: there are no more codes
 IP_UDP = ip.HEADER4.size + udp.HEADER.size
@@ -117,14 +123,14 @@ def configuration(ip4: Ip4, gateway: bytes, config: Config) -> dict[int, bytes]:
     return options
 
 
-def lease(request: Message, gateway: bytes) -> dict[int, bytes]:
+def lease(request: Message, gateway: bytes, seconds: int = INFINITE) -> dict[int, bytes]:
     """The options of a DHCP answer; none for BOOTP."""
     kind = dhcp.ACK if rapid(request) else ANSWERS[message_type(request)]
     if kind is None:
         return {}
     options = identity(request, kind, gateway)
     if message_type(request) != dhcp.INFORM:
-        options[dhcp.OPT_LEASE] = INFINITE
+        options[dhcp.OPT_LEASE] = seconds.to_bytes(4, "big")
     if rapid(request):
         options[dhcp.OPT_RAPID_COMMIT] = b""
     return options
@@ -161,9 +167,9 @@ def ordered(options: dict[int, bytes], wanted: bytes) -> dict[int, bytes]:
     return {code: options[code] for code in codes if code in options}
 
 
-def reply(request: Message, ip4: Ip4, gateway: bytes, config: Config) -> Message:
-    """The answer to a request that is not to be ignored. Raises Malformed."""
-    options = configuration(ip4, gateway, config) | lease(request, gateway)
+def reply(request: Message, ip4: Ip4, gateway: bytes, config: Config, seconds: int = INFINITE) -> Message:
+    """The answer to a request that is not to be ignored, with a lease of so many seconds. Raises Malformed."""
+    options = configuration(ip4, gateway, config) | lease(request, gateway, seconds)
     name = full_name(request, config.fqdn)
     if name is not None:
         options[dhcp.OPT_FQDN] = name
@@ -201,6 +207,11 @@ def nak(request: Message, gateway: bytes) -> Message:
     )
 
 
+def _one_host(dst: bytes) -> bool:
+    """Whether a request went to one server: its client knows that one, and accepts NAK from no other."""
+    return addr.is_unicast(dst) and dst != addr.BROADCAST4 and not addr.is_unspecified(dst)
+
+
 def destination(request: Message, answer: Message, src_mac: bytes, src: bytes) -> tuple[bytes, bytes, int]:
     """MAC, address and port that `answer` goes to (RFC 2131, 4.1). The request came from `src_mac` and `src`."""
     if any(request.giaddr):
@@ -221,7 +232,7 @@ def room(request: Message, config: Config) -> int:
     if message_type(request) is None:
         return dhcp.BOOTP_SIZE
     asked = int.from_bytes(request.options.get(dhcp.OPT_MAX_SIZE, b""), "big")
-    return max(dhcp.SIZE_MIN, min(asked, config.mtu or MTU_MAX)) - IP_UDP
+    return max(dhcp.SIZE_MIN, min(asked, config.mtu or ip.MTU_MAX)) - IP_UDP
 
 
 def fit(answer: Message, limit: int, names: tuple[str, ...]) -> Message:
@@ -262,7 +273,12 @@ class Dhcp:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
+        self._quiet = Quiet(time.monotonic())
+        ctx.settings.react(self._changed)
         ctx.services.take_port(True, dhcp.SERVER_PORT, self.tap_handler)
+
+    def _changed(self, former: Config, now: float) -> None:
+        self._quiet.changed(former, self._ctx.config, now)
 
     def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, sport: int, payload: bytes, now: float) -> None:
         """A UDP payload from the guest to the server's port of any address. Raises Malformed."""
@@ -275,10 +291,13 @@ class Dhcp:
             note(request, now)
             return
         wrong = refused(request, ip4.addr)
-        answer = reply(request, ip4, ip4.gateway, config) if wrong is None else nak(request, ip4.gateway)
+        if wrong is None:
+            answer = reply(request, ip4, ip4.gateway, config, self._quiet.lease(config, now))
+        else:
+            answer = nak(request, dst if _one_host(dst) else ip4.gateway)
         what = describe(request) if wrong is None else "DHCP: nak to request"
         if log.info_ratelimited(what, what if wrong is None else f"{what} for {addr.text(wrong)}", now):
             log.info(f"    from {addr.mac_text(request.chaddr[:6])}")
         mac, to, port = destination(request, answer, src_mac, src)
         ends = ip4.our_addr or ip4.gateway, to, dhcp.SERVER_PORT, port
-        self._ctx.link.send_frame(ether.udp_frame(mac, config.our_mac, *ends, answer.emit()))
+        self._ctx.link.send_frame(ether.udp_frame(mac, self._ctx.lan.mac_of(ends[0]), *ends, answer.emit()))

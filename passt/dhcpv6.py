@@ -1,4 +1,4 @@
-"""The DHCPv6 server of the guest (RFC 8415): one address with infinite lifetime, the same for all clients.
+"""The DHCPv6 server of the guest (RFC 8415): one address, the same for all clients.
 
     from the guest             server identifier   answer      not if
     -------------------------  ------------------  ----------  -----------------------------------------------
@@ -18,7 +18,7 @@ association that the client sent, up to `ASSOCIATIONS_MAX`, and no other:
     message                    association                        its contents in the answer
     -------------------------  ---------------------------------  ---------------------------------------------
     REQUEST                    names an address of another link   status NotOnLink: the client solicits again
-    SOLICIT, REQUEST, RENEW,   the one with the address           the address, with infinite lifetime
+    SOLICIT, REQUEST, RENEW,   the one with the address           the address, with its lifetime
       REBIND                   any other IA_NA, or IA_TA          status NoAddrsAvail
                                IA_PD                              status NoPrefixAvail
     RENEW, REBIND              names addresses or prefixes that   these with lifetime 0, beside or instead of the
@@ -36,20 +36,25 @@ option gets the name of --fqdn, with the flag for no DNS update (RFC 4704, 6).
 An answer fits into one packet: search domains at the end that do not fit are left out, as are addresses and prefixes to
 give up beyond `WITHDRAWN_MAX`.
 
-Left out: leases and their timers (lifetimes are infinite), prefixes, temporary addresses, relays, Reconfigure.
+Lifetimes are those of `policy/lease.py`: short after a change of the host's network, infinite with --follow off. T1 and
+T2 are the client's choice (RFC 8415, 14.2) where the lifetime is not infinite. The answer to an INFORMATION-REQUEST has
+the same time as the refresh time, if the client asks for that: its default is a day.
+
+Left out: leases in a table, timers, prefixes, temporary addresses, relays, Reconfigure (it needs authentication).
 docs/services.md has the requirements of the RFC one by one.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
 
 from . import addr, log
 from .flow.context import Context
-from .policy.config import MTU_MAX, Config, Ip6
+from .lean.records import dataclass, replace
+from .policy.config import Config, Ip6
+from .policy.lease import Quiet
 from .wire import dhcpv6, domain, ether, ip, udp
-from .wire.dhcpv6 import Fqdn, Ia, IaAddress, Message, Prefix
+from .wire.dhcpv6 import INFINITE, Fqdn, Ia, IaAddress, Message, Prefix
 
 NONE, OURS, EITHER = range(3)  # required server identifier of a message
 
@@ -68,6 +73,7 @@ GIVEN_UP = frozenset((dhcpv6.RELEASE, dhcpv6.DECLINE))  # messages by which the 
 EXTENDED = frozenset((dhcpv6.RENEW, dhcpv6.REBIND))
 LINK_PREFIX = 64  # of the addresses on the link, as router advertisements say
 ASSOCIATIONS_MAX = 8  # further ones are ignored
+REFRESH_MIN = 600  # s; RFC 8415, 7.6: IRT_MINIMUM
 WITHDRAWN_MAX = 8  # so that an answer to any request fits into 1280 bytes
 NOW = b"\xff"  # a preference that ends the client's wait for other servers (RFC 8415, 18.2.1)
 IP_UDP = ip.HEADER6.size + udp.HEADER.size
@@ -150,19 +156,21 @@ def withdrawn(asked: Asked, kept: bytes | None) -> dhcpv6.Options:
     return (*addresses, *prefixes)
 
 
-def answered(message: Message, asked: tuple[Asked, ...], assigned: bytes) -> dhcpv6.Options:
-    """The associations of a message that asks for the address, as they are in the answer. Raises Malformed."""
+def answered(message: Message, asked: tuple[Asked, ...], assigned: bytes, seconds: int = INFINITE) -> dhcpv6.Options:
+    """The associations of a message that asks for the address, as they are in the answer: it is the client's for so
+    many seconds. Raises Malformed.
+    """
     room = WITHDRAWN_MAX
     chosen = holder(message, asked, assigned)
     found = []
     for one in asked:
         ia = one.ia
-        held = (IaAddress(assigned).emit(),) if one is chosen else ()
+        held = (IaAddress(assigned, seconds, seconds).emit(),) if one is chosen else ()
         gone = withdrawn(one, assigned if held else None)[:room] if message.kind in EXTENDED else ()
         room -= len(gone)
         none = dhcpv6.NO_PREFIX_AVAIL if ia.code == dhcpv6.OPT_IA_PD else dhcpv6.NO_ADDRS_AVAIL
         why = dhcpv6.NOT_ON_LINK if refused(one, message) else none
-        life = dhcpv6.INFINITE if held else 0
+        life = INFINITE if held and seconds == INFINITE else 0  # 0: when the client likes
         found.append(Ia(ia.iaid, (*held, *gone) or (status(why),), life, life, ia.code).emit())
     return tuple(found)
 
@@ -186,6 +194,14 @@ def names(message: Message, ip6: Ip6, config: Config) -> dhcpv6.Options:
     return tuple(options)
 
 
+def refresh(message: Message, seconds: int) -> dhcpv6.Options:
+    """The option by which a client without a lease asks again as early as one with it. Raises Malformed."""
+    wanted = message.kind == dhcpv6.INFORMATION_REQUEST and dhcpv6.requests(message.options, dhcpv6.OPT_REFRESH)
+    if not wanted or seconds == INFINITE:
+        return ()
+    return ((dhcpv6.OPT_REFRESH, max(seconds, REFRESH_MIN).to_bytes(4, "big")),)
+
+
 def search(domains: tuple[str, ...], room: int) -> dhcpv6.Options:
     """The option with the leading domains that fit into `room` bytes with its header."""
     fitting = domain.leading(domains, room - dhcpv6.OPTION.size)
@@ -193,8 +209,9 @@ def search(domains: tuple[str, ...], room: int) -> dhcpv6.Options:
 
 
 def reply(
-    message: Message, asked: tuple[Asked, ...], dst: bytes, server_id: bytes, ip6: Ip6, assigned: bytes, config: Config
-) -> Message:
+    message: Message, asked: tuple[Asked, ...], dst: bytes, server_id: bytes, ip6: Ip6, assigned: bytes, config: Config,
+    seconds: int = INFINITE,
+) -> Message:  # fmt: skip
     """The answer to a message that is not to be ignored. Raises Malformed."""
     client_id = dhcpv6.find(message.options, dhcpv6.OPT_CLIENT_ID)
     server = (dhcpv6.OPT_SERVER_ID, server_id)
@@ -206,17 +223,17 @@ def reply(
     if message.kind == dhcpv6.CONFIRM:
         right = first_wrong(asked) is None
         return _reply(message, server, *client, status(dhcpv6.SUCCESS if right else dhcpv6.NOT_ON_LINK))
-    given = (server, *answered(message, asked, assigned), *client)
+    given = (server, *answered(message, asked, assigned, seconds), *client)
     if rapid(message):
         answer = _reply(message, *given, (dhcpv6.OPT_RAPID_COMMIT, b""), *names(message, ip6, config))
     elif message.kind == dhcpv6.SOLICIT:
         rest = (dhcpv6.OPT_PREFERENCE, NOW), *names(message, ip6, config)
         answer = Message(dhcpv6.ADVERTISE, message.transaction, (*given, *rest))
     else:
-        answer = _reply(message, *given, *names(message, ip6, config))
+        answer = _reply(message, *given, *refresh(message, seconds), *names(message, ip6, config))
     if not config.advertise_search:
         return answer
-    room = (config.mtu or MTU_MAX) - IP_UDP - len(answer.emit())
+    room = (config.mtu or ip.MTU_MAX) - IP_UDP - len(answer.emit())
     return replace(answer, options=(*answer.options, *search(config.dns_search, room)))
 
 
@@ -256,7 +273,12 @@ class Dhcpv6:
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         self.server_id = dhcpv6.duid_llt(ctx.config.our_mac, time.time())
+        self._quiet = Quiet(time.monotonic())
+        ctx.settings.react(self._changed)
         ctx.services.take_port(False, dhcpv6.SERVER_PORT, self.tap_handler)
+
+    def _changed(self, former: Config, now: float) -> None:
+        self._quiet.changed(former, self._ctx.config, now)
 
     def tap_handler(
         self, src_mac: bytes, src: bytes, dst: bytes, sport: int, payload: bytes, now: float
@@ -274,11 +296,12 @@ class Dhcpv6:
         asked = associations(message, ip6.addr)
         if message.kind == dhcpv6.CONFIRM and not any(a.addresses for a in asked):
             return None  # nothing to confirm (RFC 8415, 18.3.3)
-        answer = reply(message, asked, dst, self.server_id, ip6, ip6.addr, config)
+        seconds = self._quiet.lease(config, now)
+        answer = reply(message, asked, dst, self.server_id, ip6, ip6.addr, config, seconds)
         tell(message, asked, answer, ip6.addr, now)
         frame = ether.udp_frame(
             src_mac,
-            config.our_mac,
+            self._ctx.lan.mac_of(ip6.our_ll),
             ip6.our_ll,
             src,
             dhcpv6.SERVER_PORT,

@@ -11,9 +11,13 @@ socket receives replies with its identifier from any source: those that are not 
 the destination is a group, where each member answers from its own address. In a namespace, a reply with the sequence
 number of the previous one is a duplicate and dropped, until the guest sends a request with that number again.
 
+TTL, traffic class and DF of the requests are those of the guest (`flow/ip_fields.py`), and the traffic class of a reply
+is that of its frame: `ping -t`, `ping -Q` and `ping -M do` find what they would find on the host.
+
 A flow ends after 60 s without a request or a reply.
 
-Left out: ICMP messages of the guest other than echo requests; no socket can send them.
+Left out: ICMP messages of the guest other than echo requests; no socket can send them. Errors of the guest about what
+it was sent act here (`flow/guest_errors.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from __future__ import annotations
 import errno
 import random
 import socket
-from typing import Any
+from typing import Any, ClassVar
 
 from . import addr, log
 from .calls import calls
@@ -29,8 +33,10 @@ from .drops import Drop, Failed, Reason
 from .flow.context import Context
 from .flow.errors import Errors
 from .flow.idle import IdleFlow, IdleFlows, flow_limit
+from .flow.ip_fields import DF, DF_MESSAGE_MAX, UNSET, apply
 from .flow.table import GUEST, Endpoints, TableFull
-from .linux.sockopt import HOPS, RECVERR, creating, hops_option, read_errors, recverr, setting
+from .linux.mmsg import CLASS_SPACE, class_in
+from .linux.sockopt import RECEIVE_CLASS, RECVERR, creating, path_mtu, read_errors, recverr, setting
 from .loop.reactor import EPOLLERR, EPOLLIN, TYPE_PING, ref_data
 from .policy.config import PASTA, Config
 from .policy.forwarding import Forwarding
@@ -49,7 +55,8 @@ _SIZE_MAX = 65536
 CALLS = (
     creating(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP),
     creating(socket.AF_INET6, socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6),
-    *setting(*RECVERR, *HOPS, (socket.SOL_SOCKET, socket.SO_BINDTODEVICE), (socket.SOL_SOCKET, socket.SO_BROADCAST)),
+    *setting(*RECVERR, *RECEIVE_CLASS),
+    *setting((socket.SOL_SOCKET, socket.SO_BINDTODEVICE), (socket.SOL_SOCKET, socket.SO_BROADCAST)),
     *calls("sendto", "recvmsg"),
 )
 
@@ -57,8 +64,9 @@ CALLS = (
 class PingFlow(IdleFlow):
     """Echo requests of one identifier from the guest to one destination."""
 
-    __slots__ = ("dst", "echo_id", "hops", "host", "last_seq", "src")
-    kind = label = "ping"
+    __slots__ = ("dst", "echo_id", "fields", "host", "last_seq", "src")
+    kind = "ping"
+    label: ClassVar[str] = "ping"
     evicted = Drop.PING_EVICTED
     protocol = "icmp"
 
@@ -70,7 +78,7 @@ class PingFlow(IdleFlow):
         self.host = host
         self.echo_id = key[-4:-2]
         self.last_seq = NO_SEQUENCE  # of the last reply
-        self.hops = 0  # TTL or hop limit set on the socket, 0: the system's
+        self.fields = UNSET  # of the IP headers of what the socket sends
 
     def endpoints(self) -> Endpoints:
         """The endpoints; the guest's has the identifier in place of a port, the others have none."""
@@ -129,6 +137,7 @@ def open_socket(fwd: Forwarding, host: bytes, ident: int) -> socket.socket:
         raise PingNotAllowed from None
     try:
         sock.setsockopt(*recverr(family), 1)
+        sock.setsockopt(*RECEIVE_CLASS[not v4], 1)
         source, interface = fwd.source(host)
         if interface is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
@@ -163,17 +172,18 @@ class Icmp:
         ctx.services.take_icmp(True, (icmp.ECHO_REQUEST,), self.tap_handler, fragments=True)
         ctx.services.take_icmp(False, (icmp.ECHO_REQUEST6,), self.tap_handler, fragments=True)
         ctx.services.on_forget.append(self.forget)
+        ctx.services.take_end(PingFlow.label, self._flows.end)
         ctx.reactor.handle(TYPE_PING, self.sock_handler)
         ctx.settings.subscribe(self._adopt)
 
     def _adopt(self, config: Config) -> None:
-        self._our_mac, self._mtu, self._disabled = config.our_mac, config.mtu, config.no_icmp
+        self._mtu, self._disabled = config.mtu, config.no_icmp
         self._deduplicate = config.mode == PASTA
 
     def tap_handler(
-        self, src_mac: bytes, src: bytes, dst: bytes, echo: memoryview, now: float, hops: int = 0
+        self, src_mac: bytes, src: bytes, dst: bytes, echo: memoryview, now: float, fields: int = 0
     ) -> None:
-        """An echo request of the guest, from its type byte on. `hops` is its TTL or hop limit, 0: not known."""
+        """An echo request of the guest, from its type byte on. `fields` are those of its IP header."""
         ctx = self._ctx
         reason = Drop.PING_DISABLED if self._disabled else refuse(src, dst, echo)
         if reason is not None:
@@ -186,10 +196,10 @@ class Icmp:
         if int.from_bytes(echo[6:8], "big") == flow.last_seq:
             flow.last_seq = NO_SEQUENCE
         try:
-            if hops and hops != flow.hops:
-                # The guest's value is kept, so that `ping -t` and `traceroute -I` find the routers on the path
-                flow.sock.setsockopt(*hops_option(flow.host), hops)
-                flow.hops = hops
+            if len(echo) > DF_MESSAGE_MAX[len(dst)]:
+                fields &= ~DF
+            if fields != flow.fields:
+                flow.fields = apply(flow.sock, flow.host, flow.fields, fields)
             try:
                 flow.sock.send(echo)
             except OSError:
@@ -199,7 +209,8 @@ class Icmp:
         except BlockingIOError:
             ctx.drops[Drop.PING_BUFFER_FULL] += 1
         except OSError as e:
-            self._refused(e, src, dst, echo, now)
+            mtu = path_mtu(flow.sock, len(dst) == 16) if e.errno == errno.EMSGSIZE else 0
+            self._refused(e, src, dst, echo, now, mtu)
 
     def _new_flow(self, src: bytes, dst: bytes, echo: memoryview, now: float) -> PingFlow | None:
         """A flow for a request that passed `refuse`; on failure None, with a drop counted and an error to the guest."""
@@ -210,7 +221,7 @@ class Icmp:
         host = ctx.fwd.outbound(dst)
         ident = int.from_bytes(echo[4:6], "big")
         try:
-            sock = self._flows.open(lambda: open_socket(ctx.fwd, host, ident))
+            sock = self._flows.open(lambda: open_socket(ctx.fwd, host, ident), now)
         except PingNotAllowed as e:
             self._not_allowed(e)
             return None
@@ -226,12 +237,15 @@ class Icmp:
             return None
         return flow
 
-    def _refused(self, e: OSError, src: bytes, dst: bytes, echo: memoryview, now: float) -> None:
-        """Opening, connecting or sending failed: send the guest the ICMP error that a router would send."""
+    def _refused(self, e: OSError, src: bytes, dst: bytes, echo: memoryview, now: float, mtu: int = 0) -> None:
+        """Opening, connecting or sending failed: send the guest the ICMP error that a router would send.
+
+        `mtu` would fit it.
+        """
         self._ctx.drops[Failed.PING.of(e)] += 1
         if addr.is_unicast(dst):
             packet = icmp.quote(src, dst, icmp.protocol(dst), bytes(echo))
-            self._errors.refused(e.errno or 0, src, dst, packet, now)
+            self._errors.refused(e.errno or 0, src, dst, packet, now, mtu)
 
     def _not_allowed(self, e: PingNotAllowed) -> None:
         """Ping sockets are not allowed: warn once, with advice, and go on without them."""
@@ -261,7 +275,7 @@ class Icmp:
         for error, quoted in read_errors(flow.sock):
             if log.debug_on:
                 log.debug(f"Flow {flow.index} (ping): error on socket {flow.fd}: {error}")
-            if addr.is_unicast(flow.dst):
+            if addr.is_unicast(flow.dst) and not error.too_big_here:
                 request = quoted[:4] + flow.echo_id + quoted[6:]
                 packet = icmp.quote(flow.src, flow.dst, icmp.protocol(flow.dst), request)
                 self._errors.reported(error, flow.src, flow.dst, flow.host, packet, now)
@@ -270,15 +284,15 @@ class Icmp:
         """Replies of the socket, a bounded number, to the guest."""
         for _ in range(REPLIES_PER_EVENT):
             try:
-                n, sender = flow.sock.recvfrom_into(self._buf)
+                n, control, _, sender = flow.sock.recvmsg_into((self._buf,), CLASS_SPACE)
             except BlockingIOError:
                 return
             except OSError:
                 self._report(flow, now)
                 return
-            self._reply(flow, addr.packed(sender[0]), n, now)
+            self._reply(flow, addr.packed(sender[0]), n, class_in(control), now)
 
-    def _reply(self, flow: PingFlow, sender: bytes, n: int, now: float) -> None:
+    def _reply(self, flow: PingFlow, sender: bytes, n: int, tos: int, now: float) -> None:
         """One reply: `n` bytes in the buffer."""
         buf, ctx = self._buf, self._ctx
         if n < icmp.ECHO.size or buf[0] != (icmp.ECHO_REPLY if len(flow.src) == 4 else icmp.ECHO_REPLY6):
@@ -296,21 +310,21 @@ class Icmp:
         flow.to_guest += n
         buf[2:4] = b"\0\0"
         buf[4:6] = flow.echo_id
-        self._send_reply(sender if group else flow.dst, flow.src, self._mv[:n])
+        self._send_reply(sender if group else flow.dst, flow.src, self._mv[:n], tos)
 
-    def _send_reply(self, src: bytes, dst: bytes, message: memoryview) -> None:
+    def _send_reply(self, src: bytes, dst: bytes, message: memoryview, tos: int) -> None:
         """Frame an echo reply, in fragments if necessary, with its checksum: the guest's kernel does not complete a
         partial one for a raw socket, such as that of root's ping(8).
         """
         ctx = self._ctx
         proto, mtu = icmp.protocol(src), self._mtu
-        ip_header = ip.header(src, dst, proto, len(message))
+        ip_header = ip.header(src, dst, proto, len(message), tos=tos)
         ethertype = ether.TYPE_IPV4 if len(src) == 4 else ether.TYPE_IPV6
-        ether_header = ether.HEADER.pack(ctx.guest.mac, self._our_mac, ethertype)
+        ether_header = ether.HEADER.pack(ctx.guest.mac_of(dst), ctx.lan.mac_of(src), ethertype)
         whole = icmp.complete(src, dst, bytes(message))
         if mtu and len(ip_header) + len(message) > mtu:
             self._ident += 1
-            for packet in fragments(src, dst, proto, whole, mtu, self._ident):
+            for packet in fragments(src, dst, proto, whole, mtu, self._ident, tos=tos):
                 ctx.link.send_frame(ether_header + packet)
             return
         ctx.link.send_payload((NO_OFFLOAD + ether_header + ip_header, whole))

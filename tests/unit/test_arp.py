@@ -20,6 +20,7 @@ from .support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, IP4, OUR_MAC, T0, link
 
 OTHER = packed("198.51.100.7")
 NEIGHBOUR = packed("192.0.2.77")  # on the guest's subnet, and free
+OTHER_MAC = bytes.fromhex("525400999999")
 LINK_LOCAL = packed("169.254.17.4")
 MAPPED, RESOLVER, FORWARDED = packed("192.0.2.8"), packed("192.0.2.53"), packed("192.0.2.54")
 
@@ -83,6 +84,17 @@ def test_reply_goes_to_who_sent_the_frame(ctx: Context) -> None:
     assert link(ctx).take_one()[:6] == mac
 
 
+def test_a_machine_beside_the_one_that_asks_answers_itself(ctx: Context) -> None:
+    """Several are behind one link: it is ours to answer again for an address that has moved to the one that asks."""
+    arp = Arp(ctx)
+    ctx.neighbours.sender(OTHER_MAC)
+    ctx.neighbours.learn(NEIGHBOUR, OTHER_MAC)
+    arp.tap_handler(GUEST_MAC, request(NEIGHBOUR).emit(), T0)
+    assert link(ctx).take() == []
+    arp.tap_handler(OTHER_MAC, request(NEIGHBOUR).emit(), T0)
+    assert Packet.parse(link(ctx).take_one()[14:]).operation == REPLY
+
+
 def test_our_addresses_are_defended(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """RFC 5227, 2.4 c: an announcement, but not in answer to each packet."""
     lines: list[str] = []
@@ -104,8 +116,8 @@ def test_our_addresses_are_defended(ctx: Context, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("sender", [GUEST4, NEIGHBOUR, ANY4])
 def test_no_conflict(sender: bytes) -> None:
-    assert not conflict(request(OTHER, sender), CONFIG)
-    assert not conflict(Packet(REPLY, OUR_MAC, GATEWAY4, bytes(6), OTHER), CONFIG), "what we said ourselves"
+    assert not conflict(request(OTHER, sender), CONFIG, OUR_MAC)
+    assert not conflict(Packet(REPLY, OUR_MAC, GATEWAY4, bytes(6), OTHER), CONFIG, OUR_MAC), "what we said ourselves"
 
 
 def test_takes_its_frames_while_there_is_ipv4() -> None:
@@ -130,3 +142,80 @@ def test_answers_or_malformed(data: bytes) -> None:
         Arp(ctx).tap_handler(GUEST_MAC, data, T0)
     except Malformed:
         assert link(ctx).take() == []
+
+
+@pytest.mark.parametrize("operation", [REQUEST, REPLY])
+@pytest.mark.parametrize(("sender", "known"), [(OTHER, OTHER), (GUEST4, GUEST4), (GATEWAY4, None)])
+def test_tells_the_senders_address(ctx: Context, operation: int, sender: bytes, known: bytes | None) -> None:
+    """Where that of a conflict is, we know."""
+    assert Arp(ctx).tap_handler(GUEST_MAC, request(NEIGHBOUR, sender, operation).emit(), T0) == known
+
+
+def test_solicitation(ctx: Context) -> None:
+    Arp(ctx)
+    assert ctx.services.solicit4 is not None
+    ctx.services.solicit4(OTHER)
+    frame = link(ctx).take_one()
+    assert frame[:14] == b"\xff" * 6 + OUR_MAC + b"\x08\x06"
+    assert Packet.parse(frame[14:]) == Packet(REQUEST, OUR_MAC, GATEWAY4, bytes(6), OTHER)
+
+
+def test_announcement_when_the_link_comes_up(ctx: Context) -> None:
+    """RFC 5227, 3: sender and target are our address. The guest may have the assigned address, too."""
+    Arp(ctx)
+    (announce,) = ctx.services.on_link_up
+    announce()
+    assert Packet.parse(link(ctx).take_one()[14:]) == Packet(REQUEST, OUR_MAC, GATEWAY4, bytes(6), GATEWAY4)
+    ctx.guest.addr4 = OTHER
+    announce()
+    _, asked = link(ctx).take()
+    assert Packet.parse(asked[14:]).target == GUEST4
+
+
+def test_nothing_is_announced_without_ipv4() -> None:
+    ctx = make_context(ip4=None)
+    Arp(ctx).announce()
+    assert ctx.services.solicit4 is not None
+    ctx.services.solicit4(GUEST4)
+    assert link(ctx).take() == []
+
+
+# Neighbours of the host ----------------------------------------------------------------------------------------------
+
+
+NEIGHBOURS_MAC = bytes.fromhex("525400000077")
+
+
+def test_a_neighbour_answers_for_itself(ctx: Context) -> None:
+    ctx.lan.note(NEIGHBOUR, NEIGHBOURS_MAC)
+    Arp(ctx).tap_handler(GUEST_MAC, request(NEIGHBOUR).emit(), T0)
+    frame = link(ctx).take_one()
+    assert frame[:14] == GUEST_MAC + NEIGHBOURS_MAC + b"\x08\x06"
+    assert Packet.parse(frame[14:]) == Packet(REPLY, NEIGHBOURS_MAC, NEIGHBOUR, GUEST_MAC, GUEST4)
+
+
+def test_a_neighbour_is_announced_and_counts_as_told(ctx: Context) -> None:
+    """RFC 5227, 3."""
+    arp = Arp(ctx)
+    arp.tap_handler(GUEST_MAC, request(NEIGHBOUR).emit(), T0)
+    link(ctx).take()
+    ctx.lan.note(NEIGHBOUR, NEIGHBOURS_MAC)
+    assert ctx.lan.outdated() == [NEIGHBOUR]
+    assert ctx.services.announce4 is not None
+    ctx.services.announce4(NEIGHBOUR)
+    frame = link(ctx).take_one()
+    assert frame[:14] == b"\xff" * 6 + NEIGHBOURS_MAC + b"\x08\x06"
+    assert Packet.parse(frame[14:]) == Packet(REQUEST, NEIGHBOURS_MAC, NEIGHBOUR, bytes(6), NEIGHBOUR)
+    assert ctx.lan.outdated() == []
+
+
+def test_the_gateway_speaks_with_one_mac() -> None:
+    """Where it is no address of ours, what we ask on its behalf has its own, and no conflict is seen in that."""
+    ctx = make_context(ip4=replace(IP4, map_host_loopback=None))
+    ctx.lan.note(GATEWAY4, NEIGHBOURS_MAC)
+    arp = Arp(ctx)
+    arp.solicit(OTHER)
+    frame = link(ctx).take_one()
+    assert (frame[6:12], Packet.parse(frame[14:]).sender_mac) == (NEIGHBOURS_MAC, NEIGHBOURS_MAC)
+    assert not conflict(Packet(REQUEST, NEIGHBOURS_MAC, GATEWAY4, bytes(6), OTHER), ctx.config, NEIGHBOURS_MAC)
+    assert conflict(Packet(REQUEST, GUEST_MAC, GATEWAY4, bytes(6), OTHER), ctx.config, NEIGHBOURS_MAC)

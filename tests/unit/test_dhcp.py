@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passt import addr, log
+from passt import dhcp as dhcp_service
 from passt.addr import packed
 from passt.dhcp import Dhcp, ignore, ordered
 from passt.flow.context import Context
@@ -18,7 +19,7 @@ from passt.wire.cursor import Malformed
 from passt.wire.dhcp import Message
 
 from .oracle import dissect, recomputed
-from .support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, IP4, OUR_MAC, T0, link, make_context
+from .support import CONFIG, GATEWAY4, GUEST4, GUEST_MAC, IP4, OUR_MAC, T0, link, make_context, reconfigure
 
 CHADDR = GUEST_MAC + bytes(10)
 MASK = packed("255.255.255.0")
@@ -285,6 +286,33 @@ def test_request_for_another_address(ctx: Context, state: str, address: bytes) -
         dhcp.OPT_CLIENT_ID: b"\1id",
         dhcp.OPT_MESSAGE: b"not the address of this network",
     }
+
+
+@pytest.mark.parametrize(
+    ("dst", "server"), [("10.9.0.1", "10.9.0.1"), ("255.255.255.255", "192.0.2.1"), ("192.0.2.1", "192.0.2.1")]
+)
+def test_a_client_is_refused_in_the_name_of_the_server_that_it_knows(ctx: Context, dst: str, server: str) -> None:
+    """It renews its lease by unicast with the gateway of the network that the host has left."""
+    former = addr.packed("10.9.0.20")
+    message = replace(states(former)["renewing"], ciaddr=former)
+    Dhcp(ctx).tap_handler(GUEST_MAC, former, addr.packed(dst), 68, message.emit(), T0)
+    answer = Message.parse(link(ctx).take_one()[42:])
+    assert answer.options[dhcp.OPT_TYPE] == bytes((dhcp.NAK,))
+    assert addr.text(answer.options[dhcp.OPT_SERVER_ID]) == server
+
+
+def test_a_lease_is_short_where_the_network_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dhcp_service.time, "monotonic", lambda: T0)
+    ctx = make_context(followed=True)
+    server = Dhcp(ctx)
+
+    def lease(now: float) -> int:
+        server.tap_handler(GUEST_MAC, addr.ANY4, addr.BROADCAST4, 68, request().emit(), now)
+        return int.from_bytes(Message.parse(link(ctx).take_one()[42:]).options[dhcp.OPT_LEASE], "big")
+
+    assert (lease(T0), lease(T0 + 600)) == (60, 600)
+    reconfigure(ctx, T0 + 600, ip4=replace(IP4, addr=addr.packed("192.0.2.9")))
+    assert (lease(T0 + 600), lease(T0 + 700)) == (60, 100)
 
 
 def test_refusal_by_way_of_a_relay_agent(ctx: Context) -> None:
@@ -573,7 +601,7 @@ def test_a_flood_from_many_clients(ctx: Context, monkeypatch: pytest.MonkeyPatch
         frame = link(ctx).take_one()
         answer = Message.parse(frame[42:])
         assert (frame[:6], answer.chaddr[:6], answer.xid, answer.yiaddr) == (mac, mac, number, GUEST4)
-    assert vars(server) == {"_ctx": ctx}
+    assert vars(server).keys() == {"_ctx", "_quiet"}
     assert len(log._held) == 1
     assert lines == ["DHCP: offer to discover", "    from 02:00:00:00:00:00"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from passt.wire.cursor import Malformed
 from passt.wire.dhcpv6 import Ia, IaAddress, Message, Prefix
 
 from .oracle import dissect, recomputed
-from .support import CONFIG, GUEST6, GUEST_LL, GUEST_MAC, IP6, OUR_MAC, T0, link, make_context
+from .support import CONFIG, GUEST6, GUEST_LL, GUEST_MAC, IP6, OUR_MAC, T0, link, make_context, reconfigure
 
 GROUP = packed("ff02::1:2")
 OTHER = packed("2001:db8:1::9")
@@ -225,6 +226,37 @@ def test_advertise() -> None:
     assert (association.iaid, association.T1, association.T2) == (0x1234, 0xFFFFFFFF, 0xFFFFFFFF)
     (address,) = association.ianaopts
     assert (address.addr, address.preflft, address.validlft) == ("2001:db8::2", 0xFFFFFFFF, 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize(("quiet", "seconds"), [(0, 600), (599, 600), (3000, 3000), (1 << 20, 86400)])
+def test_who_has_no_address_of_ours_asks_again_as_early(quiet: int, seconds: int) -> None:
+    """RFC 8415, 21.23: resolvers change with the host's network. 600 s is the least that there is."""
+    asks = dhcpv6.OPT_REQUESTED, struct.pack("!HH", dhcpv6.OPT_DNS, dhcpv6.OPT_REFRESH)
+    talk = Talk(followed=True)
+    talk.server._quiet._since = T0 - quiet
+    frame = talk.send(dhcpv6.INFORMATION_REQUEST, asks)
+    assert frame is not None
+    assert dissect(frame)["DHCP6OptInfoRefreshTime"].reftime == seconds
+    for kind, option, followed in (
+        (dhcpv6.INFORMATION_REQUEST, (dhcpv6.OPT_REQUESTED, b"\0\x17"), True),
+        (dhcpv6.INFORMATION_REQUEST, asks, False),
+        (dhcpv6.REQUEST, asks, True),
+    ):
+        given = (ASKED,) if kind == dhcpv6.REQUEST else ()
+        answer = Talk(followed=followed).ask(kind, option, *given)
+        assert dhcpv6.find(answer.options, dhcpv6.OPT_REFRESH) is None
+
+
+def test_lifetimes_are_short_where_the_network_is_followed() -> None:
+    talk = Talk(followed=True)
+    talk.server._quiet._since = T0 - 300
+    for since, seconds in ((T0 - 300, 300), (T0, 60)):
+        frame = talk.send(dhcpv6.SOLICIT, ASKED)
+        assert frame is not None
+        association = dissect(frame)["DHCP6OptIA_NA"]
+        (address,) = association.ianaopts
+        assert (address.preflft, address.validlft, association.T1, association.T2) == (seconds, seconds, 0, 0), since
+        reconfigure(talk.ctx, T0, ip6=replace(IP6, addr=NEAR))
 
 
 def test_server_identifier_is_a_duid_llt() -> None:

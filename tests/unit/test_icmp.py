@@ -5,20 +5,38 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, ICMPerror, defragment
-from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6EchoReply, ICMPv6EchoRequest, ICMPv6TimeExceeded, IPv6
+from scapy.layers.inet6 import (
+    ICMPv6DestUnreach,
+    ICMPv6EchoReply,
+    ICMPv6EchoRequest,
+    ICMPv6PacketTooBig,
+    ICMPv6TimeExceeded,
+    IPv6,
+)
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from passt import addr, icmp, log
+from passt.flow.ip_fields import DF
 from passt.flow.table import FREE
 from passt.icmp import Icmp, PingNotAllowed, refuse
-from passt.linux.sockopt import ORIGIN_ICMP, ORIGIN_ICMP6, ExtendedError
+from passt.linux.sockopt import (
+    MTU_DISCOVER,
+    ORIGIN_ICMP,
+    ORIGIN_ICMP6,
+    ORIGIN_LOCAL,
+    PATH_MTU,
+    TRAFFIC_CLASS,
+    ExtendedError,
+    hops_option,
+)
 from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.policy.config import PASST, Ip4
 from passt.policy.forwarding import Forwarding
@@ -31,6 +49,7 @@ from .support import CONFIG, GATEWAY4, GATEWAY6, GUEST4, GUEST6, GUEST_MAC, IP4,
 FAR4, FAR6 = addr.packed("198.51.100.9"), addr.packed("2001:db8:9::9")
 ROUTER4, ROUTER6 = addr.packed("203.0.113.1"), addr.packed("2001:db8:f::1")
 IDENT = 0x1234
+Control = list[tuple[int, int, bytes]]
 
 
 class PingSocket:
@@ -40,9 +59,10 @@ class PingSocket:
         self.host, self.ident = host, ident
         self.real = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)  # for its descriptor
         self.sent: list[bytes] = []
-        self.inbox: list[tuple[bytes, bytes] | OSError] = []
+        self.inbox: list[tuple[bytes, bytes, int] | OSError] = []
         self.errors: list[tuple[ExtendedError, bytes]] = []
         self.send_errors: list[int] = []
+        self.path_mtu = 0
         self.options: list[tuple[int, ...]] = []
 
     def fileno(self) -> int:
@@ -54,8 +74,8 @@ class PingSocket:
     def setsockopt(self, *option: int) -> None:
         self.options.append(option)
 
-    def getsockopt(self, *_: int) -> int:
-        return 0
+    def getsockopt(self, *option: int) -> int:
+        return self.path_mtu if option in PATH_MTU else 0
 
     def send(self, data: memoryview) -> int:
         if self.send_errors:
@@ -64,15 +84,18 @@ class PingSocket:
         self.sent.append(bytes(data))
         return len(data)
 
-    def recvfrom_into(self, buffer: bytearray) -> tuple[int, tuple[str, int]]:
+    def recvmsg_into(self, buffers: tuple[bytearray], _: int) -> tuple[int, Control, int, tuple[str, int]]:
         if not self.inbox:
             raise BlockingIOError(errno.EAGAIN, "nothing")
         first = self.inbox.pop(0)
         if isinstance(first, OSError):
             raise first
-        data, sender = first
-        buffer[: len(data)] = data
-        return len(data), (addr.text(sender), 0)
+        data, sender, tos = first
+        buffers[0][: len(data)] = data
+        v4 = len(self.host) == 4
+        told = (socket.IPPROTO_IP, socket.IP_TOS, bytes((tos,)))
+        told6 = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS, struct.pack("=i", tos))
+        return len(data), [told if v4 else told6], 0, (addr.text(sender), 0)
 
     def recvmsg(self, *_: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, None]:
         if not self.errors:
@@ -110,16 +133,24 @@ class Talk:
         message = ICMP(type=8, id=ident, seq=seq) if self.v4 else ICMPv6EchoRequest(id=ident, seq=seq)
         return bytes(message / data)
 
-    def asks(self, seq: int = 1, data: bytes = b"data", *, ident: int = IDENT, now: float = T0, dst: bytes = b"",
-             hops: int = 0) -> bytes:
+    def asks(
+        self,
+        seq: int = 1,
+        data: bytes = b"data",
+        *,
+        ident: int = IDENT,
+        now: float = T0,
+        dst: bytes = b"",
+        fields: int = 0,
+    ) -> bytes:
         request = self.echo(seq, data, ident)
-        self.icmp.tap_handler(GUEST_MAC, self.guest, dst or self.far, memoryview(request), now, hops)
+        self.icmp.tap_handler(GUEST_MAC, self.guest, dst or self.far, memoryview(request), now, fields)
         return request
 
-    def answered(self, seq: int = 1, data: bytes = b"data", sender: bytes = b"", now: float = T0) -> None:
+    def answered(self, seq: int = 1, data: bytes = b"data", sender: bytes = b"", now: float = T0, tos: int = 0) -> None:
         """The kernel delivers a reply, with the identifier that the socket has."""
         reply = ICMP(type=0, id=0xBEEF, seq=seq) if self.v4 else ICMPv6EchoReply(id=0xBEEF, seq=seq)
-        self.sock.inbox.append((bytes(reply / data), sender or self.sock.host))
+        self.sock.inbox.append((bytes(reply / data), sender or self.sock.host, tos))
         self.event(EPOLLIN, now)
 
     def event(self, events: int, now: float = T0) -> None:
@@ -259,17 +290,53 @@ def test_members_of_a_group_answer_for_themselves(talk: Talk) -> None:
 @pytest.mark.parametrize("message", [b"", b"\0" * 7, bytes.fromhex("0300 0000 00000000"), b"\x08" + b"\0" * 7])
 def test_what_is_no_reply_is_dropped(talk: Talk, message: bytes) -> None:
     talk.asks(1)
-    talk.sock.inbox.append((message, talk.far))
+    talk.sock.inbox.append((message, talk.far, 0))
     talk.event(EPOLLIN)
     assert talk.packets() == []
     assert talk.ctx.drops == {"icmp: not an echo reply": 1}
 
 
-def test_hops_of_the_guest_are_kept(talk: Talk) -> None:
-    option = (socket.IPPROTO_IP, socket.IP_TTL) if talk.v4 else (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS)
-    for hops in (1, 1, 0, 2):
-        talk.asks(hops=hops)
-    assert talk.sock.options == [(*option, 1), (*option, 2)]
+def test_fields_of_the_guest_are_kept(talk: Talk) -> None:
+    """TTL and traffic class, where they change. A TTL of 0 is none."""
+    hops, tos, df = hops_option(talk.far), TRAFFIC_CLASS[not talk.v4], MTU_DISCOVER[not talk.v4]
+    for fields in (1, 1, 0, 2, 2 | 0xB800):
+        talk.asks(fields=fields)
+    assert talk.sock.options == [(*hops, 1), (*df, 0), (*hops, 2), (*tos, 0xB8)]
+
+
+def test_dont_fragment_is_kept_where_it_may_be_meant(talk: Talk) -> None:
+    """A packet beyond 1500 bytes has it because the guest's link takes it (`flow/ip_fields.py`)."""
+    fits = 1500 - (20 if talk.v4 else 40) - 8
+    talk.asks(data=bytes(fits), fields=DF | 64)
+    talk.asks(data=bytes(fits + 1), fields=DF | 64)
+    df = MTU_DISCOVER[not talk.v4]
+    assert [option for option in talk.sock.options if option[:2] == df] == [(*df, 2), (*df, 0)]
+
+
+@pytest.mark.parametrize("size", [56, 3000])
+def test_the_class_of_a_reply(start: Any, size: int) -> None:
+    for v4 in (True, False):
+        talk = start(v4=v4, mtu=1500)
+        talk.asks(data=bytes(size))
+        talk.answered(data=bytes(size), tos=0xB9)
+        packets = [Ether(f)[IP if v4 else IPv6] for f in received(talk.link)]
+        assert {p.tos if v4 else p.tc for p in packets} == {0xB9}
+
+
+def test_what_is_too_big_for_the_hosts_link_is_told_once_with_its_mtu(talk: Talk) -> None:
+    talk.asks(1, fields=DF | 64)
+    talk.sock.path_mtu = 1400
+    talk.sock.send_errors += [errno.EMSGSIZE] * 2
+    talk.sock.errors.append((ExtendedError(errno.EMSGSIZE, ORIGIN_LOCAL, 0, 0, 1400, None), b""))
+    request = talk.asks(2, bytes(1442), fields=DF | 64)
+    p = talk.packet()
+    assert p.src == addr.text(talk.far)
+    if talk.v4:
+        assert (p[ICMP].type, p[ICMP].code, p[ICMP].nexthopmtu) == (3, 4, 1400)
+    else:
+        assert p[ICMPv6PacketTooBig].mtu == 1400
+    assert request[:8] in bytes(p)
+    assert talk.ctx.drops == {"icmp: EMSGSIZE": 1}
 
 
 def test_a_flow_ends_after_a_silence(talk: Talk) -> None:
@@ -496,6 +563,7 @@ def test_the_socket_has_the_identifier_and_its_peer(monkeypatch: pytest.MonkeyPa
     assert k.calls == [
         ("socket", socket.AF_INET, DGRAM, socket.IPPROTO_ICMP),
         ("setsockopt", socket.IPPROTO_IP, 11, 1),
+        ("setsockopt", socket.IPPROTO_IP, 13, 1),
         ("bind", ("0.0.0.0", IDENT)),
         ("setsockopt", socket.SOL_SOCKET, socket.SO_BROADCAST, 1),
         ("connect", ("198.51.100.9", 0)),
@@ -508,6 +576,7 @@ def test_the_ipv6_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     assert k.calls == [
         ("socket", socket.AF_INET6, DGRAM, socket.IPPROTO_ICMPV6),
         ("setsockopt", socket.IPPROTO_IPV6, 25, 1),
+        ("setsockopt", socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1),
         ("bind", ("::", IDENT, 0, 0)),
         ("connect", ("fe80::1", 0, 0, 7)),
     ]

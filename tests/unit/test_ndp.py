@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6ND_NS, ICMPv6ND_RA, ICMPv6NDOptSrcLLAddr, IPv6
 
 from passt import addr
 from passt.addr import ANY6, packed
 from passt.flow.context import Context
-from passt.ndp import RA_INTERVAL, Ndp, advertises, ignore, router_advertisement
+from passt.ndp import GONE_MAX, GONE_TIME, RA_INTERVAL, Ndp, advertises, ignore, router_advertisement
 from passt.wire import ndp
 from passt.wire.cursor import Malformed
 from passt.wire.ndp import (
@@ -48,6 +49,7 @@ ALL_ROUTERS = packed("ff02::2")
 SOURCE = LinkAddress(LinkAddress.SOURCE, GUEST_MAC)
 DNS = packed("2001:db8::53")
 MAPPED = packed("2001:db8::8")
+OTHER_MAC = bytes.fromhex("525400999999")
 
 
 def parts(frame: bytes) -> tuple[bytes, bytes, bytes, bytes]:
@@ -110,6 +112,17 @@ def test_probe_for_an_address_of_ours(target: bytes) -> None:
     assert NeighbourAdvertisement.parse(message) == NeighbourAdvertisement(flags, target, (ours,))
 
 
+def test_a_machine_beside_the_one_that_asks_answers_itself(ctx: Context) -> None:
+    other = packed("2001:db8:1::77")
+    ctx.neighbours.sender(OTHER_MAC)
+    ctx.neighbours.learn(other, OTHER_MAC)
+    solicit(ctx, other)
+    assert link(ctx).take() == []
+    ctx.neighbours.learn(other, GUEST_MAC)
+    solicit(ctx, other)
+    assert len(link(ctx).take()) == 1
+
+
 @pytest.mark.parametrize("dst", [GATEWAY6, addr.ALL_NODES6, packed("ff02::1:ff00:2")])
 def test_probe_that_goes_elsewhere(ctx: Context, dst: bytes) -> None:
     """RFC 4861, 7.1.1: without a source it goes to the solicited-node address of its target."""
@@ -135,6 +148,14 @@ def test_options_that_a_solicitation_does_not_have(ctx: Context) -> None:
     assert len(link(ctx).take()) == 1
     hand_over(ctx, GUEST_LL, ALL_ROUTERS, RouterSolicitation((SOURCE,)).emit() + lies)
     assert len(link(ctx).take()) == 1
+
+
+def test_no_icmp_is_about_echo_only() -> None:
+    """As the manual of the original has it; its code drops neighbour discovery as well."""
+    ctx = make_context(no_icmp=True)
+    solicit(ctx, GATEWAY6)
+    ask_for_router(ctx)
+    assert len(link(ctx).take()) == 2
 
 
 def test_no_ra_leaves_neighbours() -> None:
@@ -212,7 +233,7 @@ def test_an_option_less(change: dict[str, Any], absent: type[ndp.Option]) -> Non
     )
     config = replace(full, **change)
     assert config.ip6 is not None
-    found = {type(o) for o in router_advertisement(config.ip6, config).options}
+    found = {type(o) for o in router_advertisement(config.ip6, config, OUR_MAC).options}
     expected = {Prefix, LinkAddress, Mtu, Rdnss, Dnssl} - {absent}
     if change.get("ip6") == replace(IP6, addr=None):
         expected -= {Rdnss}  # and this one has no resolver either
@@ -239,14 +260,14 @@ def test_search_list_that_does_not_fit(mtu: int, count: int) -> None:
 
 def test_not_even_one_search_domain_fits() -> None:
     config = replace(CONFIG, mtu=150, advertise_search=True, dns_search=("d" * 63,))
-    assert not any(isinstance(o, Dnssl) for o in router_advertisement(IP6, config).options)
+    assert not any(isinstance(o, Dnssl) for o in router_advertisement(IP6, config, OUR_MAC).options)
 
 
 @pytest.mark.parametrize("change", [{"no_dhcpv6": True}, {"ip6": replace(IP6, addr=None)}])
 def test_managed_only_where_dhcpv6_answers(change: dict[str, Any]) -> None:
     config = replace(CONFIG, **change)
     assert config.ip6 is not None
-    assert router_advertisement(config.ip6, config).flags == 0
+    assert router_advertisement(config.ip6, config, OUR_MAC).flags == 0
 
 
 def test_who_has_no_address_yet_is_answered_by_multicast(ctx: Context) -> None:
@@ -277,7 +298,7 @@ def test_unsolicited(ctx: Context) -> None:
         service.fire(0, now)
         dst_mac, source, destination, message = parts(link(ctx).take_one())
         assert (dst_mac, source, destination) == (bytes.fromhex("333300000001"), GATEWAY6, addr.ALL_NODES6)
-        assert RouterAdvertisement.parse(message) == router_advertisement(IP6, CONFIG)
+        assert RouterAdvertisement.parse(message) == router_advertisement(IP6, CONFIG, OUR_MAC)
 
 
 def test_interval_is_drawn_each_time(ctx: Context) -> None:
@@ -332,9 +353,54 @@ def test_another_mtu_and_another_prefix_are_told_at_once(ctx: Context) -> None:
         reconfigure(ctx, T0 + 1, **how)
         assert ctx.config.ip6 is not None
         told = RouterAdvertisement.parse(parts(link(ctx).take_one())[3])
-        assert told == router_advertisement(ctx.config.ip6, ctx.config)
+        gone = () if "mtu" in how else (addr.packed("2001:db8::"),)
+        assert told == router_advertisement(ctx.config.ip6, ctx.config, OUR_MAC, gone=gone)
     reconfigure(ctx, T0 + 2, hostname="which no router tells")
     assert link(ctx).take() == []
+
+
+def told_prefixes(ctx: Context) -> dict[str, tuple[int, int]]:
+    """Prefixes of the only advertisement, with their lifetimes: valid, preferred."""
+    options = RouterAdvertisement.parse(parts(link(ctx).take_one())[3]).options
+    return {addr.text(o.prefix): (o.valid, o.preferred) for o in options if isinstance(o, Prefix)}
+
+
+def test_a_former_prefix_is_withdrawn_for_as_long_as_a_guest_may_have_its_addresses(ctx: Context) -> None:
+    Ndp(ctx).start(T0)
+    for_ever = (ndp.INFINITE, ndp.INFINITE)
+    reconfigure(ctx, T0, ip6=replace(IP6, addr=addr.packed("2001:db8:1::2")))
+    assert told_prefixes(ctx) == {"2001:db8:1::": for_ever, "2001:db8::": (0, 0)}
+    reconfigure(ctx, T0 + 1, ip6=replace(IP6, addr=addr.packed("2001:db8:2::2")))
+    assert told_prefixes(ctx) == {"2001:db8:2::": for_ever, "2001:db8::": (0, 0), "2001:db8:1::": (0, 0)}
+    timers(ctx).services.fire(0, T0 + GONE_TIME + 0.5)
+    assert told_prefixes(ctx) == {"2001:db8:2::": for_ever, "2001:db8:1::": (0, 0)}
+    reconfigure(ctx, T0 + GONE_TIME, ip6=replace(IP6, addr=addr.packed("2001:db8:1::2")))
+    assert told_prefixes(ctx) == {"2001:db8:1::": for_ever, "2001:db8:2::": (0, 0)}, "it is back"
+
+
+def test_many_former_prefixes_do_not_make_an_advertisement_longer(ctx: Context) -> None:
+    Ndp(ctx).start(T0)
+    for number in range(3 * GONE_MAX):
+        reconfigure(ctx, T0 + number, ip6=replace(IP6, addr=addr.packed(f"2001:db8:{number + 1:x}::2")))
+        told = told_prefixes(ctx)
+    assert len(told) == 1 + GONE_MAX
+
+
+def test_a_former_link_local_address_of_ours_is_no_router_any_more(ctx: Context) -> None:
+    Ndp(ctx).start(T0)
+    other = addr.packed("fe80::7")
+    reconfigure(ctx, T0, ip6=replace(IP6, gateway=other, our_ll=other))
+    first, second = map(parts, link(ctx).take())
+    assert (first[1], RouterAdvertisement.parse(first[3]).lifetime) == (GATEWAY6, 0)
+    assert (second[1], RouterAdvertisement.parse(second[3]).lifetime) == (other, 65535)
+
+
+def test_a_host_without_ipv6_is_no_router_either(ctx: Context) -> None:
+    Ndp(ctx).start(T0)
+    reconfigure(ctx, T0, ip6=replace(IP6, addr=None, gateway=None))
+    message = RouterAdvertisement.parse(parts(link(ctx).take_one())[3])
+    assert message.lifetime == 0
+    assert [(o.prefix, o.valid) for o in message.options if isinstance(o, Prefix)] == [(addr.packed("2001:db8::"), 0)]
 
 
 @pytest.mark.parametrize("pause", [1.0, 1000.0])
@@ -345,7 +411,7 @@ def test_advertisements_end_with_ipv6_and_begin_again(ctx: Context, pause: float
     now = elapse(ctx, T0, pause)
     assert link(ctx).take() == []
     reconfigure(ctx, now, ip6=IP6)
-    expected = router_advertisement(IP6, ctx.config)
+    expected = router_advertisement(IP6, ctx.config, OUR_MAC)
     assert RouterAdvertisement.parse(parts(link(ctx).take_one())[3]) == expected
     elapse(ctx, now, RA_INTERVAL[1])
     assert link(ctx).take(), "and from time to time"
@@ -389,3 +455,99 @@ def test_takes_its_messages(ctx: Context) -> None:
 def test_empty_message(ctx: Context) -> None:
     hand_over(ctx, GUEST_LL, GATEWAY6, b"")
     assert link(ctx).take() == []
+
+
+# Our own messages ----------------------------------------------------------------------------------------------------
+
+
+def test_solicitation(ctx: Context) -> None:
+    """RFC 4861, 7.2.2: to the solicited-node address, with our MAC."""
+    Ndp(ctx)
+    assert ctx.services.solicit6 is not None
+    ctx.services.solicit6(GUEST6)
+    (frame,) = link(ctx).take()
+    packet = dissect(frame)
+    assert recomputed(frame) == frame
+    assert (packet.dst, packet[IPv6].dst, packet[IPv6].src) == ("33:33:ff:00:00:02", "ff02::1:ff00:2", "fe80::1")
+    assert packet[IPv6].hlim == 255
+    assert packet[ICMPv6ND_NS].tgt == "2001:db8::2"
+    assert packet[ICMPv6NDOptSrcLLAddr].lladdr == addr.mac_text(OUR_MAC)
+
+
+def test_announcements_when_the_link_comes_up(ctx: Context) -> None:
+    """RFC 4861, 7.2.6: to all nodes, overriding; then the router's advertisement."""
+    Ndp(ctx)
+    (announce,) = ctx.services.on_link_up
+    ctx.guest.addr6 = addr.packed("2001:db8::9")
+    announce()
+    na, ns, ra = map(dissect, link(ctx).take())
+    assert (na.dst, na[IPv6].dst) == ("33:33:00:00:00:01", "ff02::1")
+    assert (na[ICMPv6ND_NA].tgt, na[ICMPv6ND_NA].R, na[ICMPv6ND_NA].S, na[ICMPv6ND_NA].O) == ("fe80::1", 1, 0, 1)
+    assert ns[ICMPv6ND_NS].tgt == addr.text(GUEST6), "the guest may have the assigned address, too"
+    assert ICMPv6ND_RA in ra and ra[IPv6].dst == "ff02::1"
+
+
+@pytest.mark.parametrize("off", [{"ip6": None}, {"no_ndp": True}])
+def test_nothing_is_begun_without_ndp(off: dict[str, Any]) -> None:
+    ctx = make_context(**off)
+    ndp_service = Ndp(ctx)
+    ndp_service.announce()
+    ndp_service.solicit(GUEST6)
+    assert link(ctx).take() == []
+
+
+# Neighbours of the host ----------------------------------------------------------------------------------------------
+
+
+NEIGHBOUR, NEIGHBOURS_MAC = packed("fe80::77"), bytes.fromhex("525400000077")
+THEIRS = LinkAddress(LinkAddress.TARGET, NEIGHBOURS_MAC)
+
+
+def test_a_neighbour_answers_for_itself(ctx: Context) -> None:
+    """It overrides what the guest has of it, which may be ours, as of before it was known (RFC 4861, 7.2.4)."""
+    ctx.lan.note(NEIGHBOUR, NEIGHBOURS_MAC)
+    solicit(ctx, NEIGHBOUR)
+    frame = link(ctx).take_one()
+    assert frame == recomputed(frame)
+    assert (frame[:12], frame[22:38], frame[38:54]) == (GUEST_MAC + NEIGHBOURS_MAC, NEIGHBOUR, GUEST_LL)
+    flags = NeighbourAdvertisement.ROUTER | NeighbourAdvertisement.SOLICITED | NeighbourAdvertisement.OVERRIDE
+    assert NeighbourAdvertisement.parse(frame[54:]) == NeighbourAdvertisement(flags, NEIGHBOUR, (THEIRS,))
+
+
+def test_a_neighbour_is_announced(ctx: Context) -> None:
+    solicit(ctx, NEIGHBOUR)
+    link(ctx).take()
+    ctx.lan.note(NEIGHBOUR, NEIGHBOURS_MAC)
+    assert ctx.lan.outdated() == [NEIGHBOUR]
+    assert ctx.services.announce6 is not None
+    ctx.services.announce6(NEIGHBOUR)
+    frame = link(ctx).take_one()
+    assert (frame[:12], frame[22:38]) == (bytes.fromhex("333300000001") + NEIGHBOURS_MAC, NEIGHBOUR)
+    assert frame[38:54] == addr.ALL_NODES6
+    flags = NeighbourAdvertisement.ROUTER | NeighbourAdvertisement.OVERRIDE
+    assert NeighbourAdvertisement.parse(frame[54:]) == NeighbourAdvertisement(flags, NEIGHBOUR, (THEIRS,))
+    assert ctx.lan.outdated() == []
+
+
+@pytest.mark.parametrize("change", [{"no_ndp": True}, {"ip6": None}])
+def test_nothing_is_announced_without_ndp(change: dict[str, Any]) -> None:
+    ctx = make_context(**change)
+    Ndp(ctx)
+    assert ctx.services.announce6 is not None
+    ctx.services.announce6(NEIGHBOUR)
+    assert link(ctx).take() == []
+
+
+def test_the_router_speaks_with_one_mac() -> None:
+    """Where the gateway is no address of ours, it has its own: in advertisements, solicitations, and answers."""
+    ctx = make_context(ip6=replace(IP6, map_host_loopback=None))
+    ctx.lan.note(GATEWAY6, NEIGHBOURS_MAC)
+    ask_for_router(ctx)
+    solicit(ctx, GATEWAY6)
+    assert ctx.services.solicit6 is not None
+    ctx.services.solicit6(GUEST6)
+    advertised, answered, asked = link(ctx).take()
+    assert {frame[6:12] for frame in (advertised, answered, asked)} == {NEIGHBOURS_MAC}
+    assert LinkAddress(LinkAddress.SOURCE, NEIGHBOURS_MAC) in RouterAdvertisement.parse(advertised[54:]).options
+    assert NeighbourAdvertisement.parse(answered[54:]).options == (THEIRS,)
+    assert NeighbourSolicitation.parse(asked[54:]).options == (LinkAddress(LinkAddress.SOURCE, NEIGHBOURS_MAC),)
