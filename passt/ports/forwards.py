@@ -15,7 +15,9 @@ configuration, and only this module replaces them (`policy/settings.py`).
 
 Everything else is opened before anything is closed. If a port cannot be opened, what was opened is closed, what was
 closed first is opened again, and the request fails with a line for each range of ports, in the words of start-up. A
-port in use is not waited for, because the loop would stand still; opening takes some 15 us per port.
+port in use is not waited for, because the loop would stand still. Opening takes some 15 us per port, so a request that
+needs more descriptors than there may be is refused before anything is opened, and so is one with more than OPENED_MAX
+sockets.
 
 All of this happens between two turns of the loop, when descriptors can be closed at once, so a port is free when the
 request is answered.
@@ -28,17 +30,19 @@ from __future__ import annotations
 import resource
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 
 from .. import log
 from ..flow.context import Context
-from ..flow.idle import NO_DESCRIPTORS
+from ..flow.room import NO_DESCRIPTORS
+from ..lean.records import dataclass, field, replace
 from ..loop.each import each, record
 from ..policy.rule_table import Missing, RuleTable
 from ..policy.rules import Listener, Rule
 from .listen import Listeners, close_socket
 from .scan import Scanner
-from .sockets import RESERVE, Failure, Wanted, describe
+from .sockets import Failure, Wanted, describe, reserve, sockets
+
+OPENED_MAX = 16384  # sockets of one request: a quarter of a second
 
 # Requests and their outcomes --------------------------------------------------------------------------------------
 
@@ -137,7 +141,9 @@ class Forwards:
         outcome.removed = {n: rule for n, rule in before.items() if after.get(n) != rule}
         outcome.added = {n: rule for n, rule in after.items() if before.get(n) != rule}
         if outcome.removed or outcome.added:
+            self._check_descriptors(after.values())
             plan = self._plan(list(outcome.removed.values()), list(outcome.added.values()))
+            self._check_work(plan.open)
             closed_first = self._conflicting(plan, after.values())
             self._open(plan.open, closed_first)
             gone = set(closed_first)
@@ -211,6 +217,30 @@ class Forwards:
         names = f"'{first.option}' and by '{second.option}'"
         raise Refused([f"Port {port} is asked for twice, by {names}: leave it out of one of them"])
 
+    def _check_descriptors(self, rules: Iterable[Rule]) -> None:
+        """Raises Refused if the rules need more descriptors than the process may have, as at start."""
+        if self._limit == resource.RLIM_INFINITY:
+            return
+        sizes = [(len(rule.ports) * sockets(self._ctx.config, rule), rule.option) for rule in rules if not rule.auto]
+        needed = sum(n for n, _ in sizes) + reserve(self._limit)
+        if sizes and needed > self._limit:
+            raise Refused([self._too_many(max(sizes)[1], f"needs {needed} descriptors, the limit is {self._limit}")])
+
+    def _check_work(self, wanted: Sequence[Wanted]) -> None:
+        """Raises Refused if the loop would stand still for too long."""
+        opened = sum(sockets(self._ctx.config, rule) for rule, _ in wanted)
+        if opened > OPENED_MAX:
+            raise Refused(
+                [
+                    f"Ports with {opened} sockets are too many for one request, as traffic would have to wait: "
+                    f"divide it into requests with {OPENED_MAX} at most"
+                ]
+            )
+
+    @staticmethod
+    def _too_many(option: str, why: str) -> str:
+        return f"Can't open enough sockets for port specifier: {option} ({why}: start with a higher one, ulimit -Hn)"
+
     # Sockets -----------------------------------------------------------------------------------------------------
 
     def _plan(self, removed: Sequence[Rule], added: Sequence[Rule]) -> _Plan:
@@ -281,16 +311,11 @@ class Forwards:
         firm = [f for f in failures if not f.rule.weak]
         full = next((f for f in failures if f.errno in NO_DESCRIPTORS), None)
         last = max(opened, key=lambda listener: listener.fd, default=None)
-        if full is None and last is not None and last.fd >= self._limit - RESERVE > 0:
+        if full is None and last is not None and last.fd >= self._limit - reserve(self._limit) > 0:
             full = Failure(last.rule, last.port, 0)
         if full is not None:
-            raise Refused(
-                [
-                    f"Can't open enough sockets for port specifier: {full.rule.option} "
-                    f"(the limit of descriptors is {self._limit}: start with a higher one, ulimit -Hn)"
-                ],
-                failures,
-            )
+            line = self._too_many(full.rule.option, f"the limit of descriptors is {self._limit}")
+            raise Refused([line], failures)
         if firm:
             raise Refused(describe(firm), firm)
         had = {listener.rule.option for listener in opened}

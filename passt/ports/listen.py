@@ -14,12 +14,20 @@ non-blocking socket of the C type, and belongs to the module that it is handed t
 An accept(2) without a client costs nearly as much as one that succeeds, so the number of them per event follows the
 length of the backlog at earlier events. epoll reports the rest once more, after other descriptors had their turn.
 
-Without free descriptors, a client is accepted with a spare one, and reset. Where that fails as well, and after a fault
-in a handler, the listener rests for a moment (`flow/spare.py`).
+Without free descriptors, flows of little use make way for a client (`flow/room.py`). If there are none, it is accepted
+with a spare descriptor, and reset. Where that fails as well, and after a fault in a handler, the listener rests for a
+moment (`flow/spare.py`).
+
+Root of the host, and of the namespace, may destroy any socket there (`ss -K`, SOCK_DESTROY of sock_diag(7)). For a TCP
+listener, accept(2) then fails by EINVAL, epoll reports EPOLLHUP for ever, and connections would be born closed if it
+listened again. So its port is closed, and opened anew after REOPEN, which bounds the work that a hostile guest can
+cause; automatic rules do so at their next scan. A port that cannot be opened is given up. A UDP listener reports one
+error and goes on.
 """
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections import Counter
@@ -30,11 +38,11 @@ from .. import log
 from ..calls import calls
 from ..drops import Drop
 from ..flow.context import Context
-from ..flow.idle import NO_DESCRIPTORS
+from ..flow.room import DESCRIPTORS, NO_DESCRIPTORS
 from ..flow.spare import Spare
 from ..linux.netns import Namespace
 from ..linux.nspool import new_socket
-from ..linux.syscall import accept
+from ..linux.syscall import ACCEPTED, accept
 from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from ..policy.rules import Listener, Rule
@@ -42,13 +50,13 @@ from ..splice.tcp import TcpSplice
 from ..tcp_engine.opening import TcpOpen
 from ..tcp_engine.sock import reset
 from ..wire.checksum import PROTO_TCP
-from .sockets import Failure, Wanted, open_ports
+from .sockets import Failure, Wanted, describe, held_by_us, open_ports
 from .udp_in import UdpIn
 
 BUDGET_MAX = 16  # connections accepted per event, so that established ones get their turn
+REOPEN = 0.5  # s
 STREAK = 8  # events in a row that use up the budget before it doubles
 
-_TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # as accept4(2) made it
 
 CALLS = calls("accept4")
 
@@ -73,9 +81,12 @@ class Listeners:
         self._free: list[int] = []
         self._by_rule: dict[Rule, dict[int, tuple[Listener, ...]]] = {}
         self._held: Counter[tuple[int, bool, int]] = Counter()  # sockets by protocol, direction and port
+        self._in_vain: set[int] = set()  # UDP ports that could not be had although flows of the guest made way
         self._budget = 1
         self._streak = 0
         self._spare = Spare(ctx)
+        self._lost: dict[Wanted, None] = {}  # ports whose sockets were destroyed
+        self._timer = -1
         ctx.reactor.handle(TYPE_LISTEN, self.sock_handler)
         ctx.stats.gauges["listeners"] = lambda: len(self._by_index) - len(self._free)
         for listener in opened:
@@ -113,15 +124,31 @@ class Listeners:
         listeners: list[Listener] = []
         config = self._ctx.config
         if not outbound:
-            udp = {port for rule, port in wanted if rule.proto != PROTO_TCP}
-            if udp:
-                self._udp_in.free_ports(udp)
-            return listeners, open_ports(config, wanted, listeners)
+            return listeners, self._make_way(open_ports(config, wanted, listeners), listeners)
         assert self._namespace is not None, "a virtual machine has no outbound rules"
         try:
             return listeners, self._namespace.run(lambda: open_ports(config, wanted, listeners))
         except OSError as e:
             return listeners, [Failure(rule, port, e.errno or 0) for rule, port in wanted]
+
+    def _make_way(self, failed: list[Failure], listeners: list[Listener]) -> list[Failure]:
+        """Try ports again that flows of the guest keep, after closing these; returns the remaining failures.
+
+        A flow that closes loses its port, so none does for a port that others have, or that may not be bound. Automatic
+        rules try again all the time: a port that could not be had in spite of that is not cleared for them again.
+        """
+        config = self._ctx.config
+        busy = [f for f in failed if f.rule.proto != PROTO_TCP and f.errno == errno.EADDRINUSE]
+        busy = [f for f in busy if not (f.rule.auto and f.port in self._in_vain)]
+        ours = self._udp_in.ports_in_use({f.port for f in busy}) if busy else ()
+        held = [f for f in busy if f.port in ours and held_by_us(config, f.rule, f.port)]
+        if not held:
+            return failed
+        self._udp_in.free_ports({f.port for f in held})
+        again = open_ports(config, [(f.rule, f.port) for f in held], listeners)
+        self._in_vain.difference_update(f.port for f in held)
+        self._in_vain.update(f.port for f in again)
+        return [f for f in failed if f not in held] + again
 
     def watch(self, listeners: Sequence[Listener]) -> None:
         """Serve the listeners of `open`. Raises OSError, with all of them closed.
@@ -207,6 +234,7 @@ class Listeners:
         each(filter(None, self._by_index), self._retire, self._fault_at)
         for held in (self._by_index, self._by_rule, self._held, self._free):
             held.clear()
+        self._lost.clear()
         self._spare.close()
 
     def _retire(self, listener: Listener) -> None:
@@ -259,7 +287,7 @@ class Listeners:
         except OSError as e:
             self._accept_failed(listener, e, now)
             return
-        sock: Any = new_socket(listener.sock.family, _TYPE, 0, fd)
+        sock: Any = new_socket(listener.sock.family, ACCEPTED, 0, fd)
         ctx = self._ctx
         if ctx.fwd.spliced(peer, listener.rule):
             self._tcp_splice.accepted(listener, sock, peer, port, now)
@@ -270,16 +298,46 @@ class Listeners:
             reset(sock)
 
     def _accept_failed(self, listener: Listener, e: OSError, now: float) -> None:
-        """Raises BlockingIOError if the listener rests."""
+        """Raises BlockingIOError if the listener rests, or has no backlog any more."""
+        if e.errno == errno.EINVAL:
+            self._destroyed(listener, now)
+            raise BlockingIOError
         if e.errno in NO_DESCRIPTORS:
+            if self._ctx.room.make(DESCRIPTORS, now, foreign=not listener.rule.outbound):
+                return
             log.warn_ratelimited("listen", f"Refusing connections to port {listener.port}: {e.strerror}", now)
         elif log.debug_on:
             log.debug(f"Port {listener.port}: accept: {e.strerror}")
         if not self._spare.accept_failed(listener.fd, e, now, self._refuse):
             raise BlockingIOError
 
+    def _destroyed(self, listener: Listener, now: float) -> None:
+        """Its socket was destroyed: close the port, to open it again a little later."""
+        rule, port = listener.rule, listener.port
+        self._ctx.drops[Drop.LISTEN_DESTROYED] += 1
+        text = f"Port {port} of '{rule.option}' was closed by another program: opening it again"
+        log.warn_ratelimited("destroyed", text, now)
+        self.remove(rule, port)
+        if not rule.auto:
+            if self._timer < 0:
+                self._timer = self._ctx.timers.services.new(self._reopen)
+            if not self._lost:
+                self._ctx.timers.services.arm(self._timer, now + REOPEN)
+            self._lost[rule, port] = None
+
+    def _reopen(self, now: float) -> None:
+        """Open ports whose sockets were destroyed, as far as their rules are in force."""
+        lost, self._lost = self._lost, {}
+        rules = set(self._ctx.config.forwards)
+        wanted = [(rule, port) for rule, port in lost if rule in rules and port not in self.ports(rule)]
+        failed: list[Failure] = []
+        for outbound in (False, True):
+            failed += self.add_all([w for w in wanted if w[0].outbound == outbound])
+        for line in describe(failed):
+            log.warn_ratelimited("given up", f"Closed by another program, and given up: {line}", now)
+
     def _refuse(self, fd: int) -> None:
-        reset(new_socket(socket.AF_INET, _TYPE, 0, fd))
+        reset(new_socket(socket.AF_INET, ACCEPTED, 0, fd))
         self._ctx.drops[Drop.LISTEN_NO_DESCRIPTOR] += 1
 
     def fault(self, ref: int) -> None:

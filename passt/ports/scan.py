@@ -10,20 +10,23 @@ where a rule of the other direction listens, the port is its own, and to follow 
 are opened and vanished ports closed: connections through these go on; UDP flows, which would keep the port, end. A port
 that cannot be bound is tried again at each scan, and logged once, in debug.
 
-Some servers of the host are bound to an address of 127/8 of their own (systemd-resolved: 127.0.0.53). Outbound rules
-listen on the same address in the namespace, and lead to that server, so what /etc/resolv.conf says works there as well.
-Such a port counts for nothing else.
+Inbound, UDP follows rules for given TCP ports, too: while port t of the namespace is listening, and a rule leads from p
+to t, UDP port p counts as bound. Programs with a TCP connection for control bind UDP for a moment only (iperf3 -u).
 
-    time     condition                     consequence
-    -------  ----------------------------  --------------------------------------
-    0.8 s    there are automatic rules     the tables are read and compared again
+Some servers of the host are bound to an address of 127/8 of their own (systemd-resolved: 127.0.0.53). Outbound rules,
+automatic or not, listen on the same address in the namespace, and lead to that server, so what /etc/resolv.conf says
+works there as well. Such a port counts for nothing else.
+
+    time     condition                                     consequence
+    -------  --------------------------------------------  --------------------------------------
+    0.8 s    there are automatic rules, or outbound ones   the tables are read and compared again
 
 so that ports appear and vanish within a second. At start inbound rules come first, so that a server in the namespace
-gets its port on the host; later outbound rules do. Without automatic rules there is no timer, and nothing is read.
+gets its port on the host; later outbound rules do. Without such rules there is no timer, and nothing is read.
 
 Limits. Each followed port costs descriptors, and a port of the host that other programs may want, also for connections.
-So the sockets of automatic rules have a limit in each direction, a share of the descriptors, and leave RESERVE of them
-(`ports.sockets`). Ports beyond are left out, logged and counted once, and have their turn when other ports vanish.
+So the sockets of automatic rules have a limit in each direction, a share of the descriptors, and leave some of them
+(`sockets.reserve`). Ports beyond are left out, logged and counted once, and have their turn when other ports vanish.
 
 Rules may change at run time (`forwards.py`); a scan follows at once. An automatic rule leaves a port alone that another
 rule has.
@@ -39,19 +42,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from .. import log
 from ..drops import Drop
 from ..flow.context import Context
 from ..flow.idle import flow_limit
+from ..lean.records import replace
 from ..linux.ports import Pinned, PortTables
 from ..loop.each import each, record
 from ..policy.config import Config
 from ..policy.rules import Rule
 from ..wire.checksum import PROTO_TCP, PROTO_UDP
 from .listen import Listeners
-from .sockets import RESERVE, Wanted, sockets
+from .sockets import Wanted, reserve, sockets
 
 INTERVAL = 0.8  # s
 SHARE = 20  # scans take at most one part in so many of the time
@@ -71,7 +74,8 @@ class Scanner:
         self._failed: dict[bool, set[Wanted]] = {False: set(), True: set()}  # by direction, at the last scan
         self._left_out: dict[bool, set[Wanted]] = {False: set(), True: set()}  # likewise
         self._most = flow_limit(SOCKETS_MAX, DESCRIPTOR_SHARE)
-        self._all = flow_limit(sys.maxsize, 1) - RESERVE  # for all rules
+        limit = flow_limit(sys.maxsize, 1)
+        self._all = limit - reserve(limit)  # for all rules
         self._timer = -1
         self._armed = False
         self._own: set[Rule] = set()  # derived from outbound rules, one for each loopback address of a server
@@ -84,6 +88,11 @@ class Scanner:
         self._outbound = [rule for rule in rules if rule.auto and rule.outbound]
         fixed = [rule for rule in rules if not rule.auto]
         self._others = {rule: _overlaps(rule, fixed) for rule in (*self._inbound, *self._outbound)}
+        self._leading = [r for r in rules if r.outbound and r.addr is None and r.target is None]
+        udp = any(rule.proto == PROTO_UDP for rule in self._inbound)
+        led = [r for r in fixed if udp and r.proto == PROTO_TCP and not r.outbound and r.target is None]
+        self._look_in = [*self._inbound, *led]
+        self._look_out = [*self._outbound, *(rule for rule in self._leading if not rule.auto)]
 
     def can_follow(self, outbound: bool) -> bool:
         """Whether automatic rules of that direction are possible: the port table of the other side is known."""
@@ -93,28 +102,34 @@ class Scanner:
         """Close ports of derived rules that have lost their rule; `forwards.py` closed the others."""
         if self._rules is former.forwards:
             return
-        gone = [own for own in self._own if replace(own, addr=None, target=None) not in self._outbound]
+        origins = {_pinned_at(rule, None) for rule in self._leading}
+        gone = [own for own in self._own if _pinned_at(own, None) not in origins]
         each(gone, self._close_all, self._fault_at)
         self.start(now)
 
     def start(self, now: float) -> None:
         """Scan at once, and periodically from then on."""
-        if not self._inbound and not self._outbound:
+        if not self._wanted:
             return
         if self._timer < 0:
             self._timer = self._ctx.timers.services.new(self._scan)
-        self._follow_all(now, (self._inbound, self._ns), (self._outbound, self._host))
+        self._follow_all(now, (self._look_in, self._ns), (self._look_out, self._host))
         if not self._armed:
             self._ctx.timers.services.arm(self._timer, now + INTERVAL)
             self._armed = True
 
+    @property
+    def _wanted(self) -> bool:
+        """Whether there is anything to follow. Given outbound ports have no need of tables."""
+        return bool(self._inbound or self._outbound or (self._look_out and self._host is not None))
+
     def _scan(self, now: float) -> None:
-        self._armed = bool(self._inbound or self._outbound)
+        self._armed = self._wanted
         if not self._armed:
             return
         begin = time.process_time()
         try:
-            self._follow_all(now, (self._outbound, self._host), (self._inbound, self._ns))
+            self._follow_all(now, (self._look_out, self._host), (self._look_in, self._ns))
         finally:  # a fault costs one scan
             cost = time.process_time() - begin
             self._ctx.timers.services.arm(self._timer, now + max(INTERVAL, SHARE * cost))
@@ -125,7 +140,8 @@ class Scanner:
         A direction or a rule at which a fault occurs misses this scan.
         """
         found: list[Found] = []
-        each([d for d in directions if d[0]], self._read, self._fault_at, found)
+        look = [(r, t) for r, t in directions if r and (t is not None or any(rule.auto for rule in r))]
+        each(look, self._read, self._fault_at, found)
         each(found, self._follow_one, self._fault_at, now)
 
     def _read(self, direction: tuple[list[Rule], PortTables | None], found: list[Found]) -> None:
@@ -137,7 +153,7 @@ class Scanner:
         rules, bound, tables = found
         new = self._follow(rules, bound)
         if rules[0].outbound and tables is not None:
-            new += self._follow_pinned(rules, tables)
+            new += self._follow_pinned(self._leading, tables)
         self._add(rules[0].outbound, self._within_limit(rules[0].outbound, new, now))
 
     def _fault_at(self, what: object, e: Exception) -> None:
@@ -147,7 +163,7 @@ class Scanner:
     def _follow(self, rules: list[Rule], bound: dict[int, set[int]]) -> list[Wanted]:
         """Follow the bound ports that `rules`, of one direction, lead to; returns new ports."""
         new: list[Wanted] = []
-        each(rules, self._follow_rule, self._fault_at, bound, new)
+        each([rule for rule in rules if rule.auto], self._follow_rule, self._fault_at, bound, new)
         return new
 
     def _follow_rule(self, rule: Rule, bound: dict[int, set[int]], new: list[Wanted]) -> None:
@@ -177,12 +193,14 @@ class Scanner:
 
     def _find_pinned(self, rule: Rule, tables: PortTables, tcp: Pinned, wanted: dict[Rule, set[int]]) -> None:
         """Add ports of servers that `rule` leads to to `wanted`, by the rule derived for their address."""
-        for address, bound in tcp if rule.proto == PROTO_TCP else tcp | tables.pinned(PROTO_UDP):
+        follows_tcp = any(other.auto and other.proto == PROTO_TCP for other in self._leading)
+        udp = tables.pinned(PROTO_UDP) | (tcp if follows_tcp else set()) if rule.proto == PROTO_UDP else set()
+        for address, bound in tcp if rule.proto == PROTO_TCP else udp:
             port = bound - rule.to + rule.first
             ours = self._listeners.has(rule.proto, False, bound)
-            taken = ours or any(port in others for others in self._others[rule])
-            if rule.addr is None and rule.target is None and port in rule.ports and not taken:
-                wanted.setdefault(replace(rule, addr=address, target=address), set()).add(port)
+            taken = ours or any(port in others for others in self._others.get(rule, ()))
+            if port in rule.ports and not taken:
+                wanted.setdefault(_pinned_at(rule, address), set()).add(port)
 
     def _follow_own(self, own: Rule, wanted: dict[Rule, set[int]], new: list[Wanted]) -> None:
         self._close_but(own, wanted.get(own, set()), new)
@@ -210,7 +228,8 @@ class Scanner:
         if PROTO_TCP in protos:
             tcp = {port for port in tables.bound(PROTO_TCP) if not ours(PROTO_TCP, echo, port)}
         udp = tables.bound(PROTO_UDP) if PROTO_UDP in protos else set()
-        return {PROTO_TCP: tcp, PROTO_UDP: {port for port in udp | tcp if not ours(PROTO_UDP, echo, port)}}
+        udp |= _followed_by_udp(rules, tcp)
+        return {PROTO_TCP: tcp, PROTO_UDP: {port for port in udp if not ours(PROTO_UDP, echo, port)}}
 
     def _within_limit(self, outbound: bool, new: list[Wanted], now: float) -> list[Wanted]:
         """New ports within the limit; those beyond are logged and counted once.
@@ -251,6 +270,19 @@ class Scanner:
                 if (rule, port) not in failed:
                     log.debug(f"{rule.option}: listening on port {port}")
         self._failed[outbound] = set(failed)
+
+
+def _pinned_at(rule: Rule, address: bytes | None) -> Rule:
+    """The rule derived from an outbound one for a loopback address of a server."""
+    return replace(rule, addr=address, target=address, auto=True, weak=True)
+
+
+def _followed_by_udp(rules: Iterable[Rule], tcp: set[int]) -> set[int]:
+    """The UDP ports that follow the listening TCP ports `tcp`, where `rules` of one direction lead."""
+    tcp_rules = [rule for rule in rules if rule.proto == PROTO_TCP]
+    given = [rule for rule in tcp_rules if not rule.auto and not rule.outbound]
+    found = {p for r in given for t in tcp if (p := t - r.to + r.first) in r.ports}
+    return found | tcp if any(rule.auto for rule in tcp_rules) else found
 
 
 def _overlaps(rule: Rule, fixed: Iterable[Rule]) -> list[range]:

@@ -18,27 +18,29 @@ Accepted TCP sockets inherit the options of the listening socket, all but SO_PRI
 connections are set here (`tcp_engine/sock.py`).
 
 UDP sockets have neither SO_REUSEADDR nor SO_REUSEPORT, or two sockets could bind the same port. They report the
-destination address of datagrams.
+destination address of datagrams, and their traffic class. A port in use may be held by sockets of this program alone,
+those of the guest's flows (`udp_engine/sock.py`); `held_by_us` tells.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import resource
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from .. import addr, log
 from ..calls import calls
-from ..flow.idle import NO_DESCRIPTORS
+from ..flow.room import NO_DESCRIPTORS
+from ..lean.records import dataclass
+from ..linux import holders
+from ..linux.multicast import only_joined
 from ..linux.nspool import new_socket
 from ..linux.ports import PortTables, open_tables
-from ..linux.sockopt import FREEBIND, IP_PKTINFO, freebind, setting
+from ..linux.sockopt import FREEBIND, IP_PKTINFO, RECEIVE_CLASS, REUSEPORT, freebind, setting
 from ..linux.tcpinfo import Features, probe
 from ..log import Fatal
 from ..policy.config import Config
@@ -50,7 +52,8 @@ from ..wire.checksum import PROTO_TCP
 BIND_TIMEOUT = 1.0  # s, for all ports in use together
 RETRY_INTERVAL = 0.05  # s
 BACKLOG = 4096  # of listen(2); net.core.somaxconn limits it
-RESERVE = 128  # descriptors left for flows and for the program
+HOLDERS_MAX = 3  # ports in use whose holders are looked for
+RESERVE = 128  # descriptors left for flows and for the program, where the limit is not lower than twice as many
 
 _NO_FAMILY = frozenset((errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL))
 _FLAGS = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -62,7 +65,7 @@ _PKTINFO = {
 Wanted = tuple[Rule, int]  # a port of a rule
 
 CALLS = (
-    *setting(*FREEBIND, *((level, option) for level, option, _ in _PKTINFO.values())),
+    *setting(REUSEPORT, *FREEBIND, *RECEIVE_CLASS, *((level, option) for level, option, _ in _PKTINFO.values())),
     *setting(
         (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
         (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
@@ -101,6 +104,11 @@ class Failure:
 # All ports of one side ---------------------------------------------------------------------------------------------
 
 
+def reserve(limit: int) -> int:
+    """Descriptors that ports leave free with this limit of them."""
+    return min(RESERVE, limit // 2)
+
+
 def open_side(config: Config, outbound: bool, *, owner: int | None = None, changing: bool = False) -> Side:
     """Open the sockets of outbound or of inbound rules at start, in the network namespace of the calling thread.
 
@@ -121,7 +129,8 @@ def open_side(config: Config, outbound: bool, *, owner: int | None = None, chang
         tables = _open_tables() if scanned else None
         if changing:
             _features()  # while every system call is allowed
-        if changing and not scanned:
+        leading = not outbound and any(r.outbound and r.addr is None and r.target is None for r in config.forwards)
+        if (changing or leading) and not scanned:
             tables = _try_tables()
         return Side(listeners, tables)
     except BaseException:
@@ -150,7 +159,7 @@ def _try_tables() -> PortTables | None:
     try:
         return open_tables()
     except OSError as e:
-        log.debug(f"{e.filename}: {e.strerror}: automatic port forwarding cannot be added later")
+        log.debug(f"{e.filename}: {e.strerror}: bound ports are not followed")
         return None
 
 
@@ -163,7 +172,7 @@ def _open_firm(config: Config, rules: Sequence[Rule], into: list[Listener]) -> N
         failed = [g for f in failed for g in (_retry_bind(config, f, into) if f.errno == errno.EADDRINUSE else [f])]
     if failed:
         _check_descriptors(failed)
-        raise Fatal(*describe(failed))
+        raise Fatal(*describe(failed), *holders_of(failed))
 
 
 def _retry_bind(config: Config, failure: Failure, into: list[Listener]) -> list[Failure]:
@@ -173,10 +182,9 @@ def _retry_bind(config: Config, failure: Failure, into: list[Listener]) -> list[
 def _open_weak(config: Config, rules: Sequence[Rule], into: list[Listener]) -> None:
     """Open as many ports of each option as possible. Raises Fatal if an option gets none."""
     for option in dict.fromkeys(rule.option for rule in rules):
-        before = len(into)
         failed = open_ports(config, _ports([rule for rule in rules if rule.option == option]), into)
         _check_descriptors(failed)
-        if len(into) == before:
+        if not any(listener.rule.option == option for listener in into):
             raise Fatal(f"Failed to bind any port for '{option}', exiting")
         if log.debug_on:
             for line in describe(failed):
@@ -199,20 +207,6 @@ def _check_descriptors(failed: Iterable[Failure]) -> None:
     for f in failed:
         if f.errno in NO_DESCRIPTORS:
             raise Fatal(f"Can't open enough sockets for port specifier: {f.rule.option} ({f.reason})")
-
-
-def check_limit(config: Config) -> None:
-    """Raise Fatal if the process may not have as many descriptors as the rules need."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return
-    sizes = [(len(rule.ports) * sockets(config, rule), rule.option) for rule in config.forwards if not rule.auto]
-    needed = sum(n for n, _ in sizes) + len(os.listdir("/proc/self/fd")) + RESERVE
-    if sizes and needed > limit:
-        raise Fatal(
-            f"Can't open enough sockets for port specifier: {max(sizes)[1]} "
-            f"(needs {needed} descriptors, the limit is {limit}: raise ulimit -Hn)"
-        )
 
 
 def sockets(config: Config, rule: Rule) -> int:
@@ -241,34 +235,66 @@ def describe(failed: Sequence[Failure]) -> list[str]:
     return lines
 
 
+def holders_of(failed: Iterable[Failure]) -> Iterator[str]:
+    """A line for each of the first ports in use, if it is known who has it."""
+    in_use = [f for f in failed if f.errno == errno.EADDRINUSE]
+    for f in in_use[:HOLDERS_MAX]:
+        loopbacks = (addr.LOOPBACK4, addr.LOOPBACK6) if f.rule.outbound else ()
+        at = loopbacks if f.rule.addr is None else (f.rule.addr,)
+        if who := holders.describe(f.rule.proto, f.port, at):
+            yield f"{'TCP' if f.rule.proto == PROTO_TCP else 'UDP'} port {f.port} is held by {who}"
+
+
 # Ports -------------------------------------------------------------------------------------------------------------
 
 
 def open_ports(config: Config, wanted: Iterable[Wanted], into: list[Listener]) -> list[Failure]:
-    """Append listeners to `into`, all sockets of a port or none; returns the failures."""
-    failed = []
-    for rule, port in wanted:
+    """Append listeners to `into`, all sockets of a port or none; returns the failures.
+
+    The first port without a descriptor is the last one that is tried: the others fail by the same reason.
+    """
+    failed: list[Failure] = []
+    left = iter(wanted)
+    for rule, port in left:
         try:
             into += [Listener(rule, port, sock) for sock in open_port(config, rule, port)]
         except OSError as e:
             failed.append(Failure(rule, port, e.errno or 0))
+            if e.errno in NO_DESCRIPTORS:
+                failed += [Failure(rule, port, e.errno) for rule, port in left]
     return failed
 
 
-def open_port(config: Config, rule: Rule, port: int) -> list[Any]:
-    """The sockets of one port, in the network namespace of the calling thread. Raises OSError."""
+def held_by_us(config: Config, rule: Rule, port: int) -> bool:
+    """Whether the sockets that keep a UDP port of an inbound rule would let one of ours, with SO_REUSEPORT, have it.
+
+    These are sockets of flows of the guest, and perhaps of other programs of the same user that set SO_REUSEPORT.
+    """
+    try:
+        for sock in open_port(config, rule, port, shared=True):
+            sock.close()
+    except OSError:
+        return False
+    return True
+
+
+def open_port(config: Config, rule: Rule, port: int, *, shared: bool = False) -> list[Any]:
+    """The sockets of one port, in the network namespace of the calling thread. Raises OSError.
+
+    `shared`: an inbound UDP port may be shared with other sockets of the same user.
+    """
     if rule.addr is not None:
-        return [_open(config, rule, port, rule.addr)]
+        return [_open(config, rule, port, rule.addr, shared=shared)]
     if rule.outbound:
         return _open_loopback(config, rule, port)
     if config.ip6 is None:
-        return [_open(config, rule, port, addr.ANY4)]
+        return [_open(config, rule, port, addr.ANY4, shared=shared)]
     try:
-        return [_open(config, rule, port, addr.ANY6, dual=config.ip4 is not None)]
+        return [_open(config, rule, port, addr.ANY6, dual=config.ip4 is not None, shared=shared)]
     except OSError as e:
         if e.errno not in _NO_FAMILY or config.ip4 is None:
             raise
-    return [_open(config, rule, port, addr.ANY4)]
+    return [_open(config, rule, port, addr.ANY4, shared=shared)]
 
 
 def _open_loopback(config: Config, rule: Rule, port: int) -> list[Any]:
@@ -285,7 +311,7 @@ def _open_loopback(config: Config, rule: Rule, port: int) -> list[Any]:
     return found
 
 
-def _open(config: Config, rule: Rule, port: int, address: bytes, *, dual: bool = False) -> Any:
+def _open(config: Config, rule: Rule, port: int, address: bytes, *, dual: bool = False, shared: bool = False) -> Any:
     family = addr.family(address)
     tcp = rule.proto == PROTO_TCP
     sock: Any = new_socket(family, (socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM) | _FLAGS)
@@ -303,15 +329,27 @@ def _open(config: Config, rule: Rule, port: int, address: bytes, *, dual: bool =
             sock.listen(BACKLOG)
         else:
             sock.setsockopt(*_PKTINFO[family])
+            sock.setsockopt(*RECEIVE_CLASS[family == socket.AF_INET6], 1)
+            _own_groups_only(sock, family, dual)
             if dual:  # the source address of answers to IPv4 datagrams, also to broadcasts
                 sock.setsockopt(*_PKTINFO[socket.AF_INET])
+                sock.setsockopt(*RECEIVE_CLASS[0], 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)
+            if shared:
+                sock.setsockopt(*REUSEPORT, 1)
             sock.bind(_sockaddr(config, rule, port, address))
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _own_groups_only(sock: Any, family: int, dual: bool) -> None:
+    """Datagrams to multicast groups come by the sockets that joined these (`udp_engine/groups.py`). Raises OSError."""
+    only_joined(sock, family == socket.AF_INET6)
+    if dual:
+        only_joined(sock, False)
 
 
 @cache

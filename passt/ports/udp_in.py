@@ -17,13 +17,18 @@ while the batch is handled are older than any at the new sockets, so the listene
 bounded number of batches. Then come misdelivered datagrams: those that a new socket received before connect(2), from
 its own client or from others, which may get sockets in turn. Later datagrams at a new socket are read in a later turn.
 
-A datagram to a multicast group or a broadcast address always comes by the listener, and goes to the flow of its client.
+A datagram to a broadcast address always comes by the listener, and goes to the flow of its client. Those to multicast
+groups come by other sockets (`udp_engine/groups.py`).
 So do all datagrams of a client whose socket may not bind the port (`udp_engine.sock.SharedSocket`).
 
 Flows of the guest. A flow from a guest port that a listener leads to is seen as coming from the listener's port: the
 peer's answers, and its own first datagrams, reach the same program. So the sockets of these flows are bound to the
-listener's port, too (`udp_engine/outbound.py`). Flows older than the listener, as is usual with `auto`, have the port
-that it wants, and begin again (`free_ports`).
+listener's port, too (`udp_engine/outbound.py`). Flows older than the listener, as is usual with `auto`, may have the
+port that it wants. They begin again, if it can be had by that (`free_ports`, `Listeners.open`).
+
+No guest has spoken yet: a few datagrams are held until one does (`flow/neighbours.py`).
+
+A port of the guest that is closed: `udp_refused.py`.
 
 Dropped and counted: sources that cannot be answered (multicast, broadcast, unspecified, port 0); clients of a family in
 which the guest has no address; clients without a socket, with the kernel's reason.
@@ -32,6 +37,7 @@ which the guest has no address; clients without a socket, with the kernel's reas
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from functools import partial
 
 from .. import addr
 from ..drops import Drop, Failed, Reason
@@ -43,6 +49,7 @@ from ..splice.udp import UdpSplice
 from ..udp import Udp
 from ..udp_engine.outbound import Outbound
 from ..udp_engine.sock import Client, Misdelivered
+from .udp_refused import UdpRefused
 
 BATCHES_MAX = 8  # per event
 MISDELIVERED_MAX = 1024  # datagrams per event
@@ -64,6 +71,8 @@ class UdpIn:
         self.splice = UdpSplice(ctx)
         self._receiver = AddressReceiver()
         self._outbound = udp.outbound if udp is not None else Outbound(ctx)
+        if udp is not None:
+            UdpRefused(ctx, udp, self.splice.refusals)
         self._outbound.timer = ctx.timers.services.new(self._deliver_misdelivered)
 
     def sock_handler(self, listener: Listener, now: float) -> None:
@@ -93,7 +102,7 @@ class UdpIn:
         """Hand on the datagrams of one client to one local address."""
         envelope, frames = group
         e = Envelope.parse(envelope)
-        self._dispatch(Client(listener, e.peer, e.port, e.local, e.scope), self._receiver.mv, frames, now)
+        self._dispatch(Client(listener, e.peer, e.port, e.local, e.scope), self._receiver.mv, frames, now, e.tos)
 
     def _fault_at(self, what: object, e: Exception) -> None:
         """Datagrams of one client are lost, or a listener ends; the others go on."""
@@ -115,17 +124,17 @@ class UdpIn:
         client, payload = datagram
         self._dispatch(client, memoryview(payload), [0, len(payload), 0], now)
 
-    def _dispatch(self, client: Client, mv: memoryview, frames: list[int], now: float) -> None:
-        """Hand on datagrams of one client, [start, end, 0]* in `mv`."""
+    def _dispatch(self, client: Client, mv: memoryview, frames: list[int], now: float, tos: int = 0) -> None:
+        """Hand on datagrams of one client and one traffic class, [start, end, 0]* in `mv`."""
         why = refuse(client.peer, client.port)
         if why is not None:
             self._ctx.drops[why] += len(frames) // 3
         elif self._ctx.fwd.spliced(client.peer, client.listener.rule):
-            self.splice.inbound(client, lambda: self._outbound.open_client(client), mv, frames, now)
+            self.splice.inbound(client, lambda: self._outbound.open_client(client), mv, frames, now, tos)
         else:
-            self._to_guest(client, mv, frames, now)
+            self._to_guest(client, mv, frames, now, tos)
 
-    def _to_guest(self, client: Client, mv: memoryview, frames: list[int], now: float) -> None:
+    def _to_guest(self, client: Client, mv: memoryview, frames: list[int], now: float, tos: int) -> None:
         """Hand datagrams of one client to the tap."""
         ctx, listener = self._ctx, client.listener
         source = ctx.fwd.inbound_source(client.peer, ctx.guest)
@@ -134,11 +143,27 @@ class UdpIn:
             ctx.drops[Drop.UDP_NOT_FROM_LOOPBACK] += len(frames) // 3
         elif source is None or target is None:
             ctx.drops[Drop.UDP_NO_TARGET] += len(frames) // 3
+        elif ctx.guest.mac == addr.BROADCAST_MAC:
+            self._hold(client, target, mv, frames, now)
         else:
             key = target + source + listener.to.to_bytes(2, "big") + client.port.to_bytes(2, "big")
-            self._udp.inbound(key, client, lambda: self._outbound.open_client(client), mv, frames, now)
+            self._udp.inbound(key, client, lambda: self._outbound.open_client(client), mv, frames, now, tos)
+
+    def _hold(self, client: Client, target: bytes, mv: memoryview, frames: list[int], now: float) -> None:
+        """Keep datagrams until the guest's MAC address is known (`flow/neighbours.py`)."""
+        for i in range(0, len(frames), 3):
+            datagram = client, bytes(mv[frames[i] : frames[i + 1]])
+            if not self._ctx.neighbours.hold(target, partial(self._deliver_one, datagram), self._give_up, now):
+                self._give_up(now)
+
+    def _give_up(self, now: float) -> None:
+        self._ctx.drops[Drop.UDP_NO_GUEST] += 1
 
     # Ports -----------------------------------------------------------------------------------------------------------
+
+    def ports_in_use(self, ports: Container[int]) -> set[int]:
+        """Those of `ports` of the host that flows of the guest may keep."""
+        return self._udp.ports_in_use(ports) if self._udp is not None else set()
 
     def free_ports(self, ports: Container[int]) -> None:
         """Close flows that keep `ports` of the host from listeners about to open."""

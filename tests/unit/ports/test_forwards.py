@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+import resource
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +20,7 @@ from passt.ports import forwards
 from passt.ports.forwards import Add, Change, Clear, Delete, DeleteNumber, Forwards, Outcome, Refused
 from passt.ports.listen import Listeners
 from passt.ports.scan import INTERVAL, Scanner
-from passt.ports.sockets import Failure, Wanted, open_ports
+from passt.ports.sockets import RESERVE, Failure, Wanted, open_ports
 from passt.wire.checksum import PROTO_UDP
 
 from ..support import T0, free_ports, make_context, reactor, timers
@@ -121,7 +123,7 @@ Make = Callable[..., Rig]
 
 
 def is_free(port: int, kind: int = socket.SOCK_STREAM) -> bool:
-    """Whether the port can be bound in any family, by who does not look away (SO_REUSEADDR)."""
+    """Whether the port can be bound in any family, by a program without SO_REUSEADDR."""
     with socket.socket(socket.AF_INET6, kind) as s:
         try:
             s.bind(("::", port))
@@ -309,6 +311,12 @@ def test_low_ports(rig: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def add_one(text: str) -> Wanted:
+    """The only port of a rule."""
+    (rule,) = rules(text)
+    return rule, rule.first
+
+
 def test_no_descriptors(rig: Make, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     r = rig()
     line = f"Can't open enough sockets for port specifier: -t {port} "
@@ -319,9 +327,86 @@ def test_no_descriptors(rig: Make, port: int, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as m:
         m.setattr("passt.ports.listen.open_ports", full)
         assert refused(r, add(f"-t {port}")).lines[0].startswith(line)
-    r.forwards._limit = forwards.RESERVE + 3
-    assert refused(r, add(f"-t {port}")).lines[0].startswith(line), "what is left is for traffic"
-    assert is_free(port)
+        assert refused(r, add(f"-t {port}")).failures == [Failure(*add_one(f"-t {port}"), errno.EMFILE)]
+    for limit in (2, 6):
+        r.forwards._limit = limit
+        (told,) = refused(r, add(f"-t {port}")).lines
+        assert told == f"{line}(the limit of descriptors is {limit}: start with a higher one, ulimit -Hn)"
+    assert is_free(port), "what is left is for traffic"
+
+
+@pytest.mark.parametrize("letter", ["t", "u", "T", "U"])
+def test_more_ports_than_descriptors_are_refused_before_anything_is_opened(
+    rig: Make, letter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = rig("-t 5")
+    r.forwards._limit = 4096
+    for name in ("passt.ports.listen.open_ports", "passt.ports.forwards.Forwards._plan"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("work"))
+    (line,) = refused(r, add(f"-{letter} 2000-60000")).lines
+    ports = 58001 * (2 if letter in "TU" else 1) + 1
+    assert line == (
+        f"Can't open enough sockets for port specifier: -{letter} 2000-60000 (needs {ports + RESERVE} "
+        "descriptors, the limit is 4096: start with a higher one, ulimit -Hn)"
+    )
+
+
+@pytest.mark.parametrize("spec", ["-t 2000-60000", "-t 1-10000 -u 1-6385"])
+def test_one_request_opens_so_many_sockets_at_most(rig: Make, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = rig()
+    r.forwards._limit = resource.RLIM_INFINITY
+    monkeypatch.setattr("passt.ports.listen.open_ports", lambda *_: pytest.fail("work"))
+    (line,) = refused(r, add(spec)).lines
+    assert re.fullmatch(
+        r"Ports with (58001|16385) sockets are too many for one request, as traffic would have to wait: "
+        r"divide it into requests with 16384 at most",
+        line,
+    )
+
+
+def test_as_many_sockets_as_one_request_may_open(rig: Make, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwards, "OPENED_MAX", 2)
+    r = rig()
+    assert "divide it into requests with 2 at most" in str(refused(r, add(f"-t {port}-{port + 2}")))
+    r.change(add(f"-t {port}-{port + 1}"))
+    assert len(r.open()) == 2
+
+
+def test_a_weak_rule_that_gets_no_port_is_refused(rig: Make, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, _ = add_one(f"-t {port}")
+    weak = replace(rule, weak=True)
+    failed = [Failure(weak, port, errno.EADDRINUSE)]
+    monkeypatch.setattr("passt.ports.listen.open_ports", lambda config, wanted, into: failed if wanted else [])
+    why = refused(rig(), [Add(weak)])
+    assert why.lines == [f"Failed to bind any port for '-t {port}'"] and why.failures == failed
+
+
+def test_a_range_around_a_port_that_is_forwarded(rig: Make, port: int) -> None:
+    """The rule in force is named as such, whichever begins first."""
+    r = rig(f"-t {port + 1}:80")
+    assert r.ctx.stats.gauges["forwards"]() == 1
+    (line,) = refused(r, add(f"-t {port}-{port + 2}")).lines
+    assert line.startswith(
+        f"Port {port + 1} is forwarded already, by '-t {port + 1}:80', and asked for by '-t {port}-{port + 2}'"
+    )
+
+
+def test_automatic_ports_whose_side_cannot_be_seen(rig: Make) -> None:
+    """The tables of the host are not open; those of the namespace are."""
+    (line,) = refused(rig(), add("-T auto")).lines
+    assert line == "'-T auto': which ports are bound in the host cannot be found out"
+
+
+def test_a_refusal_has_its_lines() -> None:
+    assert str(Refused(["Port 1 is taken", "Port 2 as well"])) == "Port 1 is taken\nPort 2 as well"
+
+
+def test_a_given_rule_is_named_before_an_automatic_one(rig: Make, port: int) -> None:
+    """Both have the port that is to be deleted with another target."""
+    r = rig("-t auto")
+    r.change(add(f"-t {port}:81"))
+    (line,) = refused(r, delete(f"-t {port}:82")).lines
+    assert line.endswith(f"there is '-t {port}:81'")
 
 
 def test_without_a_namespace(rig: Make) -> None:

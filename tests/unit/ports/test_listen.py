@@ -15,6 +15,7 @@ import pytest
 from passt import addr, log
 from passt.flow import spare
 from passt.flow.context import Context
+from passt.flow.room import HALF_OPEN
 from passt.flow.spare import REST
 from passt.linux import netns
 from passt.linux.netns import Namespace
@@ -22,11 +23,11 @@ from passt.loop.reactor import EPOLLIN, TYPE_LISTEN, make_ref
 from passt.policy.rules import Listener, Rule
 from passt.ports import listen
 from passt.ports.listen import BUDGET_MAX, STREAK, Listeners
-from passt.ports.sockets import open_ports
+from passt.ports.sockets import Failure, open_ports
 from passt.tcp_engine.sock import reset
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
-from ..support import T0, free_ports, make_context, reactor, timers
+from ..support import T0, free_ports, make_context, reactor, stage_faults, timers
 from .test_sockets import rule
 
 PEER = addr.packed("198.51.100.9")
@@ -39,6 +40,7 @@ class Taker:
         self.got: list[tuple[Any, ...]] = []
         self.ports: list[tuple[int, str]] = []  # that UDP is told of
         self.looks = 0  # at all flows, which may be many
+        self.in_use: set[int] = set()  # UDP ports of flows of the guest
 
     def accepted(self, listener: Listener, sock: Any, *who: Any) -> None:
         self.got.append((listener.port, *who))
@@ -48,6 +50,10 @@ class Taker:
 
     def sock_handler(self, listener: Listener, now: float) -> None:
         self.got.append((listener.port, now))
+
+    def ports_in_use(self, ports: Collection[int]) -> set[int]:
+        self.looks += 1
+        return self.in_use.intersection(ports)
 
     def free_ports(self, ports: Collection[int]) -> None:
         self.looks += 1
@@ -158,10 +164,11 @@ def test_other_hosts_go_through_the_tap(make: Make, port: int) -> None:
 @pytest.mark.usefixtures("remote")
 def test_other_hosts_are_reset_without_a_tap(make: Make, port: int) -> None:
     rig = make(rule(port), tap=False, splice_only=True)
-    rig.connect(port)
-    rig.fire()
-    assert rig.was_reset()
-    assert rig.ctx.drops == {"listen: not from loopback": 1}
+    for count in (1, 2):
+        rig.connect(port)
+        rig.fire()
+        assert rig.was_reset()
+        assert rig.ctx.drops == {"listen: not from loopback": count}
 
 
 def test_outbound_is_always_spliced(make: Make, port: int) -> None:
@@ -212,6 +219,34 @@ def test_crowd_is_let_in_by_and_by(make: Make, port: int) -> None:
     rig.fire()  # the backlog is empty
     rig.fire()
     assert len(rig.splice.got) == crowd
+
+
+def test_the_budget_doubles_after_a_streak(make: Make, port: int) -> None:
+    rig = make(rule(port))
+    for _ in range(STREAK + 2):
+        rig.connect(port)
+    for n in range(STREAK):
+        rig.fire()
+        assert len(rig.splice.got) == n + 1
+    rig.fire()
+    assert len(rig.splice.got) == STREAK + 2
+
+
+@pytest.mark.parametrize(("clients", "budget"), [(0, 1), (1, 1), (3, 3), (7, 7)])
+def test_the_budget_follows_the_crowd_down(make: Make, port: int, clients: int, budget: int) -> None:
+    """And another streak is needed to raise it."""
+    rig = make(rule(port))
+    rig.listeners._budget, rig.listeners._streak = 8, STREAK - 1
+    for _ in range(clients):
+        rig.connect(port)
+    rig.fire()
+    assert rig.listeners._budget == budget
+    for n in range(STREAK):
+        assert rig.listeners._budget == budget, f"event {n}"
+        for _ in range(budget):
+            rig.connect(port)
+        rig.fire()
+    assert rig.listeners._budget == 2 * budget and rig.listeners._streak == 0
 
 
 def test_client_that_has_gone_is_skipped(make: Make, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +327,23 @@ def test_clients_are_refused_with_the_spare_descriptor(
 
 
 @pytest.mark.usefixtures("warnings")
+def test_flows_of_little_use_make_way_for_a_client(make: Make, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def give(foreign: bool, now: float) -> int:
+        assert foreign, "the client is a peer"
+        limit.left += 1
+        return 1
+
+    limit = Descriptors(monkeypatch, errno.EMFILE)
+    rig = make(rule(port))
+    rig.ctx.room.offer(HALF_OPEN, give)
+    limit.left = 0
+    rig.connect(port)
+    rig.fire()
+    rig.fire()
+    assert len(rig.splice.got) == 1 and not rig.ctx.drops
+
+
+@pytest.mark.usefixtures("warnings")
 def test_listener_rests_when_even_that_fails(make: Make, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def stolen(fd: int) -> None:
         limit.left = 0
@@ -318,13 +370,18 @@ def test_listener_rests_when_even_that_fails(make: Make, port: int, monkeypatch:
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOBUFS])
 def test_listener_rests_without_memory(make: Make, port: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    tries: list[int] = []
+
     def fail(fd: int) -> None:
+        tries.append(fd)
         raise OSError(number, os.strerror(number))
 
     rig = make(rule(port))
     monkeypatch.setattr(listen, "accept", fail)
+    rig.listeners._budget = 4
     rig.fire()
     rig.fire()
+    assert len(tries) == 2, "one for each event"
     assert reactor(rig.ctx).events[rig.opened[0].fd] == 0
     assert timers(rig.ctx).services.deadlines == [T0 + REST]
 
@@ -374,15 +431,41 @@ def test_add_and_remove(make: Make) -> None:
     rig.listeners.add(wanted, first)
     rig.listeners.add(wanted, first + 2)
     assert rig.listeners.ports(wanted) == {first, first + 2}
+    gauge = rig.ctx.stats.gauges["listeners"]
+    assert gauge() == 2
     assert rig.listeners.has(PROTO_TCP, False, first)
     assert not rig.listeners.has(PROTO_UDP, False, first) and not rig.listeners.has(PROTO_TCP, True, first)
     rig.connect(first)
     rig.listeners.remove(wanted, first)
+    assert gauge() == 1
     assert (rig.listeners.ports(wanted), rig.listeners.has(PROTO_TCP, False, first)) == ({first + 2}, False)
     reactor(rig.ctx).end_turn(T0)
     assert rig.was_reset()  # it had not been accepted
     rig.listeners.add(wanted, first)
     assert sorted(ref & 0xFFFFFFFF for ref in reactor(rig.ctx).refs.values()) == [0, 1]  # places are used again
+
+
+def test_both_loopbacks_of_a_port_are_served_and_closed(make: Make, port: int) -> None:
+    rig = make(rule(port, outbound=True))
+    assert [listener.sock.family for listener in rig.opened] == [socket.AF_INET, socket.AF_INET6]
+    assert list(reactor(rig.ctx).events.values()) == [EPOLLIN, EPOLLIN]
+    rig.listeners.remove(rig.opened[0].rule, port)
+    assert reactor(rig.ctx).refs == {} and not rig.listeners.has(PROTO_TCP, True, port)
+
+
+def test_a_fault_at_one_socket_of_a_port_leaves_the_other_no_longer(make: Make, port: int) -> None:
+    rig = make(rule(port, outbound=True))
+    stage_faults(rig.ctx)
+    retire, failing = rig.ctx.reactor.retire, rig.opened[0].fd
+
+    def once(fd: int, sock: Any) -> None:
+        retire(fd, sock)
+        if fd == failing:
+            raise RuntimeError("staged")
+
+    rig.ctx.reactor.retire = once  # type: ignore[method-assign]
+    rig.listeners.remove(rig.opened[0].rule, port)
+    assert reactor(rig.ctx).refs == {} and rig.ctx.drops["fault"] == 1
 
 
 def test_udp_is_told_of_its_ports(make: Make, port: int) -> None:
@@ -397,7 +480,81 @@ def test_udp_is_told_of_its_ports(make: Make, port: int) -> None:
     rig.udp_in.ports.clear()
     rig.listeners.add(tcp.rule, port)
     rig.listeners.add(udp.rule, port)
-    assert rig.udp_in.ports == [(port, "make way"), (port, "begin")]
+    assert rig.udp_in.ports == [(port, "begin")]
+
+
+class FlowOfGuest(Taker):
+    """UDP with a flow of the guest from `port`, whose socket on the host is bound to `at`; 0: it makes way."""
+
+    def __init__(self, port: int, at: int, host: str = "") -> None:
+        super().__init__()
+        self.in_use = {port}
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.sock.bind((host, at))
+
+    def free_ports(self, ports: Collection[int]) -> None:
+        super().free_ports(ports)
+        self.sock.close()
+
+
+def with_flow(rig: Rig, flow: FlowOfGuest) -> FlowOfGuest:
+    rig.listeners._udp_in = flow  # type: ignore[assignment]
+    return flow
+
+
+def test_a_flow_makes_way_where_that_helps(make: Make, port: int) -> None:
+    rig = make()
+    flow = with_flow(rig, FlowOfGuest(port, port))
+    wanted = rule(port, proto=PROTO_UDP, auto=True)
+    rig.listeners.add(wanted, port)
+    assert flow.ports == [(port, "make way"), (port, "begin")]
+    assert rig.listeners.ports(wanted) == {port}
+
+
+@pytest.mark.parametrize("auto", [True, False])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_no_flow_makes_way_for_a_port_that_another_program_has(make: Make, port: int, host: str, auto: bool) -> None:
+    """The flow from that port has another one on the host, and would lose it."""
+    rig = make()
+    with (
+        socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as other,
+        with_flow(rig, FlowOfGuest(port, 0)).sock,
+    ):
+        other.bind((host, port))
+        for _ in range(3):
+            with pytest.raises(OSError, match="in use"):
+                rig.listeners.add(rule(port, proto=PROTO_UDP, auto=auto), port)
+    assert rig.listeners._udp_in.ports == []  # type: ignore[attr-defined]
+
+
+def test_no_flow_makes_way_for_a_port_that_may_not_be_bound(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = make()
+
+    def forbidden(config: Any, wanted: Any, into: Any) -> list[Failure]:
+        return [Failure(r, p, errno.EACCES) for r, p in wanted]
+
+    monkeypatch.setattr(listen, "open_ports", forbidden)
+    with with_flow(rig, FlowOfGuest(500, 0)).sock, pytest.raises(PermissionError):
+        rig.listeners.add(rule(500, proto=PROTO_UDP, auto=True), 500)
+    assert rig.listeners._udp_in.ports == []  # type: ignore[attr-defined]
+
+
+def test_flows_make_way_in_vain_once(make: Make, port: int) -> None:
+    """Another program of the user shares the port: only a flow that is closed shows that it does."""
+    rig = make()
+    wanted = rule(port, proto=PROTO_UDP, auto=True)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("", port))
+        for looks in (1, 0, 0):
+            with with_flow(rig, FlowOfGuest(port, port)).sock, pytest.raises(OSError, match="in use"):
+                rig.listeners.add(wanted, port)
+            assert len(rig.listeners._udp_in.ports) == looks  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match="in use"):
+            rig.listeners.add(rule(port, proto=PROTO_UDP), port)  # a user asks: once more
+        assert rig.listeners._udp_in.ports == [(port, "make way")]  # type: ignore[attr-defined]
+    rig.listeners.add(wanted, port)
 
 
 def test_add_that_fails_changes_nothing(make: Make, port: int) -> None:
@@ -407,6 +564,33 @@ def test_add_that_fails_changes_nothing(make: Make, port: int) -> None:
     assert e.value.errno == errno.EADDRINUSE
     assert (rig.listeners.ports(rule(port)), reactor(rig.ctx).refs) == (set(), {})
     rig.listeners.add(rule(port), port)
+
+
+def test_ports_that_cannot_be_watched_are_closed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fs.epoll.max_user_watches is reached by the second one. The third could not be opened."""
+    rig = make()
+    first = free_ports(2)
+    ports = [first, first + 1]
+    wanted = [(rule(port), port) for port in ports]
+    watch = rig.ctx.reactor.watch
+
+    def limited(fd: int, *rest: int) -> None:
+        if reactor(rig.ctx).refs:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        watch(fd, *rest)
+
+    monkeypatch.setattr(rig.ctx.reactor, "watch", limited)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        failed = rig.listeners.add_all([*wanted, (rule(taken), taken)])
+    assert set(failed) == {
+        Failure(rule(taken), taken, errno.EADDRINUSE),
+        *(Failure(r, port, errno.ENOSPC) for r, port in wanted),
+    }
+    reactor(rig.ctx).end_turn(T0)
+    assert reactor(rig.ctx).refs == {} and not any(rig.listeners.ports(r) for r, _ in wanted)
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_connections_outlive_their_listener(make: Make, port: int) -> None:
@@ -442,7 +626,7 @@ def test_namespace_that_may_not_be_entered(make: Make, port: int, monkeypatch: p
 
     monkeypatch.setattr(netns, "setns", refuse)
     (failure,) = make().listeners.add_all([(rule(port, outbound=True), port)])
-    assert failure.errno == errno.EPERM
+    assert failure == Failure(rule(port, outbound=True), port, errno.EPERM)
 
 
 def test_two_rules_may_have_a_port_at_different_addresses(make: Make, port: int) -> None:
@@ -480,11 +664,33 @@ def test_udp_flows_end_if_a_port_leads_elsewhere(make: Make, port: int, to: int 
     assert [what for _, what in rig.udp_in.ports[before:]] == told
 
 
+def test_a_fault_at_one_port_that_leads_elsewhere_is_its_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = free_ports(2)
+    udp = rule(first, first + 1, proto=PROTO_UDP)
+    rig = make(udp)
+    stage_faults(rig.ctx)
+    begun: list[int] = []
+
+    def begin(listener: Listener) -> None:
+        if listener.port == first:
+            raise RuntimeError("staged")
+        begun.append(listener.port)
+
+    monkeypatch.setattr(rig.udp_in, "begin", begin)
+    successor = replace(udp, to=7)
+    rig.listeners.hand_over([(udp, first, successor), (udp, first + 1, successor)])
+    assert begun == [first + 1] and rig.ctx.drops["fault"] == 1
+    assert rig.listeners.ports(successor) == {first, first + 1}
+
+
 def test_a_range_of_udp_ports_costs_one_look_at_all_flows(make: Make, port: int) -> None:
     """Flows are the guest's, thousands if it likes, and the loop stands still meanwhile."""
     rig = make()
     wanted = [(rule(port, port + 3, proto=PROTO_UDP), p) for p in range(port, port + 4)]
-    assert rig.listeners.add_all(wanted) == [] and rig.udp_in.looks == 1
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("", port))
+        assert len(rig.listeners.add_all(wanted)) == 1 and rig.udp_in.looks == 1
+    assert rig.listeners.add_all(wanted[:1]) == [] and rig.udp_in.looks == 1
     successor = replace(wanted[0][0], to=80)
     rig.listeners.hand_over([(*w, successor) for w in wanted])
     assert rig.udp_in.looks == 2 and rig.listeners.ports(successor) == set(range(port, port + 4))
@@ -506,3 +712,85 @@ def test_what_is_opened_is_not_served_yet(make: Make, port: int) -> None:
     assert not failed and not rig.listeners.ports(rule(port)) and opened[0].fd not in reactor(rig.ctx).refs
     rig.listeners.watch(opened)
     assert rig.listeners.ports(rule(port)) == {port}
+
+
+# A socket that was destroyed from outside ----------------------------------------------------------------------------
+
+
+def destroy(listener: Listener) -> None:
+    """The effect of `ss -K`: accept(2) fails by EINVAL from now on, and epoll reports EPOLLHUP."""
+    listener.sock.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(OSError, match="Invalid argument"):
+        listen.accept(listener.fd)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(log, "_held", {})
+    monkeypatch.setattr(log, "_write", lambda level, text, **_: lines.append(text))
+    return lines
+
+
+def lose(make: Make, port: int) -> Rig:
+    """A rig whose listener is lost."""
+    rig = make(rule(port))
+    rig.ctx.settings.replace(replace(rig.ctx.config, forwards=(rig.opened[0].rule,)), T0)
+    destroy(rig.opened[0])
+    rig.fire()
+    reactor(rig.ctx).end_turn(T0)
+    return rig
+
+
+def test_a_destroyed_listener_is_replaced(make: Make, port: int, said: list[str]) -> None:
+    rig = lose(make, port)
+    assert reactor(rig.ctx).refs == {}, "it would be reported for ever"
+    services = timers(rig.ctx).services
+    assert services.deadlines[-1] == T0 + listen.REOPEN
+    services.fire(-1)
+    assert rig.listeners.ports(rig.opened[0].rule) == {port}
+    rig.connect(port)
+    (fd,) = reactor(rig.ctx).refs
+    reactor(rig.ctx).fire(fd, EPOLLIN, T0)
+    assert [got[0] for got in rig.splice.got] == [port]
+    assert said == [f"Port {port} of '{rig.opened[0].rule.option}' was closed by another program: opening it again"]
+    assert rig.ctx.drops["listen: socket destroyed"] == 1
+    again = next(listener for listener in rig.listeners._by_index if listener is not None)
+    destroy(again)
+    rig.fire(again)
+    assert rig.ctx.drops["listen: socket destroyed"] == 2
+
+
+def test_a_port_that_a_request_opened_meanwhile_is_left_alone(make: Make, port: int, said: list[str]) -> None:
+    rig = lose(make, port)
+    rig.listeners.add(rig.opened[0].rule, port)
+    timers(rig.ctx).services.fire(-1)
+    assert len(said) == 1, "it is open, so it is not given up"
+    assert len(reactor(rig.ctx).refs) == 1
+
+
+def test_a_port_that_was_taken_meanwhile_is_given_up(make: Make, port: int, said: list[str]) -> None:
+    rig = lose(make, port)
+    with socket.create_server(("127.0.0.1", port)):
+        timers(rig.ctx).services.fire(-1)
+    assert rig.listeners.ports(rig.opened[0].rule) == set()
+    assert said[1:] == [
+        "Closed by another program, and given up: "
+        f"Failed to bind port {port} (Address already in use) for option '{rig.opened[0].rule.option}'"
+    ]
+
+
+def test_a_port_that_is_not_wanted_any_more_stays_closed(make: Make, port: int, said: list[str]) -> None:
+    rig = lose(make, port)
+    rig.ctx.settings.replace(replace(rig.ctx.config, forwards=()), T0)
+    timers(rig.ctx).services.fire(-1)
+    assert rig.listeners.ports(rig.opened[0].rule) == set()
+    assert len(said) == 1
+
+
+def test_automatic_rules_look_after_their_ports(make: Make, port: int, said: list[str]) -> None:
+    rig = make(replace(rule(port), auto=True))
+    destroy(rig.opened[0])
+    rig.fire()
+    assert rig.listeners.ports(rig.opened[0].rule) == set(), "the next scan opens it"
+    assert timers(rig.ctx).services.deadlines == [None]

@@ -415,10 +415,18 @@ class Ports(RuleBasedStateMachine):
 
     @rule()
     def a_look(self) -> None:
-        """The tables are read, and read again: what was given up by one rule may be what another wants."""
+        """The tables are read, and read again: what was given up by one rule may be what another wants.
+
+        The guest's flows make way for listeners that open, and for nothing else.
+        """
+        flows = {f for f in self.guest_flows() if self.now < f.last + FLOW_TIMEOUT - 4 * INTERVAL}
+        before = {li for li in self.open() if li.rule.proto == PROTO_UDP and not li.rule.outbound}
         for _ in range(3):
             self.pass_time(INTERVAL)
         self.looked = True
+        after = {li for li in self.open() if li.rule.proto == PROTO_UDP and not li.rule.outbound}
+        made_way_for = {li.port for li in after} | {li.to for li in before - after}
+        assert {f.sport for f in flows - self.guest_flows()} <= made_way_for
 
     @rule(seconds=st.sampled_from([1.0, 40.0, FLOW_TIMEOUT + 1]))
     def time_passes(self, seconds: float) -> None:
@@ -529,11 +537,25 @@ class Ports(RuleBasedStateMachine):
             protos.add(PROTO_TCP)
         theirs = {PROTO[s.kind] for s in self.others if (s.side, s.port, s.host == PINNED) == (side, target, pinned)}
         ours = {li.rule.proto for li in self.open() if li.port == target and (NS if li.rule.outbound else HOST) == side}
-        return r.proto not in ours and bool(theirs & protos - ours)
+        followed = not pinned and not r.outbound and r.proto == PROTO_UDP and self.tcp_is_led(target)
+        return r.proto not in ours and (bool(theirs & protos - ours) or followed)
+
+    def tcp_is_led(self, port: int) -> bool:
+        """Whether a rule leads from this TCP port to one that a program in the namespace listens on."""
+        led = {o.target_port(port) for o in self.forwards.rules.values() if self.leads_tcp(o) and port in o.ports}
+        ours = {li.port for li in self.open() if li.rule.proto == PROTO_TCP and li.rule.outbound}
+        there = {s.port for s in self.others if (s.side, PROTO[s.kind]) == (NS, PROTO_TCP) and s.host != PINNED}
+        return bool(led & there - ours)
+
+    def leads_tcp(self, r: Rule) -> bool:
+        return r.proto == PROTO_TCP and not r.auto and not r.outbound and r.target is None
 
     def left_to_others(self, r: Rule, port: int, rules: Iterable[Rule]) -> bool:
+        """A rule that was derived for an address of 127/8 is not in the way of the one that it comes from."""
         base = replace(r, addr=None, target=None) if r.addr is not None else r
-        return any(port in base.overlaps(other) for other in rules if not other.auto)
+        span = (base.first, base.last, base.to) if r.addr is not None else ()
+        others = [o for o in rules if not o.auto and (o.first, o.last, o.to) != span]
+        return any(port in base.overlaps(other) for other in others)
 
     @invariant()
     def flows_belong_to_a_listener_or_to_the_guest(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import resource
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from passt import addr, log
 from passt.policy.rules import Rule
 from passt.ports import scan
 from passt.ports.scan import INTERVAL, SHARE, SOCKETS_MAX, Scanner
-from passt.ports.sockets import Failure, Wanted
+from passt.ports.sockets import RESERVE, Failure, Wanted, reserve
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
 from ..support import T0, make_context, reconfigure, stage_faults, timers
@@ -136,6 +137,35 @@ def test_udp_follows_tcp_if_that_is_automatic(rules: tuple[Rule, ...], expected:
     assert w.ours[U] == expected
 
 
+def test_udp_follows_given_tcp_ports() -> None:
+    """While a program listens there, as `iperf3 -s` does; the UDP port has the number of the TCP port."""
+    same = Rule("-t 5201", PROTO_TCP, False, 5201, 5201, 5201)
+    moved = Rule("-t 80:8080", PROTO_TCP, False, 80, 80, 8080)
+    w = World(U, same, moved)
+    w.scanner.start(T0)
+    assert not any(w.ours.values())
+    w.binds("ns", PROTO_TCP, 5201, 8080, 22)
+    w.look()
+    assert w.ours == {U: {80, 5201}}
+    w.theirs["ns", PROTO_TCP] = {22}
+    w.look()
+    assert w.ours == {U: set()}
+
+
+@pytest.mark.parametrize(
+    "led",
+    [
+        Rule("-t 22:[2001:db8::9]", PROTO_TCP, False, 22, 22, 22, target=addr.packed("2001:db8::9")),
+        Rule("-T 22", PROTO_TCP, True, 22, 22, 22),
+    ],
+)
+def test_udp_follows_no_tcp_port_that_leads_elsewhere(led: Rule) -> None:
+    w = World(U, led)
+    w.binds("ns", PROTO_TCP, 22)
+    w.scanner.start(T0)
+    assert not any(w.ours.values())
+
+
 def test_tcp_of_the_other_direction_does_not_count_for_udp() -> None:
     w = World(U, TO)
     w.binds("ns", PROTO_TCP, 80)
@@ -242,7 +272,12 @@ def test_ports_that_cannot_be_had_are_tried_again_and_said_once(monkeypatch: pyt
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
-    monkeypatch.setattr(log, "warn_ratelimited", lambda key, text, now: said.append(text))
+
+    def warn(key: str, text: str, now: float) -> None:
+        assert now >= T0
+        said.append(text)
+
+    monkeypatch.setattr(log, "warn_ratelimited", warn)
     return said
 
 
@@ -257,9 +292,7 @@ def test_no_more_sockets_than_there_may_be(warnings: list[str]) -> None:
     for _ in range(3):
         w.look()
     assert w.ours == {T: {80, 81}, U: {80, 81}}, "those that are there stay"
-    assert warnings == [
-        "Automatic ports: 4 more are bound in the namespace than may be followed, by 4 sockets at most"
-    ]
+    assert warnings == ["Automatic ports: 4 more are bound in the namespace than may be followed, by 4 sockets at most"]
     assert w.ctx.drops == {"auto: too many ports": 4}
     w.theirs["ns", PROTO_TCP] -= {80}
     w.look()
@@ -285,6 +318,14 @@ def test_ports_that_cannot_be_bound_keep_no_other_from_being_followed(warnings: 
 
 
 @pytest.mark.usefixtures("warnings")
+def test_it_is_told_where_there_are_too_many(warnings: list[str]) -> None:
+    w = World(TO)
+    w.scanner._most = 1
+    w.binds("host", PROTO_TCP, 80, 81)
+    w.scanner.start(T0)
+    assert warnings == ["Automatic ports: 2 more are bound on the host than may be followed, by 1 sockets at most"]
+
+
 def test_each_direction_has_its_own_share() -> None:
     """Outbound ports take a socket for each family, those of one address one."""
     w = World(T, TO)
@@ -315,7 +356,12 @@ def test_the_share_is_one_of_the_descriptors(monkeypatch: pytest.MonkeyPatch) ->
     for limit, most in ((1024, 256), (1 << 20, SOCKETS_MAX), (resource.RLIM_INFINITY, SOCKETS_MAX)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
         scanner = World(T).scanner
-        assert scanner._most == most and scanner._all > scanner._most
+        assert scanner._most == most
+        assert scanner._all == (sys.maxsize if limit == resource.RLIM_INFINITY else limit) - RESERVE
+
+
+def test_few_descriptors_are_halved() -> None:
+    assert [reserve(limit) for limit in (0, 64, 128, 256, 257, 1 << 20)] == [0, 32, 64, RESERVE, RESERVE, RESERVE]
 
 
 # Time ----------------------------------------------------------------------------------------------------------------
@@ -340,12 +386,12 @@ def test_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     w = World(T)
     w.scanner.start(T0)
     assert w.deadlines == [T0 + INTERVAL]
-    cost = iter([0.0, 0.01, 0.0, 0.1])
+    cost = iter([5.0, 5.01, 7.0, 7.1])
     monkeypatch.setattr(scan.time, "process_time", lambda: next(cost))
     w.look(T0)
     assert w.deadlines == [T0 + INTERVAL]
     w.look(T0)
-    assert w.deadlines == [T0 + 0.1 * SHARE]
+    assert w.deadlines == [pytest.approx(T0 + 0.1 * SHARE)]
 
 
 def test_a_fault_costs_one_look() -> None:
@@ -373,7 +419,57 @@ STUB = addr.packed("127.0.0.53")
 
 
 def at(rule: Rule, address: bytes = STUB) -> Rule:
-    return replace(rule, addr=address, target=address)
+    return replace(rule, addr=address, target=address, auto=True, weak=True)
+
+
+def test_given_outbound_ports_lead_there_too() -> None:
+    """-T 53 -U 53 on a host with systemd-resolved."""
+    tcp = Rule("-T 53", PROTO_TCP, True, 53, 53, 53)
+    udp = Rule("-U 5353:53", PROTO_UDP, True, 5353, 5353, 53)
+    w = World(tcp, udp)
+    w.pinned["host", PROTO_TCP] = w.pinned["host", PROTO_UDP] = {(STUB, 53), (STUB, 54)}
+    w.scanner.start(T0)
+    assert w.ours == {at(tcp): {53}, at(udp): {5353}} and w.deadlines == [T0 + INTERVAL]
+    w.pinned["host", PROTO_UDP] = set()
+    w.pinned["host", PROTO_TCP] = set()
+    w.look()
+    assert not any(w.ours.values())
+    w.pinned["host", PROTO_TCP] = {(STUB, 53)}
+    w.look()
+    assert w.ours[at(tcp)] == {53}
+    reconfigure(w.ctx, forwards=(udp,))
+    assert not any(w.ours.values())
+
+
+def test_udp_follows_no_tcp_server_of_given_outbound_ports() -> None:
+    w = World(Rule("-T 53", PROTO_TCP, True, 53, 53, 53), UO)
+    w.binds("host", PROTO_TCP, 53)
+    w.scanner.start(T0)
+    assert not w.ours
+
+
+def test_both_sockets_of_an_outbound_port_count(warnings: list[str]) -> None:
+    """A port takes a socket at each loopback: of five, two are left for one port more."""
+    w = World(TO)
+    w.scanner._most = 5
+    w.binds("host", PROTO_TCP, 80)
+    w.scanner.start(T0)
+    w.binds("host", PROTO_TCP, 81, 82)
+    w.look()
+    assert w.ours[TO] == {80, 81} and len(warnings) == 1
+
+
+def test_udp_follows_no_tcp_server_of_given_ports_there() -> None:
+    w = World(Rule("-T 53", PROTO_TCP, True, 53, 53, 53), UO)
+    w.pinned["host", PROTO_TCP] = {(STUB, 53)}
+    w.scanner.start(T0)
+    assert {r.proto for r in w.ours} == {PROTO_TCP}
+
+
+def test_given_outbound_ports_need_no_tables() -> None:
+    ctx = make_context(forwards=(Rule("-T 53", PROTO_TCP, True, 53, 53, 53),))
+    Scanner(ctx, World(), None, None).start(T0)  # type: ignore[arg-type]
+    assert timers(ctx).services.deadlines == []
 
 
 def test_a_server_at_a_loopback_address_of_its_own_is_found_there() -> None:
@@ -393,13 +489,23 @@ def test_a_server_at_a_loopback_address_of_its_own_is_found_there() -> None:
     assert not any(w.ours.values())
 
 
-def test_where_it_is_listened_on_by_ourselves_it_is_an_echo() -> None:
-    fixed = Rule("-t 127.0.0.53/53", PROTO_TCP, False, 53, 53, 53, addr=STUB)
-    w = World(TO, fixed)
+@pytest.mark.parametrize("proto", [PROTO_TCP, PROTO_UDP])
+def test_where_it_is_listened_on_by_ourselves_it_is_an_echo(proto: int) -> None:
+    """Neither is it followed, nor by UDP what is of TCP."""
+    fixed = Rule("127.0.0.53/53", proto, False, 53, 53, 53, addr=STUB)
+    w = World(TO, UO, fixed)
     w.ours[fixed] = {53}
-    w.pinned["host", PROTO_TCP] = {(STUB, 53)}
+    w.pinned["host", proto] = {(STUB, 53)}
     w.scanner.start(T0)
     assert w.ours == {fixed: {53}}
+
+
+def test_ports_of_given_rules_are_followed_by_these_alone() -> None:
+    given = Rule("-U 53", PROTO_UDP, True, 53, 53, 53)
+    w = World(UO, given)
+    w.pinned["host", PROTO_UDP] = {(STUB, 53), (STUB, 54)}
+    w.scanner.start(T0)
+    assert w.ours == {at(given): {53}, at(UO): {54}}
 
 
 def test_servers_of_the_namespace_at_such_addresses_cannot_be_reached_from_outside() -> None:
@@ -470,3 +576,75 @@ def test_what_can_be_followed() -> None:
     assert w.scanner.can_follow(True) and w.scanner.can_follow(False)
     bare = Scanner(w.ctx, w, None, None)  # type: ignore[arg-type]
     assert not bare.can_follow(True) and not bare.can_follow(False)
+    outward = Scanner(w.ctx, w, Tables(w, "host"), None)  # type: ignore[arg-type]
+    assert outward.can_follow(True) and not outward.can_follow(False)
+
+
+def test_given_outbound_ports_without_a_table_keep_no_other_from_being_followed() -> None:
+    w = World(T, Rule("-T 53", PROTO_TCP, True, 53, 53, 53))
+    w.binds("ns", PROTO_TCP, 80)
+    Scanner(w.ctx, w, None, Tables(w, "ns")).start(T0)  # type: ignore[arg-type]
+    assert w.ours == {T: {80}}
+
+
+def test_a_port_of_a_derived_rule_that_could_not_be_closed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault costs a look."""
+    w = World(TO)
+    stage_faults(w.ctx)
+    w.pinned["host", PROTO_TCP] = {(STUB, 53)}
+    w.scanner.start(T0)
+    w.pinned["host", PROTO_TCP] = set()
+    with monkeypatch.context() as m:
+        m.setattr(w, "remove_all", lambda ports: 1 / len([p for p in ports if False]))
+        w.look()
+    assert w.ctx.drops["fault"] and w.ours[at(TO)] == {53}
+    w.look()
+    assert not any(w.ours.values())
+
+
+@pytest.mark.parametrize(
+    ("step", "missed"), [("_follow_one", 4), ("_follow_rule", 1), ("_find_pinned", 2), ("_follow_own", 1)]
+)
+def test_a_fault_costs_what_it_is_about(monkeypatch: pytest.MonkeyPatch, step: str, missed: int) -> None:
+    """A direction, a rule, the servers at loopback addresses of a rule, those at one address."""
+    w = World(T, U, TO, UO)
+    stage_faults(w.ctx)
+    w.binds("ns", PROTO_TCP, 80)
+    w.binds("ns", PROTO_UDP, 81)
+    w.binds("host", PROTO_TCP, 22)
+    w.binds("host", PROTO_UDP, 23)
+    w.pinned["host", PROTO_TCP] = {(STUB, 53), (addr.packed("127.0.0.54"), 54)}
+    real, calls = getattr(Scanner, step), []
+
+    def failing(self: Scanner, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == (2 if step == "_follow_one" else 1):
+            raise RuntimeError("staged")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Scanner, step, failing)
+    w.scanner.start(T0)
+    before = set(w.ours)
+    assert w.ctx.drops["fault"] == 1
+    w.look()
+    assert w.ctx.drops["fault"] == 1
+    assert len(set(w.ours) - before) == (missed if step != "_follow_one" else 6) and before
+
+
+def test_a_fault_at_one_derived_rule_keeps_no_other_from_being_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = World(TO)
+    stage_faults(w.ctx)
+    w.pinned["host", PROTO_TCP] = {(STUB, 53), (addr.packed("127.0.0.54"), 54)}
+    w.scanner.start(T0)
+    real, calls = Scanner._close_all, []
+
+    def failing(self: Scanner, own: Rule) -> None:
+        calls.append(own)
+        if len(calls) == 1:
+            raise RuntimeError("staged")
+        real(self, own)
+
+    monkeypatch.setattr(Scanner, "_close_all", failing)
+    reconfigure(w.ctx, forwards=())
+    assert len(calls) == 2 and w.ctx.drops["fault"] == 1
+    assert sum(map(len, w.ours.values())) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -14,13 +13,15 @@ from typing import Any
 import pytest
 
 from passt import addr, log
-from passt.linux.sockopt import IP_FREEBIND, IP_PKTINFO, IPV6_FREEBIND, SO_PEEK_OFF
+from passt.linux import holders
+from passt.linux.multicast import MULTICAST_ALL
+from passt.linux.sockopt import IP_FREEBIND, IP_PKTINFO, IPV6_FREEBIND, RECEIVE_CLASS, SO_PEEK_OFF
 from passt.linux.tcpinfo import probe
 from passt.log import Fatal
 from passt.policy.config import Config
 from passt.policy.rules import Listener, Rule
 from passt.ports import sockets as port_sockets
-from passt.ports.sockets import Failure, check_limit, describe, open_port, open_side
+from passt.ports.sockets import RESERVE, Failure, describe, held_by_us, open_port, open_side, reserve, sockets
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
 from ..support import CONFIG, free_ports
@@ -92,8 +93,9 @@ def where(socks: list[Any]) -> list[tuple[str, bool]]:
 def test_what_is_opened(
     opened: Opened, port: int, proto: int, config: Config, more: dict[str, Any], expected: list[tuple[str, bool]]
 ) -> None:
-    socks = opened(config, rule(port, proto=proto, **more))
-    assert where(socks) == expected
+    wanted = rule(port, proto=proto, **more)
+    socks = opened(config, wanted)
+    assert where(socks) == expected and len(socks) == sockets(config, wanted)
     for sock in socks:
         assert sock.getsockname()[1] == port
         assert not os.get_blocking(sock.fileno()) and not os.get_inheritable(sock.fileno())
@@ -150,6 +152,33 @@ def test_two_of_us_cannot_have_a_udp_port(opened: Opened, port: int) -> None:
         opened(CONFIG, rule(port, proto=PROTO_UDP))
 
 
+@pytest.mark.parametrize(
+    ("config", "address", "family_off"),
+    [
+        (CONFIG, None, False),
+        (CONFIG, None, True),
+        (CONFIG, addr.LOOPBACK4, False),
+        (CONFIG, addr.LOOPBACK6, False),
+        (V4_ONLY, None, False),
+        (V6_ONLY, None, False),
+    ],
+)
+def test_a_udp_port_of_our_own_flows_is_told_from_one_of_others(
+    port: int, monkeypatch: pytest.MonkeyPatch, config: Config, address: bytes | None, family_off: bool
+) -> None:
+    if family_off:
+        FamilyOff(monkeypatch, errno.EAFNOSUPPORT)
+    wanted = rule(port, proto=PROTO_UDP, addr=address)
+    v6 = config is V6_ONLY or address == addr.LOOPBACK6
+    for shared in (True, False):
+        with socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_DGRAM) as flow:
+            flow.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+            flow.bind(("::1" if v6 else "127.0.0.1", port))
+            before = os.listdir("/proc/self/fd")
+            assert held_by_us(config, wanted, port) is shared
+            assert os.listdir("/proc/self/fd") == before
+
+
 def test_connections_have_the_options_of_their_listener(opened: Opened, port: int) -> None:
     (server,) = opened(CONFIG, rule(port))
     with socket.create_connection(("127.0.0.1", port)), socket.socket(fileno=server._accept()[0]) as s:
@@ -173,6 +202,15 @@ def test_datagrams_tell_where_they_were_sent(
 ) -> None:
     (sock,) = opened(CONFIG, rule(port, proto=PROTO_UDP, addr=address))
     assert sock.getsockopt(*option)
+    assert sock.getsockopt(*RECEIVE_CLASS[option[0] == socket.IPPROTO_IPV6])
+
+
+@pytest.mark.parametrize(("config", "families"), [(CONFIG, (False, True)), (V4_ONLY, (False,)), (V6_ONLY, (True,))])
+def test_datagrams_to_groups_come_by_other_sockets(
+    opened: Opened, port: int, config: Config, families: tuple[bool, ...]
+) -> None:
+    (sock,) = opened(config, rule(port, proto=PROTO_UDP))
+    assert [sock.getsockopt(*MULTICAST_ALL[v6]) for v6 in families] == [0] * len(families)
 
 
 def test_one_interface_only(opened: Opened, port: int) -> None:
@@ -198,6 +236,14 @@ def test_link_local_address_is_the_interfaces_without_its_number(opened: Opened,
     assert sock.getsockname() == ("fe80::7", port, 0, socket.if_nametoindex("lo"))
 
 
+@pytest.mark.parametrize("proto", [PROTO_TCP, PROTO_UDP])
+def test_link_local_address_is_one_of_the_template_interface(opened: Opened, port: int, proto: int) -> None:
+    lo = socket.if_nametoindex("lo")
+    wanted = rule(port, proto=proto, addr=addr.packed("fe80::7"))
+    (sock,) = opened(replace(CONFIG, freebind=True, scope_id=lo), wanted)
+    assert sock.getsockname() == ("fe80::7", port, 0, lo)
+
+
 @pytest.mark.parametrize("outbound", [False, True])
 def test_tables_for_rules_that_may_come(outbound: bool) -> None:
     config = replace(CONFIG, forwards=())
@@ -205,6 +251,24 @@ def test_tables_for_rules_that_may_come(outbound: bool) -> None:
     side = open_side(config, outbound, changing=True)
     assert side.tables is not None
     side.tables.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [({}, True), ({"addr": addr.LOOPBACK4}, False), ({"target": addr.packed("192.0.2.9")}, False)],
+)
+def test_tables_show_which_address_of_the_host_a_port_of_the_namespace_leads_to(
+    port: int, more: dict[str, Any], expected: bool
+) -> None:
+    config = replace(CONFIG, forwards=(rule(port, outbound=True, **more),))
+    tables = open_side(config, False).tables
+    assert (tables is not None) == expected
+    if tables is not None:
+        tables.close()
+    side = open_side(config, True)
+    assert side.tables is None
+    for listener in side.listeners:
+        listener.sock.close()
 
 
 def test_rules_may_come_that_are_not_automatic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +337,7 @@ def test_udp_ports_are_given_to_the_later_uid() -> None:
     for uid in (65534, None):
         opened = open_side(config, False, owner=uid).listeners
         assert [os.fstat(listener.fd).st_uid for listener in opened] == [0, uid or 0]
+        assert {os.fstat(listener.fd).st_gid for listener in opened} == {os.getegid()}
         for listener in opened:
             listener.sock.close()
 
@@ -322,11 +387,33 @@ def test_predecessor_may_take_a_moment_to_end(
     assert naps == [port_sockets.RETRY_INTERVAL] * 3
 
 
+def test_only_a_port_in_use_is_tried_again(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = free_ports(2)
+    tried: list[int] = []
+
+    class Socket(socket.SocketType):  # type: ignore[misc, valid-type]
+        def bind(self, address: Any) -> None:
+            tried.append(address[1])
+            if tried == [first, first + 1]:
+                raise OSError(errno.EADDRINUSE, "Address already in use")
+            if address[1] == first:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            super().bind(address)
+
+    monkeypatch.setattr(port_sockets, "new_socket", Socket)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(Fatal, match=rf"^Failed to bind port {first} \(Permission denied\)"):
+        sides(rule(first, first + 1))
+    assert tried == [first, first + 1, first + 1]
+
+
 def test_ports_that_failed_are_listed_and_nothing_stays(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
     first = free_ports(10)
     clock = iter([0.0, 0.5, 2.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    asked: list[tuple[int, int, tuple[bytes, ...]]] = []
+    monkeypatch.setattr(holders, "describe", lambda *what: asked.append(what) or f"no. {len(asked)}")
     before = len(os.listdir("/proc/self/fd"))
     held = [socket.create_server(("127.0.0.1", first + i)) for i in (2, 3, 4, 6)]
     try:
@@ -338,8 +425,38 @@ def test_ports_that_failed_are_listed_and_nothing_stays(sides: Sides, monkeypatc
     assert e.value.args == (
         f"Failed to bind ports {first + 2}-{first + 4} (Address already in use) for option '-t a'",
         f"Failed to bind port {first + 6} (Address already in use) for option '-t b'",
+        *(f"TCP port {first + i} is held by no. {i - 1}" for i in (2, 3, 4)),
     )
+    assert asked == [(PROTO_TCP, first + i, ()) for i in (2, 3, 4)], "the first ones are enough to understand it"
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (rule(80, addr=addr.LOOPBACK4), "TCP 80 127.0.0.1"),
+        (rule(80, proto=PROTO_UDP), "UDP 80"),
+        (rule(80, outbound=True), "TCP 80 127.0.0.1 ::1"),
+    ],
+)
+def test_holder_is_looked_for_where_it_is_in_the_way(
+    wanted: Rule, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe(proto: int, port: int, addresses: tuple[bytes, ...]) -> str:
+        return " ".join(("TCP" if proto == PROTO_TCP else "UDP", str(port), *map(addr.text, addresses)))
+
+    monkeypatch.setattr(holders, "describe", describe)
+    failed = [Failure(wanted, 80, errno.EADDRINUSE), Failure(wanted, 81, errno.EACCES)]
+    assert list(port_sockets.holders_of(failed)) == [f"{expected[:3]} port 80 is held by {expected}"]
+    monkeypatch.setattr(holders, "describe", lambda *_: "")
+    assert list(port_sockets.holders_of(failed)) == []
+
+
+@pytest.mark.usefixtures("taken")
+def test_one_port_of_an_option_is_enough(sides: Sides, port: int) -> None:
+    """`-t all,22`: port 22 is there, and no other one could be bound."""
+    other = free_ports()
+    assert sides(rule(other, option="-t all,x"), rule(port, option="-t all,x", weak=True)) == [other]
 
 
 @pytest.mark.usefixtures("taken")
@@ -373,6 +490,27 @@ def test_out_of_descriptors(sides: Sides, monkeypatch: pytest.MonkeyPatch, weak:
         sides(rule(5, 6, "-t 5-6", weak=weak))
 
 
+def test_without_descriptors_the_rest_is_not_tried(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """58001 attempts would take a second, in which a running daemon does nothing else."""
+    tried = []
+
+    def none(*_: object) -> None:
+        tried.append(1)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(port_sockets, "new_socket", none)
+    many = rule(2000, 60000, "-t 2000-60000")
+    failed = port_sockets.open_ports(CONFIG, [(many, p) for p in many.ports], [])
+    assert len(tried) == 1
+    assert [f.port for f in failed] == list(many.ports)
+    assert {(f.rule, f.errno) for f in failed} == {(many, errno.EMFILE)}
+
+
+def test_some_descriptors_are_left_free() -> None:
+    assert reserve(7) == 3, "half of few"
+    assert reserve(1 << 20) == RESERVE
+
+
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
@@ -388,33 +526,6 @@ def test_runs_and_reasons() -> None:
         "Failed to bind ports 31-33 (Permission denied) for option '-t 31-33'",
         "To let all users bind ports from 22 up: sysctl -w net.ipv4.ip_unprivileged_port_start=22",
     ]
-    assert describe([Failure(rule(0), 0, used)]) == ["Failed to bind port 0 (Address already in use) for option '-t x'"]
-
-
-@pytest.mark.parametrize(("outbound", "needed"), [(False, 65535), (True, 131070)])
-@pytest.mark.parametrize("weak", [False, True])
-def test_too_many_ports_are_refused_at_once(
-    monkeypatch: pytest.MonkeyPatch, outbound: bool, needed: int, weak: bool
-) -> None:
-    limit = [4096]
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit[0], limit[0]))
-    monkeypatch.setattr(os, "listdir", lambda path: ["0", "1", "2"])
-    big = rule(1, 65535, "-t 1-65535", outbound=outbound, weak=weak)
-    config = replace(CONFIG, forwards=(rule(5, option="-t 5"), big, rule(6, option="-t 6")))
-    needed += 2 + 3 + port_sockets.RESERVE
-    with pytest.raises(Fatal) as e:
-        check_limit(config)
-    assert str(e.value) == (
-        f"Can't open enough sockets for port specifier: -t 1-65535 "
-        f"(needs {needed} descriptors, the limit is 4096: raise ulimit -Hn)"
-    )
-    limit[0] = needed - 1
-    with pytest.raises(Fatal):
-        check_limit(config)
-    for limit[0] in (needed, resource.RLIM_INFINITY):
-        check_limit(config)
-
-
-def test_automatic_ports_need_nothing_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
-    check_limit(replace(CONFIG, forwards=(rule(1, 65535, auto=True, weak=True),)))
+    for port in (0, 3):
+        said = f"Failed to bind port {port} (Address already in use) for option '-t x'"
+        assert describe([Failure(rule(port), port, used)]) == [said]

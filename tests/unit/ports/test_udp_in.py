@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from passt import addr
+from passt.flow.neighbours import HELD_MAX, HOLD, SOLICIT_MAX
 from passt.linux import nspool
 from passt.linux.mmsg import COUNT
 from passt.policy.forwarding import Forwarding
@@ -28,11 +30,12 @@ from passt.udp_engine.sock import Client
 
 from ..offload import received
 from ..oracle import recomputed
-from ..support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, T0, reactor, timers
-from ..udp_support import REUSE, Between, Lab, host_of, labs, port_of, second_bind, unprivileged
+from ..support import GATEWAY4, GATEWAY6, GUEST4, GUEST6, IP4, T0, elapse, reactor, timers
+from ..udp_support import QUERY, REUSE, Between, Lab, host_of, labs, port_of, second_bind, unprivileged
 
 Start = Callable[..., Lab]
 TO = 7777  # the guest's port
+OTHER_MAC = bytes.fromhex("525400999999")
 
 
 class Remote(Forwarding):
@@ -125,6 +128,42 @@ def test_a_datagram_and_its_answer(start: Start, bound: str, source: str, destin
     assert client.recv(65536) == reply  # it is connected: from the address and port that it sent to
     assert lab.flow.sock.getsockname()[:2] == (destination, listener.port)
     assert not lab.ctx.drops
+
+
+@pytest.mark.parametrize("v4", [True, False])
+def test_datagrams_wait_for_a_guest_that_has_not_spoken(start: Start, v4: bool) -> None:
+    """The guest is solicited, and gets them in order when its MAC address is known."""
+    lab = start()
+    asked: list[bytes] = []
+    lab.ctx.services.solicit4 = lab.ctx.services.solicit6 = asked.append
+    lab.ctx.guest.mac = addr.BROADCAST_MAC
+    listener = lab.listen("127.0.0.1" if v4 else "::1", to=TO)
+    client = lab.client(listener, "127.0.0.1" if v4 else "::1")
+    for data in (b"1", b"2", b"3"):
+        client.send(data)
+    lab.turn()
+    assert lab.link.frames == [] and asked == [GUEST4 if v4 else GUEST6]
+    lab.ctx.neighbours.sender(OTHER_MAC)
+    reactor(lab.ctx).end_turn(lab.now)
+    sent = packets(lab)
+    assert [bytes(p[UDP].payload) for p in sent] == [b"1", b"2", b"3"]
+    assert {p.dst for p in sent} == {addr.mac_text(OTHER_MAC)}
+    answer(lab, sent[0], b"reply")
+    assert client.recv(10) == b"reply"
+    assert not lab.ctx.drops
+
+
+def test_datagrams_for_a_guest_that_never_speaks(start: Start) -> None:
+    lab = start()
+    lab.ctx.guest.mac = addr.BROADCAST_MAC
+    client = lab.client(lab.listen(to=TO))
+    for _ in range(HELD_MAX + 5):
+        client.send(b"x")
+        lab.turn()
+    assert lab.ctx.drops == {"udp: no guest": 5}
+    elapse(lab.ctx, lab.now, HOLD + SOLICIT_MAX)
+    assert lab.ctx.drops == {"udp: no guest": HELD_MAX + 5}
+    assert lab.ctx.flows.count == 0
 
 
 def test_what_follows_comes_by_the_clients_own_socket(start: Start) -> None:
@@ -330,6 +369,18 @@ def test_strangers_bring_strangers_up_to_a_limit(start: Start, between: Any, mon
     lab.turn()
     assert len(payloads(lab)) == lab.ctx.flows.count == 1 + 5
     assert lab.ctx.drops == {"udp: too much for one event": 2 * 6 - 5}
+    lab.client(listener).send(b"first")
+    lab.turn()
+    assert lab.ctx.drops == {"udp: too much for one event": 2 * (2 * 6 - 5)}
+
+
+def test_the_class_of_a_first_datagram_reaches_the_tap(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = start()
+    given: list[int] = []
+    monkeypatch.setattr(lab.udp, "inbound", lambda *arguments: given.append(arguments[-1]))
+    client = Client(lab.listen("0.0.0.0"), addr.packed("198.51.100.9"), 9, addr.LOOPBACK4)
+    lab.udp_in._to_guest(client, memoryview(b"x"), [0, 1, 0], T0, 0x28)
+    assert given == [0x28]
 
 
 # Ports that must not be bound again ----------------------------------------------------------------------------------
@@ -532,6 +583,7 @@ def test_flows_of_the_guest_make_way_for_a_listener(local: Start) -> None:
     assert peer.recvfrom(9)[1][1] == port
     with pytest.raises(OSError, match="in use"):
         lab.listen("::", port)
+    assert lab.udp_in.ports_in_use({port, port + 1}) == {port} and not lab.udp_in.ports_in_use({port + 1})
     lab.udp_in.free_ports({port})
     assert lab.flows == []
     listener = lab.listen("::", port)
@@ -567,8 +619,9 @@ def test_sources(peer: str, port: int, why: str | None) -> None:
 def test_a_refused_source_is_counted(start: Start) -> None:
     lab = start()
     client = Client(lab.listen(), addr.packed("224.0.0.1"), 9, addr.LOOPBACK4)
-    lab.udp_in._dispatch(client, memoryview(b"xy"), [0, 1, 0, 1, 2, 0], T0)
-    assert lab.ctx.drops == {"udp: source is not unicast": 2}
+    for count in (2, 4):
+        lab.udp_in._dispatch(client, memoryview(b"xy"), [0, 1, 0, 1, 2, 0], T0)
+        assert lab.ctx.drops == {"udp: source is not unicast": count}
     assert lab.ctx.flows.count == 0
 
 
@@ -587,18 +640,24 @@ def test_clients_whose_family_the_guest_lacks(
     lab = start(**config)
     lab.ctx.guest = replace(lab.ctx.guest, **guest)
     client = lab.client(lab.listen("::"), destination)
-    client.send(b"?")
-    client.send(b"?")
-    lab.turn()
-    assert lab.ctx.drops == {"udp: no address to deliver to or from": 2}
+    for count in (2, 4):
+        client.send(b"?")
+        client.send(b"?")
+        lab.turn()
+        assert lab.ctx.drops == {"udp: no address to deliver to or from": count}
     assert lab.link.frames == []
 
 
 def test_without_a_tap_only_the_loopback_is_served(start: Start) -> None:
     lab = start(tap=False, splice_only=True)
-    lab.client(lab.listen()).send(b"?")
-    lab.turn()
-    assert lab.ctx.drops == {"udp: not from loopback": 1}
+    listener = lab.listen()
+    client = lab.client(listener)
+    for count in (1, 2):
+        client.send(b"?")
+        lab.turn()
+        assert lab.ctx.drops == {"udp: not from loopback": count}
+    assert lab.udp_in.ports_in_use({listener.port}) == set(), "no guest has flows"
+    lab.stop(listener)
 
 
 @pytest.mark.parametrize("number", [errno.EADDRINUSE, errno.EMFILE, errno.EACCES])
@@ -683,8 +742,26 @@ def test_a_listener_that_cannot_be_read(start: Start, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOMEM, "")
 
     monkeypatch.setattr(lab.udp_in._receiver, "receive_from", fails)
+    for count in (1, 2):
+        lab.udp_in.sock_handler(listener, T0)
+        assert lab.ctx.drops == {"udp: receive: ENOMEM": count}
+    given: list[Any] = []
+    monkeypatch.setattr(lab.udp_in, "_deliver_one", lambda datagram, now: given.append(datagram))
+    lab.udp_in._outbound.misdelivered.append("came before")  # type: ignore[arg-type]
     lab.udp_in.sock_handler(listener, T0)
-    assert lab.ctx.drops == {"udp: receive: ENOMEM": 1}
+    assert given == ["came before"], "it does not wait for the listener"
+
+
+def test_a_link_local_client_keeps_its_interface_and_its_class(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RFC 4007: the address means nothing without."""
+    lab = start()
+    listener = lab.listen("::")
+    envelope = udp_in.Envelope(addr.packed("fe80::1"), 9, addr.packed("fe80::2"), 3, 0x28)
+    monkeypatch.setattr(udp_in, "Envelope", SimpleNamespace(parse=lambda raw: envelope))
+    given: list[Any] = []
+    monkeypatch.setattr(lab.udp_in, "_dispatch", lambda client, mv, frames, now, tos: given.append((client, tos)))
+    lab.udp_in._group((b"", [0, 1, 0]), listener, T0)
+    assert given == [(Client(listener, envelope.peer, 9, envelope.local, 3), 0x28)]
 
 
 # Peers told apart ----------------------------------------------------------------------------------------------------
@@ -772,11 +849,13 @@ def test_a_client_whose_flow_ended_gets_a_new_one(start: Start) -> None:
     assert payloads(lab) == [b"one", b"two"]
 
 
-def test_queries_to_a_name_server_in_the_guest_end_soon(start: Start) -> None:
+@pytest.mark.parametrize(("first", "timeout"), [(QUERY, 30), (b"?", 180)])
+@pytest.mark.parametrize("to", [53, 9953])
+def test_queries_to_a_name_server_in_the_guest_end_soon(start: Start, to: int, first: bytes, timeout: float) -> None:
     lab = start()
-    lab.client(lab.listen(to=53)).send(b"?")
+    lab.client(lab.listen(to=to)).send(first)
     lab.turn()
-    assert lab.flow.timeout == 30
+    assert lab.flow.timeout == timeout
 
 
 def test_listening_again_on_the_same_port(start: Start) -> None:
@@ -818,3 +897,10 @@ def test_loopback_goes_to_the_splice(local: Start) -> None:
 
 def test_the_strangers_buffer_bounds_the_receives() -> None:
     assert 2 * udp_sock.BUFFER_FIRST // 576 < udp_sock.UNCONNECTED_MAX <= 1024
+
+
+def test_without_a_tap_clients_of_the_loopback_are_served(local: Start) -> None:
+    lab = local(tap=False, splice_only=True)
+    server = lab.socket()
+    lab.client(lab.listen(to=port_of(server))).send(b"?")
+    assert lab.recv(server) == b"?"
