@@ -1,1 +1,3 @@
-"""The processes in a namespace that pasta starts, and the terminal that it shares. `pasta.py` is the face."""
+"""Namespaces of others, pinned and watched (`pin`, `watch`), and the processes in a namespace that pasta starts, with
+the terminal that it shares (`init`, `supervisor`, `terminal`). `pasta.py` is the face.
+"""

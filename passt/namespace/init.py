@@ -28,11 +28,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from .. import log
+from ..lean.records import dataclass
+from ..linux.inherited import Inherited
 from ..linux.syscall import (
     CLONE_NEWIPC,
     CLONE_NEWNET,
@@ -60,17 +61,23 @@ NAMESPACES = CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWUTS | CLONE_N
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A program to execute: the file (searched in PATH), its argv, its environment."""
+    """A program to execute: the file (searched in PATH), its argv, its environment and signals."""
 
     file: str
     argv: Sequence[str]
-    env: Mapping[str, str]
+    caller: Inherited
+
+    @property
+    def words(self) -> list[Any]:
+        """The arguments of `supervisor.supervise` and `execute`, from lists, strings and numbers."""
+        caller = self.caller
+        return [self.file, list(self.argv), dict(caller.env), list(caller.ignored), list(caller.blocked)]
 
 
-def login_shell(env: Mapping[str, str]) -> Command:
+def login_shell(caller: Inherited) -> Command:
     """$SHELL or /bin/sh as a login shell."""
-    shell = env.get("SHELL") or "/bin/sh"
-    return Command(shell, ("-" + shell,), env)
+    shell = caller.env.get("SHELL") or "/bin/sh"
+    return Command(shell, ("-" + shell,), caller)
 
 
 def helper(
@@ -105,7 +112,7 @@ def _init(command: Command, control: int) -> NoReturn:
         _become_supervisor(command, control)
         if os.read(control, 1) == bytes((supervisor.START,)):
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            status = supervisor.supervise(command.file, command.argv, command.env, control)
+            status = supervisor.supervise(control, *command.words)
     except Exception as e:  # not only OSError: the current user may not be able to read Python's files
         log.err(f"Failed to set up the namespace of the command: {e}")
     finally:
@@ -125,7 +132,7 @@ def _attempt(what: str, function: Callable[[], None]) -> None:
     try:
         function()
     except OSError as e:
-        log.warn(f"Couldn't {what}: {os.strerror(e.errno or 0)}")
+        log.warn(f"Couldn't {what}: {log.why(e)}")
 
 
 def _allow_ping() -> None:
@@ -151,13 +158,13 @@ def _become_supervisor(command: Command, control: int) -> None:
     try:
         argv_file = os.memfd_create("command", 0)
         with open(argv_file, "wb", closefd=False) as f:
-            f.write(json.dumps([command.file, command.argv, dict(command.env)]).encode())
+            f.write(json.dumps(command.words).encode())
         os.lseek(argv_file, 0, os.SEEK_SET)
         os.set_inheritable(control, True)
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
         options = "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}"
         argv = [sys.executable, *options, supervisor.__file__, str(control), str(argv_file)]
-        os.execve(sys.executable, argv, dict(command.env))
+        os.execve(sys.executable, argv, dict(command.caller.env))
     except OSError as e:
         log.debug(f"Couldn't execute the supervisor, init goes on as a copy of pasta: {e}")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))

@@ -5,13 +5,24 @@ processes, reports the exit status, and ends with pasta.
 and no installed package, so that an interpreter is ready in 20 ms, while pasta still sets up the network. If it cannot
 be executed (Python is readable by root only, and the command runs as `nobody`), init calls the functions here instead.
 
-    argv    this file | descriptor of the pipe from pasta | descriptor of a file with [file, argv, environment] in JSON
+    argv    this file | descriptor of the pipe from pasta | descriptor of a file in JSON:
+            [file, argv, environment, signals that the command ignores, signals that are blocked for it]
 
 When it ends, the kernel kills everything in the namespace. It ends when the command does, and when pasta does:
 PDEATHSIG kills it, and the pipe, which pasta holds open, reads end of file even before that is set.
 
 Signals: PID 1 is immune to signals that it does not handle, and handles SIGCHLD only. Signals of the terminal
-(interrupt, quit, stop) reach the command directly, because all are in one process group.
+(interrupt, quit, stop) reach the command directly, because all are in one process group. Those from pasta are given to
+the command, which may have handlers for them, as a shell gives them to its script. SIGTERM means more: it ends the
+command in any case, or pasta could not be ended by it.
+
+    the command                                          after SIGTERM it gets
+    ---------------------------------------------------  -----------------------------------------------------------
+    is stopped                                           SIGCONT, or the signal would stay pending
+    has a process group of its own in our session        SIGHUP: a shell with job control, which ignores SIGTERM, takes
+                                                         that as the end of its terminal
+    ignores all of these                                 SIGKILL at once: nothing can be waited for
+    is there still after GRACE                           SIGKILL, and so does everything in the namespace
 """
 
 from __future__ import annotations
@@ -21,13 +32,19 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 START = 0  # on the pipe: start the command; other values are signals for it
 EXEC_FAILED = 1
+KILLED = 128 + signal.SIGTERM
 DEFAULT_PATH = "/bin:/usr/bin"
+GRACE = 10.0  # s for an orderly end, as in docker-stop(1)
+HANGUP_DELAY = 0.05  # s; a shell that gets both signals at once may see only one of them (readline has one slot)
+HANGUP_INTERVAL = 1.0  # s
 _PR_SET_PDEATHSIG = 1
+CHANGED = signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ  # here, and the latter two by Python itself
 
 
 def main() -> NoReturn:
@@ -40,29 +57,46 @@ def main() -> NoReturn:
     control, argv_file = map(int, sys.argv[1:])
     os.set_inheritable(control, False)
     with open(argv_file, "rb") as f:
-        file, argv, env = json.load(f)
+        command = json.load(f)
     status = 1
     try:
         if os.read(control, 1) == bytes((START,)):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            status = supervise(file, argv, env, control)
+            status = supervise(control, *command)
+    except OSError as e:
+        _say(f"Failed to supervise the command: {e}")
     finally:
         os._exit(status)
 
 
-def supervise(file: str, argv: Sequence[str], env: Mapping[str, str], control: int) -> int:
+def supervise(
+    control: int,
+    file: str,
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    ignored: Sequence[int] = (),
+    blocked: Sequence[int] = (),
+) -> int:
     """Start the command, forward signals, reap orphans; returns the exit status for pasta."""
     wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakeup)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as e:
+        _not_started(file, e)
+        return EXEC_FAILED
     if child == 0:
-        execute(file, argv, env)
+        execute(file, argv, env, ignored, blocked)
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(wake, select.POLLIN)
+    ending: Ending | None = None
     while True:
-        for fd, _ in poll.poll():
+        ready = poll.poll(ending.wait() if ending else None)
+        if ending and ending.over():
+            return KILLED
+        for fd, _ in ready:
             if fd == wake:
                 os.read(wake, 512)
                 status = reap(child)
@@ -74,6 +108,46 @@ def supervise(file: str, argv: Sequence[str], env: Mapping[str, str], control: i
                 return 1  # pasta is gone
             for number in numbers:
                 os.kill(child, number)
+            if signal.SIGTERM in numbers and ending is None:
+                ending = Ending(child)
+
+
+class Ending:
+    """The time after SIGTERM."""
+
+    def __init__(self, child: int) -> None:
+        self._child = child
+        self._deadline = self._hangup = time.monotonic()
+        os.kill(child, signal.SIGCONT)
+        self._is_shell = os.getpgid(child) != os.getpgrp() and os.getsid(child) == os.getsid(0)
+        if not {signal.SIGTERM, signal.SIGHUP if self._is_shell else signal.SIGTERM} <= ignored(child):
+            self._deadline += GRACE
+            self._hangup += HANGUP_DELAY
+
+    def wait(self) -> float:
+        """Milliseconds until the next step."""
+        following = min(self._deadline, self._hangup) if self._is_shell else self._deadline
+        return max(0.0, following - time.monotonic()) * 1000
+
+    def over(self) -> bool:
+        """Whether it is time for SIGKILL; gives a shell its SIGHUP before."""
+        now = time.monotonic()
+        if self._is_shell and now >= self._hangup:
+            os.kill(self._child, signal.SIGHUP)
+            self._hangup = now + HANGUP_INTERVAL
+        return now >= self._deadline
+
+
+def ignored(pid: int) -> set[int]:
+    """The signals that `pid` ignores, as far as is known."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return set()  # of another PID namespace: this one could not be mounted
+        with open(f"/proc/{pid}/status") as f:
+            mask = next(int(line.split()[1], 16) for line in f if line.startswith("SigIgn:"))
+    except (OSError, StopIteration):
+        return set()
+    return {number for number in range(1, mask.bit_length() + 1) if mask >> number - 1 & 1}
 
 
 def reap(child: int) -> int | None:
@@ -97,25 +171,38 @@ def shell_status(wait_status: int) -> int:
     return os.WEXITSTATUS(wait_status)
 
 
-def execute(file: str, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
-    """Execute the command. Never returns; a failure is one line on standard error and status 1."""
+def execute(
+    file: str, argv: Sequence[str], env: Mapping[str, str], ignored: Sequence[int] = (), blocked: Sequence[int] = ()
+) -> NoReturn:
+    """Execute the command with its signals. Never returns; a failure is one line on standard error and status 1."""
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # the latter two are ignored by Python itself
-            signal.signal(number, signal.SIG_DFL)
-        error = _exec(file, argv, env)
-        text = f"Failed to start command or shell: {file}: {error}\n"
-        os.write(2, text.encode(errors="backslashreplace"))
+        for number in {*CHANGED, *ignored}:
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        _exec(file, argv, env)
+    except OSError as e:
+        _not_started(file, e)
     finally:
         os._exit(EXEC_FAILED)
 
 
-def _exec(file: str, argv: Sequence[str], env: Mapping[str, str]) -> str:
-    """execvp(3): search PATH, and give a script without an interpreter line to the shell. Returns why it failed."""
-    directories = [""] if "/" in file else env.get("PATH", DEFAULT_PATH).split(":")
+def _not_started(file: str, e: OSError) -> None:
+    _say(f"Failed to start command or shell: {file}: {e.strerror}")
+
+
+def _say(line: str) -> None:
+    """Write an error to standard error; there is no other place, should that fail."""
+    try:
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+    except OSError:
+        pass
+
+
+def _exec(file: str, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+    """execvp(3): search PATH, and give a script without an interpreter line to the shell. Raises OSError."""
+    directories = [] if not file else [""] if "/" in file else env.get("PATH", DEFAULT_PATH).split(":")
     error = errno.ENOENT
-    if not file:
-        return os.strerror(error)
     for directory in directories:
         path = os.path.join(directory, file)
         try:
@@ -125,7 +212,7 @@ def _exec(file: str, argv: Sequence[str], env: Mapping[str, str]) -> str:
                 os.execve("/bin/sh", ["sh", path, *argv[1:]], dict(env))
             if e.errno not in (errno.ENOENT, errno.ENOTDIR):
                 error = e.errno or error
-    return os.strerror(error)
+    raise OSError(error, os.strerror(error))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from passt import log
+from passt.linux.inherited import Inherited
 from passt.namespace import init as namespace_init
 from passt.namespace import supervisor
 from passt.namespace.init import Command, login_shell
@@ -25,6 +27,7 @@ def run(body: Callable[[], int]) -> tuple[int, bytes]:
     if pid == 0:
         status = 99
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the test run has a handler of its own
             os.dup2(writer, 2)
             status = body()
         finally:
@@ -36,44 +39,17 @@ def run(body: Callable[[], int]) -> tuple[int, bytes]:
 
 
 def command(*argv: str, **env: str) -> Command:
-    return Command(argv[0], argv, {"PATH": "/usr/bin:/bin", **env})
-
-
+    return Command(argv[0], argv, Inherited({"PATH": "/usr/bin:/bin", **env}))
 
 
 # Starting ----------------------------------------------------------------------------------------------------------
 
 
 def test_login_shell() -> None:
-    assert login_shell({"SHELL": "/bin/dash"}) == Command("/bin/dash", ("-/bin/dash",), {"SHELL": "/bin/dash"})
-    assert login_shell({"SHELL": ""}).file == "/bin/sh"
-    assert login_shell({}).argv == ("-/bin/sh",)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+    caller = Inherited({"SHELL": "/bin/dash"}, ignored=(signal.SIGHUP,))
+    assert login_shell(caller) == Command("/bin/dash", ("-/bin/dash",), caller)
+    assert login_shell(Inherited({"SHELL": ""})).file == "/bin/sh"
+    assert login_shell(Inherited()).argv == ("-/bin/sh",)
 
 
 # Preparing ---------------------------------------------------------------------------------------------------------
@@ -150,7 +126,7 @@ import os, sys
 from passt.namespace import init
 read, write = os.pipe()
 os.execve = lambda path, argv, env: print(argv[1:argv.index(init.supervisor.__file__)])
-init._become_supervisor(init.Command("true", ("true",), {}), read)
+init._become_supervisor(init.Command("true", ("true",), init.Inherited()), read)
 """
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -16,7 +24,7 @@ from .test_init import command, run
 
 
 def execute(c: Command) -> tuple[int, bytes]:
-    return run(lambda: supervisor.execute(c.file, c.argv, c.env))
+    return run(lambda: supervisor.execute(*c.words))
 
 
 def test_command_gets_argv_and_environment() -> None:
@@ -51,6 +59,48 @@ def test_command_that_cannot_be_started(c: Command, reason: str) -> None:
     assert execute(c) == (1, f"Failed to start command or shell: {c.file}: {reason}\n".encode())
 
 
+def fails(number: int) -> Callable[..., NoReturn]:
+    def function(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return function
+
+
+def test_no_more_processes() -> None:
+    def body() -> int:
+        os.fork = fails(errno.EAGAIN)
+        return supervisor.supervise(0, *command("true").words)
+
+    assert run(body) == (1, b"Failed to start command or shell: true: Resource temporarily unavailable\n")
+
+
+def test_no_shell_for_a_script(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("exit 6\n")
+    script.chmod(0o755)
+
+    def body() -> None:
+        execve = os.execve
+        os.execve = lambda path, *more: execve(path.replace("/bin/sh", "/none"), *more)
+        supervisor.execute(*command(str(script)).words)
+
+    assert run(body) == (1, f"Failed to start command or shell: {script}: No such file or directory\n".encode())
+
+
+def test_error_of_the_supervisor() -> None:
+    def body() -> None:
+        reader, writer = os.pipe()
+        os.write(writer, bytes((supervisor.START,)))
+        words = os.memfd_create("command")
+        os.write(words, json.dumps(command("true").words).encode())
+        os.lseek(words, 0, os.SEEK_SET)
+        sys.argv = ["supervisor", str(reader), str(words)]
+        supervisor.supervise = fails(errno.EIO)
+        supervisor.main()
+
+    assert run(body) == (1, b"Failed to supervise the command: [Errno 5] Input/output error\n")
+
+
 def test_forbidden_file_in_path_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "true").mkdir()
     assert execute(command("true", PATH=f"{tmp_path}:/usr/bin:/bin")) == (0, b"")
@@ -72,7 +122,7 @@ def supervise(script: str, *values: int, close: bool = False) -> tuple[int, byte
         os.close(writer)
     try:
         c = command("sh", "-c", script)
-        return run(lambda: supervisor.supervise(c.file, c.argv, c.env, reader))
+        return run(lambda: supervisor.supervise(reader, *c.words))
     finally:
         os.close(reader)
         if not close:
@@ -93,6 +143,84 @@ def test_orphans_are_reaped_and_do_not_count() -> None:
 def test_signals_are_passed_on() -> None:
     assert supervise("exec sleep 1000", signal.SIGTERM) == (143, b"")
     assert supervise("exec sleep 1000", signal.SIGUSR1) == (138, b"")
+
+
+# SIGTERM ends it in any case --------------------------------------------------------------------------------------
+
+
+def told_when_ready(script: str, *values: int, grace: float = 60.0) -> tuple[int, bytes]:
+    """The supervisor of `sh -c script`, told `values` when the script has written a line to descriptor 3."""
+    reader, writer = os.pipe()
+    ready, says = os.pipe()
+    os.set_inheritable(says, True)
+
+    def body() -> int:
+        os.dup2(says, 9)
+        os.close(writer)
+        os.close(says)
+        supervisor.GRACE = grace
+        c = command("sh", "-c", script)
+        status = supervisor.supervise(reader, *c.words)
+        for child in Path("/proc/thread-self/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)  # as the kernel does after PID 1
+        return status
+
+    def tell() -> None:
+        os.read(ready, 1)
+        os.write(writer, bytes(values))
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    try:
+        return run(body)
+    finally:
+        os.close(says)
+        teller.join()
+        for fd in (reader, writer, ready):
+            os.close(fd)
+
+
+IGNORING = "trap '' TERM; echo >&9; exec sleep 1000 9>&-"
+TRAPPING = "trap 'echo trapped >&2' TERM; echo >&9; exec 9>&-; while :; do sleep 0.05; done"
+
+
+def test_command_that_ignores_it_is_killed_at_once() -> None:
+    begin = time.monotonic()
+    assert told_when_ready(IGNORING, signal.SIGTERM) == (143, b"")
+    assert time.monotonic() - begin < 30
+
+
+def test_command_that_only_says_something_is_killed_later() -> None:
+    assert told_when_ready(TRAPPING, signal.SIGTERM, grace=0.5) == (143, b"trapped\n")
+
+
+def test_command_has_time_for_its_end() -> None:
+    script = "trap 'sleep 0.3; exit 7' TERM; echo >&9; exec 9>&-; while :; do sleep 0.05; done"
+    assert told_when_ready(script, signal.SIGTERM) == (7, b"")
+
+
+def test_stopped_command_goes_on_to_its_end() -> None:
+    script = "trap 'exit 7' TERM; echo >&9; exec 9>&-; kill -STOP $$; while :; do sleep 0.05; done"
+    assert told_when_ready(script, signal.SIGTERM) == (7, b"")
+
+
+def test_other_signals_leave_it_to_the_command() -> None:
+    script = f"trap '' HUP INT QUIT; {TRAPPING}"
+    assert told_when_ready(script, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, grace=0.5)[0] == 143
+
+
+def test_ignored_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen(["sh", "-c", "trap '' TERM USR2; echo; exec sleep 1000"], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline()
+        assert {signal.SIGTERM, signal.SIGUSR2} <= supervisor.ignored(process.pid)
+        assert signal.SIGHUP not in supervisor.ignored(process.pid)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        assert supervisor.ignored(process.pid) == set(), "the PIDs of /proc are not ours"
+    finally:
+        process.kill()
+        process.communicate()
+    assert supervisor.ignored(process.pid) == set()
 
 
 def test_death_of_pasta_ends_it() -> None:
