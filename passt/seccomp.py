@@ -18,10 +18,13 @@ for all threads.
 
 There is no clone, execve, setns, unshare, mount, ptrace or prctl, and no open by path: the root is empty anyway.
 
-The names are those of x86-64. If another architecture has another call for the same purpose, that one is allowed, too
-(`ALTERNATIVES`). An argument that cannot be tested, because it is in memory or behind socketcall(2), is not tested.
+The names are those of x86-64, where the filter allows exactly the calls of the table (docs/seccomp.md). If another
+architecture has another call for the same purpose, that one is allowed there (`ALTERNATIVES`): in place of a call that
+it lacks, or beside it if x86-64 does not have it, as with calls for 64-bit times. An argument that cannot be tested,
+because it is in memory or behind socketcall(2), is not tested.
 
-Python's binding of libseccomp is pyseccomp, or Debian's package python3-seccomp with the same interface.
+Python's binding of libseccomp is pyseccomp, or libseccomp's own, Debian's package python3-seccomp. Their interface is
+the same, except that the latter takes C ints: `system_arch()` is too large for it, so it is `Arch.NATIVE` here.
 """
 
 from __future__ import annotations
@@ -53,10 +56,12 @@ ALTERNATIVES = {
     "clock_gettime": ("clock_gettime64",),
     "epoll_wait": ("epoll_pwait",),
     "fcntl": ("fcntl64",),
+    "fstat": ("fstat64",),
     "ftruncate": ("ftruncate64",),
     "futex": ("futex_time64",),
     "lseek": ("_llseek",),
     "mmap": ("mmap2",),
+    "newfstatat": ("fstatat64", "statx"),
     "recvfrom": ("recv",),
     "recvmmsg": ("recvmmsg_time64",),
     "rt_sigreturn": ("sigreturn",),
@@ -64,7 +69,7 @@ ALTERNATIVES = {
     "timerfd_settime": ("timerfd_settime64",),
     "wait4": ("waitpid", "waitid"),
 }
-UNKNOWN = -1  # the number of a name that libseccomp does not know (__NR_SCMP_ERROR)
+SOCKETCALL_NUMBERS = range(-120, -99)  # by which libseccomp names calls behind socketcall(2)
 SOCKET_CALLS = frozenset(("socket", "setsockopt"))
 UNTESTABLE = {  # machine -> calls whose arguments are in memory there
     "i386": SOCKET_CALLS | {"mmap"},
@@ -134,7 +139,7 @@ def collect(mode: str, modules: Iterable[ModuleType] | None = None) -> dict[str,
                 found.setdefault(call.name, []).append(call)
     for name, variants in found.items():
         free = [call for call in variants if not call.tests]
-        found[name] = free[:1] or list(dict.fromkeys(variants))
+        found[name] = free[:1] or list({call.tests: call for call in variants}.values())
     return dict(sorted(found.items()))
 
 
@@ -163,13 +168,32 @@ def build(mode: str, machine: str, extra: Sequence[Call] = ()) -> Any:
 def fill(rules: Any, library: Any, machine: str, allowed: Iterable[Call]) -> None:
     """Add a rule for each call and its alternatives on other architectures. Raises OSError."""
     untestable = UNTESTABLE.get(machine, frozenset())
+    allowed = list(allowed)
+    declared = {call.name for call in allowed}
     for call in allowed:
         tests = () if call.name in untestable else call.tests
         arguments = [library.Arg(t.arg, library.MASKED_EQ, t.mask, t.value) for t in tests]
         rules.add_rule(library.ALLOW, call.name, *arguments)
-        for name in ALTERNATIVES.get(call.name, ()):
-            if library.resolve_syscall(library.system_arch(), name) != UNKNOWN:
+        for name in _alternatives(library, library.Arch.NATIVE, call.name):
+            if name not in declared:
                 rules.add_rule(library.ALLOW, name, *arguments)
+
+
+def _alternatives(library: Any, architecture: Any, call: str) -> list[str]:
+    """The names by which `architecture` has the call as well, or instead."""
+    missing = not _exists(library, architecture, call)
+    return [
+        name
+        for name in ALTERNATIVES.get(call, ())
+        if _exists(library, architecture, name) and (missing or not _exists(library, library.Arch.X86_64, name))
+    ]
+
+
+def _exists(library: Any, architecture: Any, call: str) -> bool:
+    """Whether an architecture has the call, by itself or behind socketcall(2)."""
+    number: int = library.resolve_syscall(architecture, call)
+    socketcall = library.resolve_syscall(architecture, "socketcall") >= 0
+    return number >= 0 or (socketcall and number in SOCKETCALL_NUMBERS)
 
 
 def load(rules: Any) -> None:
@@ -184,7 +208,7 @@ def load(rules: Any) -> None:
 def number(name: str) -> int:
     """The number of a system call on this machine. Raises Fatal if the binding is missing."""
     library = binding()
-    value: int = library.resolve_syscall(library.system_arch(), name)
+    value: int = library.resolve_syscall(library.Arch.NATIVE, name)
     return value
 
 

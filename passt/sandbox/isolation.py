@@ -4,13 +4,13 @@ processes. A hostile guest that has taken over the process gains access to nothi
 1. inherited descriptors from 3 up are closed, after files that the command line names by /proc/self/fd/N are open
 2. started as root: steps that need root are done (low ports, opening and configuring namespaces of other users), then
    the process changes to `nobody`, or to the user of --runas, for good. For a namespace that is not our own child's,
-   three capabilities are kept:
+   three capabilities are kept until step 6:
 
-       capability            needed later for
+       capability            needed until then for
        --------------------  ----------------------------------------------------------------
-       CAP_SYS_ADMIN         entering it (setns): dropped as soon as a thread is inside (linux/netns.py)
-       CAP_NET_ADMIN         creating and configuring a tap that was deleted
-       CAP_NET_BIND_SERVICE  ports below 1024 that appear at run time (`auto`)
+       CAP_SYS_ADMIN         entering it (setns), which a thread does for good (linux/netns.py)
+       CAP_NET_ADMIN         creating and configuring the tap
+       CAP_NET_BIND_SERVICE  ports below 1024 that programs have bound already (`auto`)
 
    Root of a user namespace changes as well, but not if `nobody` is unmapped there, and not for a namespace that it
    names: on the machine it is an ordinary user, such as podman's, who expects to see and to end the process as its own
@@ -21,7 +21,10 @@ processes. A hostile guest that has taken over the process gains access to nothi
 5. `leave_files`: mount, IPC and UTS namespaces, and an empty read-only root (pivot_root(2)). No file can be opened by
    a path any more
 6. `lock_down`: no new privileges (execve(2) gives none), not dumpable (no attach, no read of our memory), ambient,
-   bounding and all other sets of capabilities empty, except those that a namespace's tap and ports below 1024 need
+   bounding and all other sets of capabilities empty. Two stay, if they are rights over the guest's network and none
+   over the host's: CAP_NET_ADMIN for a tap that was deleted, CAP_NET_BIND_SERVICE for ports below 1024 that appear at
+   run time. They are rights over the host's network if its owner is our user namespace or one below it
+   (`netns.rights_reach`): for root of the machine, and for root of a container with a network of its own
 7. `seccomp.py`: the allowed system calls
 
 Mustn't: change ids and lose access to /proc/self. A process that has changed its ids is marked not dumpable. Then its
@@ -37,9 +40,9 @@ import os
 import pwd
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from .. import log
+from ..lean.records import dataclass
 from ..linux import proc
 from ..linux.syscall import (
     CAP_NET_ADMIN,
@@ -173,12 +176,18 @@ def become(identity: Identity, *kept: int) -> None:
                 set_capabilities(*kept)
     except OSError as e:
         ids = f"UID {identity.uid}, GID {identity.gid}"
-        raise Fatal(f"Couldn't change to {ids}: {e.strerror} (--runas needs root)") from None
+        raise Fatal(f"Couldn't change to {ids}: {log.where(e)} (--runas needs root)") from None
     prctl(PR_SET_DUMPABLE, 1)
 
 
-def running_capabilities(*, own_tap: bool) -> tuple[int, ...]:
-    """The capabilities that pasta keeps in the sandbox; `own_tap`: pasta creates the tap, again after a deletion."""
+def running_capabilities(*, own_tap: bool, over_host: bool) -> tuple[int, ...]:
+    """The capabilities that pasta keeps in the sandbox. `own_tap`: pasta creates the tap, again after a deletion.
+
+    `over_host`: they would be rights over the host's network, where CAP_NET_ADMIN also means SO_MARK in control
+    messages, and whatever an open netlink socket can say: the filter of system calls reads neither.
+    """
+    if over_host:
+        return ()
     return (CAP_NET_ADMIN, CAP_NET_BIND_SERVICE) if own_tap else (CAP_NET_BIND_SERVICE,)
 
 
@@ -195,7 +204,7 @@ def leave_processes(*, background: bool) -> None:
         if background:
             unshare(CLONE_NEWPID)
     except OSError as e:
-        raise Fatal(f"Couldn't leave the host's processes: {os.strerror(e.errno or 0)} ({namespace_hint(e)})") from None
+        raise Fatal(f"Couldn't leave the host's processes: {log.why(e)} ({namespace_hint(e)})") from None
 
 
 def gain_rights() -> None:
@@ -213,7 +222,7 @@ def gain_rights() -> None:
             unshare(CLONE_NEWUSER)
         _write_maps(((inside, uid), (gid, gid)))
     except OSError as e:
-        raise Fatal(f"Couldn't create user namespace: {os.strerror(e.errno or 0)} ({namespace_hint(e)})") from None
+        raise Fatal(f"Couldn't create user namespace: {log.why(e)} ({namespace_hint(e)})") from None
 
 
 def leave_files(number: Callable[[str], int], directories: Iterable[int], *, chroot_fallback: bool) -> None:
@@ -239,7 +248,7 @@ def leave_files(number: Callable[[str], int], directories: Iterable[int], *, chr
         _change_root(number("pivot_root"), chroot_fallback=chroot_fallback)
     except OSError as e:
         hint = f" ({namespace_hint(e)})" if step.startswith("leave") else ""
-        raise Fatal(f"Couldn't {step}: {e.strerror}{hint}") from None
+        raise Fatal(f"Couldn't {step}: {log.where(e)}{hint}") from None
 
 
 def _detach_directory(open_tree_number: int, fd: int) -> None:
@@ -284,7 +293,7 @@ def lock_down(*kept: int) -> None:
         set_capabilities(*kept)
         prctl(PR_SET_DUMPABLE, 0)
     except OSError as e:
-        raise Fatal(f"Couldn't give up capabilities: {e.strerror}") from None
+        raise Fatal(f"Couldn't give up capabilities: {log.where(e)}") from None
 
 
 def _empty_bounding_set() -> None:
@@ -314,7 +323,7 @@ def map_ids(identity: Identity) -> None:
     try:
         _write_maps(((0, identity.uid), (0, identity.gid)))
     except OSError as e:
-        log.warn(f"Couldn't configure user mappings: {e.strerror}: the command will not be root in its namespace")
+        log.warn(f"Couldn't configure user mappings: {log.where(e)}: the command will not be root in its namespace")
 
 
 def _write_maps(ids: tuple[tuple[int, int], tuple[int, int]]) -> None:
@@ -375,4 +384,6 @@ def namespace_hint(e: OSError) -> str:
         )
     if e.errno == errno.EINVAL:
         return "this kernel has no user namespaces (CONFIG_USER_NS)"
+    if e.errno == errno.EAGAIN:
+        return "the user has as many processes as allowed: raise the limit, ulimit -u, or TasksMax= of the unit"
     return "the kernel refused"

@@ -222,6 +222,7 @@ def test_close_fds() -> None:
         (errno.EACCES, "contrib/README.md"),
         (errno.EINVAL, "CONFIG_USER_NS"),
         (errno.ENOSYS, "seccomp profile"),
+        (errno.EAGAIN, "ulimit -u"),
         (errno.ENOMEM, "the kernel refused"),
     ],
 )
