@@ -2,7 +2,8 @@
 
     {"command": ...}                               answer, beside "ok": true
     ---------------------------------------------  -------------------------------------------------------------------
-    "show"                                         "rules": those in force
+    "show"                                         "rules": those in force; and, if the host's network is followed,
+                                                   "network": where the guest's view is from, counters
     "add", "rules": ["-t 8080:80", ...]            "added", "removed", "present": rules; adding an existing rule is
     "delete", "rules": [...], or "numbers": [...]  no error. A request is carried out as a whole, or not at all
     "replace", "rules": [...]                      the given rules replace all rules of the option letters that occur
@@ -12,7 +13,7 @@
     "flows"                                        "flows": open flows
     "stats"                                        "stats": counters
     "metrics"                                      "metrics": the same in the text format of Prometheus
-    "info"                                         "info": version, mode, addresses of the guest
+    "info"                                         "info": version, mode, addresses of the guest, "network"
 
     {"ok": false, "error": ...}                    the reason, in a line; "errors" has all lines, and "ports" the ports
                                                    that cannot be bound: "port", "rule", "errno", "reason"
@@ -24,15 +25,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, addr
-from ..conf import ports as conf_ports
+from ..conf import forwards as conf_forwards
+from ..conf.ports import EPHEMERAL, INBOUND, OUTBOUND
 from ..flow.context import Context
+from ..lean.records import replace
 from ..log import Fatal
-from ..policy.rules import Rule
+from ..policy.rules import Rule, with_names
 from ..ports.forwards import Add, Change, Clear, Delete, DeleteNumber, Forwards, Outcome, Refused
 from ..wire.checksum import PROTO_TCP, PROTO_UDP
 from . import metrics
@@ -61,13 +63,14 @@ class Specs:
     def __init__(self, options: Options, ctx: Context, ephemeral: range | None) -> None:
         self._options = options
         self._ctx = ctx
-        self._ephemeral = conf_ports.EPHEMERAL if ephemeral is None else ephemeral
+        self._ephemeral = EPHEMERAL if ephemeral is None else ephemeral
 
     def rules(self, option: str) -> tuple[Rule, ...]:
         """Raises Fatal."""
         config = self._ctx.config
         families = config.ip4 is not None, config.ip6 is not None
-        rules = conf_ports.later(option, self._options, self._ephemeral, *families)
+        rules = conf_forwards.later(option, self._options, self._ephemeral, *families)
+        rules = with_names(rules, dict(config.altnames))
         return rules if len(option) <= OPTION_MAX else tuple(replace(rule, option=rule.spec) for rule in rules)
 
 
@@ -104,7 +107,9 @@ class Api:
         if command == "show":
             _no_more(asked)
             rules = sorted(self._forwards.rules.items(), key=_number)
-            return streamed("rules", (self._described(number, rule) for number, rule in rules))
+            described = (self._described(number, rule) for number, rule in rules)
+            network = self._network()
+            return streamed("rules", described, **({} if network is None else {"network": network}))
         if command in ("add", "delete", "replace", "clear", "change"):
             outcome = self._forwards.change(self._changes(command, asked), now)
             return (_line(self._changed(outcome)),)
@@ -147,8 +152,8 @@ class Api:
         rules = self._specs.rules(value)
         if what == "replace" and value is replaced[0]:
             for letter in dict.fromkeys(text[1:2] for text in replaced if isinstance(text, str)):
-                if letter in conf_ports.INBOUND + conf_ports.OUTBOUND:
-                    yield Clear(letter in conf_ports.OUTBOUND, PROTO_TCP if letter in "tT" else PROTO_UDP)
+                if letter in INBOUND + OUTBOUND:
+                    yield Clear(letter in OUTBOUND, PROTO_TCP if letter in "tT" else PROTO_UDP)
         if not rules and what != "replace":
             raise RequestError(f"'{value}' names no ports to {what}")
         for rule in rules:
@@ -174,6 +179,11 @@ class Api:
     def _metrics(self, now: float) -> Json:
         return {"metrics": metrics.prometheus(self._ctx, now)}
 
+    def _network(self) -> Json | None:
+        """How the host's network is followed, from where the guest's view is, and how often it has changed."""
+        network = self._ctx.stats.network
+        return None if network is None else network()
+
     def _info(self, now: float) -> Json:
         config, guest = self._ctx.config, self._ctx.guest
         about: Json = {"version": __version__, "mode": self._mode}
@@ -187,6 +197,8 @@ class Api:
                 "gateways": [addr.text(ip.gateway) for ip in families if ip.gateway],
                 "guest": seen,
             }
+            if (network := self._network()) is not None:
+                about["network"] = network
         return {"info": about}
 
 
@@ -216,14 +228,17 @@ def _line(answer: Json) -> bytes:
     return json.dumps(answer, separators=(",", ":")).encode() + b"\n"
 
 
-def streamed(name: str, objects: Iterable[Json]) -> Iterator[bytes]:
-    """An answer with a list, in pieces."""
+def streamed(name: str, objects: Iterable[Json], **others: Json) -> Iterator[bytes]:
+    """An answer with a list, in pieces, and with other members after it."""
     yield f'{{"ok":true,"{name}":['.encode()
     left, separator = iter(objects), ""
     while some := list(islice(left, PIECE)):
         yield (separator + json.dumps(some, separators=(",", ":"))[1:-1]).encode()
         separator = ","
-    yield b"]}\n"
+    yield b"]"
+    for other, value in others.items():
+        yield f',"{other}":{json.dumps(value, separators=(",", ":"))}'.encode()
+    yield b"}\n"
 
 
 def _failure(e: Exception) -> Json:

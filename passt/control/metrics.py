@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..flow.table import LABELS
+from ..log import WIDTH
 from ..loop.each import record
 
 if TYPE_CHECKING:
     from ..flow.context import Context
 
-WIDTH = 80
 Snapshot = dict[str, Any]
+NETWORK = "changes", "reads", "failures", "ended"  # of the host's network (`daemon/following.py`)
 _DIRECTIONS = ("to_guest", "to_host")
 _CELL = 12  # columns of a number in the table
 
@@ -45,6 +46,7 @@ def snapshot(ctx: Context, now: float) -> Snapshot:
     for (label, why), count in flows.closed.items():
         closed[label][why] = count
         open_[label] -= count
+    network = stats.network() if stats.network is not None else {}
     return {
         "version": __version__,
         "mode": ctx.config.mode,
@@ -68,6 +70,8 @@ def snapshot(ctx: Context, now: float) -> Snapshot:
         "memory": stats.resident(),
         "listeners": stats.gauge("listeners"),
         "forwards": stats.gauge("forwards"),
+        "groups": stats.gauge("groups"),
+        "network": {name: network.get(name, 0) for name in NETWORK},
     }
 
 
@@ -126,6 +130,16 @@ def _families(now: Snapshot) -> Iterator[tuple[str, str, str, list[Sample]]]:
     yield "passt_guest_connected", "gauge", "Guests at the other end of the link.", [({}, now["guests"])]
     yield "passt_listeners", "gauge", "Sockets that wait for connections and datagrams.", [({}, now["listeners"])]
     yield "passt_forwards", "gauge", "Forwarding rules in force.", [({}, now["forwards"])]
+    yield "passt_multicast_groups", "gauge", "Multicast groups that the guest is in.", [({}, now["groups"])]
+    network = now["network"]
+    texts = (
+        ("changes", "Changes of the host's network that the guest's view has followed."),
+        ("reads", "How often the host's addresses and routes were read after a change."),
+        ("failures", "Readings, and changes in the namespace, that failed."),
+        ("ended", "Flows that were ended as their address on the host was gone."),
+    )
+    for key, text in texts:
+        yield f"passt_network_{key}_total", "counter", text, [({}, network[key])]
     modes: list[Sample] = [({"mode": mode}, seconds) for mode, seconds in cpu.items()]
     yield "passt_cpu_seconds_total", "counter", "Processor time by mode.", modes
     yield "process_cpu_seconds_total", "counter", "Processor time.", [({}, sum(cpu.values()))]
@@ -174,6 +188,8 @@ def table(now: Snapshot, earlier: Snapshot | None = None) -> list[str]:
     lines.append(_line("processor", f"{share:.1%}", f"{cpu:.2f} s"))
     for text, key in (("wake-ups", "wakeups"), ("events", "events")):
         lines.append(_rates(text, now, before, seconds, ("loop", key)))
+    if _at(now, ("network", "changes")):
+        lines.append(_rates("network changes", now, before, seconds, ("network", "changes")))
     for reason in sorted(now["drops"]):
         lines.append(_rates(f"drop: {reason}", now, before, seconds, ("drops", reason)))
     return lines

@@ -42,7 +42,7 @@ from ..flow.context import Context
 from ..flow.spare import Spare
 from ..linux import unix
 from ..linux.nspool import new_socket
-from ..linux.syscall import accept
+from ..linux.syscall import ACCEPTED, accept
 from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN, EPOLLOUT, TYPE_CONTROL, TYPE_CONTROL_LISTEN, ref_data
 
@@ -57,7 +57,6 @@ IDLE_TIME = 60.0  # s
 CALLS = calls("accept4", "recvfrom", "sendto", "close")
 
 BACKLOG = 128  # clients that wait while the loop is busy; beyond that, a non-blocking client is refused at once
-_TYPE = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 
 class InvalidRequest(Exception):
@@ -174,7 +173,7 @@ class Control:
             log.warn_ratelimited("control", f"Couldn't accept a client of the control socket: {e.strerror}", now)
             self._spare.accept_failed(listening.sock.fileno(), e, now, partial(self._no_descriptor, protocol))
             return
-        sock: Any = new_socket(socket.AF_UNIX, _TYPE, 0, fd)
+        sock: Any = new_socket(socket.AF_UNIX, ACCEPTED, 0, fd)
         why = self._reject(sock, now)
         free = next((i for i, client in enumerate(self._clients) if client is None), -1)
         if not why and free < 0:
@@ -190,7 +189,7 @@ class Control:
     def _no_descriptor(self, protocol: Protocol, fd: int) -> None:
         """Refuse a client on the spare descriptor `fd`."""
         self._ctx.drops[Drop.CONTROL_NO_DESCRIPTOR] += 1
-        _refuse(new_socket(socket.AF_UNIX, _TYPE, 0, fd), protocol, "there is no descriptor left")
+        _refuse(new_socket(socket.AF_UNIX, ACCEPTED, 0, fd), protocol, "there is no descriptor left")
 
     def _reject(self, sock: Any, now: float) -> str:
         """The reason why a new client is refused; empty if it is accepted."""

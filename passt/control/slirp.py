@@ -4,7 +4,9 @@
     -------------------------------------------------------------------------  --------------------------------------
     add_hostfwd     proto: tcp, udp, with 4 or 6 for one family alone;         {"id": 42}
                     host_addr, host_port, guest_addr, guest_port
-    list_hostfwd                                                               {"entries": [{"id": 42, ...}]}
+    list_hostfwd                                                               {"entries": [{"id": 42, ...}]}, which
+                                                                               slirp4netns 1.2 has instead of "return",
+                                                                               and its manual in it: here it is in both
     remove_hostfwd  id                                                         {}
     list_info                                                                  {"info": {...}}, program and version
 
@@ -73,7 +75,7 @@ class SlirpApi:
         except ArgumentError as e:
             return (_error(f"bad request: {execute}: {e}"),)
         except (Fatal, Refused) as e:
-            return (_error(f"{execute}: {e}"),)
+            return (_error(f"bad request: {execute}: slirp_{execute} failed: {e}"),)
 
     def refusal(self, why: str) -> bytes:
         return _error(f"bad request: {why}")
@@ -129,13 +131,14 @@ class SlirpApi:
     def _list(self) -> Iterator[bytes]:
         items = sorted(self._forwards.rules.items(), key=lambda item: item[0])
         rules = [(n, rule) for n, rule in items if not rule.auto and not rule.outbound]
-        entries = (entry for number, rule in rules for entry in self._entries(number, rule))
-        yield b'{"return": {"entries": ['
-        separator = ""
-        while some := list(islice(entries, PIECE)):
-            yield (separator + json.dumps(some)[1:-1]).encode()
-            separator = ", "
-        yield b"]}}"
+        for head in (b'{"return": {"entries": [', b']}, "entries": ['):
+            entries = (entry for number, rule in rules for entry in self._entries(number, rule))
+            yield head
+            separator = ""
+            while some := list(islice(entries, PIECE)):
+                yield (separator + json.dumps(some)[1:-1]).encode()
+                separator = ", "
+        yield b"]}"
 
     def _entries(self, number: int, rule: Rule) -> Iterator[Json]:
         """An entry for each port that is listened on."""

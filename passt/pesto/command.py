@@ -14,12 +14,13 @@ server, not the client, parses port specifications.
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..conf.getopt import Getopt, suggestion
+from ..linux import stdio
 from ..log import Fatal
 from .connection import Connection, Json
 
@@ -95,8 +96,9 @@ def _help(asked: Request, _: str) -> None:
 
 def _version(asked: Request, _: str) -> None:
     from .. import __version__
+    from ..conf import build
 
-    asked.text = asked.text or f"{PROGRAM} {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n"
+    asked.text = asked.text or f"{PROGRAM} {__version__}\n{build.description()}\n"
 
 
 CHANGES, ASKING, GENERAL = "Changes", "Queries", "General"
@@ -189,22 +191,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run, return the exit status. `argv` is sys.argv by default."""
     arguments = (sys.argv if argv is None else argv)[1:]
     try:
+        stdio.fill()
         asked, operands = parse(arguments)
         if asked.text is not None:
-            print(asked.text, end="")
+            stdio.write_out(asked.text)
             return 0
         if len(operands) != 1:
             what = "too many operands:" if operands else "which control socket?"
             raise Fatal(f"{PROGRAM}: {what} Give the path that pasta or passt was started with: {PROGRAM} ... SOCKET")
-        with Connection(operands[0], debug=asked.debug) as connection:
+        with stdio.text_out(), Connection(operands[0], debug=asked.debug) as connection:
             run(asked, connection)
-        sys.stdout.flush()
     except Fatal as e:
         for line in e.args:
-            print(line, file=sys.stderr)
+            stdio.write_error(line)
         return 1
-    except BrokenPipeError:  # the reader of our output has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except stdio.ReaderGone:
         return 1
     except KeyboardInterrupt:
         return 130
@@ -226,7 +227,7 @@ def run(asked: Request, connection: Connection) -> None:
         if asked.json:
             print(json.dumps(answer))
         for rule in answer["present"]:
-            print(f"'{rule['rule']}' is there already", file=sys.stderr)
+            stdio.write_error(f"'{rule['rule']}' is there already")
     elif not queries:
         queries = ["show"]
     for query in queries:
@@ -243,12 +244,16 @@ def _print(asked: Request, query: str, answer: Json) -> None:
         print(answer["metrics"], end="")
     elif query == "show":
         _print_lines(rule_lines(answer["rules"]))
+        if answer.get("network"):
+            _print_lines(network_lines(answer["network"]))
     elif query == "info":
         _print_lines(info_lines(answer["info"]))
     else:
         from . import text as pesto_text
 
-        _print_lines(pesto_text.flow_lines(answer["flows"]) if query == "flows" else pesto_text.stat_lines(answer))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        lines = pesto_text.flow_lines(answer["flows"], width) if query == "flows" else pesto_text.stat_lines(answer)
+        _print_lines(lines)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -274,6 +279,13 @@ def _listening(rule: Json) -> str:
     shown = [str(first) if first == last else f"{first}-{last}" for first, last in spans[:8]]
     more = ["..."] if len(spans) > 8 else []
     return ", ".join(shown + more) or "nothing now"
+
+
+def network_lines(network: Json) -> Iterator[str]:
+    """From where the guest's view of the network is, and how often it has changed since the start."""
+    yield f"network: --follow {network['follow']}, {network['changes']} changes"
+    for family in network["view"].split("; "):
+        yield f"    {family}"
 
 
 def info_lines(info: Json, indent: str = "") -> Iterator[str]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 from typing import TYPE_CHECKING, Any
 
+from ..linux import stdio
 from ..log import Fatal
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 TIMEOUT = 60.0  # s until the server must have answered
+IN_C = b"basil:s\0"  # a passt or pasta in C begins so, before it is asked
 
 Json = dict[str, Any]
 
@@ -54,6 +55,8 @@ class Connection:
         except OSError:
             pass  # the server has closed the connection, perhaps after an error message
         try:
+            if self._file.peek(len(IN_C)).startswith(IN_C):  # no line follows
+                raise Fatal(f"{self._path}: this is the socket of a program in C: use the pesto that is beside it")
             answered = self._file.readline()
         except TimeoutError:
             raise Fatal(f"{self._path}: no answer within {TIMEOUT:.0f} s") from None
@@ -71,7 +74,7 @@ class Connection:
 
     def _log(self, sign: str, line: str) -> None:
         if self._debug:
-            print(sign, line, file=sys.stderr)
+            stdio.write_error(f"{sign} {line}")
 
 
 def _become_owner(path: str) -> None:

@@ -1,7 +1,7 @@
 """`pesto --top`: rates, flows sorted by rate, and drops, redrawn every second.
 
-On a terminal it uses the alternate screen; `q` or Ctrl-C ends it. Without a terminal it prints the figures of one
-second, once. It needs only ANSI escape sequences.
+On a terminal it uses the alternate screen; `q`, Ctrl-C or SIGTERM ends it, and the terminal is as before. Without a
+terminal it prints the figures of one second, once. It needs only ANSI escape sequences.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ def run(connection: Connection) -> None:
         time.sleep(INTERVAL)
         print("\n".join(draw(ask(connection), earlier, 80, 1 << 20)))
         return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     keyboard = _Keyboard()
     print(_ENTER, end="")
     try:
         _watch(connection, keyboard)
     except KeyboardInterrupt:
-        pass  # Ctrl-C quits, like `q`
+        pass  # one of these signals quits, like `q`
     finally:
         print(_LEAVE, end="", flush=True)
         keyboard.restore()

@@ -291,21 +291,3 @@ def test_anything_is_answered(api: Api2, raw: bytes, command: str, rules: Any, c
 def test_any_rule_is_answered(api: Api2, text: str) -> None:
     answer = api.ask("change", changes=[{"delete": text}])
     assert answer["ok"] is False and answer["error"].isprintable()
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

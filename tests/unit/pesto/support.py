@@ -33,7 +33,9 @@ class Server:
         sock, _ = self._sock.accept()
         with sock, sock.makefile("rb") as file:
             for answer in self.answers:
-                self.asked.append(json.loads(file.readline()))
+                if not (line := file.readline()):
+                    return  # the client has ended
+                self.asked.append(json.loads(line))
                 sock.sendall(answer)
 
     def close(self) -> None:

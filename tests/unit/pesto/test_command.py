@@ -83,17 +83,17 @@ def test_operands_may_come_first() -> None:
         (["S", "T"], "pesto: too many operands"),
     ],
 )
-def test_mistakes(argv: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(argv: list[str], error: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert call(*argv) == 1
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert (out, err.startswith(error), err.count("\n")) == ("", True, 1)
 
 
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_and_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == 0
-    assert capsys.readouterr().out.startswith(f"pesto {__version__}\n")
+    assert capfd.readouterr().out.startswith(f"pesto {__version__}\n")
     assert call("--help") == call("-h") == 0
-    text, err = capsys.readouterr()
+    text, err = capfd.readouterr()
     assert not err and all(f"--{option.name}" in text for option in pesto.TABLE)
     assert max(map(len, text.splitlines())) <= 80
 
@@ -110,61 +110,61 @@ def test_any_words(words: list[str]) -> None:
 # Conversations -------------------------------------------------------------------------------------------------------
 
 
-def test_success_is_silent(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_success_is_silent(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     server.will({"ok": True, "added": [RULE], "removed": [], "present": []})
     assert call("-A", "-t", "8080:80", server.path) == 0
     assert server.asked == [{"command": "change", "changes": [{"add": "-t 8080:80"}]}]
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
-def test_there_already(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_already(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     server.will({"ok": True, "added": [], "removed": [], "present": [RULE]})
     assert call("-A", "-t", "8080:80", server.path) == 0
-    assert capsys.readouterr().err == "'-t 8080:80' is there already\n"
+    assert capfd.readouterr().err == "'-t 8080:80' is there already\n"
 
 
-def test_before_and_after(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_before_and_after(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     server.will({"ok": True, "rules": []}, {"ok": True, "present": []}, {"ok": True, "rules": [RULE]})
     assert call("-s", "-A", "-t", "8080:80", server.path) == 0
     assert [a["command"] for a in server.asked] == ["show", "change", "show"]
-    assert capsys.readouterr().out.splitlines() == [
+    assert capfd.readouterr().out.splitlines() == [
         "   #  RULE                      LISTENING",
         "   #  RULE                      LISTENING",
         "   1  -t 8080:80                yes",
     ]
 
 
-def test_the_rules_are_what_is_asked_for_by_default(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_rules_are_what_is_asked_for_by_default(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     auto = {"number": 12, "rule": "-T auto", "first": 1, "last": 65535, "auto": True, "listening": [[22, 23], [80, 80]]}
     none = {**auto, "listening": []}
     many = {**auto, "listening": [[p, p] for p in range(1, 30, 2)]}
     weak = {"number": 13, "rule": "-t 1-10", "first": 1, "last": 10, "auto": False, "listening": [[2, 4]]}
     server.will({"ok": True, "rules": [auto, none, many, weak]})
     assert call(server.path) == 0
-    listening = [line[32:] for line in capsys.readouterr().out.splitlines()[1:]]
+    listening = [line[32:] for line in capfd.readouterr().out.splitlines()[1:]]
     assert listening == ["22-23, 80", "nothing now", "1, 3, 5, 7, 9, 11, 13, 15, ...", "3 of 10 ports"]
 
 
-def test_every_line_of_an_error(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_line_of_an_error(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     server.will({"ok": False, "error": "a", "errors": ["a", "b"]})
     assert call("-A", "-t", "1-2", server.path) == 1
-    assert capsys.readouterr() == ("", "a\nb\n")
+    assert capfd.readouterr() == ("", "a\nb\n")
 
 
-def test_json_and_debug(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_debug(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     answer = {"ok": True, "rules": [RULE]}
     server.will(answer)
     assert call("--json", "-d", server.path) == 0
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert json.loads(out) == answer
     assert err.splitlines() == ['> {"command": "show"}', f"< {json.dumps(answer)}"]
 
 
-def test_other_questions(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_questions(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     info = {"version": "1", "assigned": ["192.0.2.1"], "guest": {"mac": None}}
     server.will({"ok": True, "metrics": "# x\ny 1\n"}, {"ok": True, "info": info}, {"ok": True, "flows": []})
     assert call("--metrics", "--info", "--flows", server.path) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    assert capfd.readouterr().out.splitlines() == [
         "# x",
         "y 1",
         "version:     1",
@@ -181,3 +181,15 @@ def test_the_table_has_each_option_once() -> None:
     assert len(set(shorts)) == len(shorts) and len(set(names)) == len(names)
     actions: list[Callable[..., None]] = [option.action for option in pesto.TABLE]
     assert len(set(map(id, actions))) == len(actions), "the same action would make two names of one option"
+
+
+def test_the_view_of_the_network_has_a_line_for_each_family(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    view = "IPv4 192.0.2.2/24 via 192.0.2.1 (eth0: the default route); IPv6 is withdrawn (no route)"
+    network = {"follow": "all", "view": view, "changes": 2}
+    server.will({"ok": True, "rules": [], "network": network})
+    assert call(server.path) == 0
+    assert capfd.readouterr().out.splitlines()[1:] == [
+        "network: --follow all, 2 changes",
+        "    IPv4 192.0.2.2/24 via 192.0.2.1 (eth0: the default route)",
+        "    IPv6 is withdrawn (no route)",
+    ]

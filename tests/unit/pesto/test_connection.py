@@ -23,13 +23,21 @@ from .support import Server, call
         (b'{"ok": false, "error": "go away"}\n', "go away"),
     ],
 )
-def test_strange_answers(server: Server, answer: bytes, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_strange_answers(server: Server, answer: bytes, error: str, capfd: pytest.CaptureFixture[str]) -> None:
     server.will(answer)
     assert call("--info", server.path) == 1
-    assert capsys.readouterr().err.endswith(f"{error}\n")
+    assert capfd.readouterr().err.endswith(f"{error}\n")
 
 
-def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_program_in_c(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its greeting has no end of line, and the connection stays open: version 2, lengths of names, the first table."""
+    server.will(connection.IN_C + bytes.fromhex("00000002 00000080 00000010 01") + b"HOST".ljust(128, b"\0"))
+    assert call("--show", server.path) == 1
+    said = capfd.readouterr().err
+    assert said == f"{server.path}: this is the socket of a program in C: use the pesto that is beside it\n"
+
+
+def test_nobody_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(tmp_path / "stale"))
@@ -42,13 +50,13 @@ def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ):
         path = str(tmp_path / name)
         assert call("--show", path) == 1
-        assert capsys.readouterr().err == f"Couldn't connect to {path}: {why}\n"
+        assert capfd.readouterr().err == f"Couldn't connect to {path}: {why}\n"
 
 
-def test_no_answer(server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_answer(server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(connection, "TIMEOUT", 0.05)
     assert call("--show", server.path) == 1
-    assert "no answer within" in capsys.readouterr().err
+    assert "no answer within" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

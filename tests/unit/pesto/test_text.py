@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,48 @@ def test_flow_lines() -> None:
         ["tcp", "192.0.2.2:40000", "127.0.0.1:80", "established", "1.2k", "5.0M", "1m01s", "12.3ms", "66k/-"],
         ["udp+", "192.0.2.1:80", "192.0.2.2:40000", "established", "1.2k", "5.0M", "1m01s"],
     ]
+
+
+V6 = "[2001:db8:1234:5678:9abc:def0:1234:5678]:40000"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+@pytest.mark.parametrize("ends", [("192.0.2.2:40000", "127.0.0.1:80"), ("192.0.2.2:40000", V6), (V6, V6)])
+def test_a_terminal_has_it_in_its_width(width: int, ends: tuple[str, str]) -> None:
+    flow = {**FLOW, "guest": ends[0], "host": ends[1]}
+    head, line = pesto_text.flow_lines([flow], width)
+    assert max(len(head), len(line)) <= max(width, 66)
+    assert "12.3ms" in line and ("WINDOW" in head) == ("66k/-" in line)
+    first, second = line.split()[1:3]
+    for shown, end in ((first, ends[0]), (second, ends[1])):
+        before, _, behind = shown.partition("~")
+        assert end == shown or (end.startswith(before) and end.endswith(behind))
+    assert ends != ("192.0.2.2:40000", "127.0.0.1:80") or (first, second) == ends or width == 60
+
+
+def test_no_terminal_has_all_of_it() -> None:
+    _, line = pesto_text.flow_lines([{**FLOW, "guest": V6, "host": V6}])
+    assert line.split()[1:3] == [V6, V6] and line.endswith("66k/-")
+
+
+@pytest.mark.parametrize(
+    ("state", "shown"),
+    [
+        ("TAP_SYN_RCVD", "opening"),
+        ("CONNECTING", "opening"),
+        ("TAP_SYN_RCVD|TAP_SYN_ACK_SENT|ESTABLISHED", "established"),
+        ("TAP_SYN_RCVD|TAP_SYN_ACK_SENT|ESTABLISHED|TAP_FIN_RCVD|SOCK_FIN_SENT", "FIN of guest"),
+        ("SOCK_ACCEPTED|TAP_SYN_SENT|SOCK_FIN_RCVD", "FIN of host"),
+        ("ESTABLISHED|SOCK_FIN_RCVD|TAP_FIN_SENT|TAP_FIN_RCVD", "FIN of both"),
+        ("ESTABLISHED|CLIENT_FIN", "FIN of client"),
+        ("ESTABLISHED|CLIENT_FIN|SERVER_FIN", "FIN of both"),
+        ("TAP_SYN_RCVD|ESTABLISHED|TAP_FIN_RCVD|SOCK_FAILED", "failed"),
+        ("active", "active"),
+    ],
+)
+def test_states(state: str, shown: str) -> None:
+    _, line = pesto_text.flow_lines([{**FLOW, "state": state}])
+    assert f"  {shown}  " in line
 
 
 @given(st.floats(0, 1e17))
@@ -35,3 +78,4 @@ def test_spans() -> None:
 
 def test_slow_round_trips() -> None:
     assert pesto_text.rtt({"rtt": 1.25}) == "1.2s" and pesto_text.rtt({}) == ""
+    assert pesto_text.rtt({"rtt": 0.00004}) == "40us", "of a peer on the host"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ import pytest
 from passt.pesto import top as pesto_top
 from passt.pesto.top import View, draw, flow_rates
 
+from ...system.support import Pty
 from .support import FLOW, Json, Server, call
 
 
@@ -56,12 +61,30 @@ def test_rates_of_what_came_and_went() -> None:
     assert flow_rates([FLOW], [{**FLOW, "bytes_to_guest": 9999}], 1.0) == [(0, 0)]
 
 
-def test_without_a_terminal(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_terminal(server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(pesto_top, "INTERVAL", 0)
     seen: list[Json] = [{"ok": True, "stats": stats(1.0)}, {"ok": True, "flows": [FLOW]}]
     server.will(*seen, *seen)
     assert call("--top", server.path) == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "127.0.0.1:80" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("end", ["q", "\x03", signal.SIGINT, signal.SIGTERM])
+def test_terminal_is_as_before(server: Server, end: str | signal.Signals) -> None:
+    """By whatever way it ends: a key, an interrupt that the terminal makes, a signal."""
+    server.will(*[{"ok": True, "stats": stats(1.0)}, {"ok": True, "flows": [FLOW]}] * 50)
+    pty = Pty([str(Path(sysconfig.get_path("scripts")) / "pesto"), "--top", server.path], dict(os.environ))
+    try:
+        before = pty.attributes()
+        pty.expect("127.0.0.1:80")
+        assert pty.attributes() != before
+        if isinstance(end, str):
+            pty.type(end)
+        else:
+            os.kill(pty.pid, end)
+        pty.expect("\x1b\\[\\?25h\x1b\\[\\?1049l")
+        assert pty.wait() == 0 and "Traceback" not in pty.output
+        assert pty.attributes() == before
+    finally:
+        pty.close()
