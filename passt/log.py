@@ -8,8 +8,9 @@
     syslog, if there is no log file    likewise, unless debugging
 
 "All" means all messages at the current level. Reports (--stats, signal USR1) go to all targets at any level. Lines of
-the file, and all lines when debugging, have seconds since the start. A message whose level is off costs little; test
-`log.debug_on` before building an expensive one.
+the file, and all lines when debugging, have seconds since the start. With --log-format json, lines of the file and of
+standard error are objects of JSON with the time of day instead; syslog has a time and a level of its own. A message
+whose level is off costs little; test `log.debug_on` before building an expensive one.
 
 Messages that the guest or a peer can cause are limited in rate (`warn_ratelimited`), by a small set of keys. The number
 of messages held back is logged with the next one, at the end of the interval, or at the end of the program.
@@ -17,38 +18,52 @@ of messages held back is logged with the next one, at the end of the interval, o
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Protocol, TextIO
 
 from . import NEVER
 from .calls import calls
+from .lean.records import dataclass
 
 ERR, WARNING, INFO, DEBUG, TRACE = 3, 4, 6, 7, 8
 KEYS_MAX = 64  # keys of rate limits; the program uses fewer
+WIDTH = 80  # columns of help texts, findings and tables
+NO_PROC = " (mount it first: mount -t proc proc /proc)"
+LIMITS = {  # of the caller's, which end a start
+    errno.EMFILE: " (raise the limit of open files: ulimit -n, or LimitNOFILE= of the unit)",
+    errno.ENOMEM: " (raise the limit of memory: ulimit -v, or MemoryMax= of the unit)",
+}
 
 _START = time.monotonic()
 debug_on = False
 trace_on = False
 
+_step = "start"
 _level = INFO
 _ident = "pasta"
 _stderr: TextIO | None = sys.stderr
 _stderr_level = TRACE
+_writing = False  # to standard error
+_ending = False  # a signal that ends the process has come
+_writable: select.epoll | None = None  # for standard error, from `setup` on
 _timestamps = False
+_as_json: Callable[[int, str], str] | None = None  # the format of lines, None: text
 _syslog: socket.socket | None = None
 _in_journal = False  # standard error is the journal, where syslog would repeat its messages
 _file: LineFile | None = None
+_NAMES = {ERR: "error", WARNING: "warning", INFO: "info", DEBUG: "debug", TRACE: "trace"}
 _PREFIX = {ERR: "ERROR:", WARNING: "WARNING:", INFO: "info:", DEBUG: "", TRACE: ""}
 
 # Called as on_held(when) when a message is held back: `flush_held` must be called at `when`
 on_held: Callable[[float], None] | None = None
 
-CALLS = calls("write", "sendto")
+CALLS = calls("write", "sendto", "epoll_ctl", "epoll_wait", "epoll_pwait")
 
 
 class LineFile(Protocol):
@@ -72,6 +87,38 @@ class Fatal(Exception):
         return "\n".join(self.args)
 
 
+class StepError(OSError):
+    """A system error whose text is a whole message: the step that failed, and the reason."""
+
+
+def step(what: str) -> None:
+    """The start goes on with this; a message about a system error says that it failed: "Couldn't `what`: ..."."""
+    global _step
+    _step = what
+
+
+def failure(e: OSError) -> str:
+    """The message about a system error at start: the step, the file if there is one, the reason, a limit's cure."""
+    if isinstance(e, StepError):
+        return str(e.strerror)
+    return f"Couldn't {_step}: {where(e)}{LIMITS.get(e.errno or 0, '')}"
+
+
+def where(e: OSError) -> str:
+    """The file of a system error, if there is one, the reason, and a hint if all of /proc is missing."""
+    reason = e.strerror or str(e)
+    if e.filename is None:
+        return reason
+    path = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else str(e.filename)
+    hint = NO_PROC if path.startswith("/proc/") and not os.path.exists("/proc/self") else ""
+    return f"{path}: {reason}{hint}"
+
+
+def why(e: OSError) -> str:
+    """The same without the name of a C function that may be in the text."""
+    return os.strerror(e.errno or 0) if e.filename is None else where(e)
+
+
 def _escaped(text: str) -> str:
     spaced = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in spaced)
@@ -79,15 +126,17 @@ def _escaped(text: str) -> str:
 
 "".encode("unicode_escape")  # loads the codec while files can be read
 
-def setup(ident: str, level: int, *, syslog: bool, file: LineFile | None = None) -> None:
-    """Set the name, the level (ERR..TRACE), and the target beside standard error. Called once, after parsing.
 
-    The target is `file`, which belongs to the log from now on, or else /dev/log if `syslog`.
+def setup(ident: str, level: int, *, syslog: bool, file: LineFile | None = None, as_json: bool = False) -> None:
+    """Set the name, the level (ERR..TRACE), the format, and the target beside standard error. Called once, after
+    parsing. The target is `file`, which belongs to the log from now on, or else /dev/log if `syslog`.
     """
-    global _ident, _level, debug_on, trace_on, _timestamps, _syslog, _in_journal, _file
+    global _ident, _level, debug_on, trace_on, _timestamps, _syslog, _in_journal, _file, _as_json, _writable
     _ident, _level = ident, level
     debug_on, trace_on = level >= DEBUG, level >= TRACE
     _timestamps = debug_on
+    _writable = select.epoll()
+    _as_json = _json_format() if as_json else None
     if file is not None:
         _file = file
     elif syslog and not debug_on:
@@ -137,14 +186,22 @@ def start_stderr() -> None:
 
 def _write(level: int, text: str, *, asked: bool = False) -> None:
     if _stderr is not None and (level <= _stderr_level or asked):
-        prefix = f"{time.monotonic() - _START:.4f}: " if _timestamps else ""
+        if _as_json is not None:
+            line = _as_json(level, text)
+        else:
+            line = f"{time.monotonic() - _START:.4f}: {text}\n" if _timestamps else f"{text}\n"
         try:
-            os.write(_stderr.fileno(), f"{prefix}{text}\n".encode(errors="backslashreplace"))
+            _write_stderr(_stderr.fileno(), line.encode(errors="backslashreplace"))
+        except InterruptedError:
+            stop_stderr()
         except OSError:
             pass  # standard error is gone (closed terminal, full pipe), and with it the place for an error
     if _file is not None:
-        try:
+        if _as_json is not None:
+            line = _as_json(level, text)
+        else:
             line = f"{time.monotonic() - _START:.4f}: {_PREFIX[level]:<9}{text}\n"
+        try:
             _file.write(line.encode(errors="backslashreplace"))
         except OSError:
             pass  # the disk is full, which must not end the process
@@ -153,6 +210,58 @@ def _write(level: int, text: str, *, asked: bool = False) -> None:
             _syslog.send(f"<{min(level, DEBUG)}> {_ident}: {text}".encode(errors="backslashreplace"))
         except OSError:
             pass  # the syslog daemon is gone or too slow, which must not delay traffic
+
+
+def _json_format() -> Callable[[int, str], str]:
+    """The function that formats a line of JSON; json is imported only when needed."""
+    import json
+
+    def line(level: int, text: str) -> str:
+        now = time.time()
+        t = time.gmtime(now)  # the first call reads /etc/localtime
+        day, clock = f"{t.tm_year}-{t.tm_mon:02}-{t.tm_mday:02}", f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02}"
+        stamp = f"{day}T{clock}.{int(now % 1 * 1e6):06}Z"  # RFC 3339
+        fields = {"time": stamp, "level": _NAMES[level], "program": _ident, "message": text}
+        return json.dumps(fields, ensure_ascii=False) + "\n"
+
+    line(INFO, "")  # while files can be read
+    return line
+
+
+def _write_stderr(fd: int, line: bytes) -> None:
+    """Write a line. Raises OSError: InterruptedError if the process is to end, and the write would wait."""
+    global _writing
+    _writing = True
+    try:
+        if _ending and not _takes(fd):
+            raise InterruptedError
+        os.write(fd, line)
+    finally:
+        _writing = False
+
+
+def _takes(fd: int) -> bool:
+    """Whether a write to `fd` does not wait."""
+    if _writable is None:
+        return True
+    try:
+        _writable.register(fd, select.EPOLLOUT)
+    except FileExistsError:
+        pass  # at the last line
+    except OSError:
+        return True  # a file (EPERM), or it is closed
+    return bool(_writable.poll(0))
+
+
+def give_up() -> None:
+    """In the handler of a signal that ends the process: no write must wait for a reader from now on.
+
+    If one does, standard error is not written to any more, even if the reader was only slow.
+    """
+    global _ending
+    _ending = True
+    if _writing:
+        raise InterruptedError
 
 
 def say(level: int, text: str) -> None:

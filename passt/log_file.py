@@ -28,21 +28,28 @@ import sys
 
 from . import __version__
 from .calls import calls
+from .linux.outputs import open_output
 from .log import Fatal
 
 SIZE = 1 << 20  # default limit, in bytes
 KEEP = 5, 8  # as a fraction of the limit
 _CHUNK = 1 << 18  # bytes moved at once
 _MODE = 0o600
-_FLAGS = os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+_FLAGS = os.O_CREAT | os.O_TRUNC
 
 CALLS = calls("write", "pread64", "pwrite64", "ftruncate")
 
 
-def opened(ident: str, path: str, limit: int = SIZE) -> LogFile:
+def opened(ident: str, path: str, limit: int = SIZE, *, as_json: bool = False) -> LogFile:
     """A log file with the program's name, version and process in its header. Raises Fatal."""
+    header = f"{ident} {__version__}: {sys.executable} ({os.getpid()})"
+    if as_json:
+        import json
+
+        fields = {"program": ident, "version": __version__, "python": sys.executable, "pid": os.getpid()}
+        header = json.dumps(fields)
     try:
-        return LogFile(path, f"{ident} {__version__}: {sys.executable} ({os.getpid()})", limit)
+        return LogFile(path, header, limit)
     except OSError as e:
         raise Fatal(f"Couldn't open log file {path}: {e.strerror}") from None
 
@@ -52,12 +59,12 @@ class LogFile:
 
     def __init__(self, path: str, header: str, limit: int) -> None:
         self._limit = limit
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | _FLAGS, _MODE)
+        self._fd = open_output(path, os.O_WRONLY | os.O_APPEND | _FLAGS, _MODE)
         self._mover = -1
         try:
             info = os.fstat(self._fd)
             if stat.S_ISREG(info.st_mode):
-                self._mover = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                self._mover = open_output(path, os.O_RDWR)
                 other = os.fstat(self._mover)
                 if (other.st_dev, other.st_ino) != (info.st_dev, info.st_ino):
                     raise FileExistsError(0, "it was replaced while it was opened")

@@ -1,14 +1,17 @@
-"""The parts of a daemon besides forwarding: files, reports, the background, the end. `daemon/pasta.py` and
-`daemon/passt.py` compose the two modes.
+"""The parts of a daemon besides forwarding: files, reports, the end.
+
+`daemon/pasta.py` and `daemon/passt.py` compose the two modes, `daemon/detach.py` brings them into the background.
 
     end of the loop           when                                            exit status
     ------------------------  ----------------------------------------------  ----------------------------------------
-    SIGTERM, SIGQUIT, SIGINT  no command was spawned; else it gets them       0
+    SIGTERM, SIGQUIT, SIGINT  no command was spawned; else it gets them, and  0
+                              SIGTERM ends it (`namespace/supervisor.py`)
     command ended             pasta spawned one                               its own, or 128 + signal number
     namespace gone            pasta is attached, without --no-netns-quit      0
     tap lost                  it was deleted and cannot be created again      1
                               it was passed by --fd                           0
     guest gone                passt, with --one-off or --fd                   0
+    the descriptor's event    slirp4netns, with --exit-fd                     0
 """
 
 from __future__ import annotations
@@ -16,24 +19,26 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import FileIO
 from typing import TYPE_CHECKING, NoReturn
 
-from .. import log, seccomp
+from .. import log
 from ..conf.argv import Options
+from ..lean.records import dataclass
 from ..link.pcap import Pcap
-from ..linux import netns
+from ..linux.outputs import open_output
 from ..log import Fatal
 from ..loop.each import each, record
-from ..loop.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS
+from ..loop.reactor import EPOLLIN, TYPE_CHILD, TYPE_EXIT, TYPE_NETNS
 from ..namespace.terminal import Terminal
-from ..sandbox import isolation
+from ..namespace.watch import POLL_INTERVAL
 from ..sandbox.isolation import Identity
+from . import signals
+from .signals import FROM_TERMINAL
 
 if TYPE_CHECKING:
     from ..conf.decide import Decision
@@ -41,16 +46,13 @@ if TYPE_CHECKING:
     from ..flow.context import Context
     from ..link.backend import Capture
     from ..linux.inotify import Event
-    from ..linux.netns import Namespace
     from ..loop.directories import Changes
-    from ..pasta import Init, Watch
+    from ..namespace.watch import Watch
+    from ..pasta import Init
 
-IF_INET6 = "/proc/net/if_inet6"  # exists if the kernel has IPv6
+IF_INET6 = "/proc/self/net/if_inet6"  # exists if the kernel has IPv6, also where /proc has processes only
 FILE_MODE = 0o600
-WATCH_INTERVAL = 1.0  # seconds between checks of a path without kernel events
-READY = b"\0"  # message of the daemon to the process that was started
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # `reports.py` handles USR1
-FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 # Before there is a loop --------------------------------------------------------------------------------------------
 
@@ -70,14 +72,19 @@ def open_files(options: Options, changes: Changes) -> Files:
 
 
 def create(what: str, path: str | None) -> FileIO | None:
-    """Open and truncate a file. It may exist or be a pipe: clients pass temporary files and /proc/self/fd/N."""
+    """Open and truncate a file. It may exist or be a pipe: clients pass temporary files and /proc/self/fd/N.
+
+    Raises Fatal.
+    """
     if path is None:
         return None
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+        fd = open_output(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.set_blocking(fd, False)  # a pipe that is not read must not hold us up
     except OSError as e:
         raise Fatal(f"Couldn't open {what} file {path}: {e.strerror}") from None
-    return FileIO(fd, "w")
+    return FileIO(path, "w", opener=lambda *_: fd)  # its name is in messages
 
 
 def _read_names(options: Options, changes: Changes) -> Follower:
@@ -158,157 +165,12 @@ def _take(take: Capture, to_guest: bool, data: bytes) -> None:
     take(to_guest, data)
 
 
-# Detach ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sandbox:
-    """Parameters of the sandbox, and the rights kept in it."""
-
-    mode: str
-    background: bool
-    capabilities: tuple[int, ...] = ()
-    namespace: Namespace | None = None  # a thread stays in it
-    directories: tuple[int, ...] = ()  # descriptors of directories whose files may be opened
-
-
-def detach(
-    options: Options,
-    pid_file: FileIO | None,
-    sandbox: Sandbox,
-    settled: Callable[[float], None] = lambda _: None,
-    undo: Callable[[], object] = lambda: None,
-) -> None:
-    """Go to the background if required, enter the sandbox, and notify the starting process; on failure, end.
-
-    settled(now) is called in the process that stays, while files can still be opened. The process must be
-    single-threaded. Raises Fatal; in the background, the child raises it, which may not reach paths any more, and the
-    parent calls undo() and ends with status 1 without a message.
-    """
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    netns.settle()
-    isolation.leave_processes(background=sandbox.background)
-    starter = go_background(pid_file, undo) if sandbox.background else Starter(pid_file)
-    settled(time.monotonic())
-    isolation.leave_files(seccomp.number, sandbox.directories, chroot_fallback=options.chroot_fallback)
-    if sandbox.namespace is not None:
-        sandbox.namespace.move_in(partial(isolation.lock_down, *sandbox.capabilities))
-        os.close(sandbox.namespace.fd)
-    isolation.lock_down(*sandbox.capabilities)
-    rules = seccomp.build(sandbox.mode, os.uname().machine, seccomp.in_directories(sandbox.directories))
-    starter.release(null)
-    try:
-        seccomp.load(rules)
-    except Fatal as e:
-        starter.failed(str(e))
-        raise
-    try:
-        starter.ready()
-    except Fatal as e:  # paths cannot be removed from inside the sandbox; everything else ends with the process
-        log.err(str(e))
-        os._exit(1)
-
-
-class Starter:
-    """The process that waits for readiness: in the foreground, a reader of the PID file."""
-
-    def __init__(self, pid_file: FileIO | None) -> None:
-        self._pid_file, self._pid = pid_file, os.getpid()
-
-    def release(self, null: int) -> None:
-        """Close the descriptors shared with it; `null` is /dev/null."""
-        os.close(null)
-
-    def ready(self) -> None:
-        """Report readiness. Raises Fatal if that fails."""
-        write_pid(self._pid_file, self._pid)
-
-    def failed(self, text: str) -> None:
-        """Report a failed start; `text` is the reason. In the foreground the caller logs it."""
-
-
-class Parent(Starter):
-    """The process that was started; readiness is a byte on `pipe`.
-
-    Clients read our standard output and error until end of file: no copy of either may stay open.
-    """
-
-    def __init__(self, pipe: int) -> None:
-        self._pipe = pipe
-
-    def release(self, null: int) -> None:
-        log.stop_stderr()
-        for fd in range(3):
-            os.dup2(null, fd)
-        os.close(null)
-
-    def ready(self) -> None:
-        try:
-            os.write(self._pipe, READY)
-        except BrokenPipeError:
-            raise Fatal("The starting process has not waited for the daemon, exiting") from None
-        os.close(self._pipe)
-
-    def failed(self, text: str) -> None:
-        os.write(self._pipe, text.encode())
-
-
-def write_pid(file: FileIO | None, pid: int) -> None:
-    if file is None:
-        return
-    try:
-        with file:
-            file.write(b"%d\n" % pid)
-    except OSError as e:
-        raise Fatal(f"PID file write: {e.strerror}") from None
-
-
-def go_background(pid_file: FileIO | None, undo: Callable[[], object]) -> Parent:
-    """Fork, and return in the child. The parent writes the PID file once the child is ready, and ends with status 0.
-
-    On failure it calls undo(), and ends with status 1.
-    """
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        if pid_file is not None:
-            pid_file.close()
-        os.setsid()
-        return Parent(writer)
-    os.close(writer)
-    status = 1
-    try:
-        answer = os.read(reader, 4096)  # empty: the child has logged an error and ended
-        if answer == READY:
-            write_pid(pid_file, pid)
-            status = 0
-        elif answer:
-            log.err(answer.decode())
-    except Fatal as e:
-        log.err(str(e))
-        os.kill(pid, signal.SIGKILL)
-    if status:
-        undo()
-    os._exit(status)
-
-
 # The end -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Block signals that end the process until the loop handles them, so that no partial set-up is left behind."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *FROM_TERMINAL})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def run(ctx: Context, end: End, last: Callable[[], None] = lambda: None) -> NoReturn:
-    """Run the loop, call last(), and end by _exit(2), also without memory for a message. The sandbox does not allow the
-    system calls of the interpreter's own exit.
+    """Run the loop, call last(), and end by _exit(2), also without memory for a message. The sandbox does not
+    allow the system calls of the interpreter's own exit.
     """
     status = 1
     try:
@@ -327,10 +189,11 @@ def run(ctx: Context, end: End, last: Callable[[], None] = lambda: None) -> NoRe
 class End:
     """The events that end the loop, and the exit status."""
 
-    def __init__(self, ctx: Context, init: Init | None) -> None:
+    def __init__(self, ctx: Context, init: Init | None, exit_fd: int | None = None) -> None:
         self.status = 0
         self._ctx = ctx
         self._init = init  # first process of a spawned namespace
+        self._exit_fd = exit_fd
         self._terminal: Terminal | None = None  # used only when a command shares it
         self._watch: Watch | None = None
         self._timer = -1
@@ -338,31 +201,43 @@ class End:
     def start(self, watch: Watch | None = None) -> None:
         """Handle signals, the end of the command and of the namespace from now on."""
         reactor = self._ctx.reactor
+        if self._exit_fd is not None:
+            reactor.handle(TYPE_EXIT, self._exit_event)
+            try:
+                reactor.watch(self._exit_fd, TYPE_EXIT, 0, EPOLLIN)
+            except OSError as e:  # a file on a disk is one that has no events
+                raise Fatal(f"Invalid --exit-fd: {self._exit_fd} ({e.strerror})") from None
         if self._init is not None:
             self._terminal = Terminal()
             reactor.handle(TYPE_CHILD, self._command_ended)
             reactor.watch(self._init.pidfd, TYPE_CHILD, 0, EPOLLIN)
             for number in FORWARDED:
-                self._on_signal(number, partial(self._forward, number))
+                self._on_signal(number, partial(self._forward, number), number == signal.SIGTERM)
             for number in FROM_TERMINAL:
                 self._on_signal(number, partial(self._forward_unless_typed, number))
             return
-        for number in (signal.SIGTERM, *FROM_TERMINAL):
-            self._on_signal(number, self._terminated)
+        for number in signals.ENDING:
+            self._on_signal(number, self._terminated, True)
         if watch is not None:
             self._watch = watch
             reactor.handle(TYPE_NETNS, self._namespace_event)
-            if watch.pidfd >= 0:
-                reactor.watch(watch.pidfd, TYPE_NETNS, 0, EPOLLIN)
+            for fd in watch.pidfds:
+                reactor.watch(fd, TYPE_NETNS, 0, EPOLLIN)
             if watch.in_directory:
                 watch.changes.tell(reactor, self._directory_changed)
-            self._timer = self._ctx.timers.services.new(self._poll)
-            self._poll(time.monotonic())
+            if watch.ended():
+                self._namespace_gone(watch)
+            elif watch.poll:
+                self._timer = self._ctx.timers.services.new(self._poll)
+                self._poll(time.monotonic())
 
-    def _on_signal(self, number: int, callback: Callable[[float], None]) -> None:
-        """Handle a signal, unless it was ignored at start (nohup, a background job)."""
-        if signal.getsignal(number) != signal.SIG_IGN:
-            self._ctx.reactor.on_signal(number, callback)
+    def _on_signal(self, number: int, callback: Callable[[float], None], ends: bool = False) -> None:
+        """Handle a signal, unless it was ignored at start (nohup, a background job): all but SIGTERM may be.
+
+        A signal that `ends` the process also ends a write that waits.
+        """
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+            self._ctx.reactor.on_signal(number, callback, log.give_up if ends else None)
 
     def failed(self, text: str) -> None:
         """End the loop after this turn, with status 1."""
@@ -378,6 +253,10 @@ class End:
         self._ctx.reactor.stop()
 
     def _terminated(self, now: float) -> None:
+        self._stop(0)
+
+    def _exit_event(self, ref: int, events: int, now: float) -> None:
+        log.info("The descriptor of --exit-fd has an event, exiting")
         self._stop(0)
 
     # The command -------------------------------------------------------------------------------------------------
@@ -414,8 +293,8 @@ class End:
         assert self._watch is not None
         if self._watch.gone():
             self._namespace_gone(self._watch)
-        elif self._watch.poll:
-            self._ctx.timers.services.arm(self._timer, now + WATCH_INTERVAL)
+        else:
+            self._ctx.timers.services.arm(self._timer, now + POLL_INTERVAL)
 
     def _namespace_gone(self, watch: Watch) -> None:
         log.info(f"Namespace {watch.name} is gone, exiting")

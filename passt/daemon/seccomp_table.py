@@ -11,13 +11,17 @@ from .. import passt, pasta, seccomp
 from ..conf import resolv_conf
 from ..control import json_api, slirp
 from ..link import choose
+from ..migration import steps
 from ..policy.config import PASST, PASTA
+from . import following, wiring
 from . import passt as daemon_passt
 from . import pasta as daemon_pasta
-from . import wiring
 
 # Modules imported for their CALLS, or for those of modules that they import
-LOADED = json_api, daemon_passt, daemon_pasta, passt, pasta, resolv_conf, slirp, wiring, *choose.load_all()
+LOADED = (
+    json_api, daemon_passt, daemon_pasta, following, passt, pasta,
+    resolv_conf, slirp, steps, wiring, *choose.load_all(),
+)  # fmt: skip
 WIDTH = 100  # of a row's arguments
 
 

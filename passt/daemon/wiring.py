@@ -18,14 +18,19 @@ from ..dhcp import Dhcp
 from ..dhcpv6 import Dhcpv6
 from ..drops import Reason
 from ..flow.context import Context
+from ..flow.guest_errors import GuestErrors
 from ..flow.table import FlowTable, check_hash
 from ..icmp import Icmp
+from ..igmp import Igmp
 from ..link.backend import Link, NoLink
 from ..linux.netns import Namespace
 from ..linux.nspool import NsSockets
+from ..loop import busy_poll
 from ..loop.each import record
 from ..loop.reactor import (
     TYPE_DNS,
+    TYPE_GROUP,
+    TYPE_GROUP_FLOW,
     TYPE_LISTEN,
     TYPE_NAMES,
     TYPE_PING,
@@ -38,6 +43,7 @@ from ..loop.reactor import (
 )
 from ..loop.timers import TimerPool
 from ..ndp import Ndp
+from ..policy.config import Config
 from ..policy.forwarding import Forwarding
 from ..policy.guest import Guest
 from ..policy.resolvers import Resolvers
@@ -64,9 +70,7 @@ class Wired(NamedTuple):
 Faults = dict[int, Callable[[int], None]]  # by type of the epoll reference
 
 
-def wire(
-    decision: Decision, link: Link | None, mac: bytes, namespace: Namespace | None, host: Side, ns: Side
-) -> Wired:
+def wire(decision: Decision, link: Link | None, mac: bytes, namespace: Namespace | None, host: Side, ns: Side) -> Wired:
     """All services for a guest. `link` leads to it; None: without a tap.
 
     `namespace` is the guest's, if known; `host` and `ns` are the sockets opened in the host and in the namespace.
@@ -97,19 +101,26 @@ def _context(decision: Decision, link: Link, mac: bytes) -> tuple[Context, Fault
     faults: Faults = {}
     reactor.on_fault = partial(_fault, faults, link.drops)
     timers, pool, settings = TimerPool(reactor), link.make_pool(), Settings(config, link.drops)
+    settings.subscribe(partial(_adopt_busy_poll, reactor))
     fwd, resolvers = Forwarding(settings), Resolvers(settings)
     ctx = Context(settings, reactor, timers, pool, link, FlowTable(), fwd, resolvers, guest, link.drops)
     return ctx, faults
 
 
+def _adopt_busy_poll(reactor: Reactor, config: Config) -> None:
+    reactor.busy_poll = busy_poll.chosen(config.busy_poll)
+
+
 def _wire_tap(ctx: Context, udp: Udp, tcp: Tcp, faults: Faults) -> Tap:
     """The tap and the handlers of the guest's frames."""
-    for service in (Arp, Dhcp, Dhcpv6):
+    for service in (Arp, Dhcp, Dhcpv6, GuestErrors):
         service(ctx)
     ndp, icmp = Ndp(ctx), Icmp(ctx)
+    Igmp(ctx, udp.groups)
     ndp.start(time.monotonic())
     faults.update({TYPE_TCP: tcp.fault, TYPE_TCP_TIMER: tcp.fault, TYPE_PING: icmp.fault})
     faults.update({TYPE_UDP: udp.fault, TYPE_DNS: udp.dns.fault})
+    faults.update({TYPE_GROUP: udp.groups.fault, TYPE_GROUP_FLOW: udp.senders.fault})
     return Tap(ctx, udp=udp, tcp=tcp)
 
 

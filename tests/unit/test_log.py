@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
+import json
 import os
 import re
 import socket
@@ -13,7 +15,7 @@ from typing import TextIO
 
 import pytest
 
-from passt import NEVER, log
+from passt import NEVER, __version__, log
 from passt.log_file import LogFile, opened
 
 
@@ -33,6 +35,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, stderr: TextIO | None) -> None:
         "_stderr": stderr,
         "_stderr_level": log.TRACE,
         "_timestamps": False,
+        "_as_json": None,
         "_syslog": None,
         "_in_journal": False,
         "_file": None,
@@ -209,6 +212,23 @@ def test_log_file(log_file: Path, stderr: Path) -> None:
     ]
     assert len(stderr.read_text().splitlines()) == 4
     assert log._syslog is None, "a file takes the place of syslog"
+
+
+def test_lines_of_json(log_file: Path, stderr: Path) -> None:
+    log.setup("pasta", log.DEBUG, syslog=False, file=opened("pasta", str(log_file), as_json=True), as_json=True)
+    said = 'quotes ", a newline \n, \u2192, and a byte that is no UTF-8: \udcff'
+    begin = datetime.datetime.now(datetime.UTC)
+    log.warn(said)
+    log.debug("more")
+    header, *lines = map(json.loads, log_file.read_text().splitlines())
+    assert header == {"program": "pasta", "version": __version__, "python": sys.executable, "pid": os.getpid()}
+    times = [datetime.datetime.fromisoformat(line.pop("time")) for line in lines]
+    assert begin <= times[0] <= times[1] <= datetime.datetime.now(datetime.UTC)
+    assert lines == [
+        {"level": "warning", "program": "pasta", "message": said},
+        {"level": "debug", "program": "pasta", "message": "more"},
+    ]
+    assert [json.loads(line)["message"] for line in stderr.read_text().splitlines()] == [said, "more"]
 
 
 def test_log_file_is_private(log_file: Path) -> None:

@@ -1,9 +1,9 @@
-"""From a wired context to the end: files, the background, what stops the loop and with which status."""
+"""From a wired context to the end: files, captures, what stops the loop and with which status."""
 
 from __future__ import annotations
 
+import errno
 import os
-import select
 import signal
 import stat
 from collections.abc import Callable, Iterator
@@ -18,13 +18,15 @@ import pytest
 from passt import log
 from passt.conf.options import Options
 from passt.daemon import common as daemon_common
+from passt.daemon import detach
 from passt.daemon.common import FROM_TERMINAL, End
 from passt.flow.context import Context
 from passt.log import Fatal
-from passt.loop.reactor import EPOLLIN, TYPE_CHILD, TYPE_NETNS
+from passt.loop.reactor import EPOLLHUP, EPOLLIN, TYPE_CHILD, TYPE_EXIT, TYPE_NETNS
 from passt.wire.virtio import VNET
 
 from ..support import T0, reactor, timers
+from .test_detach import in_child
 
 SPAWN_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT}
 
@@ -61,7 +63,7 @@ class FakeTerminal:
 class FakeWatch:
     """A namespace that may be gone."""
 
-    pidfd: int = -1
+    pidfds: tuple[int, ...] = ()
     in_directory: bool = False
     poll: bool = False
     name: str = "blue"
@@ -77,6 +79,9 @@ class FakeWatch:
 
     def deleted(self, found: list[str]) -> bool:
         return self.name in found
+
+    def ended(self) -> bool:
+        return self.is_gone
 
     def gone(self) -> bool:
         return self.is_gone
@@ -148,6 +153,12 @@ def test_ignored_signals_stay_ignored(ctx: Context) -> None:
     assert set(reactor(ctx).signals) == SPAWN_SIGNALS - {signal.SIGINT}
 
 
+def test_a_daemon_ends_by_sigterm_in_any_case(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+    attached(ctx)
+    assert set(reactor(ctx).signals) == {signal.SIGTERM}
+
+
 def test_terminal_is_not_opened_without_a_command(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon_common, "Terminal", lambda: pytest.fail("opened"))
     attached(ctx)
@@ -164,6 +175,23 @@ def test_signals_end_us(ctx: Context, number: int) -> None:
     assert (end.status, reactor(ctx).stopped) == (0, True)
 
 
+def test_the_event_of_a_descriptor_ends_us(ctx: Context) -> None:
+    end = End(ctx, None, 9)
+    end.start()
+    assert reactor(ctx).refs[9] >> 56 == TYPE_EXIT
+    reactor(ctx).fire(9, EPOLLHUP, T0)
+    assert (end.status, reactor(ctx).stopped) == (0, True)
+
+
+def test_a_descriptor_without_events_is_an_error(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(reactor(ctx), "watch", refuse)
+    with pytest.raises(Fatal, match=r"^Invalid --exit-fd: 9 \(Operation not permitted\)$"):
+        End(ctx, None, 9).start()
+
+
 def test_namespace_is_gone(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(log, "info", said.append)
@@ -174,11 +202,11 @@ def test_namespace_is_gone(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not reactor(ctx).stopped
     watch.taker(["green", "blue"], T0)
     assert (end.status, reactor(ctx).stopped, said) == (0, True, ["Namespace blue is gone, exiting"])
-    assert timers(ctx).services.deadlines == [None]
+    assert timers(ctx).services.deadlines == [], "nothing is looked at in vain"
 
 
 def test_namespace_ends_with_its_process(ctx: Context) -> None:
-    end = attached(ctx, FakeWatch(pidfd=7))
+    end = attached(ctx, FakeWatch(pidfds=(7,)))
     assert {ref >> 56 for ref in reactor(ctx).refs.values()} == {TYPE_NETNS}
     assert not reactor(ctx).stopped
     reactor(ctx).fire(7, EPOLLIN, T0)
@@ -200,7 +228,7 @@ def test_namespace_that_must_be_looked_at(ctx: Context) -> None:
 
 
 def test_namespace_that_was_gone_before_we_looked(ctx: Context) -> None:
-    attached(ctx, FakeWatch(pidfd=7, is_gone=True))
+    attached(ctx, FakeWatch(pidfds=(7,), is_gone=True))
     assert reactor(ctx).stopped
 
 
@@ -210,8 +238,6 @@ def test_failure(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     end = attached(ctx)
     end.failed("no more")
     assert (end.status, reactor(ctx).stopped, said) == (1, True, ["no more"])
-
-
 
 
 # Files -------------------------------------------------------------------------------------------------------------
@@ -224,7 +250,7 @@ def test_files_are_created_empty_and_private(tmp_path: Path) -> None:
     file = daemon_common.create("PID", str(path))
     assert file is not None
     assert (path.read_text(), path.stat().st_ino) == ("", before)
-    daemon_common.write_pid(file, 1234)
+    detach.write_pid(file, 1234)
     assert path.read_text() == "1234\n"
     assert file.closed
     fresh = daemon_common.create("PID", str(tmp_path / "new"))
@@ -233,128 +259,12 @@ def test_files_are_created_empty_and_private(tmp_path: Path) -> None:
     assert not os.get_inheritable(fresh.fileno())
     fresh.close()
     assert daemon_common.create("PID", None) is None
-    daemon_common.write_pid(None, 1234)
+    detach.write_pid(None, 1234)
 
 
 def test_file_that_cannot_be_created(tmp_path: Path) -> None:
     with pytest.raises(Fatal, match=r"^Couldn't open PID file .*/no/pid: No such file or directory$"):
         daemon_common.create("PID", str(tmp_path / "no" / "pid"))
-
-
-def test_pid_file_that_cannot_be_written() -> None:
-    with pytest.raises(Fatal, match="PID file write: No space left on device"):
-        daemon_common.write_pid(FileIO("/dev/full", "w"), 1234)
-
-
-# Background --------------------------------------------------------------------------------------------------------
-
-
-def in_child(body: Callable[[], None]) -> tuple[int, bytes]:
-    """body() in a forked process: exit code, and all that it and its children write before they close it."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 99
-        try:
-            os.close(reader)
-            os.dup2(writer, 1)
-            os.dup2(writer, 2)
-            os.close(writer)
-            body()
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with open(reader, "rb") as f:
-        text = f.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
-
-
-def test_background(tmp_path: Path) -> None:
-    report = tmp_path / "report"
-
-    def body() -> None:
-        outer = os.getpid()
-        pid_file = FileIO(tmp_path / "pid", "w")
-        parent = daemon_common.go_background(pid_file, lambda: os.write(1, b"undone"))
-        facts = [os.getpid() != outer, os.getsid(0) == os.getpid(), pid_file.closed]
-        parent.release(os.open(os.devnull, os.O_RDWR))
-        facts += [os.readlink(f"/proc/self/fd/{fd}") == "/dev/null" for fd in range(3)]
-        os.write(1, b"nobody reads this")
-        facts.append((tmp_path / "pid").read_text() == "")
-        (tmp_path / "new").write_text(f"{os.getpid()} {all(facts)}")
-        (tmp_path / "new").rename(report)
-        parent.ready()
-
-    status, text = in_child(body)  # at the end of file no process has our standard output any more
-    assert (status, text) == (0, b"")
-    pid, ok = report.read_text().split()
-    assert ok == "True"
-    assert (tmp_path / "pid").read_text() == f"{pid}\n"
-
-
-@pytest.fixture
-def plain_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors go to descriptor 2, whatever the test runner made of sys.stderr."""
-    monkeypatch.setattr(log, "err", lambda text: os.write(2, text.encode()))
-
-
-@pytest.mark.usefixtures("plain_errors")
-def test_pid_file_of_the_daemon_that_cannot_be_written() -> None:
-    def body() -> None:
-        parent = daemon_common.go_background(FileIO("/dev/full", "w"), lambda: os.write(2, b"; undone"))
-        parent.release(os.open(os.devnull, os.O_RDWR))
-        parent.ready()
-        signal.pause()  # until it is killed
-
-    assert in_child(body) == (1, b"PID file write: No space left on device; undone")
-
-
-def test_who_started_it_is_gone() -> None:
-    """Killed while it waited: it would never stop what it does not know of."""
-
-    def body() -> None:
-        parent = daemon_common.go_background(None, lambda: None)
-        os.kill(os.getppid(), signal.SIGKILL)
-        pipe = select.poll()
-        pipe.register(parent._pipe, 0)  # POLLERR needs no request: there is no reader
-        pipe.poll()
-        with pytest.raises(Fatal, match="has not waited"):
-            parent.ready()
-        os.write(2, b"ends")
-
-    assert in_child(body) == (-signal.SIGKILL, b"ends")
-
-
-def test_daemon_that_fails_says_so_itself() -> None:
-    def body() -> None:
-        daemon_common.go_background(None, lambda: os.write(2, b"undone"))
-        os.write(2, b"why\n")
-        os._exit(3)
-
-    assert in_child(body) == (1, b"why\nundone")
-
-
-@pytest.mark.usefixtures("plain_errors")
-def test_failed_daemon_after_release_is_reported_by_its_parent() -> None:
-    def body() -> None:
-        parent = daemon_common.go_background(None, lambda: None)
-        parent.release(os.open(os.devnull, os.O_RDWR))
-        parent.failed("why")
-        os._exit(3)
-
-    assert in_child(body) == (1, b"why")
-
-
-def test_foreground(tmp_path: Path) -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    starter = daemon_common.Starter(FileIO(tmp_path / "pid", "w"))
-    starter.release(null)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(null)
-    assert (tmp_path / "pid").read_text() == ""
-    starter.ready()
-    assert (tmp_path / "pid").read_text() == f"{os.getpid()}\n"
 
 
 # Captures ----------------------------------------------------------------------------------------------------------
@@ -393,8 +303,7 @@ def test_nothing_keeps_it_from_its_end(where: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(log, "err", fail)
         steps = {name: fail if name == where else lambda: None for name in ("run", "abandon")}
         ctx = SimpleNamespace(reactor=SimpleNamespace(**steps))
-        daemon_common.run(
-            cast(Any, ctx), cast(Any, SimpleNamespace(status=0)), fail if where == "last" else lambda: None
-        )
+        last = fail if where == "last" else lambda: None
+        daemon_common.run(cast(Any, ctx), cast(Any, SimpleNamespace(status=0)), last)
 
     assert in_child(body) == (1, b"")

@@ -75,5 +75,21 @@ def test_tap_that_was_given_to_us_ends_with_us(ctx: Context, monkeypatch: pytest
     said: list[str] = []
     monkeypatch.setattr(log, "info", said.append)
     end = attached(ctx)
-    daemon_pasta.tap_gone(cast(Any, FakeInterface()), end, "The tap device failed")
+    daemon_pasta.tap_gone(ctx, cast(Any, FakeInterface()), end, "The tap device failed")
     assert (end.status, reactor(ctx).stopped, said) == (0, True, ["Interface tap5 was deleted, exiting"])
+
+
+def test_tap_that_we_may_not_create_again_ends_us(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "err", said.append)
+    end = attached(ctx)
+    fd, other = os.pipe()
+    started(ctx, fd)
+    daemon_pasta.tap_lost(ctx, cast(Any, FakeInterface()), end, "The tap device failed")
+    assert (end.status, reactor(ctx).stopped, reactor(ctx).refs) == (1, True, {})
+    assert said == [
+        "Interface tap5 was deleted and can't be created again, exiting: "
+        "pasta that root starts for a namespace keeps no right to do so"
+    ]
+    os.close(fd)
+    os.close(other)

@@ -130,8 +130,11 @@ def test_tcp_and_udp(wired: Wired) -> None:
         wired.sends(to_host / UDP(sport=40000, dport=s.getsockname()[1]) / b"question")
         data, sender = s.recvfrom(100)
         s.sendto(data[::-1], sender)
-        wired.ctx.reactor.turn(5)
-        answer = wired.hears()[UDP]
+        while True:  # on a busy machine SYN,ACK comes again meanwhile
+            wired.ctx.reactor.turn(5)
+            if UDP in (heard := wired.hears()):
+                break
+        answer = heard[UDP]
         assert bytes(answer.payload) == b"noitseuq" and answer.dport == 40000
     assert wired.ctx.flows.count == 2 and not wired.ctx.drops
 
@@ -248,6 +251,8 @@ def test_a_fault_costs_one_connection(wired: Wired, monkeypatch: pytest.MonkeyPa
             accepted.send(b"x")
             wired.ctx.reactor.turn(5)
         reset = wired.hears()[TCP]
+        while reset.flags == "SA":  # sent again, since this guest does not answer
+            reset = wired.hears()[TCP]
         assert "R" in reset.flags and reset.dport == 40000
     assert wired.ctx.flows.by_index[0] is None and wired.ctx.flows.by_index[1] is not None
     assert lines == ["Handling an event of type tcp failed: ZeroDivisionError('a defect of ours')"]
