@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import socket
+from typing import Final
 
-ANY4 = bytes(4)
-ANY6 = bytes(16)
-BROADCAST4 = b"\xff" * 4
-LOOPBACK4 = b"\x7f\x00\x00\x01"
-LOOPBACK6 = bytes(15) + b"\x01"
-ALL_NODES6 = bytes.fromhex("ff020000000000000000000000000001")
-BROADCAST_MAC = b"\xff" * 6
-V4_MAPPED_PREFIX = bytes(10) + b"\xff\xff"
+ANY4: Final[bytes] = bytes(4)
+ANY6: Final[bytes] = bytes(16)
+BROADCAST4: Final = b"\xff" * 4
+LOOPBACK4: Final = b"\x7f\x00\x00\x01"
+LOOPBACK6: Final = bytes(15) + b"\x01"
+ALL_NODES6: Final = bytes.fromhex("ff020000000000000000000000000001")
+BROADCAST_MAC: Final[bytes] = b"\xff" * 6
+V4_MAPPED_PREFIX: Final = bytes(10) + b"\xff\xff"
 
 
 def is_loopback(a: bytes) -> bool:
@@ -70,11 +71,6 @@ def packed(s: str) -> bytes:
         return socket.inet_pton(socket.AF_INET6 if ":" in s else socket.AF_INET, s)
     except OSError:
         raise ValueError(f"not an IP address: {s}") from None
-
-
-def endpoint(a: bytes, port: int) -> str:
-    """[addr]:port, the format of log lines about flows."""
-    return f"[{text(a)}]:{port}"
 
 
 def host_port(a: bytes, port: int) -> str:

@@ -9,13 +9,12 @@ A function of Python's library does not always make the system call of its name:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ALL_BITS = 0xFFFFFFFF  # tested arguments are ints: the upper half of the register is undefined
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
+class Condition(NamedTuple):
     """Argument `arg`, counted from 0, must be `value` in the bits of `mask`."""
 
     arg: int
@@ -23,8 +22,7 @@ class Condition:
     mask: int = ALL_BITS
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A system call, allowed if all tests hold; in one mode only (PASTA, PASST) if `mode` is set."""
 
     name: str

@@ -13,10 +13,10 @@ A thread that enters the namespace does all work inside: creating the tap, openi
 
 A deleted tap is created again, with its configuration, when the process can neither enter a namespace nor open a file
 any more: its descriptor stays in the namespace that it was opened in, and so does the netlink socket that configures
-the new device (`Interface`). This needs CAP_NET_ADMIN there.
+the new device (`Interface`). This needs CAP_NET_ADMIN there, which pasta keeps only if it is no right over the host's
+network; otherwise the end of the tap is the end of the program.
 
-End of the namespace: one bound to a file is watched by inotify (deletion in its directory), one under /proc by a pidfd
-of its process. If neither is possible, the path is checked once per second, from its directory.
+The end of the namespace of others is noticed by `namespace/watch.py`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import stat
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import TypeVar
 
 from . import PASTA, log
 from .calls import calls
-from .linux import inotify, netlink, netns, proc, tun
-from .linux.inotify import Event
+from .lean.records import dataclass, replace
+from .linux import netlink, netns, proc, tun
 from .linux.routes import NsPlan
 from .linux.syscall import (
     CLONE_NEWNET,
@@ -40,15 +38,16 @@ from .linux.syscall import (
     PR_SET_CHILD_SUBREAPER,
     prctl,
 )
-from .log import Fatal
-from .loop.directories import Changes
+from .log import Fatal, StepError
 from .namespace import init as namespace_init
-from .namespace import supervisor
+from .namespace import pin, supervisor
 from .namespace.init import Command
 from .sandbox import isolation
 from .sandbox.isolation import Identity
 
 T = TypeVar("T")
+
+RECREATE_TIME = 0.5  # s of processor time, in which the loop stands still
 
 CALLS = (
     *calls("wait4", "write", mode=PASTA),  # of the command
@@ -109,7 +108,7 @@ def find(name: str, run_dir: str) -> tuple[int | None, str]:
     path = netns.path_of(name, run_dir)
     if not (name.isascii() and name.isdecimal()) or os.path.lexists(path):
         return None, path
-    if not proc.exists(int(name)):
+    if not pin.has(f"/proc/{int(name)}/ns/net") and not proc.exists(int(name)):
         raise Fatal(f"Couldn't open network namespace {path}: there is none, and no process {name} either")
     return int(name), path
 
@@ -117,9 +116,9 @@ def find(name: str, run_dir: str) -> tuple[int | None, str]:
 def open_target(pid: int | None, path: str, userns_path: str | None, *, netns_only: bool) -> Target:
     """Open the namespaces of a PID, or else those at two paths, of which the latter may not be needed. Raises Fatal."""
     if pid is not None:
-        if not proc.exists(pid):
-            raise Fatal(f"Couldn't find process {pid}: there is no such PID")
         path = f"/proc/{pid}/ns/net"
+        if not pin.has(path) and not proc.exists(pid):
+            raise Fatal(f"Couldn't find process {pid}: there is no such PID")
         if userns_path is None and not netns_only:
             userns_path = f"/proc/{pid}/ns/user"
     net = _open("network", path)
@@ -129,7 +128,7 @@ def open_target(pid: int | None, path: str, userns_path: str | None, *, netns_on
 
 def _open(kind: str, path: str) -> int:
     try:
-        return netns.open_ns(path, CLONE_NEWNET if kind == "network" else CLONE_NEWUSER)
+        return netns.open_ns(pin.open_path(path), CLONE_NEWNET if kind == "network" else CLONE_NEWUSER)
     except OSError as e:
         hint = f" ({_owner(path)}you must own it, or be root)" if e.errno in (errno.EACCES, errno.EPERM) else ""
         raise Fatal(f"Couldn't open {kind} namespace {path}: {e.strerror}{hint}") from None
@@ -154,9 +153,7 @@ def join_userns(target: Target) -> None:
     try:
         isolation.join_userns(target.userns)
     except OSError as e:
-        raise Fatal(
-            f"Couldn't join user namespace: {os.strerror(e.errno or 0)} (you must own it, or be root)"
-        ) from None
+        raise Fatal(f"Couldn't join user namespace: {log.why(e)} (you must own it, or be root)") from None
 
 
 # Spawning ----------------------------------------------------------------------------------------------------------
@@ -199,7 +196,7 @@ def _helper(
     except Fatal as e:
         report.send(str(e).encode())
     except OSError as e:
-        report.send(f"Couldn't create namespaces: {os.strerror(e.errno or 0)} ({isolation.namespace_hint(e)})".encode())
+        report.send(f"Couldn't create namespaces: {log.why(e)} ({isolation.namespace_hint(e)})".encode())
     finally:
         os._exit(0)
 
@@ -214,7 +211,7 @@ def inside(target: Target, function: Callable[[], T]) -> T:
     except netns.NoEntry as e:
         raise Fatal(f"Couldn't enter the network namespace: {e.strerror} (give its --userns, or be root)") from None
     except OSError as e:
-        raise Fatal(e.strerror) from None
+        raise Fatal(log.failure(e)) from None
 
 
 @dataclass(slots=True)
@@ -224,12 +221,19 @@ class Interface:
     device: tun.Tap
     mac: bytes
     problems: list[str]  # failed steps of the set-up
-    netlink: netlink.Rtnetlink | None  # None: the tap was inherited, and cannot be created again
+    netlink: netlink.Rtnetlink | None  # None: the tap was inherited, or may not be created again
     plan: NsPlan
+
+    def keep_no_netlink(self) -> None:
+        """Close the socket that configures the interface: it is not going to be created again."""
+        if self.netlink is not None:
+            self.netlink.close()
+            self.netlink = None
 
     def recreate(self) -> None:
         """Create it again after a deletion, with the same descriptor. Raises OSError naming the step."""
         assert self.netlink is not None
+        self.netlink.limit(RECREATE_TIME)
         self.device = tun.attach(self.device.fd, self.plan.ifname)
         _, self.problems = netlink.configure(self.netlink, self.plan)
 
@@ -253,108 +257,22 @@ def create_tap(target: Target, plan: NsPlan) -> Interface:
     return inside(target, create)
 
 
-def inherit_tap(target: Target, fd: int, plan: NsPlan) -> Interface:
-    """The tap device that is open as `fd`, set up if its namespace is known. Raises Fatal."""
+def inherit_tap(target: Target, fd: int, plan: NsPlan, name: int | None = None) -> Interface:
+    """The tap device that is open as `fd`, for messages as `name`, set up if its namespace is known. Raises Fatal."""
+    name = fd if name is None else name
     try:
         tap, mac = tun.inherited_tap(fd)
     except OSError as e:
-        raise Fatal(f"Invalid --fd: {fd} ({e.strerror})") from None
+        raise Fatal(f"Invalid --fd: {name} ({e.strerror})") from None
     interface = Interface(tap, mac, [], None, replace(plan, mac=mac, ifname=tap.ifname))
     if target.netns < 0:
         return interface
 
     def configure() -> Interface:
         if tap.ifname not in (name for _, name in socket.if_nameindex()):
-            raise OSError(errno.ENODEV, f"Invalid --fd: {fd} (its interface {tap.ifname} is not in {target.path})")
+            raise StepError(errno.ENODEV, f"Invalid --fd: {name} (its interface {tap.ifname} is not in {target.path})")
         with netlink.Rtnetlink() as nl:
             mac, problems = netlink.configure(nl, replace(plan, ifname=tap.ifname))
         return replace(interface, mac=mac, problems=problems, plan=replace(interface.plan, mac=mac))
 
     return inside(target, configure)
-
-
-# Watching ----------------------------------------------------------------------------------------------------------
-
-
-class Watch:
-    """Detects the deletion of a namespace's file. It is created before the sandbox; `gone` checks later.
-
-    `pidfd` is readable at the end of the process. `changes` reports a deleted file, if `in_directory`. With `poll` the
-    caller must call `gone` periodically as well, which uses `directories` (descriptors, none without `poll`), since
-    paths cannot be opened in the sandbox.
-    """
-
-    def __init__(self, path: str, changes: Changes) -> None:
-        self.path = path
-        self.changes = changes
-        self.pidfd = -1
-        self.poll = False
-        self._watch = self._directory = -1
-        pid = proc.pid_of_path(path)
-        if pid is not None:
-            self._watch_process(pid)
-        if pid is None or not self._below_ns(path):
-            self._watch_directory()
-        if self.poll:
-            self._open_directory()
-
-    @staticmethod
-    def _below_ns(path: str) -> bool:
-        """/proc/PID/ns/* ends with its process and not before."""
-        return path.split("/")[3] == "ns"
-
-    def _watch_process(self, pid: int) -> None:
-        try:
-            self.pidfd = os.pidfd_open(pid)
-        except OSError as e:
-            log.debug(f"Polling {self.path}: {e}")
-            self.poll = True
-
-    def _watch_directory(self) -> None:
-        if stat.S_ISLNK(os.lstat(self.path).st_mode) and self.path.startswith("/proc/"):
-            log.debug(f"{self.path} is a descriptor: it cannot be watched")
-            return
-        try:
-            self._watch = self.changes.watch(os.path.dirname(self.path), inotify.DELETE)
-        except OSError as e:
-            log.debug(f"Polling {self.path}: {e}")
-            self.poll = True
-
-    def _open_directory(self) -> None:
-        try:
-            self._directory = os.open(os.path.dirname(self.path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as e:
-            self.poll = False
-            log.warn(f"The end of {self.path} will not be noticed: {e.strerror}")
-
-    @property
-    def directories(self) -> tuple[int, ...]:
-        return (self._directory,) if self._directory >= 0 else ()
-
-    @property
-    def name(self) -> str:
-        """Its name in messages."""
-        return self.path if self.path.startswith("/proc/") else os.path.basename(self.path)
-
-    @property
-    def in_directory(self) -> bool:
-        """Whether `changes` reports a deletion."""
-        return self._watch >= 0
-
-    def deleted(self, found: Sequence[Event]) -> bool:
-        """Whether the file's deletion is among the events `found`."""
-        name = os.path.basename(self.path)
-        return any((e.watch, e.name) == (self._watch, name) and e.mask & inotify.DELETE for e in found)
-
-    def gone(self) -> bool:
-        """Whether the file does not exist any more."""
-        path, directory = self.path, None
-        if self._directory >= 0:
-            path, directory = os.path.basename(path), self._directory
-        try:
-            os.close(os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=directory))
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        except OSError:
-            return False  # it exists, but may not be opened
-        return False

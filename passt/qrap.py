@@ -9,6 +9,9 @@ at once; a free one answers an ARP request, or, without IPv4, a neighbour solici
 QEMU continues on the same stream. A passt that has just lost its guest may still be busy, so the search is repeated as
 long as a passt closes the connection.
 
+Any user may listen at such a path, and would be the machine's network. So a socket counts only if the user who listens
+there is ours, or root, as the kernel says (SO_PEERCRED). Nothing is sent to any other, which is named if none is left.
+
 After execve(2) only the descriptor is left.
 """
 
@@ -24,6 +27,9 @@ from collections.abc import Sequence
 from struct import Struct
 
 from .addr import ANY4
+from .linux import inherited, stdio
+from .linux.unix import credentials
+from .log import Fatal
 from .wire import arp, ndp
 from .wire.ether import HEADER, TYPE_ARP, icmp6_frame, multicast_mac
 
@@ -42,6 +48,7 @@ PATHS = tuple(f"/tmp/passt_{n}.socket" for n in range(1, 100))
 DEFAULT_FD = 5
 TIMEOUT = 0.5  # seconds for passt to answer
 TRIES = 50
+BUSY = ConnectionResetError, BrokenPipeError, BlockingIOError  # the last one: its backlog is full
 INTERVAL = 0.05  # seconds between tries, while a passt is busy
 LENGTH = Struct("!I")
 
@@ -53,6 +60,10 @@ TARGET4 = ANY4
 TARGET6 = bytes.fromhex("fe8000000000000000000000000000fe")
 
 CONFLICTING = ("virtio-net-pci", "virtio-net-ccw", "e1000", "e1000e", "rtl8139")
+
+
+class NotTrusted(Exception):
+    """A socket that another user listens at; its uid."""
 
 
 class QrapError(Exception):
@@ -73,7 +84,6 @@ def probe() -> bytes:
 
 def _answers(sock: socket.socket) -> bool:
     """Whether passt sends a frame, which is read as a whole. ConnectionResetError if it closes the connection."""
-    sock.settimeout(TIMEOUT)
     sock.sendall(probe())
     try:
         (length,) = LENGTH.unpack(_read(sock, LENGTH.size))
@@ -94,13 +104,17 @@ def _read(sock: socket.socket, size: int) -> bytes:
 
 
 def attach(path: str) -> socket.socket | None:
-    """A connection to the free passt at `path`, or None. ConnectionResetError, BrokenPipeError: a busy passt."""
+    """A connection to the free passt at `path`, or None. Raises one of BUSY, or NotTrusted."""
     sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(TIMEOUT)
     try:
         sock.connect(path)
+        _, uid, _ = credentials(sock)
+        if uid not in (os.geteuid(), 0):
+            raise NotTrusted(uid)
         if _answers(sock):
             return sock
-    except (ConnectionResetError, BrokenPipeError):
+    except (*BUSY, NotTrusted):
         sock.close()
         raise
     except OSError:
@@ -112,17 +126,20 @@ def attach(path: str) -> socket.socket | None:
 def search(paths: Sequence[str]) -> tuple[str, socket.socket]:
     """Path and connection of the first free passt; QrapError if there is none."""
     for _ in range(TRIES):
-        busy = 0
+        busy, others = 0, []
         for path in paths:
             try:
                 if sock := attach(path):
                     return path, sock
-            except (ConnectionResetError, BrokenPipeError):
+            except BUSY:
                 busy += 1
+            except NotTrusted as e:
+                others.append(f"{path} of user {e}")
+        not_used = f" (not used, as neither yours nor root's: {', '.join(others)})" if others else ""
         if not busy:
-            raise QrapError("No passt found at /tmp/passt_N.socket: start passt first")
+            raise QrapError(f"No passt found at /tmp/passt_N.socket: start passt first{not_used}")
         time.sleep(INTERVAL)
-    raise QrapError(f"No free passt found at /tmp/passt_N.socket: {busy} with a guest already")
+    raise QrapError(f"No free passt found at /tmp/passt_N.socket: {busy} with a guest already{not_used}")
 
 
 def find_qemu() -> str:
@@ -161,17 +178,19 @@ def command(args: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def run(args: Sequence[str]) -> None:
-    """Execute QEMU; QrapError if that fails."""
+    """Execute QEMU, with the environment and signals of the caller; QrapError if that fails."""
+    caller = inherited.take()
     fd, argv = command(args)
     path, sock = search(PATHS)
     sock.settimeout(None)
-    print(f"Connected to {path}", file=sys.stderr, flush=True)
+    stdio.write_error(f"Connected to {path}")
     if sock.fileno() == fd:
         os.set_inheritable(fd, True)
     else:
         os.dup2(sock.fileno(), fd)
     try:
-        os.execvp(argv[0], argv)
+        caller.restore()
+        os.execvpe(argv[0], argv, caller.env)
     except OSError as e:
         raise QrapError(f"Couldn't run {argv[0]}: {e.strerror}") from None
 
@@ -179,11 +198,17 @@ def run(args: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Execute QEMU, or return the exit status: 0 for --help, 1 for an error. `argv` is sys.argv by default."""
     args = list((sys.argv if argv is None else argv)[1:])
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE, file=sys.stdout if args else sys.stderr)
-        return 0 if args else 1
     try:
-        run(args)
-    except QrapError as e:
-        print(f"qrap: {e}", file=sys.stderr)
+        stdio.fill()
+        if not args:
+            stdio.write_error(USAGE)
+        elif args[0] in ("-h", "--help"):
+            stdio.write_out(f"{USAGE}\n")
+            return 0
+        else:
+            run(args)
+    except (QrapError, Fatal) as e:
+        stdio.write_error(f"qrap: {e}")
+    except stdio.ReaderGone:
+        pass
     return 1

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from passt.flow.context import Context
 
 from . import support
-from .machine_link import MachineLink
+from .machine_link import LayingLink, MachineLink
 from .support import FakeLink, make_context
 
 # Others have the processors, too: that an example took long says nothing
@@ -17,13 +17,14 @@ settings.load_profile("beside others")
 
 # Modules whose conversations a namespace has, and a virtual machine
 CONVERSATIONS = ("test_tcp", *(f"tcp_engine.test_{part}" for part in ("opening", "table", "window")))
+KINDS = (FakeLink, MachineLink, LayingLink)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Hold each conversation with both kinds of guest."""
+    """Hold each conversation with all kinds of guest."""
     if metafunc.module.__name__.removeprefix("tests.unit.") in CONVERSATIONS:
         metafunc.fixturenames.append("guest_kind")
-        metafunc.parametrize("guest_kind", [FakeLink, MachineLink], ids=["tap", "machine"], indirect=True)
+        metafunc.parametrize("guest_kind", KINDS, ids=["tap", "machine", "memory"], indirect=True)
 
 
 @pytest.fixture

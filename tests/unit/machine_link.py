@@ -6,6 +6,7 @@ machine as well: the frames that arrive there must say what was recorded, segmen
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections import Counter
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ class MachineLink(FakeLink):
             check_segments(recorded, arrived, VNET.unpack(self.vnet[-1])[3])
         else:
             assert len(arrived) == 1
-            assert len(arrived[0]) == len(recorded)
+            assert len(arrived[0]) == max(len(recorded), 60)
         for frame in arrived:
             check_sums(frame)
 
@@ -56,7 +57,7 @@ class MachineLink(FakeLink):
         super().send_frame(frame)
         self._link.send_frame(frame)
         self._link.at_turn_end(0)
-        assert self._arrived() == [frame]
+        assert self._arrived() == [frame.ljust(60, b"\0")]
 
     def _arrived(self) -> list[bytes]:
         """The frames that are there."""
@@ -74,6 +75,34 @@ class MachineLink(FakeLink):
         self._far.close()
 
 
+class LayingLink(FakeLink):
+    """A `FakeLink` that has places for payload: buffers of odd sizes, as those of a machine that shares its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.laid_out: list[tuple[int, list[memoryview]]] = []
+        self.direct = 0  # frames whose payload was received there
+        self._sizes = itertools.cycle((1526, 4096, 77, 1, 9000))
+
+    def lay_out(self, header: int, chunk: int, want: int) -> tuple[list[memoryview], int]:
+        assert header in (64, 84)
+        self.laid_out.clear()
+        for start in range(0, want, chunk):
+            left = payload = min(chunk, want - start)
+            views = []
+            while left:
+                views.append(memoryview(bytearray(min(left, next(self._sizes)))))
+                left -= len(views[-1])
+            self.laid_out.append((payload, views))
+        return [view for _, views in self.laid_out for view in views], want
+
+    def send_laid_out(self, hdr: bytearray, length: int) -> None:
+        payload, views = self.laid_out.pop(0)
+        assert 0 < length <= payload
+        self.direct += 1
+        self.send_payload((hdr, b"".join(views)[:length]))
+
+
 def transport(frame: bytes) -> int:
     """Where the TCP header begins."""
     return ETH + (20 if frame[12:14] == b"\x08\x00" else 40)
@@ -87,6 +116,9 @@ def check_sums(frame: bytes) -> None:
         return
     if v4:
         assert ones_sum(frame[ETH:l4]) == 0xFFFF
+    length = 14 + int.from_bytes(frame[16:18], "big") if v4 else 54 + int.from_bytes(frame[18:20], "big")
+    assert not any(frame[length:]), "padding"
+    frame = frame[:length]
     addresses = frame[l4 - (8 if v4 else 32) : l4]
     half = len(addresses) // 2
     pseudo = pseudo_sum(addresses[:half], addresses[half:], PROTO_TCP, len(frame) - l4)
@@ -96,6 +128,7 @@ def check_sums(frame: bytes) -> None:
 def check_segments(whole: bytes, segments: list[bytes], size: int) -> None:
     """Segments of `size` bytes, the last one perhaps shorter, that make up the super-frame `whole`."""
     data = transport(whole) + 20
+    segments = [*segments[:-1], segments[-1][: len(whole) - (len(segments) - 1) * size]]  # without padding
     seq = int.from_bytes(whole[data - 16 : data - 12], "big")
     assert b"".join(s[data:] for s in segments) == whole[data:]
     assert all(len(s) - data == size for s in segments[:-1])

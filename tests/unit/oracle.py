@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scapy.layers.dhcp import BOOTP
 from scapy.layers.dhcp6 import DHCP6_Advertise
-from scapy.layers.inet import IP, IPerror
+from scapy.layers.inet import IP, UDP, IPerror
 from scapy.layers.inet6 import IPerror6, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
@@ -23,12 +23,19 @@ def dissect(frame: bytes) -> Packet:
 
 
 def recomputed(frame: bytes) -> bytes:
-    """The frame with lengths and checksums filled in by scapy, but for those in what an error message quotes."""
+    """The frame with lengths and checksums filled in by scapy, but for those in what an error message quotes.
+
+    The payload of a datagram stays as it is: its port may be that of a protocol which scapy would write another way.
+    """
     packet = Ether(frame)
     layer = packet
     while layer and not isinstance(layer, QUOTED):
         for field in COMPUTED:
             if field in layer.fields:
                 delattr(layer, field)
+        if isinstance(layer, UDP) and layer.payload:
+            payload = layer.payload.original
+            layer.remove_payload()
+            layer.add_payload(payload)
         layer = layer.payload
     return bytes(packet)

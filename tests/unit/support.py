@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from passt.flow.table import FlowTable
 from passt.link.backend import Buffer, Link, Receiver
 from passt.link.packet import PacketPool
 from passt.loop.reactor import TYPE_NAMES, Closable, Handler, make_ref
-from passt.loop.timers import NO_OWNER
+from passt.loop.timers import NO_OWNER, NO_TIMER
 from passt.policy.config import Config, Ip4, Ip6
 from passt.policy.forwarding import Forwarding
 from passt.policy.guest import Guest
@@ -82,7 +83,7 @@ class FakeLink(Link):
 
 
 class FakeReactor:
-    """The reactor's surface without epoll: `fire` delivers an event, `end_turn` ends the turn."""
+    """The reactor's surface without epoll: `fire` delivers an event, `end_turn` ends the turn and begins another."""
 
     def __init__(self) -> None:
         self.handlers: dict[int, Handler] = {}
@@ -90,9 +91,12 @@ class FakeReactor:
         self.events: dict[int, int] = {}
         self.retired: list[Closable] = []
         self.put_off: list[Callable[[float], None]] = []
+        self.more: list[Callable[[float], None]] = []
         self.at_turn_end: list[Callable[[float], None]] = []
         self.signals: dict[int, Callable[[float], None]] = {}
         self.on_fault: Callable[[int, Exception, float], None] | None = None
+        self.moved = 0
+        self.wakeups = 0  # a test that is about turns counts them
         self.stopped = False
 
     def handle(self, kind: int, handler: Handler) -> None:
@@ -118,11 +122,26 @@ class FakeReactor:
         self.events.pop(fd, None)
         self.retired.append(owner)
 
+    def read(self, fd: int, size: int) -> bytes:
+        return os.read(fd, size)
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        return os.write(fd, data)
+
     def forget(self, fd: int) -> None:
         del self.refs[fd], self.events[fd]
 
     def between_turns(self, callback: Callable[[float], None]) -> None:
         self.put_off.append(callback)
+
+    def next_turn(self, callback: Callable[[float], None]) -> None:
+        self.more.append(callback)
+
+    def go_on(self, now: float) -> None:
+        """The next turn begins."""
+        more, self.more = self.more, []
+        for callback in more:
+            callback(now)
 
     def close_retired(self) -> None:
         for owner in self.retired:
@@ -134,7 +153,9 @@ class FakeReactor:
             raise e
         self.on_fault(0, e, T0)
 
-    def on_signal(self, number: int, callback: Callable[[float], None]) -> None:
+    def on_signal(
+        self, number: int, callback: Callable[[float], None], interrupt: Callable[[], None] | None = None
+    ) -> None:
         self.signals[number] = callback
 
     def stop(self) -> None:
@@ -153,15 +174,20 @@ class FakeReactor:
         for callback in put_off:
             callback(now)
         self.close_retired()
+        self.go_on(now)
 
 
 class StrictDrops(Counter[Reason]):
-    """Raises where a fault of ours is counted, or tests and fuzzing would pass over it, unless a test stages one."""
+    """Raises where a fault of ours is counted, or tests and fuzzing would pass over it, unless a test stages one.
+
+    Counts are whole numbers.
+    """
 
     staged = False
 
     def __setitem__(self, reason: Reason, count: int) -> None:
         assert reason != "fault" or self.staged, "a fault of ours"
+        assert isinstance(count, int)
         super().__setitem__(reason, count)
 
 
@@ -199,16 +225,19 @@ class FakeServiceTimers:
 
 
 class FakeTimers:
-    """The pool of connection timers, with its rule: an armed timer is only ever moved earlier."""
+    """The pool of connection timers, with its rules: there are `most`, and an armed one is only ever moved earlier."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 1 << 20) -> None:
         self.services = FakeServiceTimers()
+        self.most = most
         self.callback: Callable[[int, float], None] = lambda index, now: None
         self.owner: dict[int, int] = {}
         self.expiry: dict[int, float] = {}
         self.free: list[int] = []
 
     def take(self, index: int) -> int:
+        if not self.free and len(self.owner) >= self.most:
+            return NO_TIMER
         fd = self.free.pop() if self.free else 100_000 + len(self.owner)
         self.owner[fd] = index
         self.expiry.setdefault(fd, NEVER)
@@ -349,3 +378,21 @@ def pool_put(ctx: Context, data: bytes, offset: int = 64) -> tuple[int, int]:
     """Copy `data` into the packet pool; returns its (start, end)."""
     ctx.pool.buf[offset : offset + len(data)] = data
     return offset, offset + len(data)
+
+
+def lines_of(call: Callable[[], object]) -> int:
+    """How many lines of code `call` takes, as the interpreter counts them: a price without a clock."""
+    lines = 0
+
+    def trace(frame: object, event: str, arg: object) -> Any:
+        nonlocal lines
+        lines += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return lines

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from struct import Struct
 from types import SimpleNamespace
@@ -29,18 +30,19 @@ import pytest
 
 from passt import addr
 from passt.linux.sockopt import SO_MEMINFO, SO_PEEK_OFF
-from passt.linux.tcpinfo import BYTES_ACKED, BYTES_RECEIVED, MIN_RTT, SND_WND, TCP_INFO_LEN, Features
+from passt.linux.tcpinfo import BYTES_ACKED, BYTES_RECEIVED, MIN_RTT, SND_WND, TCP_INFO_LEN, TCP_SYN_SENT, Features
 from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from passt.policy.rules import Listener, Rule
 from passt.tcp import Tcp
 from passt.tcp_engine import sock as tcp_sock
 from passt.wire.checksum import PROTO_TCP
-from passt.wire.tcp import ACK, HEADER, SYN, SynOptions, flag_names
+from passt.wire.tcp import ACK, HEADER, SYN, SynOptions, emit_sack, flag_names, parse_sack
 from tests.unit.support import T0, FakeTimers, link, make_context, reactor, timers
 
 GUEST_ISN = 0xFFFFFF00  # so that every conversation wraps
 ALL = Features()
 MASK = 0xFFFFFFFF
+TCP_ESTABLISHED = 1
 PORTS = (40000).to_bytes(2, "big") + (80).to_bytes(2, "big")
 PEER_PORT = 50000  # of a host client
 
@@ -100,6 +102,8 @@ class FakeSocket:
         if (level, option) == (socket.SOL_SOCKET, socket.SO_SNDBUF):
             return self.sndbuf
         assert (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO)
+        if length == 1 and self.peer and 0 not in self.info:
+            return bytes([TCP_ESTABLISHED if not self._connects[0] else TCP_SYN_SENT])
         self.looks += 1
         info = bytearray(TCP_INFO_LEN)
         for offset, value in ({BYTES_ACKED: self.syn + len(self.sent) + self.shut} | self.info).items():
@@ -121,10 +125,12 @@ class FakeSocket:
         return len(data)
 
     def recvmsg_into(
-        self, buffers: tuple[memoryview, ...], ancillary: int, flags: int
+        self, buffers: Sequence[memoryview], ancillary: int, flags: int
     ) -> tuple[int, list[Any], int, Any]:
-        assert flags == socket.MSG_PEEK and self.peek_off is None
-        data = self._peek(0, sum(map(len, buffers)))
+        assert ancillary == 0 and flags == socket.MSG_PEEK
+        data = self._peek(self.peek_off or 0, sum(map(len, buffers)))
+        if self.peek_off is not None:
+            self.peek_off += len(data)
         at = 0
         for b in buffers:
             part = data[at : at + len(b)]
@@ -195,6 +201,7 @@ class Segment:
     payload: bytes
     options: SynOptions
     gso_size: int
+    sack: list[tuple[int, int]]
 
     def __str__(self) -> str:
         return f"{flag_names(self.flags)} seq {self.seq} ack {self.ack} window {self.window} length {len(self.payload)}"
@@ -249,20 +256,25 @@ class Talk:
         seq: int | None = None,
         ack: int | None = None,
         window: int | None = None,
+        sack: Sequence[tuple[int, int]] = (),
     ) -> tuple[int, int, int, bytes, int, bytes]:
-        """A segment of the guest with numbers relative to the initial ones; without `seq` it is the next in order."""
+        """A segment of the guest with numbers relative to the initial ones; without `seq` it is the next in order.
+
+        `sack` has the blocks that it reports.
+        """
         at = self.seq if seq is None else seq
         if seq is None:
             self.seq += len(payload) + (1 if flags & 3 else 0)
         acked = self.ack if ack is None else ack
-        return flags, GUEST_ISN + at, self.isn + acked, payload, self.window if window is None else window, b""
+        options = emit_sack((self.isn + left, self.isn + right) for left, right in sack) if sack else b""
+        return flags, GUEST_ISN + at, self.isn + acked, payload, self.window if window is None else window, options
 
     def guest(self, flags: int, payload: bytes = b"", **numbers: Any) -> None:
         """The guest sends one segment."""
         self.put(self.segment(flags, payload, **numbers))
 
-    def syn(self, mss: int = 1460, ws: int | None = 7) -> None:
-        self.put((SYN, GUEST_ISN, 0, b"", 64240, SynOptions(mss, ws).emit()))
+    def syn(self, mss: int = 1460, ws: int | None = 7, *, sack: bool = False) -> None:
+        self.put((SYN, GUEST_ISN, 0, b"", 64240, SynOptions(mss, ws, sack).emit()))
         self.seq = 1
 
     def accept(self, peer: str, *, dual: bool = False, to: int = 80, **rule: Any) -> FakeSocket:
@@ -272,9 +284,11 @@ class Talk:
         self.tcp.opening.accepted(listener(to=to, **rule), sock, packed, PEER_PORT, self.now)
         return sock
 
-    def answer(self, mss: int = 1460, ws: int | None = 7, *, ack: int = 1, options: bytes | None = None) -> None:
+    def answer(
+        self, mss: int = 1460, ws: int | None = 7, *, ack: int = 1, options: bytes | None = None, sack: bool = False
+    ) -> None:
         """The guest answers our SYN by SYN,ACK."""
-        raw = SynOptions(mss, ws).emit() if options is None else options
+        raw = SynOptions(mss, ws, sack).emit() if options is None else options
         self.put((SYN | ACK, GUEST_ISN, self.isn + ack, b"", 64240, raw))
         self.seq = 1
 
@@ -306,6 +320,7 @@ class Talk:
             frame[data:],
             SynOptions.parse(frame[l4 + 20 : data]),
             gso_size,
+            [(left - GUEST_ISN & MASK, right - GUEST_ISN & MASK) for left, right in parse_sack(frame[l4 + 20 : data])],
         )
 
     def expect(self, flags: int, payload: bytes | None = None, **numbers: int) -> Segment:
@@ -340,6 +355,7 @@ class Talk:
 
     def wait(self, seconds: float) -> None:
         """Let time pass; every timer fires when it is due."""
+        reactor(self.ctx).go_on(self.now)
         end = self.now + seconds
         services = self.timers.services
         while True:
@@ -353,6 +369,12 @@ class Talk:
             else:
                 self.timers.advance(nxt)
         self.now = end
+
+    def until(self, at: float) -> None:
+        """Let time pass until just after `at`; nothing goes to the guest before that."""
+        self.wait(at - self.now - 0.0001)
+        self.expect_nothing()
+        self.wait(0.0002)
 
     def end_turn(self) -> None:
         reactor(self.ctx).end_turn(self.now)
@@ -372,10 +394,10 @@ def fake_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tcp_sock, "new_socket", FakeSocket)
 
 
-def open_connection(**how: Any) -> Talk:
+def open_connection(*, sack: bool = False, mss: int = 1460, **how: Any) -> Talk:
     """A conversation with the handshake done: relative numbers are 1 on both sides."""
     talk = Talk(**how)
-    talk.syn()
+    talk.syn(mss, sack=sack)
     talk.expect(SYN | ACK, seq=0, ack=1)
     talk.guest(ACK)
     talk.expect_nothing()

@@ -99,8 +99,8 @@ def test_not_an_address(text: str) -> None:
 
 
 def test_texts() -> None:
-    assert addr.endpoint(addr.packed("192.0.2.1"), 80) == "[192.0.2.1]:80"
-    assert addr.endpoint(addr.packed("2001:db8::1"), 443) == "[2001:db8::1]:443"
+    assert addr.host_port(addr.packed("192.0.2.1"), 80) == "192.0.2.1:80"
+    assert addr.host_port(addr.packed("2001:db8::1"), 443) == "[2001:db8::1]:443"
     assert addr.mac_text(bytes.fromhex("9a559a559a0b")) == "9a:55:9a:55:9a:0b"
 
 

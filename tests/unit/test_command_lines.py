@@ -14,11 +14,14 @@ import pytest
 from passt import __version__, cli, log
 from passt.conf.argv import Options
 from passt.conf.table import usage
+from passt.linux import stdio
 
 PASTA_VERSION = f"pasta {__version__}\nIn pure Python. GPL-2.0-or-later; there is no warranty.\n"
 PASST_VERSION = PASTA_VERSION.replace("pasta", "passt")
+SLIRP4NETNS_VERSION = PASTA_VERSION.replace("pasta ", "slirp4netns version 1.2.0\npasta: ")
 OPEN = [3, 5]  # inherited descriptors
 IFNAME = "(1 to 15 characters, no blanks, '/', ':' or '%')"
+ALTNAME = "(1 to 127 characters, no blanks, '/', ':' or '%')"
 NETMASK = "(give 1 to 32 bits or a contiguous dotted mask)"
 MTU = "(give 68 to 65535, or 0 to assign none)"
 MAC = "(give six pairs of hexadecimal digits with colons between)"
@@ -27,7 +30,6 @@ TAP = "needs the namespace of the tap device: give its PID or --netns beside --f
 SOCKET = "pasta takes a PID, --netns or a command"
 ONE_OFF = "pasta always ends with its command or namespace"
 LOOPBACK = "a virtual machine reaches the host's loopback at the address of --map-host-loopback"
-MIGRATE = "connections do not migrate with the guest here"
 
 INFORMATION = [
     ("pasta --version", PASTA_VERSION),
@@ -35,6 +37,8 @@ INFORMATION = [
     ("/usr/local/bin/passt --version", PASST_VERSION),
     ("passt.avx2 --version", PASST_VERSION),
     ("passt4netns --version", PASTA_VERSION),
+    ("slirp4netns --version", SLIRP4NETNS_VERSION),
+    ("/usr/bin/slirp4netns.python -v", SLIRP4NETNS_VERSION),
     ("pasta --help", usage("pasta")),
     ("passt -h", usage("passt")),
     ("pasta --host-lo-to-ns-lo --version", PASTA_VERSION),  # rootlesskit asks whether there is the option
@@ -111,12 +115,15 @@ BAD = [
     ("passt --no-such-option", "passt: unrecognized option '--no-such-option': see passt --help"),
     ("pasta --no-such=option", "pasta: unrecognized option '--no-such': see pasta --help"),
     ("pasta --no-such --version", "pasta: unrecognized option '--no-such': see pasta --help"),
+    ("slirp4netns --no-such 1", "slirp4netns: unrecognized option '--no-such': see slirp4netns --help"),
+    ("slirp4netns", "slirp4netns: PID or PATH is missing: see slirp4netns --help"),
+    ("slirp4netns.python x", "PID must be a positive integer, not x"),
     ("pasta -x", "pasta: invalid option -- 'x': see pasta --help"),
     ("passt -qx", "passt: invalid option -- 'x': see passt --help"),
     ("pasta -q=5", "pasta: invalid option -- '=': see pasta --help"),
     ("pasta --no", "pasta: option '--no' is ambiguous; possibilities: '--no-splice' '--no-map-gw' '--no-dhcp-dns' "
-     "'--no-dhcp-search' '--no-netns-quit' '--no-tcp' '--no-udp' '--no-icmp' '--no-dhcp' '--no-dhcpv6' '--no-ndp' "
-     "'--no-ra' '--no-copy-routes' '--no-copy-addrs'"),
+     "'--no-dhcp-search' '--no-netns-quit' '--no-tcp' '--no-udp' '--no-multicast' '--no-icmp' '--no-dhcp' "
+     "'--no-dhcpv6' '--no-ndp' '--no-ra' '--no-copy-routes' '--no-copy-addrs'"),
     ("pasta --mtu", "pasta: option '--mtu' requires an argument"),
     ("pasta -t", "pasta: option requires an argument -- 't'"),
     ("pasta --config-net=yes", "pasta: option '--config-net' doesn't allow an argument"),
@@ -132,14 +139,7 @@ BAD = [
     ("passt --netns /n", "--netns is for pasta mode only"),
     ("passt --splice-only", "--splice-only is for pasta mode only"),
     ("passt --dhcp-dns", "--dhcp-dns is for pasta mode only: passt tells them unless --no-dhcp-dns is given"),
-    # what does not exist here
-    ("passt --vhost-user --socket /s",
-     "passt: unrecognized option '--vhost-user': the guest is served on a stream socket here (qemu -netdev stream)"),
-    ("passt --print-capabilities", "passt: unrecognized option '--print-capabilities': it is about vhost-user, and the "
-     "guest is served on a stream socket here"),
-    ("passt --repair-path /r", f"passt: unrecognized option '--repair-path': {MIGRATE}"),
-    ("passt --migrate-exit", f"passt: unrecognized option '--migrate-exit': {MIGRATE}"),
-    ("passt --migrate-no-linger", f"passt: unrecognized option '--migrate-no-linger': {MIGRATE}"),
+    ("pasta --migrate-exit", "--migrate-exit is for passt mode only"),
     # operands
     ("passt extra", "Extra non-option argument: extra (passt takes options only)"),
     ("passt -f -- 1234", "Extra non-option argument: 1234 (passt takes options only)"),
@@ -155,14 +155,15 @@ BAD = [
     ("passt -a 300.0.0.1", "Invalid address: 300.0.0.1 (not an IPv4 or IPv6 address)"),
     ("passt -a 127.0.0.1", "Invalid address: 127.0.0.1 (is loopback)"),
     ("passt -a ::ffff:192.0.2.1", "Invalid address: ::ffff:192.0.2.1 (is IPv4-mapped)"),
-    ("passt -a 192.0.2.1/33", "Invalid address: 192.0.2.1/33 (the prefix length is 1 to 32)"),
+    ("passt -a 192.0.2.1/33", "Invalid address: 192.0.2.1/33 (the prefix length is 1 to 32, or 0 for the default)"),
     ("passt -n 255.0.255.0", f"Invalid netmask: 255.0.255.0 {NETMASK}"),
     ("passt -n 33", f"Invalid netmask: 33 {NETMASK}"),
     ("passt -M 52-54-00-12-34-56", f"Invalid MAC address: 52-54-00-12-34-56 {MAC}"),
     ("pasta --ns-mac-addr 33:00:00:00:00:01",
      "Invalid MAC address: 33:00:00:00:00:01 (an interface needs a unicast address)"),
     ("passt -g 0.0.0.0", "Invalid gateway address: 0.0.0.0 (is unspecified)"),
-    ("passt -i a-very-long-name", f"Invalid interface name: a-very-long-name {IFNAME}"),
+    (f"passt -i {'n' * 128}", f"Invalid interface name: {'n' * 128} {ALTNAME}"),
+    ("pasta -I a-very-long-name", f"Invalid interface name: a-very-long-name {IFNAME}"),
     ("pasta -I ''", f"Invalid interface name:  {IFNAME}"),
     ("passt -o nowhere", "Invalid outbound address: nowhere (not an IPv4 or IPv6 address)"),
     ("passt -D localhost", "Cannot use DNS address localhost (not an IPv4 or IPv6 address)"),
@@ -176,7 +177,7 @@ BAD = [
     ("passt -P ''", "Invalid --pid: an empty file name (give a path)"),
     (f"passt -s {'s' * 108}", f"Invalid socket path: {'s' * 108} (1 to 107 bytes)"),
     ("passt --completion tcsh", "Invalid --completion: tcsh (give bash, zsh or fish)"),
-    ("passt -F 2", "Invalid --fd: 2 (give the number of an open descriptor, 3 or more)"),
+    ("passt -F -1", "Invalid --fd: -1 (give the number of an open descriptor)"),
     ("passt -F 4", "Invalid --fd: 4 (it is not open)"),
     ("pasta -F 4 1234", "Invalid --fd: 4 (it is not open)"),
     # ports
@@ -188,7 +189,7 @@ BAD = [
      "the loopback of the namespace: leave out address and interface"),
     ("passt -t auto",
      "'auto' port forwarding is only allowed for pasta: -t auto: 'auto' at character 1: give ports, or 'all'"),
-    ("pasta -t none -t none", "Port forwarding mode 'none' conflicts with previous mode: '-t none' and '-t none': "
+    ("pasta -t 22 -t none", "Port forwarding mode 'none' conflicts with previous mode: '-t 22' and '-t none': "
      "leave one out"),
     ("pasta -t8080 -t none", "Port forwarding mode 'none' conflicts with previous mode: '-t 8080' and '-t none': "
      "leave one out"),
@@ -223,7 +224,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
         begun.append(options)
         raise Begun
 
-    monkeypatch.setattr(cli, "_fill_stdio", lambda: None)
+    monkeypatch.setattr(stdio, "fill", lambda: None)
     monkeypatch.setattr(cli, "inherited_fds", lambda: OPEN)
     monkeypatch.setattr(cli, "_want_random_hashes", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)

@@ -125,7 +125,7 @@ def test_tcp_before_anything_is_known() -> None:
     talk.taken()
     info = info_of(talk.ctx, T0)
     assert (info.state, info.to_guest, info.to_host) == ("SOCK_ACCEPTED|TAP_SYN_SENT", 0, 0)
-    talk.wait(1.5)
+    talk.wait(talk.ctx.link.rto_min)
     talk.taken()
     after = info_of(talk.ctx, T0).tcp
     assert after is not None and after.resent_to_guest == 1
@@ -144,11 +144,20 @@ def test_tcp_whose_socket_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert (info.tcp.rtt, info.tcp.resent_to_host, info.tcp.queue_to_guest) == (None, None, None)
 
 
+def test_tcp_without_a_socket() -> None:
+    """Between two resolvers there is none."""
+    talk = open_connection()
+    (flow,) = (f for f in talk.ctx.flows.by_index if f is not None)
+    flow.sock = None
+    info = info_of(talk.ctx, T0)
+    assert info.idle is None and info.tcp is not None and info.tcp.rtt is None
+
+
 def test_resent_to_the_guest() -> None:
     talk = open_connection()
     talk.host(b"answer")
     talk.taken()
-    talk.wait(1.5)
+    talk.wait(talk.ctx.link.rto_min)
     talk.taken()
     tcp = info_of(talk.ctx, T0).tcp
     assert tcp is not None and tcp.resent_to_guest == 1

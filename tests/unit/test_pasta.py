@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from passt import pasta
-from passt.linux import inotify, netlink, netns, tun
+from passt.linux import netlink, netns, tun
+from passt.linux.inherited import Inherited
 from passt.linux.routes import NsPlan
 from passt.linux.tun import Tap
-from passt.log import Fatal
-from passt.loop.directories import Changes
+from passt.log import Fatal, StepError
 from passt.namespace import init as namespace_init
 from passt.namespace.init import Command
-from passt.pasta import Init, Target, Watch, create_tap, find, open_target
+from passt.pasta import Init, Target, create_tap, find, open_target
 from passt.sandbox import isolation
 from passt.sandbox.isolation import Identity
 
@@ -203,7 +203,7 @@ def test_tap_is_created_again_on_the_same_descriptor(inside: list[str], monkeypa
 @pytest.mark.usefixtures("inside")
 def test_tap_that_cannot_be_configured_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(nl: object, plan: NsPlan) -> None:
-        raise PermissionError(errno.EPERM, "Couldn't do this: Operation not permitted")
+        raise StepError(errno.EPERM, "Couldn't do this: Operation not permitted")
 
     monkeypatch.setattr(netlink, "configure", fail)
     before = len(os.listdir("/proc/self/fd"))
@@ -221,113 +221,13 @@ def test_namespace_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch) -> N
         create_tap(Target(9, None), NsPlan("tap5"))
 
 
-# The end of a namespace --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def changes() -> Iterator[Changes]:
-    made = Changes()
-    yield made
-    made.close()
-
-
-def test_file_is_deleted(tmp_path: Path, changes: Changes) -> None:
-    path = tmp_path / "blue"
-    path.touch()
-    (tmp_path / "green").touch()
-    watch = Watch(str(path), changes)
-    assert (watch.name, watch.pidfd, watch.in_directory, watch.poll, watch.gone()) == ("blue", -1, True, False, False)
-    (tmp_path / "green").unlink()
-    assert not watch.deleted(inotify.read(changes.fd))
-    path.unlink()
-    assert watch.deleted(inotify.read(changes.fd))
-    assert watch.gone()
-
-
-def test_others_watch_the_same_directory(tmp_path: Path, changes: Changes) -> None:
-    path = tmp_path / "blue"
-    path.touch()
-    (tmp_path / "other").mkdir()
-    changes.watch(str(tmp_path), inotify.CREATE | inotify.CLOSE_WRITE)
-    watch = Watch(str(path), changes)
-    changes.watch(str(tmp_path), inotify.MOVED_TO)
-    changes.watch(str(tmp_path / "other"), inotify.DELETE)
-    path.write_text("x")
-    (tmp_path / "other" / "blue").touch()
-    (tmp_path / "other" / "blue").unlink()
-    assert not watch.deleted(inotify.read(changes.fd)), "nothing was deleted here"
-    path.unlink()
-    assert watch.deleted(inotify.read(changes.fd))
-
-
-def test_file_is_replaced(tmp_path: Path, changes: Changes) -> None:
-    """Another namespace has its name now, and the namespace that is served has no name any more."""
-    path = tmp_path / "blue"
-    path.touch()
-    watch = Watch(str(path), changes)
-    path.unlink()
-    path.touch()
-    assert watch.deleted(inotify.read(changes.fd))
-
-
-def test_directory_that_cannot_be_watched_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> int:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(inotify, "new", refuse)
-    path = tmp_path / "blue"
-    path.touch()
-    watch = Watch(str(path), Changes())
-    assert (watch.in_directory, watch.poll, watch.gone()) == (False, True, False)
-    (directory,) = watch.directories
-    path.unlink()
-    assert watch.gone()
-    os.close(directory)
-
-
-def test_process_ends(sleeper: subprocess.Popen[bytes]) -> None:
-    watch = Watch(f"/proc/{sleeper.pid}/ns/net", Changes())
-    assert (watch.in_directory, watch.poll, watch.gone()) == (False, False, False)
-    assert watch.name == f"/proc/{sleeper.pid}/ns/net"
-    sleeper.kill()
-    assert select.select([watch.pidfd], [], [], 30)[0]
-    os.close(watch.pidfd)
-
-
-def test_file_below_the_root_of_a_process(
-    sleeper: subprocess.Popen[bytes], tmp_path: Path, changes: Changes
-) -> None:
-    path = tmp_path / "blue"
-    path.touch()
-    watch = Watch(f"/proc/{sleeper.pid}/root{path}", changes)
-    assert watch.pidfd >= 0 and watch.in_directory
-    path.unlink()
-    assert watch.deleted(inotify.read(changes.fd))
-    os.close(watch.pidfd)
-
-
-def test_kernel_without_pidfd(sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(pid: int) -> int:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(os, "pidfd_open", missing)
-    watch = Watch(f"/proc/{sleeper.pid}/ns/net", Changes())
-    assert (watch.pidfd, watch.poll, watch.gone()) == (-1, True, False)
-    sleeper.kill()
-    sleeper.wait()
-    assert watch.gone()
-
-
-def test_descriptor_cannot_be_watched() -> None:
-    with open("/proc/self/ns/net") as f:
-        watch = Watch(f"/proc/self/fd/{f.fileno()}", Changes())
-        assert (watch.pidfd, watch.in_directory, watch.poll, watch.gone()) == (-1, False, False, False)
+# Spawning -----------------------------------------------------------------------------------------------------------
 
 
 def test_helper_that_dies_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pasta, "_helper", lambda *_: os._exit(3))
     monkeypatch.setattr(pasta, "prctl", lambda *_: None)
-    command = Command("true", ("true",), {})
+    command = Command("true", ("true",), Inherited())
     with pytest.raises(Fatal, match="Failed to create namespaces: the helper process died"):
         pasta.spawn(command, Identity(os.geteuid(), os.getegid()), None, False)
 
@@ -340,7 +240,8 @@ def test_helper_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(namespace_init, "helper", fail)
     pid = os.fork()
     if pid == 0:
-        pasta._helper(Command("true", ("true",), {}), Identity(os.geteuid(), os.getegid()), None, True, theirs, -1)
+        command, identity = Command("true", ("true",), Inherited()), Identity(os.geteuid(), os.getegid())
+        pasta._helper(command, identity, None, True, theirs, -1)
     theirs.close()
     text = ours.recv(4096).decode()
     ours.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from scapy.layers.inet6 import ICMPv6ND_NS, IPv6
 from scapy.layers.l2 import ARP, Ether
 
 from passt import qrap
+from passt.linux import unix
 
 ANSWER = b"\0\0\0\x0f" + b"answer of 15 by"
 REPOSITORY = Path(__file__).parents[2]
@@ -111,6 +113,45 @@ def test_silent_one_is_passed_over(paths: list[str], monkeypatch: pytest.MonkeyP
         qrap.search(paths)
 
 
+def test_sockets_of_other_users_are_not_joined(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a byte is sent to them; root's are fine."""
+    uids = {"0": 4711, "1": 0}
+
+    def credentials(sock: socket.socket) -> tuple[int, int, int]:
+        pid, _, gid = unix.credentials(sock)
+        return pid, uids[sock.getpeername()[-8]], gid
+
+    monkeypatch.setattr(qrap, "credentials", credentials)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(paths[0])
+        other.listen()
+        other.settimeout(10)
+        with passt_at(Path(paths[1]), ANSWER):
+            path, sock = qrap.search(paths)
+            sock.close()
+        assert path == paths[1]
+        accepted, _ = other.accept()
+        with accepted:
+            assert accepted.recv(100) == b""
+        os.unlink(paths[1])
+        with pytest.raises(qrap.QrapError, match=r"not used, .*passt_0\.socket of user 4711"):
+            qrap.search(paths)
+
+
+def test_a_full_backlog_is_not_waited_for(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qrap, "TRIES", 2)
+    with socket.socket(socket.AF_UNIX) as full, contextlib.ExitStack() as stack:
+        full.bind(paths[0])
+        full.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(paths[0])
+        with pytest.raises(qrap.QrapError, match=r"No free passt found .*: 1 with a guest"):
+            qrap.search(paths)
+
+
 NETDEV = ["-netdev", "socket,fd=5,id=hostnet0", "-device", "virtio-net-pci,netdev=hostnet0"]
 
 
@@ -181,6 +222,16 @@ def test_becomes_qemu(paths: list[str]) -> None:
     assert done.stderr == f"Connected to {paths[0]}\n"
 
 
+def test_qemu_gets_variables_and_signals_of_the_caller(paths: list[str]) -> None:
+    """SIGPIPE has its default action, which the interpreter had taken away."""
+    script = "grep SigIgn /proc/self/status; echo $LC_CTYPE."
+    with passt_at(Path(paths[0]), ANSWER):
+        done = run(paths[0], "5", "sh", "-c", script)
+    ignored, variable = done.stdout.splitlines()
+    assert not int(ignored.split()[1], 16) >> (signal.SIGPIPE - 1) & 1
+    assert variable == f"{os.environ.get('LC_CTYPE', '')}."
+
+
 def test_nothing_to_become(paths: list[str]) -> None:
     with passt_at(Path(paths[0]), ANSWER):
         done = run(paths[0], "5", "/no/such/qemu")
@@ -198,8 +249,8 @@ def test_help_fits_a_terminal() -> None:
     assert max(map(len, qrap.USAGE.splitlines())) <= 80
 
 
-def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage(capfd: pytest.CaptureFixture[str]) -> None:
     assert qrap.main(["qrap", "--help"]) == 0
-    assert capsys.readouterr() == (f"{qrap.USAGE}\n", "")
+    assert capfd.readouterr() == (f"{qrap.USAGE}\n", "")
     assert qrap.main(["qrap"]) == 1
-    assert capsys.readouterr() == ("", f"{qrap.USAGE}\n")
+    assert capfd.readouterr() == ("", f"{qrap.USAGE}\n")

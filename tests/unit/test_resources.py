@@ -11,6 +11,7 @@ import pytest
 
 from passt.loop.timers import NO_OWNER
 from passt.tcp_engine import sock as tcp_sock
+from passt.tcp_engine.deadlines import SOON
 from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN, SynOptions
 from tests.unit.support import T0, reactor, timers
 from tests.unit.tcp_support import FakeSocket, Talk, fake_sockets
@@ -107,8 +108,8 @@ def fault(talk: Talk) -> None:
 ENDS = [reset_by_guest, reset_by_host, closed_by_both, given_up, fault]
 
 
-def life(talk: Talk, end: Callable[[Talk], None]) -> None:
-    """A connection that carries data both ways and ends by `end`."""
+def life(talk: Talk, end: Callable[[Talk], None], lasts: float = 2 * SOON) -> None:
+    """A connection that carries data both ways, lasts for some seconds, and ends by `end`."""
     talk.seq = talk.ack = 0
     talk.syn()
     talk.expect(SYN | ACK)
@@ -117,6 +118,7 @@ def life(talk: Talk, end: Callable[[Talk], None]) -> None:
     talk.host(b"answer")
     talk.ack = talk.taken()[-1].seq + len(b"answer")
     talk.guest(ACK)
+    talk.wait(lasts)
     end(talk)
     talk.taken()
     talk.wait(0.1)
@@ -149,3 +151,9 @@ def test_indices_and_timers_are_used_again() -> None:
     for _ in range(3):
         life(talk, reset_by_guest)
     assert len(talk.ctx.flows.by_index) == len(timers(talk.ctx).owner) == 1
+
+
+def test_a_short_connection_takes_no_timer() -> None:
+    talk = Talk()
+    life(talk, closed_by_both, lasts=0.0)
+    assert not timers(talk.ctx).owner

@@ -1,9 +1,9 @@
 """The way in: a socket pair stands for the tap (one read, one frame), recording fakes for the services.
 
-    tap = start()                        a Tap with both families on
-    tap.put(frame, ...); tap.read()      frames arrive, the loop calls the handler until nothing waits
-    tap.calls                            who was called, with copies of what lay in the pool
-    tap.drops                            what was counted
+tap = start()                        a Tap with both families on
+tap.put(frame, ...); tap.read()      frames arrive, the loop calls the handler until nothing waits
+tap.calls                            who was called, with copies of what lay in the pool
+tap.drops                            what was counted
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
-from scapy.layers.inet import ICMP, IP, TCP, UDP, fragment
+from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption, fragment
 from scapy.layers.inet6 import (
     ICMPv6EchoReply,
     ICMPv6EchoRequest,
@@ -33,6 +33,7 @@ from scapy.packet import Packet, Raw
 
 from passt import addr
 from passt.drops import Reason
+from passt.flow.ip_fields import DF
 from passt.flow.table import Flow
 from passt.link.packet import FRAME_ROOM
 from passt.link.plain_tap import PlainLink
@@ -41,7 +42,7 @@ from passt.loop.reactor import EPOLLIN, TYPE_TAP, make_ref
 from passt.policy.guest import Guest
 from passt.policy.rules import Rule
 from passt.tap import Tap
-from passt.wire.checksum import PROTO_TCP
+from passt.wire.checksum import PROTO_TCP, checksum
 from passt.wire.cursor import Malformed
 from passt.wire.virtio import F_NEEDS_CSUM, GSO_UDP_L4, NO_OFFLOAD, VNET, VNET_LEN
 from tests.unit.support import (
@@ -62,6 +63,7 @@ from tests.unit.support import (
 
 PEER4, PEER6 = addr.packed("198.51.100.7"), addr.packed("2001:db8:ffff::7")
 OTHER_MAC = bytes.fromhex("525400999999")
+PARTIAL = VNET.pack(F_NEEDS_CSUM, 0, 0, 0, 34, 6)  # whose checksum is to be completed
 Call = tuple[str, tuple[Any, ...]]
 
 
@@ -79,14 +81,17 @@ class Service:
             raise self.error
         return self.answer
 
+    def set_class(self, key: bytes) -> None:
+        self._tap.calls.append((f"{self._name} class", (key, self._tap.ctx.classes[key])))
+
+    def forget_class(self, key: bytes) -> None:
+        self._tap.calls.append((f"{self._name} class forgotten", (key,)))
+
     def fault_key(self, key: bytes) -> None:
         self._tap.calls.append((f"{self._name} fault", (key,)))
 
     def forget(self) -> None:
         self._tap.calls.append((f"{self._name} forget", ()))
-
-    def set_guest_mac(self, mac: bytes) -> None:
-        self._tap.calls.append((f"{self._name} mac", (mac,)))
 
 
 class FakeTap:
@@ -118,14 +123,13 @@ class FakeTap:
         take.take_icmp(False, range(133, 138), fakes["ndp"].tap_handler)
         for name in ("tcp", "udp", "icmp"):
             take.on_forget.append(fakes[name].forget)
-        for name in ("tcp", "udp"):
-            take.on_mac.append(fakes[name].set_guest_mac)
 
     def copied(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments of the handler `name`, without the time, with the bytes at offsets instead of the offsets."""
         args = tuple(bytes(a) if isinstance(a, memoryview) else a for a in args if a != self.now)
         if name == "tcp":
             flat = args[1]
+            self.hops = args[2]
             return args[0], [self.ctx.pool.copy(a, b) for a, b in zip(flat[::2], flat[1::2], strict=True)]
         if name == "udp":
             flat = args[1]
@@ -227,6 +231,20 @@ def changed(frame: bytes, at: int, value: bytes) -> bytes:
     return frame[:at] + value + frame[at + len(value) :]
 
 
+def resummed(frame: bytes) -> bytes:
+    """With the sum of its IPv4 header, which was changed, as it should be."""
+    return (
+        changed(frame, 24, bytes(2))[:24]
+        + checksum(changed(frame, 24, bytes(2))[14:34]).to_bytes(2, "big")
+        + frame[26:]
+    )
+
+
+def tagged(frame: bytes, tci: int = 0x6000, kind: int = 0x8100) -> bytes:
+    """With a tag behind the addresses; VLAN 0 is a priority alone."""
+    return frame[:12] + kind.to_bytes(2, "big") + tci.to_bytes(2, "big") + frame[12:]
+
+
 # Handlers of packets -------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +265,65 @@ def test_tcp(tap: FakeTap, v4: bool) -> None:
 @pytest.mark.parametrize("v4", [True, False])
 def test_udp(tap: FakeTap, v4: bool) -> None:
     calls = tap.batch(ip4(udp(), ttl=7) if v4 else ip6(udp(), hlim=7))
-    assert calls == [("udp", (key4() if v4 else key6(), [(b"data", 0)], 7))]
+    assert calls == [("udp", (key4() if v4 else key6(), [(b"data", 0)], 7 if v4 else DF | 7))]
+
+
+@pytest.mark.parametrize("v4", [True, False])
+def test_an_address_that_an_option_fixes_is_not_observed(start: Start, v4: bool) -> None:
+    """Of the other family, and of link scope, it is."""
+    other4, other6, own_ll = addr.packed("192.0.2.9"), addr.packed("2001:db8::9"), addr.packed("fe80::9")
+    config = {"ip4": replace(IP4, fixed=True)} if v4 else {"ip6": replace(IP6, fixed=True)}
+    tap = start(**config)
+    before = tap.ctx.guest.addr4, tap.ctx.guest.addr6
+    tap.batch(ip4(udp(), src=other4), ip6(udp(), src=other6), ip6(udp(), src=own_ll), ip4(ICMP(), src=other4))
+    now = tap.ctx.guest.addr4, tap.ctx.guest.addr6
+    assert now == ((before[0], other6) if v4 else (other4, before[1]))
+    assert tap.ctx.guest.addr6_ll == own_ll
+
+
+@pytest.mark.parametrize("v4", [True, False])
+@pytest.mark.parametrize("tos", [0, 0xB8, 0x03, 0xFF])
+def test_traffic_class(tap: FakeTap, v4: bool, tos: int) -> None:
+    frame = ip4(udp(), ttl=7, tos=tos, flags="DF") if v4 else ip6(udp(), hlim=7, tc=tos, fl=0xFFFFF)
+    ((_, (_, _, fields)),) = tap.batch(frame)
+    assert fields == DF | tos << 8 | 7
+
+
+@pytest.mark.parametrize(("flags", "df"), [("DF", DF), (0, 0)])
+def test_dont_fragment(tap: FakeTap, flags: Any, df: int) -> None:
+    ((_, (_, _, fields)),) = tap.batch(ip4(udp(), ttl=64, flags=flags))
+    assert fields == df | 64
+
+
+@pytest.mark.parametrize(("v4", "most"), [(True, 1472), (False, 1452)])
+def test_packets_above_1500_bytes_may_be_fragmented(tap: FakeTap, v4: bool, most: int) -> None:
+    def frame(n: int) -> Any:
+        return ip4(udp(bytes(n)), flags="DF") if v4 else ip6(udp(bytes(n)))
+
+    ((_, (_, _, fits)),) = tap.batch(frame(most))
+    ((_, (_, _, beyond)),) = tap.batch(frame(most + 1))
+    assert (fits & DF, beyond & DF) == (DF, 0)
+
+
+@pytest.mark.parametrize("v4", [True, False])
+def test_the_class_of_a_connection_is_told_when_it_changes(tap: FakeTap, v4: bool) -> None:
+    def segment(tos: int, sport: int = 1000) -> Any:
+        packet = tcp()
+        packet.sport = sport
+        return ip4(packet, tos=tos) if v4 else ip6(packet, tc=tos)
+
+    told = [call for tos in (0, 2, 0xB9, 0xB8, 0x48, 0x03, 0) for call in tap.batch(segment(tos))]
+    key = key4() if v4 else key6()
+    assert [call for call in told if call[0] == "tcp class"] == [("tcp class", (key, tos)) for tos in (0xB8, 0x48, 0)]
+    names = [name for name, _ in tap.batch(segment(0xB8), segment(0, 7))]
+    assert names == ["tcp class", "tcp", "tcp", "tcp class forgotten"], "the segments that have it leave with it"
+
+
+def test_datagrams_with_other_fields_are_a_group_of_their_own(tap: FakeTap) -> None:
+    """In their order."""
+    calls = tap.batch(*(ip4(udp(d), tos=tos, ttl=1) for d, tos in ((b"a", 0), (b"b", 0), (b"c", 8), (b"d", 0))))
+    groups = [([d for d, _ in datagrams], fields) for _, (_, datagrams, fields) in calls]
+    assert groups == [([b"a", b"b"], 1), ([b"c"], 0x801), ([b"d"], 1)]
 
 
 def test_empty_datagram(tap: FakeTap) -> None:
@@ -260,19 +336,32 @@ def test_udp_super_frame_keeps_its_size(tap: FakeTap) -> None:
     assert datagrams == [(bytes(4500), 1000)]
 
 
+@pytest.mark.parametrize("size", [1, 12, 100])
+def test_datagrams_of_a_super_frame_are_as_many_as_a_kernel_makes(tap: FakeTap, size: int) -> None:
+    """A frame of 64 KiB in datagrams of a byte would cost as many sends."""
+    vnet = VNET.pack(F_NEEDS_CSUM, GSO_UDP_L4, 42, size, 34, 6)
+    most = bytes(128 * size)
+    ((_, (_, datagrams, _)),) = tap.batch(ip4(udp(most)), vnet=vnet)
+    assert datagrams == [(most, size)]
+    assert tap.batch(ip4(udp(most + b"x")), vnet=vnet) == []
+    assert tap.drops == {"udp: too many datagrams in a frame": 1}
+
+
 @pytest.mark.parametrize("v4", [True, False])
 def test_echo_request(tap: FakeTap, v4: bool) -> None:
     echo = (ICMP(id=7, seq=1) if v4 else ICMPv6EchoRequest(id=7, seq=1, data=b"")) / Raw(b"ping")
-    ((name, (mac, src, dst, message, hops)),) = tap.batch(ip4(echo, ttl=3) if v4 else ip6(echo, hlim=3))
+    ((name, (mac, src, dst, message, fields)),) = tap.batch(
+        ip4(echo, ttl=3, tos=0xB8, flags="DF") if v4 else ip6(echo, hlim=3, tc=0xB8)
+    )
     assert (name, mac) == ("icmp", GUEST_MAC)
     assert (src, dst) == (GUEST4 if v4 else GUEST6, PEER4 if v4 else PEER6)
-    assert message[0] == (8 if v4 else 128) and message[-4:] == b"ping" and hops == 3
+    assert message[0] == (8 if v4 else 128) and message[-4:] == b"ping" and fields == DF | 0xB803
 
 
 def test_neighbour_discovery(tap: FakeTap) -> None:
-    ((name, (mac, src, dst, message, hops)),) = tap.batch(ip6(ICMPv6ND_NS(tgt="fe80::1"), src=GUEST_LL, hlim=255))
+    ((name, (mac, src, dst, message, fields)),) = tap.batch(ip6(ICMPv6ND_NS(tgt="fe80::1"), src=GUEST_LL, hlim=255))
     assert (name, mac, src, dst) == ("ndp", GUEST_MAC, GUEST_LL, PEER6)
-    assert message[0] == 135 and hops == 255
+    assert message[0] == 135 and fields == DF | 255
 
 
 def test_dhcp(tap: FakeTap) -> None:
@@ -307,7 +396,7 @@ def test_padding_is_no_payload(tap: FakeTap, v4: bool, pad: int) -> None:
 
 def test_bytes_behind_the_datagram_are_no_payload(tap: FakeTap) -> None:
     shorter = changed(ip4(udp(b"abcdef")), 14 + 20 + 4, (8 + 3).to_bytes(2, "big"))
-    assert tap.batch(shorter)[0][1][1] == [(b"abc", 0)]
+    assert tap.batch(shorter, vnet=PARTIAL)[0][1][1] == [(b"abc", 0)]
 
 
 def test_ipv4_options(tap: FakeTap) -> None:
@@ -337,13 +426,55 @@ T4 = ip4(tcp())
 L4 = 14 + 20
 L6 = 14 + 40
 
+
+def pieces(inner: Packet, v4: bool, ident: int = 1, tos: int = 0) -> list[bytes]:
+    """The frames of a fragmented packet."""
+    mac = Ether(src=addr.mac_text(GUEST_MAC), dst=addr.mac_text(OUR_MAC))
+    if v4:
+        whole = IP(src=addr.text(GUEST4), dst=addr.text(PEER4), id=ident, tos=tos) / inner
+        return [bytes(mac / p) for p in fragment(whole, 1000)]
+    whole = IPv6(src=addr.text(GUEST6), dst=addr.text(PEER6), tc=tos) / IPv6ExtHdrFragment(id=ident) / inner
+    return [bytes(mac / p) for p in fragment6(whole, 1000)]
+
+
+OPTIONS4 = ip4(tcp(), options=[IPOption(b"\x07\x07\x04" + bytes(4) + b"\0")])
+
+
 DROPPED = {
     "empty": (b"", "truncated"),
     "no vnet header": (None, "truncated"),
     "half an Ethernet header": (V4[:13], "truncated"),
     "Ethernet header alone": (V4[:12] + b"\x90\0", "truncated"),
     "unknown EtherType": (changed(V4, 12, b"\x88\xcc"), "ethertype"),
-    "VLAN tag": (changed(V4, 12, b"\x81\0"), "ethertype"),
+    "VLAN": (tagged(V4, 1), "vlan"),
+    "VLAN of a provider": (tagged(V6, 0x8001, 0x88A8), "vlan"),
+    "two priority tags": (tagged(tagged(V4)), "ethertype"),
+    "short tagged frame": (tagged(V4)[: 18 + 19], "ipv4 length"),
+    "IPv4 header checksum": (changed(V4, 22, b"\1"), "ipv4 checksum"),
+    "IPv4 header checksum, TCP": (changed(T4, 22, b"\1"), "ipv4 checksum"),
+    "IPv4 header checksum, ICMP": (changed(ip4(ICMP()), 22, b"\1"), "ipv4 checksum"),
+    "IPv4 header checksum, fragment": (changed(ip4(Raw(bytes(8)), proto=17, flags="MF"), 22, b"\1"), "ipv4 checksum"),
+    "TCP checksum": (changed(T4, len(T4) - 1, b"!"), "tcp checksum"),
+    "TCP checksum, IPv6": (changed(ip6(tcp()), 60, b"!"), "tcp checksum"),
+    "TCP checksum, IPv4 options": (changed(OPTIONS4, len(OPTIONS4) - 1, b"!"), "tcp checksum"),
+    "UDP checksum": (changed(V4, len(V4) - 1, b"!"), "udp checksum"),
+    "UDP checksum, IPv6": (changed(V6, len(V6) - 1, b"!"), "udp checksum"),
+    "no UDP checksum, IPv6": (changed(V6, 60, bytes(2)), "udp checksum"),
+    "UDP checksum of DHCP": (changed(ip4(udp(dport=67)), 44, b"!"), "udp checksum"),
+    "ICMP checksum": (changed(ip4(ICMP()), 37, b"!"), "icmp checksum"),
+    "ICMPv6 checksum": (changed(ip6(ICMPv6EchoRequest()), 58, b"!"), "icmp checksum"),
+    "neighbour solicitation's checksum": (
+        changed(ip6(ICMPv6ND_NS(tgt="fe80::1"), src=GUEST_LL, hlim=255), 58, b"!"),
+        "icmp checksum",
+    ),
+    "UDP checksum of fragments": (
+        [changed(p, len(p) - 1, b"!") for p in pieces(udp(bytes(3000)), True)],
+        "udp checksum",
+    ),
+    "ICMPv6 checksum of fragments": (
+        [changed(p, len(p) - 1, b"!") for p in pieces(ICMPv6EchoRequest(data=bytes(3000)), False)],
+        "icmp checksum",
+    ),
     "short IPv4": (V4[: 14 + 19], "ipv4 length"),
     "short IPv6": (V6[: 14 + 19], "ipv6 length"),
     "short ARP": (V4[:12] + b"\x08\x06" + bytes(19), "truncated"),
@@ -357,8 +488,8 @@ DROPPED = {
     "IPv6 payload length": (changed(V6, 18, b"\0\x0d"), "ipv6 length"),
     "IPv6 no next header": (changed(V6, 20, bytes((59,))), "IPv6 no next header"),
     "IPv6 extension header beyond": (ip6(IPv6ExtHdrHopByHop(len=9) / udp()), "IPv6 extension header truncated"),
-    "TCP below 20": (changed(T4, 16, (20 + 19).to_bytes(2, "big")), "tcp truncated"),
-    "UDP below 8": (changed(V4, 16, (20 + 7).to_bytes(2, "big")), "udp truncated"),
+    "TCP below 20": (resummed(changed(T4, 16, (20 + 19).to_bytes(2, "big"))), "tcp truncated"),
+    "UDP below 8": (resummed(changed(V4, 16, (20 + 7).to_bytes(2, "big"))), "udp truncated"),
     "UDP length below 8": (changed(V4, L4 + 4, b"\0\x07"), "udp length"),
     "UDP length beyond": (changed(V4, L4 + 4, b"\0\x0d"), "udp length"),
     "ICMP below 8": (ip4(Raw(bytes(7)), proto=1), "icmp truncated"),
@@ -369,8 +500,12 @@ DROPPED = {
     "IGMP": (ip4(Raw(bytes(8)), proto=2), "ip protocol"),
     "MLD": (ip6(Raw(b"\x8f" + bytes(7)), nh=58), "icmp type"),
     "SCTP": (ip6(Raw(bytes(12)), nh=132), "ip protocol"),
-    "fragmented TCP": (
-        [ether(p) for p in fragment(IP(src="192.0.2.2", dst="198.51.100.7") / tcp(bytes(40)), 24)],
+    "fragmented TCP, header cut": (
+        [ether(p) for p in fragment(IP(src="192.0.2.2", dst="198.51.100.7", proto=6) / Raw(bytes(16)), 8)],
+        "tcp truncated",
+    ),
+    "fragmented SCTP": (
+        [ether(p) for p in fragment(IP(src="192.0.2.2", dst="198.51.100.7", proto=132) / Raw(bytes(40)), 24)],
         "fragment: protocol",
     ),
     "fragment without data": (ip4(Raw(b""), proto=17, flags="MF"), "fragment: bad"),
@@ -392,7 +527,7 @@ def test_dropped_and_counted(tap: FakeTap, frame: bytes | list[bytes] | None, re
 
 def test_family_that_is_off(start: Start) -> None:
     tap = start(ip4=None)
-    assert tap.batch(ip4(udp()), ip6(udp())) == [("udp", (key6(), [(b"data", 0)], 64))]
+    assert tap.batch(ip4(udp()), ip6(udp())) == [("udp", (key6(), [(b"data", 0)], DF | 64))]
     assert tap.drops == {"ipv4 disabled": 1}
     tap = start(ip6=None)
     assert tap.batch(ip6(udp()), ip4(udp())) == [("udp", (key4(), [(b"data", 0)], 64))]
@@ -442,29 +577,50 @@ def test_groups_do_not_outlive_their_batch(tap: FakeTap) -> None:
     assert calls[0][1][1][0][20:] == b"two" and calls[1][1][1] == [(b"two", 0)]
 
 
+@pytest.mark.parametrize("v4", [True, False])
+def test_hops_of_segments(tap: FakeTap, v4: bool) -> None:
+    """Those of the first of a group; of fragments, those of the last one."""
+    tap.batch(*(ip4(tcp(), ttl=hops) if v4 else ip6(tcp(), hlim=hops) for hops in (3, 9)))
+    assert tap.hops == 3
+    for piece in pieces(tcp(bytes(2000)), v4):
+        tap.batch(piece)
+    assert tap.hops == 64
+
+
 # Fragments -----------------------------------------------------------------------------------------------------------
-
-
-def pieces(inner: Packet, v4: bool, ident: int = 1) -> list[bytes]:
-    """The frames of a fragmented packet."""
-    mac = Ether(src=addr.mac_text(GUEST_MAC), dst=addr.mac_text(OUR_MAC))
-    if v4:
-        whole = IP(src=addr.text(GUEST4), dst=addr.text(PEER4), id=ident) / inner
-        return [bytes(mac / p) for p in fragment(whole, 1000)]
-    whole = IPv6(src=addr.text(GUEST6), dst=addr.text(PEER6)) / IPv6ExtHdrFragment(id=ident) / inner
-    return [bytes(mac / p) for p in fragment6(whole, 1000)]
 
 
 @pytest.mark.parametrize("v4", [True, False])
 @pytest.mark.parametrize("backwards", [True, False])
 def test_fragmented_datagram(tap: FakeTap, v4: bool, backwards: bool) -> None:
     data = os.urandom(30000)
-    frames = pieces(udp(data), v4)
+    frames = pieces(udp(data), v4, tos=0xB8)
     assert len(frames) > 20
     if backwards:
         frames.reverse()
     assert tap.batch(*frames[:-1]) == []
-    assert tap.batch(frames[-1]) == [("udp", (key4() if v4 else key6(), [(data, 0)], 0))]
+    assert tap.batch(frames[-1]) == [("udp", (key4() if v4 else key6(), [(data, 0)], 0xB840))]
+    assert tap.drops == {}
+
+
+@pytest.mark.parametrize("v4", [True, False])
+@pytest.mark.parametrize("backwards", [True, False])
+def test_fragmented_segment(tap: FakeTap, v4: bool, backwards: bool) -> None:
+    """Segments before it go first, and segments behind it later, of the same connection."""
+    data = os.urandom(30000)
+    frames = pieces(tcp(data), v4)
+    assert len(frames) > 20
+    if backwards:
+        frames.reverse()
+    before, behind = (make(tcp(word)) for make in [ip4 if v4 else ip6] for word in (b"before", b"behind"))
+    assert [c[0] for c in tap.batch(*frames[:-1], before)] == ["tcp"]
+    calls = tap.batch(before, frames[-1], behind)
+    key = key4() if v4 else key6()
+    assert [(name, args[0], [s[20:] for s in args[1]]) for name, args in calls] == [
+        ("tcp", key, [b"before"]),
+        ("tcp", key, [data]),
+        ("tcp", key, [b"behind"]),
+    ]
     assert tap.drops == {}
 
 
@@ -501,14 +657,14 @@ def test_reassembled_datagram_keeps_its_place(tap: FakeTap) -> None:
     first, last = pieces(udp(bytes(1500)), True)
     calls = tap.batch(ip4(udp(b"before")), first, ip4(udp(b"between")), last, ip4(udp(b"behind")))
     assert [d for _, args in calls for d, _ in args[1]] == [b"before", b"between", bytes(1500), b"behind"]
-    assert [args[2] for _, args in calls] == [64, 0, 64]
+    assert [args[2] for _, args in calls] == [64, 64, 64]
 
 
 def test_reassembly_leaves_nothing_behind(tap: FakeTap) -> None:
     for i in range(50):
         for f in pieces(udp(bytes(1500), sport=1 + i), v4=True, ident=i):
             tap.batch(f)
-    assert not tap.tap._udp_hops and not tap.tap._udp_groups and not len(tap.tap._reassembly)
+    assert not tap.tap._udp_fields and not tap.tap._udp_groups and not len(tap.tap._reassembly)
 
 
 def test_fault_on_a_reassembled_datagram_ends_its_flow(tap: FakeTap) -> None:
@@ -523,9 +679,113 @@ def test_fault_on_a_reassembled_datagram_ends_its_flow(tap: FakeTap) -> None:
 
 def test_mac_of_the_guest(tap: FakeTap) -> None:
     assert tap.batch(ip4(udp())) == [("udp", (key4(), [(b"data", 0)], 64))]  # the one we know
-    calls = tap.batch(ether(IP(src="192.0.2.2", dst="198.51.100.7") / udp(), src=OTHER_MAC))
-    assert calls[:2] == [("tcp mac", (OTHER_MAC,)), ("udp mac", (OTHER_MAC,))]
-    assert tap.ctx.guest.mac == OTHER_MAC
+    tap.batch(ether(IP(src="192.0.2.2", dst="198.51.100.7") / udp(), src=OTHER_MAC))
+    assert tap.ctx.guest.mac == tap.ctx.guest.mac_of(GUEST4) == OTHER_MAC
+    group = bytes.fromhex("01005e000001")
+    tap.batch(ether(IP(src="192.0.2.2", dst="198.51.100.7") / udp(), src=group))
+    assert tap.ctx.guest.mac == tap.ctx.guest.mac_of(GUEST4) == OTHER_MAC
+
+
+# Checksums -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("frame", "reason"), DROPPED.values(), ids=DROPPED)
+def test_dropped_and_counted_without_vnet_header(start: Start, frame: bytes | list[bytes] | None, reason: str) -> None:
+    if frame is None:
+        return
+    tap = start(vnet=False)
+    tap.put(*(frame if isinstance(frame, list) else (frame,)), vnet=b"")
+    tap.read()
+    assert tap.batch(ip4(udp(b"next")), vnet=b"") == [("udp", (key4(), [(b"next", 0)], 64))]
+    assert tap.drops == {reason: 1}
+
+
+def test_a_kernel_has_verified_what_it_left_partial(tap: FakeTap) -> None:
+    for vnet in (PARTIAL, VNET.pack(2, 0, 0, 0, 0, 0)):
+        for frame in (T4, V4, V6):
+            assert len(tap.batch(changed(frame, len(frame) - 1, b"!"), vnet=vnet)) == 1
+    assert not tap.drops
+
+
+def test_udp_over_ipv4_needs_no_checksum(start: Start) -> None:
+    for tap in (start(), start(vnet=False)):
+        frame = changed(V4, L4 + 6, bytes(2))
+        assert len(tap.batch(frame, vnet=NO_OFFLOAD if tap.link.reads_vnet else b"")) == 1
+        assert not tap.drops
+
+
+def test_faulty_segments_leave_the_others_in_order(start: Start) -> None:
+    tap = start(vnet=False)
+    good = [ip4(tcp(bytes((i,)) * 1000)) for i in range(6)]
+    bad = [changed(frame, 700, b"!") for frame in good]
+    calls = tap.batch(good[0], bad[1], good[2], good[3], bad[4], good[5], vnet=b"")
+    ((_, (_, segments)),) = calls
+    assert [segment[20:] for segment in segments] == [bytes((i,)) * 1000 for i in (0, 2, 3, 5)]
+    assert tap.drops == {"tcp checksum": 2}
+
+
+def test_hop_limit_of_a_damaged_datagram(start: Start) -> None:
+    """It is nothing to those of the datagrams behind it."""
+    tap = start(vnet=False)
+    calls = tap.batch(changed(V4, 22, b"\1"), ip4(udp(b"next"), ttl=7), vnet=b"")
+    assert calls == [("udp", (key4(), [(b"next", 0)], 7))]
+
+
+@pytest.mark.parametrize("frame", [ip4(udp(), src=PEER4), ip4(tcp(), src=PEER4), ip4(ICMP(), src=PEER4)])
+def test_no_address_is_learned_from_a_damaged_packet(start: Start, frame: bytes) -> None:
+    tap = start(vnet=False)
+    tap.batch(changed(frame, len(frame) - 1, b"!"), vnet=b"")
+    assert tap.ctx.guest.addr4 == GUEST4
+    assert PEER4 not in tap.ctx.guest.macs
+
+
+def test_segments_with_ipv4_options_keep_their_place(start: Start) -> None:
+    tap = start(vnet=False)
+    calls = tap.batch(T4, OPTIONS4, T4, vnet=b"")
+    assert [name for name, _ in calls] == ["tcp"] * 3
+    assert not tap.drops
+
+
+# Priority tags -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [0x8100, 0x88A8])
+@pytest.mark.parametrize("vnet", [True, False])
+def test_priority_tags_are_passed_over(start: Start, kind: int, vnet: bool) -> None:
+    frames = [
+        ether(ARP(psrc="192.0.2.2", pdst="192.0.2.1")),
+        ip4(udp(b"discover", 68, 67), src=addr.ANY4, dst=addr.BROADCAST4),
+        ip4(ICMP()),
+        ip6(ICMPv6ND_NS(tgt="fe80::1"), src=GUEST_LL, hlim=255),
+        OPTIONS4,
+        *(ip4(tcp()), ip6(tcp()), ip4(udp()), ip6(udp())),
+        *pieces(udp(bytes(3000), 5, 6), True),
+        *pieces(udp(bytes(3000), 7, 8), False),
+    ]
+    plain, tap = start(vnet=vnet), start(vnet=vnet)
+    before = NO_OFFLOAD if vnet else b""
+    assert tap.batch(*(tagged(frame, 0xE000, kind) for frame in frames), vnet=before) == plain.batch(
+        *frames, vnet=before
+    )
+    assert not tap.drops and tap.ctx.guest == plain.ctx.guest and tap.ctx.guest.macs == plain.ctx.guest.macs
+
+
+# Several machines ----------------------------------------------------------------------------------------------------
+
+
+def test_each_address_has_its_mac(tap: FakeTap) -> None:
+    """Frames of two machines in one batch: what came before another sender is handed on before."""
+    other4 = addr.packed("192.0.2.3")
+    other = IP(src="192.0.2.3", dst="198.51.100.7") / udp()
+    calls = tap.batch(ip4(udp(b"1")), ether(other, OTHER_MAC), ip4(udp(b"2")), ip6(udp()), ether(other, OTHER_MAC))
+    assert [name for name, _ in calls] == ["udp"] * 5
+    guest = tap.ctx.guest
+    assert (guest.mac_of(GUEST4), guest.mac_of(GUEST6), guest.mac_of(other4)) == (GUEST_MAC, GUEST_MAC, OTHER_MAC)
+
+
+def test_services_answer_the_machine_that_asked(tap: FakeTap) -> None:
+    frames = [ether(ARP(), src=mac) for mac in (GUEST_MAC, OTHER_MAC, GUEST_MAC)]
+    assert [args[0] for _, args in tap.batch(*frames)] == [GUEST_MAC, OTHER_MAC, GUEST_MAC]
 
 
 @pytest.mark.parametrize("size", [0, 6, 11, 13])
@@ -602,6 +862,23 @@ def test_a_host_behind_the_guest_stays_so_while_it_has_flows(tap: FakeTap) -> No
     reconfigure(tap.ctx, mtu=1400)
     tap.batch(ip4(tcp(), src=behind))
     assert tap.ctx.guest.addr4 == behind
+
+
+def test_a_guest_that_comes_back_has_its_address(tap: FakeTap) -> None:
+    own4, own6 = addr.packed("192.0.2.9"), addr.packed("2001:db8::9")
+    tap.batch(ip4(udp(), src=own4), ip6(udp(), src=own6))
+    tap.tap.forget()
+    assert (tap.ctx.guest.mac, tap.ctx.guest.addr4, tap.ctx.guest.addr6) == (addr.BROADCAST_MAC, own4, own6)
+    tap.batch(ether(ARP()))
+    assert (tap.ctx.guest.mac, tap.ctx.guest.addr4, tap.ctx.guest.addr6) == (GUEST_MAC, own4, own6)
+
+
+def test_another_guest_has_the_assigned_address(tap: FakeTap) -> None:
+    tap.batch(ip4(udp(), src=addr.packed("192.0.2.9")), ip6(udp(), src=addr.packed("fe80::9")))
+    tap.tap.forget()
+    tap.tap.forget()  # one that has not spoken
+    tap.batch(ether(ARP(), OTHER_MAC))
+    assert tap.ctx.guest == Guest(OTHER_MAC, GUEST4, GUEST6, addr.ANY6)
 
 
 def test_another_guest_has_no_hosts_behind_it_that_no_rule_names(tap: FakeTap) -> None:

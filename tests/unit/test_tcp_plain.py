@@ -70,7 +70,7 @@ class Twin(Talk):
             "open": conn.sock is not None,
             "heard": self.taken(),
             "conns": len(self.tcp._conns),
-            "stalled": list(self.tcp._out.stalled),
+            "stalled": list(self.tcp._out.turns.waiting),
             "waiting": [(at, c.index) for at, _, c in self.tcp._acks._waiting],
             "early": self.tcp._table.out_of_order.total,
             "drops": dict(ctx.drops),

@@ -1,10 +1,11 @@
 """Both directions of a connection at once, under everything that may happen to them: what was written arrives.
 
 A guest and a host peer, each a small model of TCP or of a socket, write, read, acknowledge, stop reading and end in any
-order. Frames to the guest get lost, segments of the guest get lost, late and doubled, the socket takes less than it is
-given, the link is full, timers fire. All the while nothing may be said that is not so: no byte that was not written, at
-no other place, beyond no window, no acknowledgement of what the socket did not take. In the end both sides behave: then
-both streams are whole, the connection has ended, and nothing is left of it.
+order. Frames to the guest get lost and late, segments of the guest get lost, late and doubled, the socket takes less
+than it is given, the link is full, timers fire. Half of the guests permit SACK, and some of them renege. All the while
+nothing may be said that is not so: no byte that was not written, at no other place, beyond no window, no
+acknowledgement of what the socket did not take, no SACK of what did not come. In the end both sides behave: then both
+streams are whole, the connection has ended, and nothing is left of it.
 
 Offsets count the bytes of a stream from 0; sequence numbers relative to the initial ones are 1 more.
 """
@@ -24,12 +25,12 @@ from passt.loop.reactor import EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from passt.loop.timers import NO_OWNER
 from passt.tcp_engine import sock as tcp_sock
 from passt.tcp_engine.conn import RTO_MAX, TAP_FIN_RCVD, TcpConn
-from passt.tcp_engine.out_of_order import _cost
+from passt.tcp_engine.out_of_order import OVERHEAD
 from passt.tcp_engine.window import POLL_MAX, TAIL_MIN
-from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
+from passt.wire.tcp import ACK, FIN, PSH, RST, SACK_BLOCKS_MAX, SYN
 
 from . import support
-from .machine_link import MachineLink
+from .machine_link import LayingLink, MachineLink
 from .support import FakeLink, link, reactor
 from .tcp_support import ALL, BYTES_ACKED, MIN_RTT, PEER_PORT, SND_WND, FakeSocket, Features, Segment, Talk, listener
 
@@ -98,6 +99,19 @@ class Guest:
         self.behind: dict[int, int] = {}  # pieces behind a hole: offset -> end
         self.their_end: int | None = None  # where their FIN is
         self.told = 64240  # the farthest edge that we ever told
+        self.twice: tuple[int, int] | tuple[()] = ()  # what came twice and is to be reported
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """The blocks of a SACK option, as offsets (RFC 2018; RFC 2883)."""
+        ranges: list[list[int]] = []
+        for start, end in sorted(self.behind.items()):
+            if ranges and start <= ranges[-1][1]:
+                ranges[-1][1] = max(ranges[-1][1], end)
+            else:
+                ranges.append([start, end])
+        blocks = [self.twice] if self.twice else []
+        self.twice = ()
+        return [*blocks, *((start, end) for start, end in reversed(ranges))][:SACK_BLOCKS_MAX]
 
     @property
     def ended(self) -> bool:
@@ -118,7 +132,9 @@ class Guest:
         """A segment came."""
         if fin:
             self.their_end = at + n
-        if n:
+        if n and at + n <= self.got:
+            self.twice = at, at + n
+        elif n:
             self.behind[at] = max(self.behind.get(at, 0), at + n)
         for start in sorted(self.behind):
             if start > self.got:
@@ -126,7 +142,7 @@ class Guest:
             self.got = max(self.got, self.behind.pop(start))
 
 
-FATES = st.lists(st.booleans(), max_size=4)
+FATES = st.lists(st.sampled_from([SENT, LOST, LATE]), max_size=6)
 PIECES = st.tuples(st.sampled_from([0, 1, 100, 1448, 9000]), st.sampled_from([SENT, SENT, SENT, LOST, LATE, TWICE]))
 WINDOWS = st.sampled_from([0, 1, 200, 1460, 5000, 65535, 1 << 23])
 WRITES = st.sampled_from([1, 10, 1460, 20_000, 150_000])
@@ -141,15 +157,24 @@ class Streams(RuleBasedStateMachine):
 
     @initialize(
         features=st.sampled_from([ALL, Features(peek_off=False), Features(min_rtt=False, snd_wnd=False)]),
-        kind=st.sampled_from([FakeLink, FakeLink, MachineLink]),
+        kind=st.sampled_from([FakeLink, LayingLink, MachineLink]),
         accepted=st.booleans(),
         near=st.booleans(),
         mss=st.sampled_from([536, 1460]),
         ws=st.sampled_from([7, 7, 0, None]),
         v6=st.booleans(),
+        sack=st.booleans(),
     )
     def open(
-        self, features: Features, kind: type[FakeLink], accepted: bool, near: bool, mss: int, ws: int | None, v6: bool
+        self,
+        features: Features,
+        kind: type[FakeLink],
+        accepted: bool,
+        near: bool,
+        mss: int,
+        ws: int | None,
+        v6: bool,
+        sack: bool,
     ) -> None:
         self._patches = [
             mock.patch.object(tcp_sock, "new_socket", Buffer),
@@ -161,8 +186,11 @@ class Streams(RuleBasedStateMachine):
         FakeSocket.connect_results = [0]
         self.talk = talk = Talk(features, v6=v6)
         self.guest = Guest(ws or 0)
-        self.fates: list[bool] = []  # of the next frames to the guest; then they arrive
+        self.fates: list[str] = []  # of the next frames to the guest; then they arrive
         self.acked = self.edge = 0  # the farthest that we said to the guest, whether it heard or not
+        self.sack = sack
+        self.arrived = bytearray(STREAM_MAX)  # 1: a byte of the guest came
+        self.before_a_hole = 0  # bytes that were acknowledged because of a hole behind them
         if accepted:
             peer = addr.packed("2001:db8::9" if v6 else "198.51.100.7")
             sock = Buffer(addr.family(peer), socket.SOCK_STREAM)
@@ -170,10 +198,10 @@ class Streams(RuleBasedStateMachine):
             sock.syn = sock.info[BYTES_ACKED] = 0
             talk.tcp.opening.accepted(listener(), sock, peer, PEER_PORT, talk.now)
             talk.expect(SYN, seq=0)
-            talk.answer(mss, ws)
+            talk.answer(mss, ws, sack=sack)
             first = talk.expect(ACK, b"", seq=1, ack=1)
         else:
-            talk.syn(mss, ws)
+            talk.syn(mss, ws, sack=sack)
             first = talk.expect(SYN | ACK, seq=0, ack=1)
             talk.guest(ACK, window=self.guest.window(64240))
         self.sock.info[MIN_RTT] = 10 if near else 10_000
@@ -192,10 +220,13 @@ class Streams(RuleBasedStateMachine):
 
     def hear(self) -> None:
         """Frames came, or got lost on their way."""
+        heard, late = [], []
         for s in self.talk.taken():
             self.check(s)
-            if self.fates and not self.fates.pop(0):
-                continue
+            fate = self.fates.pop(0) if self.fates else SENT
+            if fate != LOST:
+                (late if fate == LATE else heard).append(s)
+        for s in heard + late:
             guest = self.guest
             guest.una = max(guest.una, min(s.ack - 1, guest.high if guest.end is None else guest.end + 1))
             guest.edge = max(guest.edge, s.ack - 1 + (s.window << self.scale))
@@ -204,16 +235,27 @@ class Streams(RuleBasedStateMachine):
 
     def check(self, s: Segment) -> None:
         """All of it is true."""
+        if s.flags == RST:  # out of TIME-WAIT
+            assert self.conn.sock is None and self.guest.end is not None
+            assert s.seq == self.conn.snd_nxt - self.conn.iss and self.conn.snd_una == self.conn.snd_nxt
+            return
         assert s.flags & ACK and not s.flags & (SYN | RST), str(s)
         told, at = s.ack - 1, s.seq - 1
         ours = len(self.sock.sent) + (1 if self.conn.events & TAP_FIN_RCVD else 0)
         assert self.acked <= told <= ours, f"{s}, and the socket has {ours}"
         if not self.conn.near:
             arrived = self.sock.info[BYTES_ACKED] - self.sock.syn
-            assert told <= max(arrived, len(self.sock.sent) - TAIL_MIN), f"{s}: the peer has {arrived}"
+            if self.conn.out_of_order:
+                self.before_a_hole = len(self.sock.sent)
+            known = max(arrived, len(self.sock.sent) - TAIL_MIN, self.before_a_hole)
+            assert told <= known, f"{s}: the peer has {arrived}"
         edge = told + (s.window << self.scale)
         assert edge > self.edge - (1 << self.scale), f"{s}: the window moved left"
         self.acked, self.edge = told, max(self.edge, edge)
+        assert self.sack or not s.sack
+        for i, (left, right) in enumerate(s.sack):
+            assert s.ack < left < right or (i == 0 and left < right <= s.ack), f"{s}: {s.sack}"
+            assert all(self.arrived[left - 1 : right - 1]), f"{s}: {s.sack}"
         end = at + len(s.payload)
         if s.payload:
             assert s.payload == HOST_DATA[at:end], str(s)
@@ -225,7 +267,10 @@ class Streams(RuleBasedStateMachine):
     def put(self, *segments: tuple[int, int, bytes, int]) -> None:
         """The guest sends (flags, offset, payload, window field)."""
         talk, ack = self.talk, self.guest.ack
-        talk.put(*(talk.segment(f, data, seq=at + 1, ack=ack, window=win) for f, at, data, win in segments))
+        sack = [(left + 1, right + 1) for left, right in self.guest.blocks()] if self.sack else []
+        for _, at, data, _ in segments:
+            self.arrived[at : at + len(data)] = b"\1" * len(data)
+        talk.put(*(talk.segment(f, data, seq=at + 1, ack=ack, window=win, sack=sack) for f, at, data, win in segments))
         self.hear()
 
     # Actions of the guest ------------------------------------------------------------------------------------------
@@ -325,8 +370,13 @@ class Streams(RuleBasedStateMachine):
     # Faults and time -----------------------------------------------------------------------------------------------
 
     @rule(fates=FATES)
-    def frames_get_lost(self, fates: list[bool]) -> None:
+    def frames_get_lost(self, fates: list[str]) -> None:
         self.fates = fates
+
+    @rule()
+    def guest_reneges(self) -> None:
+        """It needs the memory of what came behind a hole (RFC 2018, 8)."""
+        self.guest.behind.clear()
 
     @rule()
     def link_fills_up(self) -> None:
@@ -352,8 +402,7 @@ class Streams(RuleBasedStateMachine):
         conn = self.conn
         assert conn.base <= conn.snd_una <= conn.snd_nxt
         assert conn.rcv_acked <= conn.rcv_nxt
-        assert self.talk.tcp._table.out_of_order.total == _cost(conn.out_of_order)
-        assert self.talk.ctx.drops["tcp send buffer full"] <= self.sock.short
+        assert self.talk.tcp._table.out_of_order.total == sum(len(data) + OVERHEAD for _, data, _ in conn.out_of_order)
         if conn.sock is None:
             assert self.guest.ended and self.guest.end == len(self.sock.sent), "it ended before both streams did"
 
@@ -408,7 +457,7 @@ class Streams(RuleBasedStateMachine):
         assert guest.got == sock.written and guest.ended
         assert talk.gone and not sock.resets_on_close
         tcp, ctx = talk.tcp, talk.ctx
-        assert not tcp._out.stalled or all(conn.sock is None for conn in tcp._out.stalled.values())
+        assert not tcp._out.turns.waiting or all(conn.sock is None for conn in tcp._out.turns.waiting.values())
         assert not tcp._acks._waiting and not tcp._table.out_of_order.total
         assert not tcp._table.half_open and not tcp._table.opening
         assert not reactor(ctx).refs

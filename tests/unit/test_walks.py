@@ -16,6 +16,7 @@ turn is asserted for all cases.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,13 +37,18 @@ import pytest
 from passt import addr, log
 from passt.conf.options import Options
 from passt.daemon import common
+from passt.daemon.lan import LanNeighbours
 from passt.drops import Drop
 from passt.flow.context import Context
 from passt.flow.idle import IdleFlow, IdleFlows
+from passt.flow.room import TABLE
+from passt.flow.source import Sources
 from passt.flow.spare import Spare
-from passt.flow.table import FREE, Flow
+from passt.flow.table import FREE, RECENT, Flow
+from passt.igmp import MEMBERSHIP_INTERVAL
 from passt.link import trace
 from passt.linux import inotify
+from passt.linux.tcpinfo import LAST_ACK_RECV, LAST_DATA_RECV
 from passt.loop.directories import Changes
 from passt.loop.each import each
 from passt.loop.reactor import EPOLLIN, TYPE_UDP, Reactor
@@ -50,15 +57,19 @@ from passt.policy.rules import Listener, Rule
 from passt.policy.settings import Settings
 from passt.ports.forwards import Forwards, Refused
 from passt.ports.listen import Listeners
+from passt.splice.lingering import POLL, Lingering, _Rest
+from passt.splice.refusal import REFUSE, Refusals
 from passt.splice.udp import UdpSplice
 from passt.tap import Tap
 from passt.tcp_engine.conn import TcpConn
 from passt.udp import Udp
 from passt.udp_engine.dns import QUERY_TIMEOUT
 from passt.udp_engine.flow import UdpFlow
+from passt.udp_engine.group_sender import GroupFlow
 from passt.udp_engine.io import PAUSE, Pauses
 from passt.udp_engine.sock import Client
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
+from passt.wire.igmp import TO_EXCLUDE, Record, Report
 from passt.wire.tcp import ACK, RST, SYN
 from passt.wire.virtio import VNET
 
@@ -68,10 +79,28 @@ from .control.test_server import gone
 from .ports.test_scan import STUB, TO, UO, World
 from .ports.test_scan import T as AUTO_TCP
 from .ports.test_scan import U as AUTO_UDP
-from .support import CONFIG, GATEWAY4, GUEST4, T0, make_context, reactor, reconfigure, stage_faults, timers
-from .tcp_support import Talk, fake_sockets, open_connection
+from .support import (
+    CONFIG,
+    GATEWAY4,
+    GUEST4,
+    GUEST_MAC,
+    T0,
+    elapse,
+    free_ports,
+    make_context,
+    reactor,
+    reconfigure,
+    stage_faults,
+    timers,
+)
+from .tcp_support import FakeSocket, Talk, fake_sockets, open_connection
+from .test_igmp import Lab as IgmpLab
+from .test_tap import FakeTap, ip4, tcp
 from .udp_engine.test_dns import A, query, resolver_sockets
 from .udp_engine.test_dns import Talk as DnsTalk
+from .udp_engine.test_group_sender import send_to_group
+from .udp_engine.test_groups import GROUP, GroupLab, group_lab
+from .udp_engine.test_groups import OTHER as OTHER_GROUP
 from .udp_support import Lab
 
 __all__ = ["fake_sockets", "resolver_sockets"]  # fixtures of all tests here
@@ -79,11 +108,25 @@ __all__ = ["fake_sockets", "resolver_sockets"]  # fixtures of all tests here
 WALKS = walks.find(walks.sources())
 EACH = {f"{walk}": walk for walk in WALKS if walk.is_each}
 
+MUTANT = re.compile(r"\bx(?:ǁ[^ǁ]+ǁ|_)(\w+?)__mutmut_(?:orig|\d+)\b")  # the name that mutmut gives one, of a function
+
 # Loops that stay loops, by reason
 PLAIN = {
+    "`_attempt` takes each step of one connection, and records its fault": (
+        "passt.migration.steps.Migration._save over self._moving.established()",
+        "passt.migration.steps.Migration._room over ended",
+        "passt.migration.steps.Migration._room over lost",
+    ),
+    "whoever asked for room is refused then, and that is counted: a fault ends the search": (
+        "passt.flow.room.Room.make over zip(self._ways, _ENDED, strict=True)",
+    ),
     "it is the start of the program: a fault ends that": (
         "passt.control.server.Control.__init__ over enumerate(sockets)",
         "passt.ports.listen.Listeners.__init__ over opened",
+        "passt.ports.fit.by_priority over enumerate(rules)",
+        "passt.ports.fit.by_priority over wanted",
+        "passt.ports.fit.by_priority over zip(rules, chosen, strict=True)",
+        "passt.ports.fit._count over rules",
         "passt.ports.sockets.open_side over listeners",
         "passt.ports.sockets._set_owner over [listener for listener in listeners if listener.rule.proto != PROTO_TCP]",
     ),
@@ -101,26 +144,43 @@ PLAIN = {
     "all or none, as its docstring promises: what was done is undone, and the caller is told": (
         "passt.ports.listen.Listeners.open over wanted",
         "passt.ports.listen.Listeners.watch over listeners",
-        "passt.ports.sockets.open_ports over wanted",
+        "passt.ports.sockets.open_ports over left",
+    ),
+    "it puts the values of one record, whose maker a fault ends": (
+        "passt.lean.records._init.__init__ over zip(setters, given, strict=True)",
     ),
     "it computes numbers, sets or log lines, and does nothing to any of them": (
+        "passt.flow.neighbours.Neighbours._with_flows over keys",
+        "passt.flow.source.Sources.in_use over self._ctx.flows.by_index",
         "passt.ports.listen.Listeners.hand_over over handed",
+        "passt.ports.listen.Listeners._reopen over lost",
+        "passt.ports.forwards.Forwards._check_work over wanted",
+        "passt.ports.forwards.Forwards._check_descriptors over rules",
         "passt.ports.scan.Scanner._changed over self._own",
         "passt.ports.scan.Scanner._within_limit over new",
         "passt.ports.scan.Scanner._sockets over rules",
         "passt.ports.scan.Scanner._add over new",
         "passt.ports.scan._overlaps over fixed",
-        "passt.tap.Tap._adopt over keys",
     ),
     "it takes things out of a queue, which cannot fail; `each` handles them": (
         "passt.ports.udp_in.UdpIn._deliver_misdelivered over misdelivered and left",
+        "passt.tcp_engine.deadlines.Deadlines._look over soon and soon[0][0] <= now + TIMER_SLACK",
+        "passt.tcp_engine.wheel.Wheel._turn over order and (order[0] <= now or not slots[order[0]].conns)",
+        "passt.tcp_engine.wheel.Wheel._turn over conns and len(due) < BATCH",
         "passt.tcp_engine.window.TcpAck.timer_handler over waiting and waiting[0][0] <= now + COALESCE",
+        "passt.tcp_engine.keepalive.KeepAlive.timer_handler over waiting and waiting[0][0] <= now + COALESCE",
     ),
     "it looks for the first that will do, for one flow, whose end a fault is": (
         "passt.udp_engine.outbound.Outbound.open over self.leading.get(sport, ()) if interface is None else ()",
     ),
+    "they are the fields of one object, which is not made then": (
+        "passt.lean.records._init.__init__ over zip(setters, given, strict=True)",
+    ),
     "all of them are of one flow, whose end a fault is": (
         "passt.udp_engine.dns.Dns._report over list(flow.queries.values())",
+    ),
+    "all of them share one bind(2), whose caller a fault ends; what was shared is not shared any more": (
+        "passt.udp_engine.groups.bind_beside over sharing",
     ),
     "it is a generator, which has its own `try` for each (tests/unit/control/test_metrics.py)": (
         "passt.control.metrics.flows over index < len(by_index)",
@@ -136,7 +196,7 @@ class Stage:
     """Where a walk fails for its first item while this is entered. `stack` closes what a case opens."""
 
     def __init__(self, walk: walks.Walk, stack: ExitStack, tmp_path: Path) -> None:
-        self._walk = walk
+        self._walk, self.walk = walk, str(walk)
         self.stack, self.tmp_path = stack, tmp_path
         self.monkeypatch = pytest.MonkeyPatch()  # undone on leaving
         self.victim: Any = None
@@ -154,7 +214,9 @@ class Stage:
     def _each(self, items: Iterable[Any], fn: Callable[..., Any], fault: Callable[..., Any], *args: Any) -> None:
         frame = sys._getframe(1)
         function = frame.f_code.co_qualname.replace("<locals>.", "")
-        here = f"{frame.f_globals['__name__']}.{function}", frame.f_lineno
+        written = MUTANT.sub(r"\1", function)
+        line = frame.f_lineno if written == function else self._walk.line  # mutants stand on other lines
+        here = f"{frame.f_globals['__name__']}.{written}", line
         things = tuple(items)
         if here != (self._walk.where, self._walk.line) or len(things) < 2 or self.others:
             each(things, fn, fault, *args)
@@ -241,7 +303,7 @@ def assert_reset(talk: Talk, conn: Any) -> None:
 @case("passt.tcp.Tcp.resume")
 def stalled_connections(stage: Stage) -> None:
     talk, conns = connections()
-    talk.tcp._out.stalled = {conn.index: conn for conn in conns}
+    talk.tcp._out.turns.waiting = {conn.index: conn for conn in conns}
     with stage:
         talk.tcp.resume(talk.now)
     assert_reset(talk, stage.victim)
@@ -256,13 +318,77 @@ def the_guest_leaves(stage: Stage) -> None:
     assert talk.ctx.flows.count == 0
 
 
-@case("passt.tcp_engine.table.TcpTable.set_guest_mac")
-def another_mac_for_connections(stage: Stage) -> None:
-    talk, conns = connections()
+@case("passt.tcp_engine.eviction.Eviction._give")
+def half_open_connections_make_room(stage: Stage) -> None:
+    talk = Talk()
+    stage_faults(talk.ctx)
+    FakeSocket.connect_results = [errno.EINPROGRESS]
+    talk.syn()
+    talk.accept("198.51.100.9")
     with stage:
-        talk.tcp._table.set_guest_mac(b"\2abcde")
+        assert talk.ctx.room.make(TABLE, talk.now)
+    assert talk.ctx.flows.closed["tcp", "fault"] == talk.ctx.flows.closed["tcp", "evicted"] == 1
+    assert talk.ctx.flows.count == 0
+
+
+@case("passt.tcp_engine.keepalive.KeepAlive.timer_handler")
+def keep_alive_probes(stage: Stage) -> None:
+    talk, conns = connections()
+    keepalive = talk.tcp._keepalive
+    for conn in conns:
+        conn.sock.info[LAST_ACK_RECV] = conn.sock.info[LAST_DATA_RECV] = 60_000
+        keepalive.probed(conn, talk.now + 60)
+    with stage:
+        talk.timers.services.fire(keepalive._timer)
+    assert_reset(talk, stage.victim[-1])
+    assert talk.timers.services.deadlines[keepalive._timer] is not None, "the other waits for its peer"
+
+
+@case("passt.tcp_engine.reminders.Reminders.timer_handler")
+def reminders_of_a_lossy_link(stage: Stage) -> None:
+    talk, conns = connections()
+    reminders = talk.tcp._reminders
+    for conn in conns:
+        reminders.lost(conn, talk.now)
+    with stage:
+        talk.timers.services.fire(reminders._timer)
+    assert_reset(talk, stage.victim.conn)
+    assert [entry.conn for entry in reminders.lossy.values()] == [c for c in conns if c is not stage.victim.conn]
+
+
+@case("passt.tcp_engine.wheel.Wheel._turn")
+def far_deadlines(stage: Stage) -> None:
+    talk, conns = connections()
+    deadlines = talk.tcp._table.deadlines
+    talk.timers.most = 0
+    for conn in conns:
+        deadlines.forget(conn)
+        conn.look_at = 0.0
+    talk.timers.free.clear()
+    for conn in conns:
+        conn.look_at = 0.0  # its last look is over
+        deadlines.set(conn, talk.now + 10.0, talk.now)
+    services = talk.timers.services
+    with stage:
+        services.fire(deadlines._wheel._timer)
     assert_reset(talk, stage.victim)
-    assert conns[1].hdr[10:16] == b"\2abcde"
+    (other,) = stage.others
+    assert other.slot is not None, "it has its next look"
+
+
+@case("passt.tcp_engine.deadlines.Deadlines._look")
+def near_deadlines(stage: Stage) -> None:
+    talk, conns = connections()
+    deadlines = talk.tcp._table.deadlines
+    for conn in conns:
+        deadlines.set(conn, talk.now + 0.01, talk.now)
+    services = talk.timers.services
+    with stage:
+        services.fire(deadlines._timer)
+    assert_reset(talk, stage.victim)
+    talk.wait(0.1)
+    deadlines.set(conns[1], talk.now + 0.01, talk.now)
+    assert services.deadlines[deadlines._timer] is not None, "there is a next time"
 
 
 @case("passt.tcp_engine.window.TcpAck.timer_handler")
@@ -351,7 +477,16 @@ def idle_flows_end(stage: Stage) -> None:
 def flows_make_room(stage: Stage) -> None:
     ctx, flows, _ = plain_flows(stage)
     with stage:
-        flows.evict(False)
+        flows._close_oldest(flows.close, False)
+    assert_closed(ctx, stage.victim)
+    assert ctx.flows.closed["", "evicted"] == 1 and ctx.flows.count == 18
+
+
+@case("passt.flow.idle.IdleFlows._give")
+def idle_flows_make_room(stage: Stage) -> None:
+    ctx, _, _ = plain_flows(stage)
+    with stage:
+        assert ctx.room.make(TABLE, T0 + RECENT)
     assert_closed(ctx, stage.victim)
     assert ctx.flows.closed["", "evicted"] == 1 and ctx.flows.count == 18
 
@@ -365,13 +500,75 @@ def test_closing_a_flow_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ctx.flows.count == 0 and not flows.by_key and ctx.drops["fault"] == 1
 
 
-@case("passt.udp.Udp.set_guest_mac")
+@case("passt.flow.headers.Headers._step")
 def another_mac_for_flows(stage: Stage) -> None:
     udp, flows = udp_flows(stage)
+    ctx = udp._ctx
+    ctx.neighbours.sender(b"\2abcde")
     with stage:
-        udp.set_guest_mac(b"\2abcde")
-    assert_closed(udp._ctx, stage.victim)
+        ctx.neighbours.learn(GUEST4, b"\2abcde")
+    assert stage.victim is flows[0] and ctx.drops["fault"] == 1
     assert flows[1].hdr[10:16] == b"\2abcde"
+
+
+@case("passt.flow.neighbours.Neighbours._deliver", "passt.flow.neighbours.Neighbours._solicit_again")
+def what_waits_for_the_guest(stage: Stage) -> None:
+    ctx = make_context()
+    stage_faults(ctx)
+    ctx.guest.mac = addr.BROADCAST_MAC
+    done: list[str] = []
+    for name in ("first", "second"):
+        deliver, give_up = (lambda now, name=name, what=what: done.append(f"{what} {name}") for what in ("got", "lost"))
+        assert ctx.neighbours.hold(GUEST4, deliver, give_up, T0)
+    with stage:
+        if "_deliver" in stage.walk:
+            ctx.neighbours.sender(GUEST_MAC)
+            reactor(ctx).end_turn(T0)
+        else:
+            elapse(ctx, T0, 35)
+    assert [what.split()[1] for what in done] == ["second"] and ctx.drops["fault"] == 1
+
+
+@case("passt.flow.neighbours.Neighbours._announce")
+def our_addresses_are_announced(stage: Stage) -> None:
+    ctx = make_context()
+    stage_faults(ctx)
+    told: list[str] = []
+    ctx.services.on_link_up += [lambda: told.append("first"), lambda: told.append("second")]
+    with stage:
+        ctx.neighbours.link_up(T0)
+        elapse(ctx, T0, 1)
+    assert told == ["second"] and ctx.drops["fault"] == 1
+
+
+@case("passt.daemon.lan.LanNeighbours._announce")
+def macs_of_neighbours_are_announced(stage: Stage) -> None:
+    ctx = make_context()
+    stage_faults(ctx)
+    table = SimpleNamespace(fd=77, ask=lambda tables: None, asking=False, more=False)
+    service = LanNeighbours(ctx, cast(Any, table))
+    neighbours = [addr.packed(f"192.0.2.{n}") for n in (77, 78)]
+    told: list[bytes] = []
+    ctx.services.announce4 = told.append
+    for a in neighbours:
+        ctx.lan.tell(a)
+        ctx.lan.note(a, b"\2abcde")
+    with stage:
+        service._show(T0)
+    assert told == [neighbours[1]] and ctx.drops["fault"] == 1
+
+
+@case("passt.flow.source.Sources._step")
+def a_look_at_flows(stage: Stage) -> None:
+    talk, conns = connections()
+    sources = Sources(talk.ctx)
+    for conn in conns:
+        conn.sock.getsockname = lambda: ("192.0.2.77", 4000)
+    sources.check([addr.packed("198.51.100.2")], [4, 16], T0)
+    with stage:
+        sources._step(T0)
+    assert_reset(talk, stage.victim)
+    assert len(conns) == 2
 
 
 @case("passt.udp.Udp.end")
@@ -390,6 +587,29 @@ def listeners_are_about_to_open(stage: Stage) -> None:
         udp.free_ports((40000, 40001))
     assert_closed(udp._ctx, stage.victim)
     assert udp._ctx.flows.closed["udp", "made way for a listener"] == 1
+
+
+@case("passt.splice.lingering.Lingering._look")
+def spliced_connections_that_were_reset(stage: Stage) -> None:
+    ctx = make_context()
+    stage_faults(ctx)
+    aborted: list[Any] = []
+    fault_at = partial(_noted, ctx, aborted)
+    made = Lingering(ctx, lambda half: None, lambda conn, why: aborted.append(conn), fault_at)
+    conns = [SimpleNamespace(index=i) for i in range(2)]
+    half: Any = SimpleNamespace(dst=None)
+    made.rests.update({conn.index: _Rest(cast(Any, conn), half, "reset by peer", False) for conn in conns})
+    made._timers.arm(made._timer, T0)
+    made._is_over = lambda rest, now: True  # type: ignore[method-assign]
+    with stage:
+        timers(ctx).services.fire(made._timer)
+    assert aborted == [stage.victim, conns[1]] and ctx.drops["fault"] == 1
+    assert timers(ctx).services.deadlines[made._timer] == T0 + POLL, "the table has both, since nothing released them"
+
+
+def _noted(ctx: Context, ended: list[Any], conn: Any, e: Exception) -> None:
+    ctx.drops[Drop.FAULT] += 1
+    ended.append(conn)
 
 
 @case("passt.splice.udp.UdpSplice.end")
@@ -436,14 +656,6 @@ def queries_without_an_answer(stage: Stage) -> None:
     assert_closed(talk.ctx, stage.victim.flow)
     assert list(dns._waiting) == list(stage.others)
     assert timers(talk.ctx).services.deadlines[dns._timer] == T0 + 2 * QUERY_TIMEOUT
-
-
-@case("passt.udp_engine.dns.Dns.set_guest_mac")
-def another_mac_for_queries(stage: Stage) -> None:
-    talk = queries()
-    with stage:
-        talk.udp.dns.set_guest_mac(b"\2abcde")
-    assert_closed(talk.ctx, stage.victim)
 
 
 # Listeners and ports -------------------------------------------------------------------------------------------------
@@ -573,9 +785,33 @@ def sent_to_listener(stage: Stage) -> tuple[Lab, Listener, list[bytes]]:
         lab.client(made).send(text)
     given: list[bytes] = []
     lab.udp_in._dispatch = (  # type: ignore[method-assign]
-        lambda client, mv, frames, now: given.append(bytes(mv[frames[0] : frames[1]]))
+        lambda client, mv, frames, *_: given.append(bytes(mv[frames[0] : frames[1]]))
     )
     return lab, made, given
+
+
+@case("passt.splice.refusal.Refusals._resume")
+def listeners_that_have_refused(stage: Stage) -> None:
+    refusing_listeners(stage, lambda refusals, made: refusals._resume(T0 + REFUSE))
+
+
+@case("passt.splice.refusal.Refusals.end")
+def listeners_that_lead_elsewhere(stage: Stage) -> None:
+    refusing_listeners(stage, lambda refusals, made: refusals.end(made))
+
+
+def refusing_listeners(stage: Stage, end: Callable[[Refusals, list[Listener]], None]) -> None:
+    lab = Lab(stage.stack)
+    stage_faults(lab.ctx)
+    refusals = Refusals(lab.ctx)
+    made = [lab.listen(outbound=True) for _ in range(2)]
+    for listener in made:
+        assert refusals.refuse(listener, T0)
+    with stage:
+        end(refusals, made)
+    assert lab.ctx.drops["fault"] == 1 and not refusals._until
+    with pytest.raises(OSError, match="not connected"):
+        made[1].sock.getpeername()
 
 
 @case("passt.ports.udp_in.UdpIn._receive")
@@ -664,12 +900,14 @@ def the_end_of_a_turn(stage: Stage) -> None:
     made.at_turn_end += [lambda now: called.append("a"), lambda now: called.append("b")]
     for name in ("c", "d"):
         made.between_turns(lambda now, name=name: called.append(name))  # type: ignore[misc]
+    for name in ("1", "2"):
+        made.next_turn(lambda now, name=name: called.append(name))  # type: ignore[misc]
     with stage:
         made.turn(0)
-    assert len(called) == 3 and called == sorted(called)
+    assert len(called) == 5 and called == sorted(called)
     assert [(ref, type(e)) for ref, e in faults] == [(0, Staged)]
     made.turn(0)
-    assert called[3:] == ["a", "b"], "called again with the next turn"
+    assert called[5:] == ["a", "b"], "called again with the next turn"
 
 
 @case("passt.loop.reactor.Reactor.close_retired")
@@ -762,18 +1000,27 @@ def takers_of_frames(stage: Stage) -> None:
     assert (stage.tmp_path / "pcap").read_bytes().endswith(b"a frame") and ctx.drops["fault"] == 1
 
 
-@case("passt.tap.Tap.forget", "passt.tap.Tap._new_mac")
+@case("passt.tap.Tap.forget")
 def services_that_follow_the_guest(stage: Stage) -> None:
     ctx = make_context()
     stage_faults(ctx)
     told: list[str] = []
     ctx.services.on_forget += [lambda: told.append("first"), lambda: told.append("second")]
-    ctx.services.on_mac += [lambda mac: told.append("first"), lambda mac: told.append("second")]
     tap = Tap(ctx, udp=cast(Any, None), tcp=cast(Any, None))
     with stage:
         tap.forget()
-        tap._new_mac(b"\2abcde")
-    assert sorted(told) == ["first", "second", "second"] and ctx.drops["fault"] == 1
+    assert told == ["second"] and ctx.drops["fault"] == 1
+
+
+@case("passt.tap.Tap._hand_over_tcp")
+def traffic_classes_of_connections(stage: Stage) -> None:
+    tap = FakeTap()
+    stage.stack.callback(tap.close)
+    stage_faults(tap.ctx)
+    with stage:
+        calls = tap.batch(*(ip4(tcp(sport=port), tos=0xB8) for port in (1000, 1001)))
+    assert [key for name, (key, *_) in calls if name == "tcp fault"] == [stage.victim]
+    assert tap.ctx.drops["fault"] == 1
 
 
 # The finder itself ---------------------------------------------------------------------------------------------------
@@ -834,3 +1081,116 @@ def test_finder_finds(body: str) -> None:
 )
 def test_finder_leaves_alone(body: str) -> None:
     assert found(body) == []
+
+
+# Multicast groups ----------------------------------------------------------------------------------------------------
+
+
+def two_receivers(stage: Stage, *groups: bytes) -> GroupLab:
+    """The guest has joined two groups, and is expected at one port of each."""
+    lab = stage.stack.enter_context(group_lab())
+    stage_faults(lab.ctx)
+    port = free_ports()
+    for group in groups or (GROUP, OTHER_GROUP):
+        lab.follow(group, port)
+    return lab
+
+
+@case("passt.udp_engine.groups.Groups.leave")
+def a_group_is_left(stage: Stage) -> None:
+    lab = two_receivers(stage, GROUP)
+    port = free_ports()
+    lab.follow(GROUP, port + 7)
+    with stage:
+        lab.groups.leave(GROUP)
+    assert lab.ports == {(GROUP, stage.victim.port)} and lab.ctx.drops["fault"] == 1
+
+
+@case("passt.udp_engine.groups.Groups.leave_all")
+def a_guest_with_groups_leaves(stage: Stage) -> None:
+    lab = two_receivers(stage)
+    with stage:
+        lab.groups.leave_all()
+    assert lab.ports == {(stage.victim.group, stage.victim.port)} and lab.ctx.drops["fault"] == 1
+
+
+@case("passt.udp_engine.groups.Groups.ports_in_use")
+def receivers_show_their_ports(stage: Stage) -> None:
+    lab = two_receivers(stage)
+    ((_, port), _) = lab.ports
+    with stage:
+        assert lab.groups.ports_in_use({port}) == {port}
+    assert stage.victim.sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) == 0
+    assert stage.others[0].sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) == 1
+
+
+@case("passt.udp_engine.groups.Groups.free_ports")
+def receivers_make_way(stage: Stage) -> None:
+    lab = two_receivers(stage)
+    ((_, port), _) = lab.ports
+    with stage:
+        lab.groups.free_ports({port})
+    assert lab.ports == {(stage.victim.group, port)}
+    lab.refresh()
+    assert len(lab.ports) == 2, "they open again"
+
+
+@case("passt.udp_engine.groups.Groups._refresh_all")
+def receivers_open_again(stage: Stage) -> None:
+    lab = two_receivers(stage)
+    ((_, port), _) = lab.ports
+    lab.groups.free_ports({port})
+    with stage:
+        lab.refresh()
+    assert lab.ports == {(stage.others[0], port)} and lab.ctx.drops["fault"] == 1
+
+
+def two_senders(stage: Stage) -> tuple[GroupLab, list[GroupFlow]]:
+    """Two flows of the guest to a group."""
+    lab = stage.stack.enter_context(group_lab())
+    stage_faults(lab.ctx)
+    for _ in range(2):
+        send_to_group(lab, 0, 7)
+    return lab, list(lab.senders._flows.by_key.values())
+
+
+@case("passt.udp_engine.group_sender.GroupSenders.ports_in_use")
+def senders_show_their_ports(stage: Stage) -> None:
+    lab, flows = two_senders(stage)
+    ports = {flow.port for flow in flows}
+    for flow in flows:
+        flow.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+    with stage:
+        assert lab.senders.ports_in_use(ports) == ports
+    assert stage.victim.state == FREE
+    assert stage.others[0].sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) == 1
+
+
+@case("passt.udp_engine.group_sender.GroupSenders.free_ports")
+def senders_make_way(stage: Stage) -> None:
+    lab, flows = two_senders(stage)
+    with stage:
+        lab.senders.free_ports({flow.port for flow in flows})
+    assert_closed(lab.ctx, stage.victim)
+    assert lab.senders._flows.by_key == {}
+
+
+@case("passt.igmp.Igmp.tap_handler")
+def records_of_a_report(stage: Stage) -> None:
+    lab = IgmpLab()
+    stage_faults(lab.ctx)
+    records = tuple(Record(TO_EXCLUDE, group) for group in (GROUP, OTHER_GROUP))
+    with stage:
+        lab.says(Report(4, records))
+    assert list(lab.joined) == [OTHER_GROUP] and lab.ctx.drops["fault"] == 1
+
+
+@case("passt.igmp.Igmp._fired")
+def memberships_that_end(stage: Stage) -> None:
+    lab = IgmpLab()
+    stage_faults(lab.ctx)
+    lab.says(Report(4, tuple(Record(TO_EXCLUDE, group) for group in (GROUP, OTHER_GROUP))))
+    with stage:
+        timers(lab.ctx).services.fire(lab.igmp._timer, lab.now + MEMBERSHIP_INTERVAL)
+    assert list(lab.joined) == [stage.victim] and lab.ctx.drops["fault"] == 1
+    assert timers(lab.ctx).services.deadlines[lab.igmp._timer] is not None, "it has another turn"

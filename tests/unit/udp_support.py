@@ -25,6 +25,7 @@ from passt.wire.checksum import PROTO_UDP
 
 from .support import T0, link, make_context, reactor, timers
 
+QUERY = bytes.fromhex("1234 0100 0001 0000 0000 0000 0461736b73 00 0001 0001")  # DNS: the address of "asks."
 PATIENCE = 5.0  # s
 # Options by which a port might be shared
 REUSE: tuple[tuple[int, ...], ...] = (
@@ -33,6 +34,22 @@ REUSE: tuple[tuple[int, ...], ...] = (
     (socket.SO_REUSEPORT,),
     (socket.SO_REUSEADDR, socket.SO_REUSEPORT),
 )
+
+
+def is_refused(client: socket.socket) -> bool:
+    """Whether the host's kernel answers a datagram by Port Unreachable, at once."""
+    before = client.gettimeout()
+    client.send(b"again")
+    client.settimeout(0.2)
+    try:
+        client.recv(1)
+    except ConnectionRefusedError:
+        return True
+    except TimeoutError:
+        pass
+    finally:
+        client.settimeout(before)
+    return False
 
 
 def second_bind(where: tuple[str, int], options: tuple[int, ...], uid: int = -1) -> None:
