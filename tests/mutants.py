@@ -3,10 +3,13 @@
     python -m tests.mutants                        the modules of the data plane (hours)
     python -m tests.mutants tcp tcp_engine.window  some modules, or folders of them
     python -m tests.mutants tcp --only '*_plain_segment*'
+    python -m tests.mutants ports.scan --tests tests/unit/ports/test_scan.py
 
 mutmut makes the mutants, in a copy of the tree below build/mutants, and runs for each the tests that reach the changed
-function, out of the unit tests that are about the module: those whose file name or imports have its family, which is
-the first word of its name, or of its folder's. Constants at the top of a module are not changed.
+function, out of the unit tests that are about the module, and those of limits: the files whose name or imports have
+its family, which is the first word of its name, or of its folder's. Constants at the top of a module are not changed,
+nor are messages of the log. With --tests it runs only the files named, which is quicker; the survivors then are those
+of these files.
 
 The survivors, which no test noticed, are in build/mutants/MODULE.txt, as differences. Equivalent ones, which no test
 can notice, are listed in docs/testing.md with the reason.
@@ -38,7 +41,6 @@ DATA_PLANE = (
     "policy.rules",
     "policy.rule_table",
 )
-WALKS = "test_walks.py"  # reads the source of modules, which is another one under mutmut
 COPIED = ("passt", "tests", "fuzz", "bench")
 
 # -s: mutmut runs pytest several times in one process; the standard error that the first captured would stay in `log`
@@ -47,7 +49,10 @@ CONFIG = """\
 source_paths = ["passt"]
 only_mutate = ["{module}"]
 also_copy = ["fuzz", "bench"]
+do_not_mutate_patterns = ['\\blog\\.\\w+\\(', '\\brecord\\(']
 use_git_change_detection = false
+timeout_multiplier = 3.0
+timeout_constant = 5.0
 pytest_add_cli_args = ["-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
 pytest_add_cli_args_test_selection = [{tests}]
 
@@ -83,33 +88,32 @@ def family(module: Path) -> str:
 
 
 def tests_of(module: Path) -> list[str]:
-    """Files of unit tests that are about a module."""
+    """Files of tests that are about a module."""
     word = family(module)
     splice = "splice" in name_of(module)  # from socket to socket: another state machine, of the same family
     named = re.compile(rf"(^|[/_]){word}([_./]|$)")
     imported = re.compile(rf"^(?:from|import)\b[^\n]*[ ._]{word}(?:[_. ,\n]|$)", re.M)
     found = []
-    for path in sorted((ROOT / "tests" / "unit").rglob("test_*.py")):
-        below = str(path.relative_to(ROOT / "tests" / "unit"))
+    for path in (*sorted((ROOT / "tests" / "unit").rglob("test_*.py")), ROOT / "tests/security/test_limits.py"):
+        below = str(path.relative_to(ROOT / "tests")).removeprefix("unit/")
         other = ("splice" in below) != splice and named.search(below)
         related = named.search(below) or imported.search(path.read_text())
-        if related and not other and below != WALKS:
+        if related and not other:
             found.append(str(path.relative_to(ROOT)))
     return found
 
 
-def mutate(module: Path, only: Sequence[str], children: int) -> Counter[str]:
+def mutate(module: Path, only: Sequence[str], tests: Sequence[str], children: int) -> Counter[str]:
     """Run all mutants of a module; returns how many there are of each fate. Raises RuntimeError."""
     place = WORK / name_of(module)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     for name in COPIED:
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    tests = tests_of(module)
-    listed = ", ".join(f'"{test}"' for test in tests)
+    listed = ", ".join(f'"{test}"' for test in tests or tests_of(module))
     (place / "pyproject.toml").write_text(CONFIG.format(module=module, tests=listed))
     mutmut = [str(Path(sys.executable).with_name("mutmut"))]
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "MUTANTS_OF": str(ROOT)}
     with open(place / "log", "wb") as log:
         command = ["nice", "-n", "19", *mutmut, "run", "--max-children", str(children), *only]
         done = subprocess.run(
@@ -136,12 +140,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mutants", description="Change one thing at a time; do tests notice?")
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="as `tcp`, `ports.scan`; all of the data plane")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="mutants of such names only")
+    parser.add_argument("--tests", action="append", default=[], metavar="PATH", help="these tests, not the family's")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at the same time")
     asked = parser.parse_args(argv)
     failed = 0
     for module in modules(asked.modules):
         try:
-            fates = mutate(module, asked.only, asked.jobs)
+            fates = mutate(module, asked.only, asked.tests, asked.jobs)
             said = ", ".join(f"{n} {fate}" for fate, n in sorted(fates.items()) if fate != "not checked")
         except RuntimeError as e:  # the next one may be better
             failed, said = 1, str(e)

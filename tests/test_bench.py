@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench.__main__ import arguments, chosen
 from bench.contenders import peer
-from bench.lab import LabError
+from bench.lab import Lab, LabError
+from bench.programs import queries, requests
 
 ROOT = Path(__file__).parent.parent
+
+
+WITHOUT_TESTS = """
+import importlib, sys
+for name in ("pytest", "hypothesis", "xdist"):
+    sys.modules[name] = None
+for name in sys.argv[1:]:
+    importlib.import_module(f"bench.{name}")
+"""
+
+
+def test_what_it_needs_is_installed_for_it() -> None:
+    """scripts/setup bench, demo and demo-vm install none of the packages for tests (the soak has them)."""
+    names = [path.stem for path in (ROOT / "bench").glob("*.py") if not path.stem.startswith(("__", "soak"))]
+    assert {"demo", "demo_vm", "contenders", "vm"} < set(names)
+    command = [sys.executable, "-c", WITHOUT_TESTS, *names, "__main__"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_checkout_is_a_peer() -> None:
@@ -41,3 +63,76 @@ def test_a_peer_that_is_none(argument: str) -> None:
 def test_peers_take_part_beside_ours() -> None:
     _, contenders = chosen(arguments(["--peer", f"before={ROOT}", "--contenders", "ours,pasta"]))
     assert [c.name for c in contenders] == ["ours", "before", "pasta"]
+
+
+WRK = """Running 2s test @ http://198.51.100.1:8080/file
+  1 threads and 16 connections
+  Thread Stats   Avg      Stdev     Max   +/- Stdev
+    Latency   650.20us    1.02ms  18.40ms   98.50%
+    Req/Sec    26.10k     3.02k   31.00k    70.00%
+  Latency Distribution
+     50%  412.00us
+     75%  601.00us
+     90%    1.10ms
+     99%    5.50ms
+  52018 requests in 2.00s, 63.80MB read
+Requests/sec:  26003.50
+Transfer/sec:     31.90MB
+"""
+PGBENCH = """transaction type: <builtin: select only>
+number of clients: 8
+number of transactions actually processed: 11000
+number of failed transactions: 0 (0.000%)
+latency average = 1.450 ms
+initial connection time = 20.101 ms
+tps = 5517.241379 (without initial connection time)
+"""
+
+
+def test_figures_of_programs() -> None:
+    assert requests(WRK) == (26003.5, 412.0, 5500.0)
+    assert queries(PGBENCH) == (5517.241379, None, None)
+
+
+def test_programs_that_failed_have_no_figures() -> None:
+    errors = "  Socket errors: connect 0, read 3, write 0, timeout 0\n"
+    with pytest.raises(LabError, match="wrk: Socket errors: connect 0, read 3"):
+        requests(WRK.replace("Requests/sec", f"{errors}Requests/sec"))
+    with pytest.raises(LabError, match="wrk: Non-2xx"):
+        requests(WRK.replace("Requests/sec", "  Non-2xx or 3xx responses: 5\nRequests/sec"))
+    with pytest.raises(LabError, match="transactions failed"):
+        queries(PGBENCH.replace("transactions: 0", "transactions: 2"))
+    for text in ("", WRK.replace("99%", "98%")):
+        with pytest.raises(LabError, match="wrk printed no"):
+            requests(text)
+    with pytest.raises(LabError, match="pgbench printed no figure"):
+        queries("")
+
+
+def test_folders_of_servers_go_with_the_laboratory() -> None:
+    lab = Lab()
+    folder = lab.folder("x")
+    (folder / "file").touch()
+    assert lab.folder("x") == folder != lab.folder("y")
+    lab.__exit__(None, None, None)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "flows"),
+    [("tcp-echo", "tcp-rr", 1), ("tcp-echo", "tcp-rr", 3), ("udp-echo", "udp-rr", 3), ("tcp-answer", "tcp-crr", 2)],
+)
+def test_operations_have_their_times(server: str, client: str, flows: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    argv = [sys.executable, "bench/load.py"]
+    serving = [*argv, server, "127.0.0.1", "--port", port]
+    with subprocess.Popen(serving, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            asking = [*argv, client, "127.0.0.1", "--port", port, "--seconds", "0.2", "--flows", str(flows)]
+            found = json.loads(subprocess.run(asking, capture_output=True, check=True, cwd=ROOT).stdout)
+        finally:
+            process.terminate()
+    assert found["count"] > 0 and 0 < found["p50"] <= found["p99"] <= found["seconds"]

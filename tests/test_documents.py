@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +12,15 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"
-DOCUMENTS = [README, *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "contrib" / "README.md"]
-PAGES = [REPOSITORY / name for name in ("passt.1", "pesto.1", "qrap.1")]
+INDEX = REPOSITORY / "packaging" / "index.md"  # the description on a package index
+DOCUMENTS = [
+    *(REPOSITORY / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *(REPOSITORY / name / "README.md" for name in ("contrib", "packaging")),
+]
+PAGES = [REPOSITORY / name for name in ("passt.1", "passt-repair.1", "pesto.1", "qrap.1", "slirp4netns.1")]
 README_LINES_MAX = 160
-SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+SCRIPTS = {path.name for path in (REPOSITORY / "commands").iterdir()}
 PROGRAMS = {"pasta", "passt", "pesto"}
 
 
@@ -32,6 +36,30 @@ def prose(text: str) -> str:
 def blocks(text: str) -> str:
     """The blocks of code, their continued lines joined."""
     return "\n".join(re.findall(r"^    +(.*)", text, re.M)).replace("\\\n", " ")
+
+
+# Commands that do what is said of them -----------------------------------------------------------------------------
+
+CLOSED = {"-t none", "-u none", "-T none", "-U none", "--no-map-gw"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
+def test_nothing_at_all_closes_the_loopback_of_the_host_too(path: Path) -> None:
+    """The address of the gateway leads there without --no-map-gw."""
+    for line in blocks(path.read_text()).splitlines():
+        if re.search(r"# nothing\b.* at all", line):
+            assert [option for option in CLOSED if option not in line] == [], line
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *PAGES], ids=ids)
+def test_arguments_are_the_same_in_all_shells(path: Path) -> None:
+    """zsh refuses a word with a bracket or an asterisk that matches no file, and expands `=` and `~` in front."""
+    text = path.read_text()
+    shown = re.findall(r"^\.Dl (.*)", text, re.M) if path.suffix == ".1" else blocks(text).splitlines()
+    for line in shown:
+        command = re.sub(r"""'[^']*'|"[^"]*"|\$\([^)]*\)|(^| )#.*""", "", line)
+        if re.match(r"\$? ?(pasta|passt|pesto|podman)\b", command):
+            assert re.findall(r"\S*[\[\]*?{}]\S*|\s[~=^]\S*", command) == [], line
 
 
 # Links -------------------------------------------------------------------------------------------------------------
@@ -73,8 +101,7 @@ def test_every_picture_is_shown() -> None:
 @cache
 def options(program: str) -> frozenset[str]:
     """Every option that `program --help` has."""
-    module, _, function = SCRIPTS[program].partition(":")
-    code = f"import sys; from {module} import {function}; sys.argv[0] = {program!r}; sys.exit({function}())"
+    code = f"import sys; from passt.launch import main; sys.argv[0] = {program!r}; sys.exit(main())"
     command = [sys.executable, "-c", code, "--help"]
     said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     return frozenset(re.findall(r"(?<![\w-])--?[A-Za-z0-9][\w-]*", said))
@@ -90,7 +117,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
+@pytest.mark.parametrize("path", [*DOCUMENTS, INDEX], ids=ids)
 def test_commands_use_options_that_exist(path: Path) -> None:
     for program, used in commands(path.read_text()):
         assert set(used) <= options(program), f"{program} {used}"
@@ -106,7 +133,7 @@ def test_the_readme_has_a_command_of_each_program() -> None:
 def test_the_readme_names_what_is_installed() -> None:
     text = " ".join(README.read_text().split())
     said = text[text.index("installs the commands") :].partition(", with")[0]
-    assert set(re.findall(r"`(\w+)`", said)) == SCRIPTS.keys()
+    assert set(re.findall(r"`([\w-]+)`", said)) == SCRIPTS
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
@@ -119,7 +146,7 @@ def test_targets_of_make_exist(path: Path) -> None:
 
 # Requirements of RFCs ----------------------------------------------------------------------------------------------
 
-SERVICES = REPOSITORY / "docs" / "services.md"
+REQUIREMENTS = [REPOSITORY / "docs" / name for name in ("services.md", "conformance.md")]
 
 
 def tables(text: str) -> dict[str, str]:
@@ -133,10 +160,13 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in found[2:]]
 
 
-@pytest.mark.parametrize("part", tables(SERVICES.read_text()))
-def test_requirements_have_tests_that_exist(part: str) -> None:
+PARTS = [(path, part) for path in REQUIREMENTS for part in tables(path.read_text())]
+
+
+@pytest.mark.parametrize(("path", "part"), PARTS, ids=[f"{path.stem}: {part}" for path, part in PARTS])
+def test_requirements_have_tests_that_exist(path: Path, part: str) -> None:
     """Each row names a test in one of the files that stand above the table, or says that something is left out."""
-    text = tables(SERVICES.read_text())[part]
+    text = tables(path.read_text())[part]
     files = [REPOSITORY / name for name in re.findall(r"`(tests/[\w/]+\.py)`", text)]
     tests = {name for file in files for name in re.findall(r"^def (test_\w+)\(", file.read_text(), re.M)}
     assert len(rows(text)) > 5

@@ -1,34 +1,44 @@
-"""The shape of the package: imports go down, no circles, modules that one sitting can read, a test file for each.
+"""The shape of the package: imports go down, no circles, modules and functions that one sitting can read, each constant
+once, a test file for each module.
 
 Every import counts: one inside a function, since it must work after the file system is gone; and one under
-`if TYPE_CHECKING:`, since who reads a module reads what it names.
+`if TYPE_CHECKING:`, since a reader of a module looks up the names in it.
 """
 
 from __future__ import annotations
 
 import ast
+import re
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from passt import NEVER
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "passt"
 LINES_MAX = 450
+FUNCTION_MAX = 50  # lines of a function; most have fewer than ten
 TOP_MAX = 24  # files at the top level of the package
+FOLDER_MAX = 26  # modules of a folder
+FLOORS_MAX = 14  # folders and modules of the top level, each of which imports the one below it
 
 # Folders and modules of the top level, from the lowest: each imports from those before it, and from itself
 ORDER = (
-    *("__init__", "addr", "calls", "drops", "wire", "log", "log_file", "linux"),  # ground
+    *("__init__", "lean", "addr", "calls", "drops", "wire", "log", "linux", "log_file"),  # ground
     *("loop", "policy", "link", "flow"),  # what all protocols share
     *("arp", "ndp", "dhcp", "dhcpv6", "icmp"),
-    *("tcp_engine", "tcp", "udp_engine", "udp"),
+    *("tcp_engine", "tcp", "udp_engine", "udp", "igmp"),
     *("splice", "tap", "ports"),  # ways in
     *("conf", "control"),  # what users say, before and while it runs
+    "migration",  # the way to another host
     *("sandbox", "seccomp", "namespace", "pasta", "passt"),
     *("daemon", "cli", "__main__", "vm"),
-    *("pesto", "qrap"),  # programs of their own
+    *("pesto", "qrap", "repair", "launch"),  # programs of their own, and the start of all
 )
 PLACE = {name: place for place, name in enumerate(ORDER)}
 
@@ -38,12 +48,12 @@ TESTED_ELSEWHERE = {
     "__main__": "tests/unit/test_cli.py",
     "vm": "tests/unit/test_cli.py",
     "pesto/__main__": "tests/system/traffic/test_control.py",
+    # a list with a number
+    "tcp_engine/pieces": "tests/unit/tcp_engine/test_out_of_order.py",
     # fields, nothing that is done
     "flow/context": "tests/unit/daemon/test_wiring.py",
     "policy/config": "tests/unit/conf/test_decide.py",
     "policy/guest": "tests/unit/test_tap.py",
-    # what it tells of itself, as other flows do
-    "splice/conn": "tests/unit/test_flow_info.py",
     # what they say is tried with the kernel, or with shells
     "seccomp": "tests/security/test_seccomp.py",
     "daemon/seccomp_table": "tests/security/test_seccomp.py",
@@ -58,6 +68,34 @@ TESTED_ELSEWHERE = {
     "conf/values": "tests/unit/conf/test_argv.py",
 }
 
+# Functions with more lines: those for each packet, which are loops with everything that they do in them, since a call
+# costs more than most of their steps; and a start, whose steps are told in their order
+LONG = {
+    "passt.tap: _frame": 90,
+    "passt.tcp: tap_handler": 110,
+    "passt.tcp_engine.output: send_data": 70,
+    "passt.daemon.pasta: run": 55,
+    "passt.daemon.pasta: build": 55,
+}
+
+# Constants of the same name and value that mean different things
+ALIKE = {
+    "ALL": "words of three options",
+    "DESCRIPTOR_SHARE": "each table has its own share",
+    "FRONT": "room in two buffers",
+    "HOLD": "times of two things",
+    "HOST": "where a flow began, and the side of a rule",
+    "INFINITE": "of DHCPv6 and of NDP",
+    "OPTIONS_MAX": "of DHCPv6 and of NDP",
+    "PR_SET_PDEATHSIG": "the supervisor is a program of its own, which imports nothing of the package",
+    "SETTLE": "of a file, and of the host's network",
+    "SHARE": "each has its own share",
+    "SIZE_MAX": "of buffers and files",
+    "STEP": "of two random times",
+    "VERSION": "of two formats",
+    "WAIT": "of two things",
+}
+
 
 def module_name(path: Path) -> str:
     """passt/flow/table.py -> passt.flow.table; passt/flow/__init__.py -> passt.flow"""
@@ -69,12 +107,16 @@ FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.items()}
 
 
+def _room(name: str) -> str:
+    """The folder or module of the top level that a module is in."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
 def place(name: str) -> int:
     """How high a module stands; LookupError if it has no place yet."""
-    first = name.split(".")[1] if "." in name else "__init__"
-    if first not in PLACE:
+    if _room(name) not in PLACE:
         raise LookupError(f"{name} has no place: give it one in ORDER")
-    return PLACE[first]
+    return PLACE[_room(name)]
 
 
 def _import_nodes(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -129,8 +171,68 @@ def test_every_place_is_taken() -> None:
     assert here == PLACE.keys() and len(PLACE) == len(ORDER)
 
 
+# The map, in the docstring of the package -------------------------------------------------------------------------
+
+
+MAP = ast.get_docstring(TREES["passt"]) or ""
+
+
+def rows_of_map() -> list[set[str]]:
+    """The folders and modules of each row of the list, from the top."""
+    text = MAP[MAP.index("Where a change goes") : MAP.index("    to add ")]
+    heads = re.findall(r"^    (\S+(?:,? \S+)*)  +\S", text, re.M)
+    return [set(re.findall(r"\w+", head)) for head in heads]
+
+
+def test_the_map_has_every_folder_and_module() -> None:
+    found = [name for row in rows_of_map() for name in row]
+    assert len(found) == len(set(found)) and {*found, "__init__"} == PLACE.keys()
+
+
+def test_each_row_of_the_map_is_above_its_imports() -> None:
+    row = {name: number for number, names in enumerate(rows_of_map()) for name in names} | {"__init__": NEVER}
+    rooms = {(_room(name), _room(other)) for name in FILES for other in IMPORTS[name]}
+    assert {(room, other) for room, other in rooms if row[other] < row[room]} == set()
+
+
+def test_modules_that_the_map_names_are_there() -> None:
+    folders = "|".join(
+        path.parent.name for path in FILES.values() if path.name == "__init__.py" and path.parent != PACKAGE
+    )
+    named = re.findall(rf"(?<![\w.])((?:{folders})\.[a-z]\w+)(?:\.([A-Z]\w+))?", MAP)
+    assert len(named) > 40
+    for module, member in named:
+        classes = {node.name for node in TREES[f"passt.{module}"].body if isinstance(node, ast.ClassDef)}
+        assert not member or member in classes, f"{module}.{member}"
+
+
 def test_the_top_level_is_short() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= TOP_MAX
+
+
+def test_folders_are_short() -> None:
+    folders = [path for path in PACKAGE.rglob("*") if (path / "__init__.py").exists()]
+    modules = {path.name: len(list(path.glob("*.py"))) - 1 for path in folders}
+    assert {name: n for name, n in modules.items() if n > FOLDER_MAX} == {}
+
+
+def floors(graph: dict[str, set[str]]) -> int:
+    """The length of the longest chain of imports."""
+
+    @cache
+    def floor(name: str) -> int:
+        return 1 + max(map(floor, graph[name]), default=0)
+
+    return max(map(floor, graph))
+
+
+def test_there_are_few_floors() -> None:
+    rooms: dict[str, set[str]] = {name: set() for name in ORDER if name != "__init__"}
+    for name, imported in IMPORTS.items():
+        room = _room(name)
+        if room in rooms:
+            rooms[room] |= {_room(other) for other in imported} & rooms.keys() - {room}
+    assert floors(rooms) <= FLOORS_MAX
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if FILES[name].name == "__init__.py" and name != "passt"])
@@ -143,6 +245,55 @@ def test_folders_import_nothing(name: str) -> None:
 def test_one_sitting(name: str) -> None:
     lines = FILES[name].read_text().count("\n")
     assert lines <= LINES_MAX, f"{name} has {lines} lines"
+
+
+def _lengths(name: str, tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """The functions of a module, and their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield f"{name}: {node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_functions_are_short() -> None:
+    """`LONG` has those that are not, and how long they may get."""
+    long = {f: lines for name, tree in TREES.items() for f, lines in _lengths(name, tree) if lines > FUNCTION_MAX}
+    assert long.keys() == LONG.keys()
+    assert {f: lines for f, lines in long.items() if lines > LONG[f]} == {}
+
+
+def _tool(value: ast.expr) -> bool:
+    """A value that is no fact: a parser or the like, of which any module has its own."""
+    return isinstance(value, ast.Call) and ast.unparse(value.func) in ("Struct", "itemgetter", "np.dtype", "TypeVar")
+
+
+def constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Name, without underscores in front, and value of each constant that a module defines."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            target, value = node.target, node.value
+        else:
+            continue
+        pairs = [(target, value)]
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            pairs = list(zip(target.elts, value.elts, strict=True))
+        for name, fact in pairs:
+            if isinstance(name, ast.Name) and re.fullmatch(r"[A-Z_\d]+", name.id) and not _tool(fact):
+                yield name.id.lstrip("_"), ast.unparse(fact)
+
+
+def test_constants_stand_once() -> None:
+    """Where two modules need one, it is in the lower one, or in a module below both. CALLS are about their module."""
+    places = defaultdict[tuple[str, str], list[str]](list)
+    for module, tree in TREES.items():
+        for name, value in constants(tree):
+            if name != "CALLS":
+                places[name, value].append(module)
+    twice = {name: modules for (name, _), modules in places.items() if len(modules) > 1}
+    assert {name: modules for name, modules in twice.items() if name not in ALIKE} == {}
+    assert ALIKE.keys() <= twice.keys(), "these do not stand twice any more"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -216,6 +367,20 @@ def test_checker_sees_imports_of_types() -> None:
 def test_checker_sees_circles() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == {"b", "c"}
+
+
+def test_checker_counts_floors() -> None:
+    assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": {"c"}}) == 3
+
+
+def test_checker_sees_constants() -> None:
+    source = "A = 1\n_B: Final = 2\nC, _D = 3, 4\nE = Struct('=I')\nf = 5\ng: int\nfor i in range(3):\n    H = i"
+    assert list(constants(ast.parse(source))) == [("A", "1"), ("B", "2"), ("C", "3"), ("D", "4")]
+
+
+def test_checker_measures_functions() -> None:
+    source = "class A:\n    @property\n    def f(self):\n        return 1\n\n\ndef g(): ..."
+    assert dict(_lengths("m", ast.parse(source))) == {"m: f": 2, "m: g": 1}
 
 
 def test_checker_knows_places() -> None:

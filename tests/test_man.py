@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from passt.addr import mac_text
+from passt.conf import slirp4netns
 from passt.conf.actions import DNS_MAX, SEARCH_MAX
 from passt.conf.options import LOG_SIZE, NETNS_RUN_DIR
 from passt.conf.row import GROUPS, Option
@@ -16,7 +17,8 @@ from passt.conf.table import TABLE
 from passt.conf.values import LOG_SIZE_MIN, SOCKET_PATH_MAX
 from passt.passt import DEFAULT_MAX, DEFAULT_PATH
 from passt.pesto import command as pesto
-from passt.policy.config import FRAME_MTU_MAX, MTU_DEFAULT, MTU_MAX, MTU_MIN, OUR_MAC
+from passt.policy.config import FRAME_MTU_MAX, MTU_DEFAULT, MTU_MIN, OUR_MAC
+from passt.wire.ip import MTU_MAX
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -35,6 +37,7 @@ def entries(name: str) -> dict[str, str]:
 def test_every_option_has_its_entry_and_no_other() -> None:
     assert entries("passt.1") == {option.name: option.short for option in TABLE if option.help}
     assert entries("pesto.1") == {option.name: option.short for option in pesto.TABLE}
+    assert entries("slirp4netns.1") == {option.name: option.short for option in slirp4netns.ROWS}
 
 
 def sections(name: str) -> dict[str, list[str]]:
@@ -118,7 +121,7 @@ def test_other_names_lead_to_the_page(name: str) -> None:
     assert f'"{name}.1"' in (REPOSITORY / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("name", ["passt.1", "pesto.1", "qrap.1"])
+@pytest.mark.parametrize("name", ["passt.1", "passt-repair.1", "pesto.1", "qrap.1", "slirp4netns.1"])
 def test_page_is_well_formed(name: str) -> None:
     done = subprocess.run(
         ["mandoc", "-T", "lint", "-W", "warning", str(REPOSITORY / name)], capture_output=True, text=True, check=False

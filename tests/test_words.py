@@ -23,8 +23,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("passt", "tests", "bench", "fuzz")  # of modules
-SCRIPTS = ("scripts", "contrib/systemd", "contrib/apparmor")  # of files with comments after #
-DOCUMENTS = ("README.md", "contrib/README.md", "docs", "passt.1", "pesto.1", "qrap.1")
+# of files with comments after #
+SCRIPTS = ("scripts", "contrib/systemd", "contrib/apparmor", "packaging/test", "packaging/debian")
+DOCUMENTS = (
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "contrib/README.md"),
+    *("packaging", "docs", "passt.1", "pesto.1", "qrap.1", "slirp4netns.1"),
+)
+
 
 class Term(NamedTuple):
     """A word that is not to be used: in prose, and in names if `name` is set."""
@@ -40,6 +45,7 @@ TERMS = (
     Term(r"every(body|one)", "all clients, all users, all nodes", "everybody"),
     Term(r"nobody", "no client, no program, no host; `nobody` for the user", "nobodys"),
     Term(r"who(so)?ever", "the user, client or program that", "whoever"),
+    Term(r"(by|so that|than|since|;) who", "the sender, the reader, the program that"),
     Term(r"whom", "the peer, the client; or turn the sentence round", "whom"),
     Term(r"other people('s)?|people", "users, other users"),
     Term(r"heirs?", "successor (listener); later UID (identity)", "heirs?"),
