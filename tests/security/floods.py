@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..system.conftest import TEST_USER, tun_for_all
-from ..system.support import REPOSITORY, User, current_user, make_user
+from ..system.support import REPOSITORY, User, current_user, made_user
 from ..system.traffic.support import GATEWAY, GATEWAY6, HOST, HOST6, Guest, Lan, new_lan, root_user
 
 KINDS = {
@@ -56,6 +56,7 @@ from passt.flow import idle
 from passt.udp_engine import flow as udp_flow
 icmp.PING_TIMEOUT = udp_flow.FLOW_TIMEOUT = udp_flow.DNS_TIMEOUT = 2.0
 idle.SWEEP_MIN = 0.5
+idle.SWEEP_COST = 0.0
 """
 TIMEOUT = 180.0 + 15.0  # s, of UDP without that, and until it is noticed
 SETTLED = 30.0  # s, with it
@@ -313,14 +314,14 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"one of {', '.join(KINDS)}")
     options = parser.parse_args()
     kinds = options.kinds or list(KINDS)
-    user = make_user(TEST_USER) if os.geteuid() == 0 else current_user()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     date = datetime.date.today()
     machine = f"Linux {platform.release()}, {os.cpu_count()} processors, Python {platform.python_version()}"
     lines = [f"{options.seconds:.0f} seconds each, {date}, {machine}.\n"]
     failed = False
-    with tun_for_all(), new_lan(root_user()) as lan:
+    ordinary = made_user(TEST_USER) if os.geteuid() == 0 else contextlib.nullcontext(current_user())
+    with tun_for_all(), ordinary as user, new_lan(root_user()) as lan:
         lan.host.write("/proc/sys/net/ipv4/tcp_syn_retries", str(SYN_RETRIES))
         of_machine = [kind for kind in kinds if kind in MACHINE_KINDS]
         for title, of in (("A namespace (pasta)", kinds), ("A machine (passt)", of_machine)):

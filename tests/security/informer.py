@@ -35,6 +35,7 @@ import threading  # noqa: F401  # keeps the clock that it was imported with
 import time
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any, NoReturn
 
 from passt import __main__, seccomp
@@ -52,12 +53,15 @@ CALLED = frozenset(
         "passt.link.plain_tap.PlainLink.send_payload",  # in the place of the link that all other ways have
         "passt.daemon.pasta.reopen",  # by the link
         "passt.daemon.pasta.tap_gone",  # likewise
+        "passt.daemon.pasta.tap_lost",  # likewise
         "passt.passt.Clients.gone",  # by its link
         "passt.ports.scan.Scanner.start",  # by forwards
     )
 )
 # A datagram has to arrive between bind(2) and connect(2) of a socket for this one to be armed
 ARMED_BY_CHANCE = "passt.ports.udp_in.UdpIn._deliver_misdelivered"
+
+FAULTY = "faulty", "sharing, faulty"
 
 Function = Callable[..., Any]
 
@@ -70,11 +74,16 @@ def name_of(function: Function) -> str:
     """Module and qualified name of what is called in the end."""
     while isinstance(function, partial):
         function = function.func
-    return f"{function.__module__}.{function.__qualname__}"
+    if hasattr(function, "informs"):
+        return str(function.informs)
+    module = function.__module__ or type(getattr(function, "__self__", None)).__module__  # of a compiled method
+    return f"{module}.{function.__qualname__}"
 
 
 class Informer:
-    """Knows all handlers."""
+    """Knows all handlers: those that are registered, which it takes out of the tables of the loop and puts back
+    wrapped, and methods that others call, in modules that Python interprets.
+    """
 
     def __init__(self, way: str, victim: str) -> None:
         self._way, self._victim = way, victim
@@ -82,7 +91,6 @@ class Informer:
         self._told: set[str] = set()
         self._registered: set[str] = set()
         self._to_fail: set[str] = set()
-        self._armed: list[tuple[Any, int]] = []
 
     def tell(self, line: str) -> None:
         """Once for each line."""
@@ -92,10 +100,10 @@ class Informer:
 
     def wrap(self, function: Function, *, registered: bool = True, fails: bool = False) -> Function:
         """`function`, which tells what it does."""
-        name = getattr(function, "informs", None) or name_of(function)
+        name = name_of(function)
         if registered:
             self._registered.add(name)
-        if fails and self._way == "faulty":
+        if fails and self._way in FAULTY:
             self._to_fail.add(name)
         if hasattr(function, "informs"):
             return function
@@ -117,6 +125,7 @@ class Informer:
                 raise
             finally:
                 self.tell(f"- {name}")
+                self._look_again()
 
         informing.informs = name  # type: ignore[attr-defined]
         return informing
@@ -125,78 +134,83 @@ class Informer:
 
     def listen(self) -> None:
         """Before the program begins."""
-        self._intercept(reactor.Reactor, "handle", 1, fails=True)
-        self._intercept(reactor.Reactor, "on_signal", 1)
-        self._intercept(reactor.Reactor, "between_turns", 0, registered=False)
-        self._intercept(directories.Changes, "tell", 1)
-        self._intercept_timers()
-        new_reactor = reactor.Reactor.__init__
+        tell, binding, load = directories.Changes.tell, seccomp.binding, seccomp.load
 
-        def make(loop: Any) -> None:
-            self._wrap_methods()  # all modules are there, and none of their objects yet
-            sys.modules["passt.ndp"].RA_INTERVAL = 20, 40  # type: ignore[attr-defined]  # s: or we would have to wait
-            new_reactor(loop)
-            self._loop = loop
+        def subscribe(changes: Any, loop: Any, taker: Function) -> None:
+            tell(changes, loop, self.wrap(taker))
 
-        reactor.Reactor.__init__ = make  # type: ignore[method-assign, assignment]
-        load = seccomp.load
+        def bind() -> Any:
+            seccomp.binding = binding
+            self._before_services()
+            return binding()
 
         def lock(rules: Any) -> None:
             self._before_lock()
             load(rules)
             self._locked = True
-            for services, timer in self._armed:
-                services.arm(timer, time.monotonic())
+            self._arm_by_chance()
             self.tell("*")
 
-        seccomp.load = lock
+        directories.Changes.tell = subscribe  # type: ignore[method-assign, assignment]
+        seccomp.binding, seccomp.load = bind, lock
 
-    def _intercept(self, owner: type, method: str, which: int, **how: bool) -> None:
-        """Wrap argument `which` of a method that registers."""
-        original = getattr(owner, method)
+    def _before_services(self) -> None:
+        """The program is loaded."""
+        wiring: Any = sys.modules["passt.daemon.wiring"]
+        wire = wiring.wire
 
-        def register(this: Any, *args: Any) -> Any:
-            wrapped = self.wrap(args[which], **how)
-            return original(this, *args[:which], wrapped, *args[which + 1 :])
+        def wire_and_keep(*args: Any) -> Any:
+            self._wrap_methods()
+            sys.modules["passt.ndp"].RA_INTERVAL = 20, 40  # type: ignore[attr-defined]  # s: or we would have to wait
+            wired = wire(*args)
+            self._loop, self._pool = wired.ctx.reactor, wired.ctx.timers
+            return wired
 
-        setattr(owner, method, register)
-
-    def _intercept_timers(self) -> None:
-        new = timers.Timers.new
-
-        def new_timer(services: Any, callback: Function) -> int:
-            timer = new(services, self.wrap(callback, fails=True))
-            if ARMED_BY_CHANCE in (name_of(callback), getattr(callback, "informs", "")):
-                self._armed.append((services, timer))
-            return timer
-
-        timers.Timers.new = new_timer  # type: ignore[method-assign, assignment]
-
-        def set_callback(pool: Any, callback: Function) -> None:
-            stand_in = not hasattr(pool, "informing")  # the first one does nothing
-            pool.informing = callback if stand_in else self.wrap(callback, fails=True)
-
-        timers.TimerPool.callback = property(lambda pool: pool.informing, set_callback)  # type: ignore[assignment]
+        wiring.wire = wire_and_keep
 
     def _wrap_methods(self) -> None:
-        """Those that are known by their names."""
+        """Those that are known by their names, where a caller finds what replaces them: compiled ones are called
+        without a look at their class.
+        """
         for module in [module for name, module in sys.modules.items() if name.startswith("passt.")]:
             owners = [o for o in vars(module).values() if isinstance(o, type) and o.__module__ == module.__name__]
             for owner in (module, *owners):
                 for name, function in list(vars(owner).items()):
                     known = name.endswith("_handler") or f"{module.__name__}.{_path(owner, name)}" in CALLED
-                    if callable(function) and known and not getattr(owner, "_is_protocol", False):
+                    if isinstance(function, FunctionType) and known and not getattr(owner, "_is_protocol", False):
                         setattr(owner, name, self.wrap(function, registered=False))
 
     def _before_lock(self) -> None:
-        loop = self._loop
-        loop.at_turn_end[:] = [self.wrap(callback, registered=False) for callback in loop.at_turn_end]
+        loop, pool = self._loop, self._pool
+        self._look_again()
+        loop._signals.update({number: self.wrap(callback) for number, callback in loop._signals.items()})
+        pool.callback = self.wrap(pool.callback, fails=True)
         faults = loop.on_fault.args[0]
         faults.update({kind: self.wrap(fault, registered=False) for kind, fault in faults.items()})
         if self._way == "starved":
             free = os.dup(0)
             os.close(free)
             resource.setrlimit(resource.RLIMIT_NOFILE, (free + DESCRIPTORS, free + DESCRIPTORS))
+
+    def _look_again(self) -> None:
+        """Take what was registered since the last time: all that registers is started by a handler."""
+        loop = self._loop
+        self._take(loop._handlers, fails=True)
+        self._take(self._pool.services._callbacks, fails=True)
+        for callbacks in (loop.at_turn_end, loop._put_off, loop._next_turn):
+            self._take(callbacks, registered=False)
+
+    def _take(self, table: list[Function], *, registered: bool = True, fails: bool = False) -> None:
+        for i, function in enumerate(table):
+            known = hasattr(function, "informs") and (not registered or name_of(function) in self._registered)
+            if not known and function is not reactor._unhandled:
+                table[i] = self.wrap(function, registered=registered, fails=fails)
+
+    def _arm_by_chance(self) -> None:
+        services = self._pool.services
+        for fd, ref in enumerate(self._loop._refs):
+            if ref >> 56 == reactor.TYPE_TIMER and name_of(services._callbacks[ref & 0xFFFFFFFF]) == ARMED_BY_CHANCE:
+                services.arm(fd, time.monotonic())
 
 
 def _path(owner: Any, name: str) -> str:

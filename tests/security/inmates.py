@@ -11,13 +11,14 @@ import os
 import sys
 
 from fuzz.table import BY_NAME
-from passt import log, log_file, seccomp
+from passt import PASST, log, log_file, seccomp
 from passt.conf.options import Options
-from passt.daemon import common as daemon_common
 from passt.daemon import seccomp_table
+from passt.daemon.detach import Sandbox, detach
 from passt.sandbox import isolation
 
 TARGETS = "tap", "stack", "tcp", "udp", "icmp", "stream", "reassembly", "control", "resolv_conf", "log_file"
+SHARING = "vhost", "migration"  # of a machine that shares its memory
 
 
 def main() -> None:
@@ -26,11 +27,12 @@ def main() -> None:
     seccomp.binding()
     log.setup(mode, log.TRACE, syslog=False, file=log_file.opened(mode, path))
     log.stop_stderr()
-    targets = [(name, BY_NAME[name].load(), BY_NAME[name].corpus()) for name in TARGETS]
+    names = (*TARGETS, *(SHARING if mode == PASST else ()))
+    targets = [(name, BY_NAME[name].load(), BY_NAME[name].corpus()) for name in names]
     for _, target, corpus in targets:
         target.one(corpus[0])  # what a target prepares once
     isolation.become(isolation.choose_identity(None))
-    daemon_common.detach(Options(mode=mode, foreground=True), None, daemon_common.Sandbox(mode, False))
+    detach(Options(mode=mode, foreground=True), None, Sandbox(mode, False))
     executions = 0
     for name, target, corpus in targets:
         for data in corpus:

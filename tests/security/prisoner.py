@@ -1,6 +1,7 @@
-"""Processes in the sandbox that try to get out: `prisoner.py MODE` (pasta or passt), one for each attempt below.
+"""Processes in the sandbox that try to get out: `prisoner.py MODE` (pasta, passt, or passt --vhost-user), one for each
+attempt below.
 
-Each goes through the steps of the daemon (`daemon.common.detach`), in the foreground, with the modules of that mode
+Each goes through the steps of the daemon (`daemon.detach`), in the foreground, with the modules of that mode
 loaded, and then makes an attacker's system call, without Python's wrapper. For each a line of JSON is printed: [name,
 exit status or minus the signal, output]. The output is "ready", and then the result ("error NAME" or "done"), unless
 the process is killed before.
@@ -20,7 +21,7 @@ from typing import NoReturn
 
 from passt import PASTA, log, seccomp
 from passt.conf.options import Options
-from passt.daemon import common as daemon_common
+from passt.daemon.detach import Sandbox, detach
 from passt.sandbox import isolation
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -176,7 +177,11 @@ def main() -> None:
         from passt import passt  # noqa: F401
         from passt.daemon import passt as daemon_passt  # noqa: F401
         from passt.daemon import wiring  # noqa: F401
-        from passt.link import stream_socket  # noqa: F401
+        if "--vhost-user" in sys.argv:
+            from passt.link import vhost_user  # noqa: F401
+            from passt.migration import steps  # noqa: F401
+        else:
+            from passt.link import stream_socket  # noqa: F401
     from passt.conf import resolv_conf  # noqa: F401
     from passt.control import json_api  # noqa: F401
     from passt.control import slirp as control_slirp  # noqa: F401
@@ -198,10 +203,8 @@ def main() -> None:
 
 
 def _try(mode: str, attempt: Callable[[], int], out: int) -> NoReturn:
-    kept = isolation.running_capabilities(own_tap=True) if mode == PASTA else ()
-    daemon_common.detach(
-        Options(mode=mode, foreground=True), None, daemon_common.Sandbox(mode, False, kept, None, (ETC,))
-    )
+    kept = isolation.running_capabilities(own_tap=True, over_host=False) if mode == PASTA else ()
+    detach(Options(mode=mode, foreground=True), None, Sandbox(mode, False, kept, None, (ETC,)))
     os.write(out, b"ready ")
     result = attempt()
     os.write(out, (f"error {errno.errorcode[-result]}" if result < 0 else "done").encode())

@@ -14,7 +14,7 @@ import pytest
 
 from passt import PASST, PASTA
 
-from ..system.support import REPOSITORY, User
+from ..system.support import REPOSITORY, TREE, User
 from .prisoner import ATTEMPTS
 
 ALLOWED = {
@@ -28,9 +28,9 @@ ALLOWED = {
 Outcome = tuple[int, str]  # exit status or minus the signal; what the prisoner said
 
 
-def outcomes(user: User, mode: str) -> dict[str, Outcome]:
+def outcomes(user: User, *mode: str) -> dict[str, Outcome]:
     """The result of each attempt."""
-    command = user.command([user.python, "-m", "tests.security.prisoner", mode])
+    command = user.command([user.python, "-m", "tests.security.prisoner", *mode])
     done = subprocess.run(
         command, cwd=REPOSITORY, env=user.env, capture_output=True, text=True, timeout=150, check=False
     )
@@ -38,12 +38,14 @@ def outcomes(user: User, mode: str) -> dict[str, Outcome]:
     return {name: (status, said) for name, status, said in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.fixture(
-    scope="module", params=[(who, mode) for who in ("user", "root") for mode in (PASTA, PASST)], ids=" ".join
-)
+USERS = ("user",) if TREE else ("user", "root")  # root is tried with one build
+PRISONERS = [(who, mode) for who in USERS for mode in (PASTA, PASST)] + [("user", PASST, "--vhost-user")]
+
+
+@pytest.fixture(scope="module", params=PRISONERS, ids=" ".join)
 def outcome(request: pytest.FixtureRequest) -> dict[str, Outcome]:
-    who, mode = request.param
-    return outcomes(request.getfixturevalue("ordinary_user" if who == "user" else "root"), mode)
+    who, *mode = request.param
+    return outcomes(request.getfixturevalue("ordinary_user" if who == "user" else "root"), *mode)
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)

@@ -1,4 +1,4 @@
-"""Handlers need no system call that the sandbox denies. A handler that does is detected.
+"""Handlers need no system call that the sandbox denies, in either build. A handler that does is detected.
 
 A daemon with every option gets traffic until all handlers that it reports have run in its sandbox (`informer.py`,
 `visitors.py`): unchanged, with handlers that fail, without descriptors, and with every kind of end. Then each handler,
@@ -19,21 +19,23 @@ import pytest
 
 from passt import PASST, PASTA
 
-from ..system.support import REPOSITORY, User
-from ..system.traffic.conftest import someone
+from ..system.support import REPOSITORY, TREE, User
 from ..system.traffic.support import Lan, new_lan, root_user
-from .visitors import AT_END, LOG_SIZE, Inmate, Prison, stay
+from .visitors import AT_END, LOG_SIZE, SHARING, Inmate, Prison, stay
 
 WAYS = {
     PASTA: ("plain", "faulty", "starved", "leaving", "polling", "named", "given", "spawning"),
-    PASST: ("plain", "faulty", "starved"),
+    PASST: ("plain", "faulty", "starved", *SHARING),
 }
+# The deletion of a tap that root's pasta has made: it ends the daemon with status 1 (tests/system/test_attach.py)
+TAP_LOST = "passt.daemon.pasta.tap_lost"
 # Handlers that never run: a machine has no tap device, and no loopback to splice to
 NEVER = {
-    PASTA: frozenset[str](),
+    PASTA: frozenset((TAP_LOST,)),
     PASST: frozenset(
         (
             "passt.link.tap_device.TapLink.readable",
+            "passt.splice.lingering.Lingering._look",
             "passt.splice.tcp.TcpSplice.fault",
             "passt.splice.tcp.TcpSplice.sock_handler",
             "passt.splice.udp.UdpSplice.fault",
@@ -42,10 +44,20 @@ NEVER = {
     ),
 }
 ENDING = "passt.daemon.common.End."
-AFTER_FAULT = ".fault", "passt.ports.listen.Listeners._resume"
+AFTER_FAULT = ".fault", "passt.flow.spare.Spare._resume"
+TAP_GONE = "passt.daemon.pasta.tap_gone"  # of a given tap
+# Handlers that run under conditions that no visitor makes. They call what others call, which do run
+LATER = frozenset(
+    (
+        "passt.splice.refusal.Refusals._resume",  # a second after a refusal: connect(2), as the refusal itself
+        "passt.tcp_engine.wheel.Wheel._turn",  # with thousands of connections: that of `Deadlines._look`
+        "passt.tcp_engine.reminders.Reminders.timer_handler",  # after a lost frame: sends to the guest
+        "passt.igmp.Igmp._fired",  # after minutes: sends to the guest, and leaves groups as a report of it does
+    )
+)
+EVERY = 10 if TREE else 5  # handler is tried where the filter is the same as elsewhere
+ATTEMPTS = 4
 FAULTS = "Handling ", "A request to the control socket failed", "In the network namespace", "The loop failed"
-
-__all__ = ["someone"]
 
 
 @dataclass
@@ -58,6 +70,12 @@ class Record:
     statuses: dict[str, int | None] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
+    @property
+    def never(self) -> frozenset[str]:
+        """Handlers that do not run for the mode and the user."""
+        never = NEVER[self.prison.mode] | LATER
+        return never | {"passt.daemon.pasta.reopen"} if self.prison.user.is_root else never
+
     def visit(self, way: str) -> None:
         inmate = stay(self.prison, way, lambda inmate: not self._missing(way, inmate))
         self.known |= inmate.known
@@ -68,10 +86,18 @@ class Record:
 
     def _missing(self, way: str, inmate: Inmate) -> set[str]:
         """Handlers that must run before the end of a way."""
-        names = inmate.known - inmate.ran.keys() - NEVER[self.prison.mode]
+        names = inmate.known - inmate.ran.keys() - self.never
         missing = {name for name in names if not name.startswith(ENDING)}
         afterwards = {name for name in missing if name.endswith(AFTER_FAULT)}
-        return {"plain": missing - afterwards, "faulty": afterwards, "given": names}.get(way, set())
+        first, left = missing - afterwards - {TAP_GONE}, missing - self.ran.keys()
+        return {"plain": first, "faulty": afterwards, "given": names, "sharing": left}.get(way, set())
+
+
+@pytest.fixture(scope="module", params=["user"] if TREE else ["user", "root"])
+def someone(request: pytest.FixtureRequest) -> User:
+    """Root is tried with one build."""
+    user: User = request.getfixturevalue("ordinary_user" if request.param == "user" else "root")
+    return user
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +126,7 @@ def record(request: pytest.FixtureRequest, lan: Lan, someone: User) -> Iterator[
 def test_every_handler_runs(record: Record) -> None:
     said = record.prison.complaints()
     assert record.statuses == dict.fromkeys(WAYS[record.prison.mode], 0), said[-3000:]
-    assert record.known - record.ran.keys() - NEVER[record.prison.mode] == set()
+    assert record.known - record.ran.keys() - record.never == set()
     assert record.faults == []
     faults = [line for line in said.splitlines() if any(text in line for text in FAULTS)]
     assert [line for line in faults if "Staged(" not in line] == []
@@ -109,16 +135,23 @@ def test_every_handler_runs(record: Record) -> None:
 
 
 def test_every_handler_is_held(record: Record) -> None:
-    """No handler can make an undeclared call. Root has the same filter: a few handlers are enough."""
+    """No handler can make an undeclared call. Root, and the compiled build, have the same filter: a few are enough.
+
+    A handler that waits for a timer may not run in time on a busy machine: the daemon then ends as usual, status 0.
+    """
     statuses = {}
-    chosen = sorted(record.ran)[:: 5 if record.prison.user.is_root else 1]
+    chosen = sorted(record.ran.keys() - LATER)[:: EVERY if TREE or record.prison.user.is_root else 1]
     for name in chosen:
         way, visit = record.ran[name]
-        inmate = stay(record.prison, way, lambda _, visit=visit: visit == AT_END, name, visit)  # type: ignore[misc]
-        statuses[name] = inmate.status
+        for _ in range(ATTEMPTS):
+            inmate = stay(record.prison, way, lambda _, visit=visit: visit == AT_END, name, visit)  # type: ignore[misc]
+            statuses[name] = inmate.status
+            if inmate.status != 0:
+                break
     assert statuses == dict.fromkeys(chosen, -signal.SIGSYS)
 
 
+@pytest.mark.skipif(bool(TREE), reason="fakes cannot inherit from compiled classes")
 @pytest.mark.parametrize("mode", [PASTA, PASST])
 def test_error_paths_and_log_lines(anyone: User, mode: str) -> None:
     with tempfile.TemporaryDirectory() as directory:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,9 @@ APPARMOR = REPOSITORY / "contrib" / "apparmor"
 SELINUX = REPOSITORY / "contrib" / "selinux"
 ETC = Path("/etc/apparmor.d")
 MAKEFILE = "/usr/share/selinux/devel/Makefile"
-COMMANDS = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"])
+COMMANDS = {path.name for path in (REPOSITORY / "commands").iterdir()}
 
-PROFILES = ["passt_python", "pasta_python", "pesto_python", "qrap_python"]
+PROFILES = ["passt_python", "passt_repair_python", "pasta_python", "pesto_python", "qrap_python"]
 # The relevant part of libvirt's profiles, by their names in Debian
 MACHINE = """
 include <tunables/global>
@@ -197,6 +196,7 @@ CONTEXTS = {
     "/usr/local/bin/passt": "passt_python_exec_t",
     "/usr/local/bin/pasta": "pasta_python_exec_t",
     "/usr/local/bin/passt4netns": "pasta_python_exec_t",
+    "/usr/local/bin/slirp4netns": "pasta_python_exec_t",
     "/opt/passt/bin/passt": "passt_python_exec_t",
     "/opt/x/venv/bin/pasta": "pasta_python_exec_t",
     "/opt/passt/lib/python3.11/site-packages/numpy/x.so": "lib_t",

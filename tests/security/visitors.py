@@ -14,32 +14,46 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from scapy.layers.inet import ICMP, IP
+from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from fuzz.frames import VALID
-from passt import PASST, PASTA
+from passt import PASST, PASTA, addr, repair
+from passt.log import Fatal
+from passt.migration.steps import LINGER
+from passt.udp_engine.io import UDP_SEGMENT
+from passt.wire import igmp
+from passt.wire.igmp import Single
+from passt.wire.vhost import Invalid
 from passt.wire.virtio import VNET_LEN
 
 from ..system.support import User
-from ..system.traffic.support import GATEWAY, HOST, PEER, Lan, Namespace
-from ..system.vm.client import Answer, Client, framed
-from .informer import GIVEN_TAP
+from ..system.traffic.support import GATEWAY, HOST, HOST6, PEER, Lan, Namespace
+from ..system.vm.client import ACK, Answer, Client, framed
+from ..system.vm.vhost import VhostClient
+from .informer import FAULTY, GIVEN_TAP, SPEED
 
-DEADLINE = 15.0  # s for a daemon to tell what it should
+DEADLINE = 30.0  # s for a daemon to tell what it should
 PATIENCE = 0.05  # s for an answer
 IN, OUT = 5001, 5011  # ports of the host: one leads to the guest, and at the other there are servers
 BULK = bytes(300_000)
-OPTIONS = "-a 192.0.2.2/24 -g 192.0.2.1 -a 2001:db8::2/64 -g fe80::1 --dns-forward 192.0.2.53"
+OPTIONS = "-a 192.0.2.2/24 -g 192.0.2.1 -g fe80::1 --dns-forward 192.0.2.53"
 MAPPED = "192.0.2.1"  # the host's loopback, for the guest
 RESOLVER = "192.0.2.53"
 LOG_SIZE = 40960
+GROUP, DISCOVERY = "239.255.255.250", 1900  # SSDP
+MORE_PORTS = '{"command":"add","rules":["-u 5004"]}\n{"command":"delete","rules":["-u 5004"]}\n'
+ALL_ROUTERS = addr.packed("224.0.0.22")
 QUERY = b"\x12\x34\1\0\0\1\0\0\0\0\0\0\7example\3org\0\0\1\0\1"
 FRAMES = [frame[VNET_LEN:] for frame in VALID]
+OTHER_ADDRESS = f"{HOST6}6/128"  # the longer prefix is the better one
 NAMES = f"nameserver {HOST}\n", f"nameserver {PEER}\nnameserver 2001:db8:ffff::1\n"  # no resolver answers
 REQUESTS = (
     '{"command":"show"}',
@@ -61,12 +75,14 @@ SLIRP = (
     '{"execute":"list_info"}',
     "[" * 3000,
 )
-WITH_GUEST = "plain", "faulty", "starved", "given"
+SHARING = "sharing", *(way for way in FAULTY if way.startswith("sharing"))  # the machine's memory: --vhost-user
+WITH_GUEST = *FAULTY, *SHARING, "plain", "starved", "given"
 SIGNALS = {  # sent at the end of a way; a faulty handler may ignore the first ones
-    "faulty": (signal.SIGTERM,) * 5,
+    **dict.fromkeys(FAULTY, (signal.SIGTERM,) * 5),
     "spawning": (signal.SIGTERM, signal.SIGINT),
     **dict.fromkeys(("leaving", "polling", "named", "given"), ()),
 }
+FORWARDED = {f"passt.daemon.common.End.{name}" for name in ("_forward", "_forward_unless_typed")}
 AT_END = "the end"  # what is told then was told for that
 NAMED = "/run/guest"  # of the host's own
 RESET = struct.pack("ii", 1, 0)  # struct linger
@@ -81,6 +97,10 @@ class Guest(Client):
         return super().expect(wanted, deadline)
 
 
+class SharingGuest(Guest, VhostClient):
+    """The same, whose frames lie in the rings of a memory that it shares."""
+
+
 class Inmate:
     """A daemon, and what it has told."""
 
@@ -89,6 +109,7 @@ class Inmate:
         self._lines = lines
         self.locked = False
         self.status: int | None = None
+        self.way = ""
         self.known: set[str] = set()
         self.ran: dict[str, str] = {}  # by which visit
         self.faults: list[str] = []
@@ -110,16 +131,17 @@ class Inmate:
                 self.status = int(text)
                 break
 
-    def wait(self, done: Callable[[], bool], seconds: float = DEADLINE) -> bool:
-        """Whether done() comes true in time; it does not if the daemon ends before."""
+    def wait(self, done: Callable[[], bool], seconds: float = DEADLINE, visit: str = "") -> bool:
+        """Whether done() comes true in time, by a visit; it does not if the daemon ends before."""
         end = time.monotonic() + seconds
         while not done() and self.status is None and (left := end - time.monotonic()) > 0:
-            self.listen(min(left, PATIENCE))
+            self.listen(min(left, PATIENCE), visit)
         return done()
 
     def kill(self, number: int) -> None:
         if self.status is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has not told its end yet
+                os.kill(self.pid, number)
 
 
 class Prison:
@@ -228,7 +250,7 @@ class Visitors:
         order = sorted(visits, key=lambda name: name != first)
         while not done() and self.inmate.status is None and time.monotonic() < end:
             for name in order:
-                with contextlib.suppress(OSError, AssertionError, EOFError):
+                with contextlib.suppress(OSError, AssertionError, EOFError, Invalid):
                     visits[name]()
                 self.inmate.listen(0, name)
                 if done() or self.inmate.status is not None:
@@ -253,6 +275,19 @@ class Visitors:
         if kind == socket.SOCK_STREAM:
             sock.listen(64)
         return sock
+
+    def device(self, sock: socket.socket) -> None:
+        """Make `sock` one of a device on the host's network, which others search for."""
+        sock.settimeout(1.0)  # the daemon is busy
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("0.0.0.0", DISCOVERY))
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, _request(GROUP))
+
+    def answer(self, device: socket.socket) -> None:
+        """A device answers a search, and speaks to the group."""
+        _, there = device.recvfrom(100)
+        device.sendto(b"200 OK", there)
+        device.sendto(b"NOTIFY", (GROUP, DISCOVERY))
 
     # Conversations ---------------------------------------------------------------------------------------------------
 
@@ -287,8 +322,7 @@ class Visitors:
                 client.send(QUERY if port == 53 else b"hello")
             if server is not None:
                 _, there = server.recvfrom(100)
-                for _ in range(8):
-                    server.sendto(b"hello", there)
+                burst(server, there)
             client.recv(100)
             client.send(b"again")
 
@@ -314,6 +348,10 @@ class Visitors:
         new = self.prison.directory / "new"
         new.write_text(NAMES[(self._round + 1) % 2])
         new.rename(self.prison.names)
+
+    def visit_network(self) -> None:
+        """The host gets another IPv6 address, or loses it again: the guest's follows."""
+        self.host.run("ip", "address", ("del", "add")[self._round % 2], OTHER_ADDRESS, "dev", "eth0", check=False)
 
     def visit_operator(self) -> None:
         self.inmate.kill(signal.SIGUSR1)
@@ -343,11 +381,32 @@ class Neighbours(Visitors):
         for address, port in ((RESOLVER, 53), (MAPPED, 9), (GATEWAY, 9), ("203.0.113.1", 9)):  # no host is there
             talks[f"datagrams {address}"] = partial(self.datagrams, self._guest, address, port, None)
             talks[f"stream {address}"] = partial(self.stream, self._guest, address, port, None)
+        if self.prison.user.is_root and self.inmate.way != "given":
+            return super().visits() | talks  # it may not create another tap
         # The last, since what it has not read by then is gone
         return super().visits() | talks | {"without tap": self._without_tap}
 
     def visit_unheard(self) -> None:
         self.make(self.prison.lan.peer).connect((HOST, IN))
+
+    def visit_probe(self) -> None:
+        """Keep-alive of the guest's kernel, after a second of silence."""
+        client = self.make(self._guest)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        client.connect((MAPPED, OUT))
+        with self._servers[socket.SOCK_STREAM][0].accept()[0]:
+            time.sleep(1.3)
+
+    def visit_multicast(self) -> None:
+        """A search in a group that is joined, its answer, and a datagram to the group; a port opens meanwhile."""
+        kind = socket.SOCK_DGRAM
+        with self._guest.make_socket(kind=kind) as member, self.host.make_socket(kind=kind) as device:
+            self.device(device)
+            member.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, _request(GROUP))
+            member.sendto(b"M-SEARCH", (GROUP, DISCOVERY))
+            self.answer(device)
+            self._control("control", MORE_PORTS)
 
     def visit_frames(self) -> None:
         wire = self.make(self._guest, socket.SOCK_RAW, socket.AF_PACKET)
@@ -369,7 +428,7 @@ class Machines(Visitors):
     def __init__(self, prison: Prison, inmate: Inmate) -> None:
         super().__init__(prison, inmate)
         self._path = str(prison.directory / "guest")
-        self._guest: Guest | None = None
+        self._guest: Client | None = None
         self._server = self.listener(self.host, "127.0.0.1", OUT)
         self._echo = self.listener(self.host, "127.0.0.1", OUT, socket.SOCK_DGRAM)
 
@@ -380,11 +439,21 @@ class Machines(Visitors):
     def guest(self) -> Client:
         """The connected client, or the next one."""
         if self._guest is None:
-            self._guest = Guest(socket.socket(socket.AF_UNIX))
-            self._guest.sock.connect(self._path)
+            self._guest = self.come(Guest)
         if not self._guest.address:
             self._guest.configure()
         return self._guest
+
+    def come(self, kind: Callable[[socket.socket], Client]) -> Client:
+        """Connect as a guest."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(1.0)
+            sock.connect(self._path)
+            return kind(sock)
+        except BaseException:
+            sock.close()
+            raise
 
     def leave(self) -> None:
         if self._guest is not None:
@@ -405,9 +474,20 @@ class Machines(Visitors):
         guest = self.guest()
         guest.send(*[guest.udp(MAPPED, OUT, b"hello")] * 4, guest.udp(RESOLVER, 53, QUERY))
         _, there = self._echo.recvfrom(100)
-        for _ in range(8):
-            self._echo.sendto(b"hello", there)
+        burst(self._echo, there)
         guest.ping(GATEWAY)
+        guest.send(guest.ip(MAPPED) / ICMP(type=3, code=3) / IP(src=MAPPED) / bytes(8))  # about nothing
+
+    def visit_multicast(self) -> None:
+        """The same as a namespace's."""
+        guest = self.guest()
+        report = igmp.packet(addr.packed(guest.address), ALL_ROUTERS, Single(igmp.REPORT_V2, addr.packed(GROUP)).emit())
+        with self.host.make_socket(kind=socket.SOCK_DGRAM) as device:
+            self.device(device)
+            guest.send(bytes(Ether(src=guest.mac, dst="01:00:5e:00:00:16", type=0x800)) + report)
+            guest.send(guest.udp(GROUP, DISCOVERY, b"M-SEARCH"))
+            self.answer(device)
+            self._control("control", MORE_PORTS)
 
     def visit_stream(self) -> None:
         connection = self.guest().connect(MAPPED, OUT)
@@ -426,12 +506,101 @@ class Machines(Visitors):
                 other.connect(self._path)
                 other.recv(1)
 
+    def visit_probe(self) -> None:
+        """Keep-alive: after a second of silence, since before it a probe needs no question."""
+        connection = self.guest().connect(MAPPED, OUT)
+        with self._server.accept()[0]:
+            time.sleep(1.1)
+            connection.sent -= 1
+            connection.send_segment(ACK)
+            connection.sent += 1
+            connection.expect(lambda tcp: tcp.ack == connection.sent or None)
+
     def visit_leave(self) -> None:
         try:
             self.guest().sock.settimeout(PATIENCE)
             self.guest().sock.sendall(framed(FRAMES) + b"\xff" * 100)
         finally:
             self.leave()
+
+
+class SharingMachines(Machines):
+    """Those that share their memory, and may move with it."""
+
+    def guest(self) -> SharingGuest:
+        if self._guest is None:
+            self._guest = self.come(SharingGuest)
+        guest = super().guest()
+        assert isinstance(guest, SharingGuest)
+        return guest
+
+    def leave(self) -> None:
+        if self._guest is not None:
+            assert isinstance(self._guest, SharingGuest)
+            self._guest.machine.close()
+            self._guest = None
+
+    def visit_stay(self) -> None:
+        """A migration that fails: the machine stops, there is no helper, and it goes on here."""
+        guest = self.guest()
+        guest.stop()
+        guest.machine.check_state()
+        guest.go_on()
+        guest.ping(GATEWAY)
+
+    def visit_move(self) -> None:
+        """It leaves with a connection. When its sockets are closed, it comes here, as to another host."""
+        guest = self.guest()
+        connection = guest.connect(MAPPED, OUT)
+        with self._server.accept()[0] as other:
+            try:
+                with self._helper():
+                    state = guest.stop()
+                    guest.machine.check_state()
+                former = guest.machine
+                former.sock.close()
+                self.inmate.listen(1.1 * LINGER / SPEED, "visit_move")
+                with self._helper():
+                    guest.move_to(self._path, state)
+                    former.close()
+                    guest.go_on()
+                    connection.send(b"hello again")
+                    other.settimeout(PATIENCE)
+                    other.recv(5)
+            finally:
+                self.leave()
+
+    @contextlib.contextmanager
+    def _helper(self) -> Iterator[None]:
+        """passt-repair, which may fail: where the tests do not run as root, it lacks the right."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(f"{self._path}.repair")
+
+            def serve() -> None:
+                with contextlib.suppress(Fatal):
+                    repair.serve(sock)
+                sock.shutdown(socket.SHUT_RDWR)
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            try:
+                yield
+            finally:
+                sock.shutdown(socket.SHUT_RDWR)
+                thread.join()
+
+
+def burst(server: socket.socket, there: object) -> None:
+    """An answer, and a stream of them that arrives at once."""
+    server.sendto(b"hello", there)  # type: ignore[arg-type]
+    server.setsockopt(socket.SOL_UDP, UDP_SEGMENT, 5)
+    server.sendto(b"hello" * 16, there)  # type: ignore[arg-type]
+    server.setsockopt(socket.SOL_UDP, UDP_SEGMENT, 0)
+
+
+def _request(group: str) -> bytes:
+    """struct ip_mreq: a group, on the interface that the routes say."""
+    return socket.inet_aton(group) + bytes(4)
 
 
 # Ways to be there ----------------------------------------------------------------------------------------------------
@@ -443,8 +612,10 @@ def stay(
     """A daemon from its beginning to its end: visited until it is done(), by `first` first, and then told to end."""
     with prison.inmate(way, victim, *_options(prison, way, quiet=bool(victim))) as inmate:
         assert inmate.locked, (way, victim, inmate.status, prison.complaints())
+        inmate.way = way
         if way in WITH_GUEST:
-            visitors = (Neighbours if prison.mode == PASTA else Machines)(prison, inmate)
+            kind = Neighbours if prison.mode == PASTA else SharingMachines if way in SHARING else Machines
+            visitors = kind(prison, inmate)
             try:
                 visitors.play(lambda: done(inmate), first)
             finally:
@@ -459,7 +630,7 @@ def _options(prison: Prison, way: str, *, quiet: bool) -> list[str]:
     words = f"{OPTIONS} -p {here}/pcap -c {here}/control --api-socket {here}/api --stats 1 -t {IN} -u {IN}".split()
     words += ["-q"] if quiet else ["-l", f"{here}/{way}", "--log-size", f"{LOG_SIZE}", "--trace"]
     if prison.mode == PASST:
-        return [*words, "-s", f"{here}/guest"]
+        return [*words, "-s", f"{here}/guest", *(["--vhost-user"] if way in SHARING else [])]
     words += ["--config-net", "-T", "auto", "-U", "auto"]
     words += ["--fd", f"{GIVEN_TAP}"] if way == "given" else ["-I", "tap0"]
     if way == "spawning":
@@ -484,6 +655,7 @@ def _end(prison: Prison, inmate: Inmate, way: str) -> None:
         inmate.listen(PATIENCE, AT_END)
         inmate.kill(number)
     if way == "spawning":
+        inmate.wait(lambda: inmate.ran.keys() >= FORWARDED, 1.0, AT_END)  # the end of the command would be faster
         with contextlib.suppress(OSError):
             os.close(os.open(prison.directory / "end", os.O_WRONLY | os.O_NONBLOCK))
     end = time.monotonic() + DEADLINE
