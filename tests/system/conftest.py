@@ -13,7 +13,7 @@ from typing import IO
 
 import pytest
 
-from .support import Host, Runner, User, current_user, make_user, new_host
+from .support import Host, Runner, User, current_user, made_user, new_host
 
 TEST_USER = "pastatest"
 TUN = "/dev/net/tun"
@@ -58,9 +58,13 @@ def tun_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ordinary_user() -> User:
+def ordinary_user() -> Iterator[User]:
     """A user without privileges: the one who runs the tests, or an account created by root for them."""
-    return make_user(TEST_USER) if os.geteuid() == 0 else current_user()
+    if os.geteuid() != 0:
+        yield current_user()
+        return
+    with made_user(TEST_USER) as user:
+        yield user
 
 
 @pytest.fixture(scope="session")

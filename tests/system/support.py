@@ -15,19 +15,21 @@ import select
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
+from .account import account
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+TREE = os.environ.get("PASST_TREE", "")  # folder with another build of the program, which is run then (scripts/compile)
 DEADLINE = 30.0  # seconds; for conditions, not an expectation
 DEBIAN_PYTHON = "/usr/bin/python3"
-USER_EXISTS = 9  # exit status of useradd(8)
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,21 @@ def may_execute(python: str, uid: int, gid: int) -> bool:
 
 def environment(**extra: str) -> dict[str, str]:
     """A small environment that finds this source tree and the packages of the running Python."""
-    packages = os.pathsep.join((str(REPOSITORY), str(Path(pytest.__file__).parents[1])))
+    packages = os.pathsep.join((*([TREE] if TREE else []), str(REPOSITORY), sysconfig.get_path("purelib")))
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return {"PATH": path, "PYTHONPATH": packages, "PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8", **extra}
+    first = {"PYTHONSAFEPATH": "1"} if TREE else {}  # before the current directory
+    return {"PATH": path, "PYTHONPATH": packages, "PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8", **first, **extra}
 
 
-def make_user(name: str) -> User:
-    """An account for the tests, made if it is missing."""
-    try:
-        entry = pwd.getpwnam(name)
-    except KeyError:
-        done = subprocess.run(["useradd", "--create-home", name], capture_output=True, text=True, check=False)
-        assert done.returncode in (0, USER_EXISTS), done.stderr  # tests that run beside these make it, too
-        entry = pwd.getpwnam(name)
-    python = sys.executable
+@contextlib.contextmanager
+def made_user(name: str) -> Iterator[User]:
+    """A user with an account for the tests."""
+    with account(name) as entry:
+        yield _user(entry)
+
+
+def _user(entry: pwd.struct_passwd) -> User:
+    python, name = sys.executable, entry.pw_name
     if not may_execute(python, entry.pw_uid, entry.pw_gid):
         python = DEBIAN_PYTHON  # ours lies in a directory of root's
         assert may_execute(python, entry.pw_uid, entry.pw_gid), f"{name} has no Python that finds pyroute2"
@@ -253,6 +256,10 @@ class Pty:
                 data = b""  # EIO: the last process has closed the terminal
             assert data, f"{pattern!r} did not appear before the end; there is {self.output!r}"
             self.output += data.decode(errors="replace")
+
+    def attributes(self) -> list[Any]:
+        """Those of the terminal (termios(3))."""
+        return termios.tcgetattr(self._fd)
 
     def wait(self) -> int:
         """The session leader's exit code."""

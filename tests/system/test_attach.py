@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import select
 import signal
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,7 @@ from .support import (
     DEADLINE,
     Runner,
     User,
-    addresses,
     alive,
-    by_name,
     enter,
     handles,
     new_host,
@@ -36,6 +37,72 @@ def test_attach_to_a_pid_and_end_with_it(pasta: Runner) -> None:
     wait_for(lambda: not alive(daemon), "the end of pasta")
 
 
+def test_target_that_ends_during_the_start(pasta: Runner) -> None:
+    """As soon as the namespace is pinned, nothing of the process is needed any more."""
+    target = pasta.namespace()
+    namespace = os.stat(f"/proc/{target}/ns/net")
+    process = pasta.start("-f", "--config-net", str(target), stderr=subprocess.PIPE)
+
+    def pinned() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            fds = [os.stat(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+            return any(os.path.samestat(fd, namespace) for fd in fds)
+        return False
+
+    wait_for(pinned, "the namespace is open")
+    os.kill(target, signal.SIGKILL)
+    pasta.processes[0].wait()
+    _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, errors
+    assert errors.endswith(f"Namespace /proc/{target}/ns/net is gone, exiting\n".encode())
+
+
+def test_target_that_has_ended_before_the_modules_are_loaded(user_pasta: Runner) -> None:
+    """An interpreter that is slow to load them, as from a cold disk."""
+    target = user_pasta.namespace()
+    slow = (
+        "import os, signal, sys, passt.__main__ as main; from passt.namespace import pin; sys.argv[0] = 'pasta'; "
+        f"hold = pin.hold; pin.hold = lambda argv: (hold(argv), os.kill({target}, signal.SIGKILL)); main.main()"
+    )
+    command = user_pasta.user.command([user_pasta.user.python, "-c", slow, "-f", "--config-net", str(target)])
+    done = subprocess.run(
+        command, cwd="/", env=user_pasta.user.env, capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith(f"Namespace /proc/{target}/ns/net is gone, exiting\n")
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("kind", ["pid", "link", "mount"])
+def test_end_is_noticed_at_once(root_pasta: Runner, tmp_path: Path, kind: str) -> None:
+    """Within 0.2 s of the end of the last process, or of the removal of the name, in the best of a few attempts."""
+    lags = []
+    for _ in range(5):
+        target = root_pasta.namespace(userns=False)
+        directory = tmp_path / str(target)
+        directory.mkdir(mode=0o700)
+        path = directory / "ns"
+        if kind == "link":
+            path.symlink_to(f"/proc/{target}/ns/net")
+        elif kind != "pid":
+            path.touch()
+            subprocess.run(["mount", "--bind", f"/proc/{target}/ns/net", str(path)], check=True)
+        daemon = root_pasta.daemon(*([str(target)] if kind == "pid" else ["--netns", str(path)]))
+        process = os.pidfd_open(daemon)
+        if kind in ("pid", "link"):
+            os.kill(target, signal.SIGKILL)
+        else:
+            subprocess.run(["umount", str(path)], check=True)
+            path.unlink()
+        begin = time.monotonic()
+        assert select.select([process], [], [], DEADLINE)[0]
+        lags.append(time.monotonic() - begin)
+        os.close(process)
+        if lags[-1] < 0.2:
+            return
+    raise AssertionError(f"it took {lags} s")
+
+
 def test_background_process_keeps_nothing(pasta: Runner) -> None:
     target = pasta.namespace()
     process = pasta.start(
@@ -51,7 +118,7 @@ def test_background_process_keeps_nothing(pasta: Runner) -> None:
     try:
         daemon = int(pid_file.read_text())
     finally:
-        pid_file.unlink()
+        pid_file.unlink(missing_ok=True)
     pasta.daemons.append(daemon)
     assert process.returncode == 0
     assert b"Namespace interface: " in output
@@ -70,7 +137,7 @@ def test_log_file(pasta: Runner) -> None:
         lines = path.read_text().splitlines()
         assert path.stat().st_mode & 0o777 == 0o600
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)
     assert re.fullmatch(r"pasta \d+\.\d+\.\d+: /.*python.* \(\d+\)", lines[0])
     assert re.fullmatch(
         r"\d+\.\d{4}: info:    Namespace interface: .*", next(x for x in lines if "Namespace interface" in x)
@@ -200,8 +267,6 @@ def test_root_that_stays_root(root_pasta: Runner) -> None:
         process = root_pasta.start("-f", "--runas", "0", "--config-net", "--netns", target.name)
         wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
         assert os.stat(f"/proc/{process.pid}").st_uid == 0
-        target.ip("link", "del", target.show("link")[1]["ifname"])
-        wait_for(lambda: len(target.show("link")) == 2, "the interface comes back")
 
 
 def test_root_becomes_nobody(root_pasta: Runner, ordinary_user: User) -> None:
@@ -223,39 +288,62 @@ def test_deleted_interface_comes_back_with_its_address(pasta: Runner) -> None:
     assert (done.returncode, done.stdout) == (0, "1\n")
 
 
-def test_deleted_interface_comes_back_though_root_became_nobody(root_pasta: Runner) -> None:
+def ip_in(user: User, pid: int, *words: str) -> str:
+    """ip(8) as root of the namespaces of `pid`, a process of `user`."""
+    nsenter = ["nsenter", f"--target={pid}", "--user", "--preserve-credentials", "--net", "--", "ip", *words]
+    return subprocess.run(user.command(nsenter), check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--runas", "0"]])
+@pytest.mark.parametrize("whose", ["root's", "a user's"])
+def test_root_has_no_right_to_bring_a_deleted_interface_back(
+    root_pasta: Runner, user_pasta: Runner, whose: str, more: list[str]
+) -> None:
+    """It would be a right over the whole machine."""
     with new_host() as target:
-        daemon = root_pasta.daemon("--config-net", "--netns", target.name, "-I", "tap9")
-        before = by_name(target.show("address"), "tap9")
-        target.ip("link", "del", "tap9")
-        wait_for(lambda: len(target.show("link")) == 2, "the interface comes back")
-        wait_for(lambda: "UP" in by_name(target.show("address"), "tap9")["flags"], "the interface is up")
-        assert addresses(by_name(target.show("address"), "tap9")) == addresses(before)
-        assert os.stat(f"/proc/{daemon}").st_uid == 65534
-
-
-def test_loopback_interface_with_another_name(root_pasta: Runner) -> None:
-    """It was renamed before we came; the tap comes back nevertheless."""
-    with new_host("link set lo down", "link set lo name foo") as target:
-        root_pasta.daemon("--config-net", "--netns", target.name, "-I", "tap9")
-        assert "UP" in by_name(target.show("link"), "foo")["flags"]
-        target.ip("link", "set", "foo", "down")
-        target.ip("link", "del", "tap9")
-        wait_for(lambda: len(target.show("link")) == 2, "the interface comes back")
-        wait_for(lambda: "UP" in by_name(target.show("link"), "tap9")["flags"], "the interface is up")
-        assert "UP" in by_name(target.show("link"), "foo")["flags"]
-
-
-def test_deleted_interface_that_cannot_come_back(root_pasta: Runner) -> None:
-    with new_host() as target:
-        options = "-f", "-q", "--runas", "0", "--netns", target.name, "-I", "tap9"
+        pid = user_pasta.namespace()
+        guest = ["--netns", target.name] if whose == "root's" else [str(pid)]
+        options = "-f", "-q", "--config-net", "-I", "tap9", *more, *guest
         process = root_pasta.start(*options, stderr=subprocess.PIPE)
         wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
-        process.send_signal(signal.SIGSTOP)
-        target.ip("link", "del", "tap9")
-        target.ip("link", "add", "tap9", "type", "veth", "peer", "name", "tap8")
-        process.send_signal(signal.SIGCONT)
+        if whose == "root's":
+            target.ip("link", "del", "tap9")
+        else:
+            ip_in(user_pasta.user, pid, "link", "del", "tap9")
         _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    assert (
+        b"Interface tap9 was deleted and can't be created again, exiting: "
+        b"pasta that root starts for a namespace keeps no right to do so\n"
+    ) in errors
+
+
+def test_loopback_interface_with_another_name(user_pasta: Runner) -> None:
+    """It was renamed before we came; the tap comes back nevertheless."""
+    target = user_pasta.namespace()
+
+    def link(*words: str) -> str:
+        return ip_in(user_pasta.user, target, *words)
+
+    link("link", "set", "lo", "down")
+    link("link", "set", "lo", "name", "foo")
+    user_pasta.daemon("--config-net", "-I", "tap9", str(target))
+    assert ",UP" in link("link", "show", "foo")
+    link("link", "set", "foo", "down")
+    link("link", "del", "tap9")
+    wait_for(lambda: ",UP" in link("link", "show", "up", "type", "tun"), "the interface comes back, and up")
+    assert ",UP" in link("link", "show", "foo")
+
+
+def test_deleted_interface_that_cannot_come_back(user_pasta: Runner) -> None:
+    target = user_pasta.namespace()
+    process = user_pasta.start("-f", "-q", "-I", "tap9", str(target), stderr=subprocess.PIPE)
+    wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
+    process.send_signal(signal.SIGSTOP)
+    ip_in(user_pasta.user, target, "link", "del", "tap9")
+    ip_in(user_pasta.user, target, "link", "add", "tap9", "type", "veth", "peer", "name", "tap8")
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
     assert b"Interface tap9 was deleted and can't be created again, exiting: " in errors
 
@@ -271,7 +359,7 @@ def test_pcap_file(pasta: Runner) -> None:
         assert done.returncode == 1  # no host is there
         assert path.stat().st_mode & 0o777 == 0o600
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)
     assert struct.unpack_from("=IHH", data) == (0xA1B2C3D4, 2, 4)
     assert len(data) > 24 + 16 + 42
 

@@ -26,6 +26,41 @@ def test_config_net_copies_addresses_and_routes(hosted: Runner, host: Host) -> N
     assert here["txqlen"] > (16 << 20) // 1448
 
 
+def test_metrics_of_routes_are_copied(root_pasta: Runner) -> None:
+    with new_host(
+        "veth eth0", "address add 198.51.100.7/24 dev eth0", "link set eth0 up",
+        "address add 2001:db8:1::7/64 dev eth0 nodad",
+        "route add default via 198.51.100.1 dev eth0 mtu 1400 advmss 1300 initcwnd 20",
+        "route add 203.0.113.0/24 via 198.51.100.1 dev eth0 mtu lock 1000",
+        "-6 route add default via 2001:db8:1::1 dev eth0 mtu 1400 hoplimit 9",
+    ) as host:  # fmt: skip
+        root_pasta.host = host
+        seen = inside(root_pasta, "--config-net")
+        there = [*host.show("route"), *host.show("-6", "route")]
+        text = root_pasta.run("--config-net", "--", "ip", "route").stdout
+    metrics = {(r["dst"], str(r["metrics"])) for r in (*seen["routes4"], *seen["routes6"]) if r.get("metrics")}
+    assert metrics == {(r["dst"], str(r["metrics"])) for r in there if r.get("metrics")} and len(metrics) == 3
+    assert "mtu lock 1000" in text
+
+
+ALTERNATIVE = "an-alternative-name-of-eth1"
+
+
+@pytest.mark.parametrize("option", ["-i", "--outbound-if4", "--outbound-if6"])
+def test_alternative_names_of_interfaces(root_pasta: Runner, option: str) -> None:
+    with new_host(
+        "veth eth0", "address add 198.51.100.7/24 dev eth0", "link set eth0 up",
+        "veth eth1", "address add 203.0.113.7/24 dev eth1", "address add 2001:db8:1::7/64 dev eth1 nodad",
+        "link set eth1 up", f"link property add dev eth1 altname {ALTERNATIVE}",
+        "route add default via 198.51.100.1 dev eth0",
+    ) as host:  # fmt: skip
+        root_pasta.host = host
+        seen = inside(root_pasta, "--config-net", option, ALTERNATIVE, "-t", f"%{ALTERNATIVE}/8080")
+        expected = {"-i": "eth1", "--outbound-if4": "eth1", "--outbound-if6": "eth0"}[option]
+        wanted = {"eth1": "203.0.113.7/24", "eth0": "2001:db8:1::7/64"}[expected]
+        assert any(wanted in addresses(link) for link in seen["addresses"]), seen["addresses"]
+
+
 def test_without_config_net_the_interface_is_left_alone(hosted: Runner) -> None:
     seen = inside(hosted)
     link = by_name(seen["addresses"], "eth0")
@@ -93,6 +128,12 @@ HOSTS = {
         "route add default via 203.0.113.1 dev eth1 metric 200",
         "route add default via 198.51.100.1 dev eth0 metric 100",
     ),
+    "a default route in the table of a rule": (
+        "veth eth1", "address add 203.0.113.7/24 dev eth1", "link set eth1 up",
+        "veth eth0", "address add 198.51.100.7/24 dev eth0", "link set eth0 up",
+        "route add default via 203.0.113.1 dev eth1 table 300", "rule add from 203.0.113.7 priority 5 table 300",
+        "route add default via 198.51.100.1 dev eth0 table 1000", "rule add priority 100 table 1000",
+    ),
     "a tunnel without link layer": (
         "tuntap add eth0 mode tun", "address add 10.9.0.2 peer 10.9.0.1/32 dev eth0", "link set eth0 up",
         "route add default dev eth0",
@@ -117,6 +158,7 @@ EXPECTED: dict[str, tuple[str, list[str], set[tuple[str, str | None]]]] = {
     "equal-cost paths through two interfaces": ("eth0", ["198.51.100.7/24"], {("default", "198.51.100.1")}),
     "next-hop objects": ("eth0", ["198.51.100.7/24"], {("default", None), ("203.0.113.0/24", "198.51.100.1")}),
     "several defaults": ("eth0", ["198.51.100.7/24"], {("default", "198.51.100.1")}),
+    "a default route in the table of a rule": ("eth0", ["198.51.100.7/24"], {("default", "198.51.100.1")}),
     "a tunnel without link layer": ("eth0", ["10.9.0.2/32"], {("default", None)}),
     "an IPv4 gateway with an IPv6 address": ("eth0", ["198.51.100.7/32"], {("default", None)}),
     "IPv6 only": ("eth0", ["169.254.2.1/16", "2001:db8:1::7/64"], {("default", "169.254.2.2")}),
@@ -134,3 +176,33 @@ def test_no_host_keeps_us_from_starting(root_pasta: Runner, kind: str) -> None:
     present = {(r["dst"], r.get("gateway")) for r in seen["routes4"]}
     assert routes <= present
     assert ("default" in {dst for dst, _ in present}) == any(dst == "default" for dst, _ in routes)
+
+
+def test_an_ipv6_default_route_in_the_table_of_a_rule(root_pasta: Runner) -> None:
+    """As of a VPN with a table of its own; the other one is for one source only."""
+    with new_host(
+        "veth eth1", "address add 2001:db8:2::7/64 dev eth1 nodad", "link set eth1 up",
+        "veth eth0", "address add 2001:db8:1::7/64 dev eth0 nodad", "link set eth0 up",
+        "-6 route add default via 2001:db8:2::1 dev eth1 table 300",
+        "-6 rule add from 2001:db8:2::7 priority 5 table 300",
+        "-6 route add default via 2001:db8:1::1 dev eth0 table 1000", "-6 rule add priority 100 table 1000",
+    ) as host:  # fmt: skip
+        root_pasta.host = host
+        seen = inside(root_pasta, "--config-net")
+    assert addresses(by_name(seen["addresses"], "eth0"))[-1] == "2001:db8:1::7/64"
+    assert [r["gateway"] for r in seen["routes6"] if r["dst"] == "default"] == ["2001:db8:1::1"]
+
+
+@pytest.mark.usefixtures("root")
+def test_host_with_deprecated_addresses_only(root_pasta: Runner) -> None:
+    """As after a renumbering whose new prefix has not come yet: the host reaches others, and so must the namespace."""
+    commands = (
+        "veth eth0", "link set eth0 up", "address add 2001:db8:1::7/64 dev eth0 nodad preferred_lft 0",
+        "address add 198.51.100.7/24 dev eth0 preferred_lft 0", "route add default via 198.51.100.1 dev eth0",
+        "route add default via 2001:db8:1::1 dev eth0",
+    )  # fmt: skip
+    with new_host(*commands) as host:
+        done = root_pasta.run("--config-net", "-d", "--", "ip", "-br", "address", "show", "eth0", host=host)
+    assert (done.returncode, done.stdout.split()[2:4]) == (0, ["198.51.100.7/24", "2001:db8:1::7/64"])
+    for family in ("IPv4", "IPv6"):
+        assert f"eth0 has deprecated {family} addresses only: using them" in done.stderr

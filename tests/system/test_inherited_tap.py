@@ -105,6 +105,22 @@ def test_alone(user_pasta: Runner, host: Host, port: int, flags: int) -> None:
 
 
 @pytest.mark.usefixtures("root")
+def test_as_standard_input(user_pasta: Runner, host: Host, port: int) -> None:
+    with new_host() as guest, tap_in(guest, PLAIN) as fd:
+        pid = user_pasta.daemon("--fd", "0", host=host, stdin=fd)
+        guest.ip("addr", "add", "192.0.2.2/24", "dev", NAME)
+        guest.ip("link", "set", NAME, "up")
+        guest.ip("route", "add", "default", "via", "192.0.2.1", "dev", NAME)
+        assert fetch(guest, port) == DATA
+        assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
+
+
+def test_standard_input_that_is_something_else(pasta: Runner) -> None:
+    done = pasta.run("--fd", "0")
+    assert (done.returncode, done.stderr) == (1, "Invalid --fd: 0 (it is not a tap device)\n")
+
+
+@pytest.mark.usefixtures("root")
 def test_device_of_another_kind(user_pasta: Runner) -> None:
     with new_host() as guest, tap_in(guest, 0x0001 | tun.IFF_NO_PI) as fd:
         done = user_pasta.run("-F", str(fd), pass_fds=(fd,))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from passt.namespace.supervisor import GRACE
 
 from .support import (
     DEADLINE,
@@ -156,6 +159,36 @@ def test_command_that_dies_of_a_passed_signal(pasta: Runner) -> None:
     process.stdout.readline()
     process.terminate()
     assert process.wait(DEADLINE) == 143
+
+
+def test_command_that_ignores_the_end_of_pasta(pasta: Runner) -> None:
+    """It would go on without a network, or keep pasta from ending."""
+    script = "trap '' TERM; sleep 1000 & echo ready; wait"
+    process = pasta.start("-q", "--", "sh", "-c", script, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    children = descendants(process.pid)
+    process.terminate()
+    assert process.wait(DEADLINE) == 143
+    assert not any(map(alive, children))
+
+
+@pytest.mark.parametrize("shell", [(), ("bash", "--norc", "--noprofile", "-i"), ("dash", "-i")])
+def test_end_of_an_interactive_shell(ordinary_user: User, shell: tuple[str, ...]) -> None:
+    """All of them ignore SIGTERM at their prompt. One without job control on a terminal is killed as above."""
+    env = {**ordinary_user.env, "PS1": "in> ", "SHELL": "/bin/bash", "TERM": "dumb"}
+    argv = [ordinary_user.python, "-m", "passt", "-q", *(("--", *shell) if shell else ())]
+    pty = Pty(ordinary_user.command(argv), env)
+    try:
+        pty.expect("in> " if shell else r"[$#>] ")
+        children = descendants(pty.pid)
+        begin = time.monotonic()
+        os.kill(pty.pid, signal.SIGTERM)
+        assert pty.wait() in (129, 143)
+        assert time.monotonic() - begin < GRACE, "it was not waited for in vain"
+        assert not any(map(alive, children))
+    finally:
+        pty.close()
 
 
 def test_everything_dies_with_pasta(pasta: Runner) -> None:

@@ -49,7 +49,7 @@ def runtime(lan: Lan) -> Callable[[User], None]:
 def low_ports(lan: Lan) -> None:
     """Ports below 1024 for all users, as containers and pods that publish them have it."""
     lan.host.write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")
-    # `all` is what is not ephemeral; a socket for each would be more than who runs the tests may have
+    # `all` is what is not ephemeral; a socket for each would be more than the user of the tests may have
     lan.host.write("/proc/sys/net/ipv4/ip_local_port_range", "9000 65535")
 
 

@@ -44,6 +44,7 @@ _PROGRAMS = {
     "pasta": "passt.cli",
     "passt": "passt.cli",
     "passt4netns": "passt.cli",
+    "slirp4netns": "passt.cli",
     "qrap": "passt.qrap",
     "pesto": "passt.pesto.command",
 }

@@ -137,7 +137,7 @@ def test_pid_file_that_cannot_be(site: Site) -> None:
 def test_pid_file_without_room_in_the_foreground(site: Site, line: str) -> None:
     """It is written from inside the sandbox: no path can be removed any more, but who waits for the PID is told."""
     said = site.fails(in_foreground(line).replace("{dir}/pid", "/dev/full") + " -c {dir}/control")
-    assert said == "PID file write: No space left on device\n"
+    assert said == "PID file write: No space left on device (/dev/full)\n"
 
 
 def test_pid_to_a_pipe_from_the_background(site: Site) -> None:
@@ -206,7 +206,7 @@ def test_passt_ends_with_a_machine_connected(client: Client) -> None:
 
 def test_directory_that_cannot_be_watched(client: Client, root: User, lan: Lan) -> None:
     """The original ends with `netns dir open: Permission denied`, for which pod tools look to try --no-netns-quit. Here
-    it is no error: the path is looked at once per second instead."""
+    it is no error: the path is polled instead."""
     site = sandbox(client)
     path = "/run/unreadable/netns"
     bind = 'mkdir -m 0711 "${1%/*}" && : > "$1" && mount --bind "$2" "$1"'

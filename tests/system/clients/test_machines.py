@@ -1,7 +1,7 @@
 """The command lines of those who have a virtual machine, and passt for it.
 
-A machine is played by `vm.client`: it connects, is configured by DHCP, and reaches the peer. Lines with --vhost-user
-are refused in words that say so, and are tried without it: this is what their users change.
+A machine is played by `vm.client`, or by `vm.vhost` where the line has --vhost-user: it connects, is configured by
+DHCP, and reaches the peer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..support import DEADLINE, wait_for
 from ..traffic.support import GATEWAY, HOST, PEER, Lan
 from ..vm import client as vm
 from ..vm.support import listens, seen_from_here
+from ..vm.vhost import VhostClient
 from .checks import listen, listeners
 from .support import Client, Daemon, read_pid
 
@@ -186,13 +187,41 @@ FOREGROUND = (
         (offered("192.168.98.2", name_server="192.0.2.53"),), "SIGINT"),
 )  # fmt: skip
 
-VHOST_USER = (
-    "passt --vhost-user --one-off --socket {dir}/socket --pid {dir}/pid --address 10.30.0.5 --netmask 24",
-    "passt --vhost-user --quiet --pid {dir}/pid --fd 3",
-    "passt --vhost-user --foreground -s {dir}/socket --repair-path none -4 -a 10.0.2.15 -n 24 -g 10.0.2.2",
-    "passt --foreground --one-off --vhost-user --socket {dir}/socket --log-file {dir}/log --repair-path none",
-    "passt --socket {dir}/socket --vhost-user --foreground --quiet -a 10.0.2.15 -g 10.0.2.2 -D none",
-    "passt --vhost-user -1 -t none -u none -s {dir}/socket",
+VHOST_USER_BACKGROUND = (
+    Row(
+        "libvirt",
+        "passt --vhost-user --one-off --socket {dir}/socket --pid {dir}/pid --address 10.30.0.5 --netmask 24",
+        (offered("10.30.0.5", subnet_mask="255.255.255.0"),),
+        "disconnect",
+    ),
+    Row(
+        "KubeVirt",
+        "passt --vhost-user --one-off --socket {dir}/socket --pid {dir}/pid --interface eth0 --log-file "
+        "{dir}/log --tcp-ports 2222:22 --udp-ports none",
+        (reaches_peer, gets(2222, 22)),
+        "disconnect",
+    ),
+    Row("others", "passt --vhost-user -1 -t none -u none -s {dir}/socket", (reaches_peer,), "disconnect"),
+)
+VHOST_USER_FOREGROUND = (
+    Row(
+        "Cuttlefish",
+        "passt --vhost-user --foreground -s {dir}/socket --repair-path none -4 -a 10.0.2.15 -n 24 -g 10.0.2.2",
+        (offered("10.0.2.15"),),
+        "SIGINT",
+    ),
+    Row(
+        "Firestone",
+        "passt --foreground --one-off --vhost-user --socket {dir}/socket --log-file {dir}/log --repair-path none",
+        (reaches_peer,),
+        "disconnect",
+    ),
+    Row(
+        "thundersnap",
+        "passt --socket {dir}/socket --vhost-user --foreground --quiet -a 10.0.2.15 -g 10.0.2.2 -D none",
+        (offered("10.0.2.15"), frames_fit),
+        "SIGKILL",
+    ),
 )
 
 
@@ -216,7 +245,8 @@ def _use(daemon: Daemon, path: str, row: Row, lan: Lan) -> None:
     with contextlib.ExitStack() as machines:
         for relied in row.relies:
             machines.close()  # one at a time; the next one waits for its turn
-            guest = machines.enter_context(vm.Client.at(path))
+            kind = VhostClient if "--vhost-user" in row.line else vm.Client
+            guest = machines.enter_context(kind.at(path))
             relied(guest, lan)
         if row.end == "disconnect":
             machines.close()
@@ -227,7 +257,11 @@ def _use(daemon: Daemon, path: str, row: Row, lan: Lan) -> None:
     assert listeners(lan.host) == set()
 
 
-@pytest.mark.parametrize("row", BACKGROUND, ids=[row.client for row in BACKGROUND])
+def _name(row: Row) -> str:
+    return f"{row.client}{', vhost-user' if '--vhost-user' in row.line else ''}"
+
+
+@pytest.mark.parametrize("row", BACKGROUND + VHOST_USER_BACKGROUND, ids=_name)
 def test_background(row: Row, client: Client, libvirt_dir: str, lan: Lan) -> None:
     for relied in row.relies if "--one-off" in row.line or "-1" in row.line else (None,):
         relies = row.relies if relied is None else (relied,)
@@ -241,7 +275,7 @@ def test_background(row: Row, client: Client, libvirt_dir: str, lan: Lan) -> Non
         _use(daemon, _path(client, row.line), Row(row.client, row.line, relies, row.end), lan)
 
 
-@pytest.mark.parametrize("row", FOREGROUND, ids=[row.client for row in FOREGROUND])
+@pytest.mark.parametrize("row", FOREGROUND + VHOST_USER_FOREGROUND, ids=_name)
 def test_foreground(row: Row, client: Client, lan: Lan) -> None:
     """These clients wait only for the socket's node, and connect at once. It has mode 0700, and an owner."""
     daemon = client.stay(row.line)
@@ -255,14 +289,6 @@ def test_foreground(row: Row, client: Client, lan: Lan) -> None:
     if "--one-off" not in row.line and end == "disconnect":
         end = "SIGTERM"
     _use(daemon, path, Row(row.client, row.line, row.relies, end), lan)
-
-
-@pytest.mark.parametrize("line", VHOST_USER)
-def test_vhost_user_is_refused(client: Client, line: str) -> None:
-    """KubeVirt, Cuttlefish and the wrappers of Cloud Hypervisor ask for it. They are told; nothing is left behind."""
-    said = client.fails(line)
-    assert said.startswith("passt: unrecognized option '--vhost-user'") and "stream socket" in said
-    assert list(client.dir.iterdir()) == []
 
 
 # A socket that is taken over ----------------------------------------------------------------------------------------
@@ -315,10 +341,11 @@ QEMU = (
     "passt --quiet --no-dhcp-dns --no-dhcp-search --no-udp --no-icmp --no-dhcpv6 --no-ra --ipv4-only --pid {pid} "
     "--fd 3",
     "passt --quiet --address=10.0.2.15 --netmask=24 --gateway=10.0.2.2 --pid {pid} --fd 3",
+    "passt --vhost-user --quiet --pid {pid} --fd 3",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("line", QEMU, ids=["default", "all of its options", "services off", "param="])
+@pytest.mark.parametrize("line", QEMU, ids=["default", "all of its options", "services off", "param=", "vhost-user"])
 def test_qemu_netdev_passt(client: Client, lan: Lan, line: str) -> None:
     """It makes the PID file by mkstemp() and reads it afterwards; on EOF it starts the same line with another pair."""
     pid_file = client.dir / "passt-AbCdEf.pid"
@@ -330,7 +357,8 @@ def test_qemu_netdev_passt(client: Client, lan: Lan, line: str) -> None:
             daemon = client.start(command, pass_fds=[theirs], pid=pid_file)
             assert daemon.output == ""
             assert read_pid(pid_file) == daemon.pid and pid_file.stat().st_ino == inode
-            reaches_peer(vm.Client(machine), lan)
+            kind = VhostClient if "--vhost-user" in line else vm.Client
+            reaches_peer(kind(machine), lan)
             daemon.end(signal.SIGTERM)  # as QEMU does on EOF, and in the end
 
 

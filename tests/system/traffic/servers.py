@@ -19,6 +19,7 @@ from .support import Namespace
 
 CHUNK = 1 << 20
 _PORTS = itertools.cycle(range(2000, 9000))
+ATTEMPTS = 3  # ports that a server is started at
 _NOISE = hashlib.shake_256(b"passt").digest(CHUNK - 8)
 
 
@@ -88,11 +89,27 @@ def bytes_server(where: Namespace, address: str) -> Iterator[int]:
         thread.join()
 
 
-def _wait_for_port(where: Namespace, server: subprocess.Popen[str], address: str, port: int) -> None:
+class EndedError(AssertionError):
+    """A server ended before it listened."""
+
+
+LISTEN = "0A"  # state in /proc/net/tcp, proc_net_tcp(5)
+
+
+def _wait_for_port(server: subprocess.Popen[str], port: int) -> None:
+    """Wait until `server` listens on `port` of any address. A connection would tell as well, but programs with one
+    client at a time (iperf3) take it for theirs, and reset the next one.
+    """
+    tables = [Path(f"/proc/{server.pid}/net/{name}") for name in ("tcp", "tcp6")]
+
     def listening() -> bool:
-        assert server.poll() is None, f"{server.args!r} ended with status {server.returncode}"
-        with where.make_socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
-            return sock.connect_ex((address, port)) == 0
+        if server.poll() is not None:
+            raise EndedError(f"{server.args!r} ended with status {server.returncode}")
+        try:
+            rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+        except OSError:  # it ended just now
+            return False
+        return any(int(row[1].rpartition(":")[2], 16) == port and row[3] == LISTEN for row in rows)
 
     wait_for(listening, f"{server.args!r} listens")
 
@@ -113,11 +130,21 @@ def _free_port(where: Namespace, address: str) -> int:
 
 @contextlib.contextmanager
 def running(where: Namespace, address: str, *command: str) -> Iterator[int]:
-    """A server program whose arguments have `{port}` in them; its port, once it listens there."""
-    port = _free_port(where, address)
-    with where.popen(*(word.format(port=port) for word in command), stdout=subprocess.DEVNULL) as server:
-        _wait_for_port(where, server, address, port)
-        yield port
+    """A server program whose arguments have `{port}` in them; its port, once it listens there.
+
+    A port that was free may have been taken when the program binds it: another one is tried then.
+    """
+    for attempt in range(ATTEMPTS):
+        port = _free_port(where, address)
+        with where.popen(*(word.format(port=port) for word in command), stdout=subprocess.DEVNULL) as server:
+            try:
+                _wait_for_port(server, port)
+            except EndedError:
+                if attempt + 1 < ATTEMPTS:
+                    continue
+                raise
+            yield port
+            return
 
 
 @contextlib.contextmanager
@@ -172,5 +199,5 @@ def ssh_server(where: Namespace, directory: Path) -> Iterator[int]:
     config = directory / "sshd_config"
     config.write_text(SSHD.format(port=port, directory=directory))
     with where.popen("/usr/sbin/sshd", "-D", "-f", str(config), stderr=subprocess.DEVNULL) as server:
-        _wait_for_port(where, server, "127.0.0.1", port)
+        _wait_for_port(server, port)
         yield port

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from ..support import DEADLINE, Runner, User, wait_for
 from .servers import CHUNK, content, digest
@@ -346,6 +347,9 @@ def test_questions(controlled: Controlled, lan: Lan) -> None:
         (line,) = (li for li in controlled.pesto("--flows").stdout.splitlines() if ":7500" in li)
         assert line.split()[:2] == ["tcp", next(word for word in line.split() if word.startswith(PEER))]
         shown = controlled.pesto("--show", "--stats", "--metrics", "--info").stdout
+        exposed = controlled.pesto("--metrics").stdout
+        counted = {f.name: sum(s.value for s in f.samples) for f in text_string_to_metric_families(exposed)}
+        assert counted["passt_flows"] >= 1 and counted["passt_guest_receive_bytes"] > 0 and counted["passt_info"] == 1
         for text in (
             "-t 7500",
             "guest -> host",
@@ -545,7 +549,7 @@ def test_a_request_without_a_newline(controlled: Controlled) -> None:
     with controlled.connect(controlled.api) as sock:
         sock.sendall(b'{"execute": "list_hostfwd"}')
         sock.shutdown(socket.SHUT_WR)
-        assert read_all(sock) == b'{"return": {"entries": []}}'
+        assert read_all(sock) == b'{"return": {"entries": []}, "entries": []}'
 
 
 # Start and end -------------------------------------------------------------------------------------------------------

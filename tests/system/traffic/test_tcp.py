@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
 import socket
 import struct
@@ -173,6 +174,24 @@ def test_many_connections_at_once(guest: Guest, lan: Lan) -> None:
             stack.enter_context(in_thread(send_and_end, client, content))
         for client, content in zip(clients, contents, strict=True):
             assert read_all(client) == content
+
+
+def test_more_connections_than_timers(lan: Lan, root: User) -> None:
+    """Of 400 descriptors, timers may have 50; the other connections share one, and have a descriptor each."""
+    with (
+        lan.pasta(root, "-q", "--config-net", descriptors=400) as guest,
+        contextlib.ExitStack() as stack,
+        lan.host.listen("127.0.0.1") as listener,
+    ):
+        before = len(os.listdir(f"/proc/{guest.daemon}/fd"))
+        pairs = []
+        for _ in range(200):
+            client = stack.enter_context(guest.connect(GATEWAY, listener.getsockname()[1]))
+            pairs.append((client, stack.enter_context(listener.accept()[0])))
+        assert len(os.listdir(f"/proc/{guest.daemon}/fd")) < before + 200 + 50 + 32  # of which some were opened later
+        for sender, receiver in (*pairs, *(pair[::-1] for pair in pairs)):
+            sender.sendall(b"still here")
+            assert receiver.recv(100) == b"still here"
 
 
 def test_connections_in_a_row(guest: Guest, lan: Lan) -> None:

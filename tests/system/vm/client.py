@@ -33,6 +33,12 @@ def framed(frames: Iterable[bytes | Packet]) -> bytes:
     return b"".join(LENGTH.pack(len(frame)) + frame for frame in map(bytes, frames))
 
 
+def unpadded(frame: bytes) -> bytes:
+    """A frame without what makes it 60 bytes long."""
+    end = {b"\x08\x00": 14 + int.from_bytes(frame[16:18], "big"), b"\x86\xdd": 54 + int.from_bytes(frame[18:20], "big")}
+    return frame[: end.get(frame[12:14], len(frame))]
+
+
 class Client:
     """A connection to passt, as a guest with the MAC address `mac`."""
 
@@ -109,7 +115,7 @@ class Client:
         end = time.monotonic() + deadline
         while (left := end - time.monotonic()) > 0:
             if frame := self.frame(left):
-                found = wanted(Ether(frame))
+                found = wanted(Ether(unpadded(frame)))
                 if found is not None:
                     return found
         raise AssertionError("no such frame in time")

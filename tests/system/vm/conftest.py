@@ -12,6 +12,7 @@ from ..traffic.conftest import open_dir
 from ..traffic.support import PEER, PEER6, Lan, new_lan, root_user
 from .image import Image, image
 from .machine import VirtualMachine
+from .support import Passt, Standing
 
 __all__ = ["open_dir"]
 
@@ -27,6 +28,14 @@ def lan() -> Iterator[Lan]:
         Path(resolv.name).chmod(0o644)
         made.host.run("mount", "--bind", resolv.name, "/etc/resolv.conf")
         yield made
+
+
+@pytest.fixture
+def server(standing: Standing) -> Iterator[Passt]:
+    """The passt of a module's `standing`, which must have outlived the test."""
+    made = standing.passt()
+    yield made
+    assert made.alive(), made.said()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ The kernel package is downloaded by apt-get(8) and unpacked, never installed. Th
 client and iperf3 with the libraries they need, the virtio modules with theirs, and guest/init, which takes commands. It
 is not compressed: an emulated processor would spend a second on that.
 
-Both are kept in `$XDG_CACHE_HOME/passt-tests`, the kernel by its version, the RAM disk by a digest of everything in it,
-so that a second run needs no network and no time.
+Both are kept in `$PASST_IMAGES`, or else `$XDG_CACHE_HOME/passt-tests`, the kernel by its version, the RAM disk by a
+digest of everything in it, so that a second run needs no network and no time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 META_PACKAGE = "linux-image-cloud-amd64"
 PROGRAMS = ("busybox", "dhclient", "iperf3")
 MODULES = ("virtio_pci", "virtio_net", "virtio_console")
+UNWINDER = "libgcc_s.so.1"  # libc loads it for pthread_cancel(3), which iperf3 of Debian 13 calls
+BUILTIN = "modules.builtin"  # a file of the kernel package, kept beside the kernel
 GUEST = Path(__file__).with_name("guest")
 DOWNLOAD_TIMEOUT = 120.0
 
@@ -39,7 +41,7 @@ class Image:
 def cache() -> Path:
     """Where images are kept between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base, "passt-tests")
+    path = Path(os.environ.get("PASST_IMAGES") or Path(base, "passt-tests"))
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -110,6 +112,8 @@ def _unpack(package: str, directory: Path) -> None:
     (kernel / "modules").mkdir(parents=True)
     (vmlinuz,) = directory.glob("tree/boot/vmlinuz-*")
     vmlinuz.rename(kernel / "vmlinuz")
+    (builtin,) = directory.glob("tree/**/modules.builtin")
+    builtin.rename(kernel / BUILTIN)
     for module in directory.glob("tree/**/kernel/**/*.ko*"):
         if re.match(r"(virtio|(net_)?failover)", module.name):
             content = module.read_bytes()
@@ -124,13 +128,19 @@ def _depends(module: bytes) -> list[str]:
     return [name.replace("-", "_") for name in entry[1].decode().split(",") if name]
 
 
-def _in_order(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    """`names` and what they depend on, in the order of loading."""
+def _builtin(kernel: Path) -> set[str]:
+    """The modules that are part of the kernel itself: two of ours in Debian 13, none in Debian 12."""
+    listed = kernel / BUILTIN
+    return {Path(line).stem.replace("-", "_") for line in listed.read_text().split()} if listed.exists() else set()
+
+
+def _in_order(directory: Path, names: tuple[str, ...], builtin: set[str]) -> dict[str, bytes]:
+    """`names` and what they depend on, in the order of loading, without those of `builtin`."""
     order: dict[str, bytes] = {}
     for name in names:
-        if name not in order:
+        if name not in order and name not in builtin:
             content = (directory / f"{name}.ko").read_bytes()
-            order |= _in_order(directory, tuple(_depends(content)))
+            order |= _in_order(directory, tuple(_depends(content)), builtin)
             order[name] = content
     return order
 
@@ -142,7 +152,7 @@ def _guest_files(kernel: Path) -> Iterator[tuple[str, tuple[bytes, int]]]:
     """Name, content and mode of all files of the guest. A name that is met twice is the same file."""
     for path in GUEST.iterdir():
         yield path.name, (path.read_bytes(), 0o100755)
-    modules = _in_order(kernel / "modules", MODULES)
+    modules = _in_order(kernel / "modules", MODULES, _builtin(kernel))
     yield "modules/order", ("".join(f"{name}.ko\n" for name in modules).encode(), 0o100644)
     for name, content in modules.items():
         yield f"modules/{name}.ko", (content, 0o100644)
@@ -153,6 +163,9 @@ def _guest_files(kernel: Path) -> Iterator[tuple[str, tuple[bytes, int]]]:
         yield f"bin/{name}", (Path(program).read_bytes(), 0o100755)
         for library in re.findall(r"(?:=> )?(/\S+) \(0x", _run("ldd", program)):
             yield library[1:], (Path(library).read_bytes(), 0o100755)
+            unwinder = Path(library).with_name(UNWINDER)
+            if Path(library).name == "libc.so.6" and unwinder.exists():
+                yield str(unwinder)[1:], (unwinder.read_bytes(), 0o100755)
 
 
 def _cpio(files: dict[str, tuple[bytes, int]]) -> Iterator[bytes]:

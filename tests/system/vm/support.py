@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bench import faulty_link
+
 from ..support import DEADLINE, User, alive, wait_for
-from ..traffic.support import PEER, PEER6, Lan, Namespace
+from ..traffic.support import AGENT_PYTHON, GATEWAY, GATEWAY6, HOST, HOST6, PEER, PEER6, Lan, Namespace, root_user
 
 PASST = os.environ.get("PASST")  # another passt than ours, to try the tests themselves
 _OURS = "import sys; from passt.__main__ import main; sys.exit(main(['passt', *sys.argv[1:]]))"
@@ -151,6 +153,26 @@ def passt(lan: Lan, user: User, *options: str, before: str = "") -> Iterator[Pas
             made.kill()
             raise
         made.close()
+
+
+@contextlib.contextmanager
+def guest_behind(lan: Lan, server: Passt, mtu: int) -> Iterator[tuple[Namespace, str]]:
+    """A namespace that is the guest of `server`, with both families and the host's own addresses, as a machine has
+    them by DHCP; and the path of the rules of the link (`bench/faulty_link.py`), which has no faults at first.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        guest = Namespace(lan.host.argv(["unshare", "--net"]), root_user())
+        stack.callback(guest.close)
+        script = str(Path(faulty_link.__file__).resolve())
+        command = [AGENT_PYTHON, script, str(server.path), "tap0", str(mtu), f"{folder}/rule"]
+        stack.enter_context(guest.popen(*command))
+        wait_for(lambda: all(Path(folder, f"rule.{way}").exists() for way in ("up", "down")), "the link is there")
+        wait_for(lambda: "UP" in guest.run("ip", "link", "show", "tap0", check=False).stdout, "tap0 is up")
+        for address, router in ((f"{HOST}/24", GATEWAY), (f"{HOST6}/64", GATEWAY6)):
+            guest.run("ip", "address", "add", address, "dev", "tap0", *(["nodad"] if ":" in address else []))
+            guest.run("ip", "route", "replace", "default", "via", router, "dev", "tap0")
+        yield guest, f"{folder}/rule"
 
 
 class Standing:

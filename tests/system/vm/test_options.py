@@ -42,6 +42,7 @@ SOLICIT_DHCPV6 = (
     FROM_GUEST / IPv6(src=LINK_LOCAL, dst="ff02::1:2") / UDP(sport=546, dport=547) / DHCP6_Solicit(trid=7)
     / DHCP6OptClientId(duid=DUID_LL(lladdr=GUEST_MAC)) / DHCP6OptIA_NA(iaid=1)
 )  # fmt: skip
+IS_AT = 2  # an ARP reply
 MANY = 2 << 20  # bytes of requests at once
 SERVICES = ("DHCP", "RA", "ND", "DHCPv6", "ARP")
 
@@ -55,7 +56,9 @@ def served(lan: Lan, user: User, *options: str) -> Iterator[tuple[Passt, Client]
 
 
 def service(packet: Packet) -> str | None:
-    """Which of SERVICES a packet comes from."""
+    """Which of SERVICES a packet comes from. An announcement of our addresses is no answer."""
+    if ARP in packet and packet[ARP].op != IS_AT:
+        return None
     kinds = ((BOOTP, "DHCP"), (ICMPv6ND_RA, "RA"), (ICMPv6ND_NA, "ND"), (DHCP6_Advertise, "DHCPv6"), (ARP, "ARP"))
     return next((name for kind, name in kinds if kind in packet), None)
 
@@ -76,6 +79,7 @@ def answers(client: Client) -> dict[str, Packet]:
         ((), ()),
         (("--no-dhcp",), ("DHCP",)),
         (("--no-ra",), ("RA",)),
+        (("--no-icmp",), ()),  # of pings only
         (("--no-ndp",), ("RA", "ND")),
         (("--no-dhcpv6",), ("DHCPv6",)),
         (("--no-dhcp", "--no-ndp", "--no-dhcpv6"), ("DHCP", "RA", "ND", "DHCPv6")),

@@ -13,14 +13,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ..support import REPOSITORY, User, alive, wait_for
+from ..support import DEADLINE, REPOSITORY, User, alive, current_user, wait_for
 from ..traffic.support import HOST, PEER, Lan, Namespace
 from .client import Client
 from .machine import VirtualMachine
-from .support import ACCEPTED, GONE, Background, Passt, listens, passt, run, seen_from_here
+from .support import ACCEPTED, GONE, Background, Passt, listens, on_host, passt, run, seen_from_here
 
 DEFAULT = "/tmp/passt_{}.socket"
 
@@ -108,6 +109,32 @@ def test_only_the_owner_may_connect(private: Namespace, anyone: User, directory:
         assert status.st_uid == anyone.uid
 
 
+def bound(host: Namespace) -> set[tuple[str, int]]:
+    """The ports that are listened on, with their protocol."""
+    rows = [line.split() for line in host.run("ss", "-Hltun").stdout.splitlines()]
+    return {(row[0], int(row[4].rpartition(":")[2])) for row in rows}
+
+
+def test_all_ports_with_few_descriptors_are_those_of_most_importance(private: Namespace, directory: str) -> None:
+    """Root binds ports below 1024 for a machine; a limit of 1024 descriptors has room for some of them."""
+    path = f"{directory}/socket"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); "
+    options = ("-f", "-s", path, "-t", "all", "-u", "~53")
+    command = on_host(private, current_user(), *options, before=limit)
+    with subprocess.Popen(command, cwd="/", stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            said = server.stderr.readline()
+            need = r"-t all, -u ~53: \d+ descriptors are needed, and the limit is 1024 .*: "
+            assert re.match(need + r"\d+ of \d+ ports are left out. Listened on are those up to 1\d\d\n", said)
+            last = int(said.split()[-1])
+            wait_for(lambda: {("tcp", 53), ("udp", last - 1)} <= bound(private), "the ports")
+            ports = bound(private)
+            assert ("udp", 53) not in ports and last + 1 not in {port for _, port in ports} and len(ports) < 512
+        finally:
+            server.terminate()
+
+
 def test_stale_socket_is_taken_over(private: Namespace, anyone: User, directory: str) -> None:
     path = f"{directory}/socket"
     with Background(private, anyone, "-s", path) as first:
@@ -177,10 +204,10 @@ def test_qrap(private: Namespace, anyone: User) -> None:
         guest.ping(PEER)
 
 
-def test_qrap_with_qemu(private: Namespace, anyone: User, machine: VirtualMachine) -> None:
+def test_qrap_with_qemu(private: Namespace, root: User, machine: VirtualMachine) -> None:
     """A machine whose network is a descriptor, as QEMU before 7.2 has it."""
     qrap = private.argv(["env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-c", QRAP, "5"])
-    with Background(private, anyone, "-1") as server:
+    with Background(private, root, "-1") as server:
         machine.start("-netdev", "socket,fd=5,id=s", through=qrap)
         machine.run("ip link set eth0 up && udhcpc -i eth0 -n -q -s /dhcp")
         machine.run(f"ping -c 1 -W 5 {PEER}")
@@ -229,7 +256,21 @@ def test_descriptor_in_the_background(lan: Lan, anyone: User) -> None:
             wait_for(lambda: not alive(server.pid), "passt goes with its client")
 
 
-@pytest.mark.parametrize("fd", ["2", "-1", "x", "", "4294967296"])
+@pytest.mark.parametrize("streams", ["stdin", "stdin stdout stderr"])
+def test_descriptor_of_a_standard_stream(lan: Lan, anyone: User, streams: str) -> None:
+    """As inetd(8) starts a program: with one connection as all of its streams, in which no message may stand."""
+    ours, theirs = socket.socketpair()
+    command = ["setpriv", "--pdeathsig", "KILL", *on_host(lan.host, anyone, "-f", "--fd", "0")]
+    with theirs:
+        files: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        files |= dict.fromkeys(streams.split(), theirs)
+        process = subprocess.Popen(command, cwd="/", env=anyone.env, **files)
+    with Client(ours) as guest:
+        guest.configure().ping(PEER)
+    assert process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize("fd", ["-1", "x", "", "4294967296"])
 def test_invalid_descriptor(lan: Lan, anyone: User, fd: str) -> None:
     fails(lan.host, anyone, "-F", fd, text=f"Invalid --fd: {fd}")
 

@@ -18,7 +18,7 @@ from ..support import User, wait_for
 from ..traffic.servers import bytes_server, digest, running
 from ..traffic.support import GATEWAY, GATEWAY6, HOST, HOST6, PEER, PEER6, Lan, in_thread, read_all
 from .image import Image
-from .machine import VirtualMachine
+from .machine import Guest, VirtualMachine
 from .support import ACCEPTED, Passt, name_server, passt
 
 DHCP = "udhcpc -i eth0 -n -q -s /dhcp -O search -O mtu -O staticroutes"
@@ -31,13 +31,13 @@ TRANSFER = 200 * MIB
 TRANSFER_DEADLINE = 90.0
 
 
-def configure(machine: VirtualMachine) -> dict[str, str]:
+def configure(machine: Guest) -> dict[str, str]:
     """Bring the interface up and have it configured by DHCP; the lease."""
     machine.run(f"ip link set eth0 up && {DHCP}")
     return dict(line.split("=", 1) for line in machine.run("cat /tmp/lease").splitlines() if "=" in line)
 
 
-def wait_for_slaac(machine: VirtualMachine) -> str:
+def wait_for_slaac(machine: Guest) -> str:
     """The address and routes from a router advertisement; the addresses of the interface."""
 
     def addresses() -> str:
