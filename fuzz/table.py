@@ -58,17 +58,30 @@ TARGETS = (
     _target("dhcp_format", 512, "wire.dhcp wire.cursor"),
     _target("dhcpv6_format", 300, "wire.dhcpv6 wire.cursor"),
     _target("ndp_format", 300, "wire.ndp wire.domain wire.cursor"),
+    _target("igmp_format", 200, "wire.igmp wire.cursor"),
     _target("domain", 160, "wire.domain"),
     # what others write
-    _target("command_line", 120, "conf.argv conf.getopt conf.table conf.actions conf.values conf.ports"),
-    _target("ports", 60, "conf.ports policy.rules"),
+    _target("command_line", 120, "conf.argv conf.slirp4netns conf.getopt conf.table conf.actions conf.values "
+            "conf.ports conf.forwards"),
+    _target("ports", 60, "conf.ports conf.forwards policy.rules"),
     _target("resolv_conf", 100, "conf.resolv_conf wire.domain addr"),
     _target("kernel_tables", 250, "linux.ports linux.inotify"),
     # machines
     _target("reassembly", 120, "link.reassembly"),
     _target("gso", 24, "link.gso"),
     _target("stream", 40, "link.stream_socket"),
-    _target("control", 36, "control.server control.json_api control.slirp ports.forwards policy.rule_table conf.ports"),
+    _target(
+        "vhost",
+        60,
+        "link.vhost_user link.vhost_control link.vring link.vring_in link.vring_out wire.vhost "
+        "link.dirty_log link.device_state",
+    ),
+    _target("migration", 600, "wire.migration"),
+    _target(
+        "control",
+        36,
+        "control.server control.json_api control.slirp ports.forwards policy.rule_table conf.ports conf.forwards",
+    ),
     _target("tap", 48, "tap wire.ip link.reassembly"),
     _target("stack", 36, "tap udp icmp udp_engine.dns tcp tcp_engine.opening arp dhcp dhcpv6 ndp flow.idle"),
     _target(

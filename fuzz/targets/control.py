@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
@@ -30,10 +30,12 @@ from passt.ports.forwards import Clear, Forwards
 from passt.ports.listen import Listeners
 from passt.ports.scan import Scanner
 from passt.ports.sockets import Failure, Wanted
+from passt.wire.checksum import PROTO_UDP
 from tests.unit.support import T0, FakeReactor, elapse, make_context, reactor
 
 ENTRANCES = 900, 901
 TAKEN = frozenset((7, 77, 61007))  # ports of other programs
+KEPT = 61003  # a UDP port that a flow of the guest has, until it is asked to make way
 WORDS = (
     *('{"command":"show"}\n', '{"command":"info"}\n', '{"command":"stats"}\n', '{"command":"flows"}\n'),
     *('{"command":"add","rules":["-t ', '{"command":"delete","rules":["-u ', '{"command":"replace","rules":["-t '),
@@ -121,6 +123,19 @@ class Taker:
         return lambda *_: None
 
 
+class UdpIn(Taker):
+    """UDP from clients of the host, and the port that a flow of the guest has."""
+
+    def __init__(self) -> None:
+        self.kept = {KEPT}
+
+    def ports_in_use(self, ports: Container[int]) -> set[int]:
+        return {port for port in self.kept if port in ports}
+
+    def free_ports(self, ports: Container[int]) -> None:
+        self.kept = {port for port in self.kept if port not in ports}
+
+
 class Namespace:
     """One that is this one, too."""
 
@@ -150,8 +165,14 @@ class World:
         self.ctx = ctx = make_context(forwards=())
         ctx.reactor = cast(Any, Loop())
         taker: Any = Taker()
+        self.udp_in = UdpIn()
         self.listeners = Listeners(
-            ctx, tcp=taker, tcp_splice=taker, udp_in=taker, namespace=cast(Any, Namespace()), opened=()
+            ctx,
+            tcp=taker,
+            tcp_splice=taker,
+            udp_in=cast(Any, self.udp_in),
+            namespace=cast(Any, Namespace()),
+            opened=(),
         )
         tables: Any = Tables()
         self.scanner = Scanner(ctx, self.listeners, tables, tables)
@@ -172,7 +193,7 @@ class World:
         for rule, port in wanted:
             if len(self.open) >= SOCKETS_MAX:
                 failed.append(Failure(rule, port, errno.EMFILE))
-            elif port in TAKEN:
+            elif port in TAKEN or (rule.proto == PROTO_UDP and port in self.udp_in.kept):
                 failed.append(Failure(rule, port, errno.EADDRINUSE))
             else:
                 opened.append(Listener(rule, port, cast(Any, self.new())))
@@ -288,6 +309,7 @@ def one(data: bytes) -> None:
         mock.patch.object(control_server, "new_socket", lambda *_: world.knocking),
         mock.patch.object(unix, "credentials", lambda sock: (1, 0, 0)),
         mock.patch.object(listen, "open_ports", world.open_ports),
+        mock.patch.object(listen, "held_by_us", lambda config, rule, port: port in world.udp_in.kept),
     ):
         try:
             while steps.left > 0:
@@ -311,5 +333,6 @@ def end(world: World) -> None:
     assert not world.open, "a socket is open"
     assert set(reactor(world.ctx).refs) == set(ENTRANCES)
     world.clients.clear()
+    world.udp_in.kept = {KEPT}
     world.ctx.drops.clear()
     world.fd = 1000

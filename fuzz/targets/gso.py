@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from fuzz.steps import Steps
 from fuzz.targets.builders import total
-from passt.link.gso import Gso
+from passt.link.gso import FRAME_MIN, Gso
 from passt.wire import ether, ip
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP, checksum, pseudo_sum
 from passt.wire.tcp import HEADER
@@ -69,7 +69,8 @@ def one(data: bytes) -> None:
     hdr = header(v4, tcp, payload, size, seq, ident, flags)
     end_mark = 0xA5
     count = -(-payload // size)
-    end = AT + count * (4 + front) + payload
+    last = payload - (count - 1) * size
+    end = AT + (count - 1) * (4 + max(front + size, FRAME_MIN)) + 4 + max(front + last, FRAME_MIN)
     OUT[AT - 1], OUT[end] = end_mark, end_mark
     if count > 1:
         assert GSO.cut(AT, hdr, content) == end
@@ -81,8 +82,10 @@ def one(data: bytes) -> None:
         length = int.from_bytes(OUT[at : at + 4], "big")
         frame = bytes(OUT[at + 4 : at + 4 + length])
         at += 4 + length
-        n = length - front
-        assert n == min(size, payload - taken)
+        n = min(size, payload - taken)
+        assert length == max(front + n, FRAME_MIN)
+        frame, padding = frame[: front + n], frame[front + n :]
+        assert not any(padding)
         assert frame[front:] == content[taken : taken + n]
         check(frame, v4, tcp, l4, (seq + taken) & 0xFFFFFFFF, (ident + i) & 0xFFFF)
         if tcp:

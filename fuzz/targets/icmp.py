@@ -17,7 +17,9 @@ from typing import Any, cast
 
 from fuzz.steps import Steps
 from passt import addr, icmp
+from passt.flow.ip_fields import DF
 from passt.link.reassembly import Reassembly
+from passt.linux.sockopt import TRAFFIC_CLASS
 from passt.loop.reactor import EPOLLERR, EPOLLIN
 from passt.wire.checksum import checksum, fold, ones_sum, pseudo_sum
 from tests.unit.support import GUEST4, GUEST6, GUEST_MAC, T0, link, make_context, reactor, timers
@@ -29,6 +31,7 @@ OPENING = errno.EMFILE, errno.ENETUNREACH, errno.EACCES, errno.EPERM
 TIMES = 0.5, 2.0, 61.0
 DATA = bytes(i * 71 + (i >> 8) & 0xFF for i in range(1 << 13))
 FLOWS_MAX = 5
+Control = list[tuple[int, int, bytes]]
 _EXTENDED = Struct("=IBBBBII")
 
 
@@ -48,7 +51,7 @@ class Sock:
         return self.fd
 
     def setsockopt(self, *_: Any) -> None:
-        """A hop limit."""
+        """A field of the IP header."""
 
     def getsockopt(self, *_: Any) -> int:
         return 0
@@ -60,12 +63,13 @@ class Sock:
         self.world.given.append(bytes(data))
         return len(data)
 
-    def recvfrom_into(self, buf: bytearray) -> tuple[int, tuple[str, int]]:
+    def recvmsg_into(self, buffers: tuple[bytearray], _: int) -> tuple[int, Control, int, tuple[str, int]]:
         if not self.incoming:
             raise BlockingIOError(errno.EAGAIN, "nothing")
         data, sender = self.incoming.pop(0)
-        buf[: len(data)] = data
-        return len(data), (addr.text(sender), 0)
+        buffers[0][: len(data)] = data
+        kind = TRAFFIC_CLASS[len(self.host) == 16]
+        return len(data), [(*kind, bytes((len(data) & 0xFF, 0, 0, 0)))], 0, (addr.text(sender), 0)
 
     def recvmsg(self, *_: Any) -> tuple[bytes, list[tuple[int, int, bytes]], int, None]:
         if not self.errors:
@@ -136,7 +140,8 @@ def request(world: World, steps: Steps) -> None:
     pool, ctx = world.ctx.pool, world.ctx
     pool.buf[64 : 64 + len(echo)] = echo
     before, drops = len(world.given), sum(ctx.drops.values())
-    world.icmp.tap_handler(GUEST_MAC, src, dst, pool.view(64, 64 + len(echo)), world.now, which & 0x40)
+    fields = which & 0x40 | how << 8 | (DF if what & 1 else 0)
+    world.icmp.tap_handler(GUEST_MAC, src, dst, pool.view(64, 64 + len(echo)), world.now, fields)
     given = world.given[before:]
     assert given in ([echo], []), "not the guest's request"
     assert given or sum(ctx.drops.values()) > drops, "lost, and not counted"

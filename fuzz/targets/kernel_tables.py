@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from struct import Struct
 
-from passt.linux import inotify, ports
+from passt.linux import from_kernel, inotify, ports
 from passt.wire.checksum import PROTO_TCP, PROTO_UDP
 
 LINE = b"   0: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 639 1 0 100 0\n"
@@ -18,8 +18,8 @@ LINE = b"   0: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 0000
 def seeds() -> Iterable[bytes]:
     yield b"\0" + LINE + LINE.replace(b"0A", b"07").replace(b"0100007F", b"3500007F")
     message = Struct("=IHHIIBBBBHH4s12x").pack(40, 20, 2, 1, 0, 2, 10, 0, 0, 0x1600, 0, b"\x7f\0\0\x35")
-    yield b"\1" + message + Struct("=IHHII").pack(16, ports.NLMSG_DONE, 2, 1, 0)
-    yield b"\1" + Struct("=IHHIIi").pack(20, ports.NLMSG_ERROR, 2, 1, 0, -2)
+    yield b"\1" + message + Struct("=IHHII").pack(16, from_kernel.NLMSG_DONE, 2, 1, 0)
+    yield b"\1" + Struct("=IHHIIi").pack(20, from_kernel.NLMSG_ERROR, 2, 1, 0, -2)
     yield b"\2" + Struct("=iIII").pack(1, 2, 0, 16) + b"resolv.conf".ljust(16, b"\0")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from passt.conf import ports as conf_ports
+from passt.conf import forwards as conf_forwards
 from passt.conf.options import Options
 from passt.log import Fatal
 from passt.policy.config import PASST, PASTA
@@ -41,8 +41,8 @@ def one(data: bytes) -> None:
     letter, mode = "tuTU"[data[0] & 3], PASST if data[0] & 4 else PASTA
     text = data[1:].decode("utf-8", "surrogateescape")
     try:
-        rules = conf_ports.forwards([(letter, text)], OPTIONS[mode], mode, EPHEMERAL)
-        conf_ports.later(f"-{letter} {text}", OPTIONS[mode], EPHEMERAL, True, True)
+        rules = conf_forwards.forwards([(letter, text)], OPTIONS[mode], mode, EPHEMERAL)
+        conf_forwards.later(f"-{letter} {text}", OPTIONS[mode], EPHEMERAL, True, True)
     except Fatal as e:
         assert str(e).isprintable()
         return
@@ -51,5 +51,5 @@ def one(data: bytes) -> None:
     for rule in rules[:4]:
         if rule.option[1] != letter or rule.auto or rule.weak:
             continue
-        (again,) = conf_ports.later(rule.spec, OPTIONS[mode], range(0), True, True)
+        (again,) = conf_forwards.later(rule.spec, OPTIONS[mode], range(0), True, True)
         assert replace(again, option=rule.option) == rule

@@ -11,17 +11,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 from fuzz import frames
 from fuzz.steps import Steps
 from passt import icmp
 from passt.drops import Drop
+from passt.flow import neighbours
 from passt.link.packet import FRAME_ROOM
 from passt.loop.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from passt.loop.timers import NO_OWNER
 from passt.tcp_engine import sock as tcp_sock
-from passt.udp_engine import outbound
+from passt.udp_engine import group_sender, outbound
 from tests.unit import hostile
 from tests.unit.hostile import INBOUND, TAP_FD, Datagrams, Stack, harmless
 from tests.unit.support import GUEST4, GUEST6, GUEST_LL, GUEST_MAC, T0, link, reactor, timers
@@ -68,8 +70,10 @@ def begin(stack: Stack) -> None:
     guest.mac, guest.addr4, guest.addr6, guest.addr6_ll = GUEST_MAC, GUEST4, GUEST6, GUEST_LL
     stack.icmp._ident = stack.udp._ident = 0
     ctx.pool.buf[:] = stack.fill
+    cast(Any, neighbours).time = SimpleNamespace(monotonic=lambda: stack.now)
     for module in (outbound, icmp):
-        cast(Any, module).open_socket = lambda fwd, *where: Datagrams(stack.datagrams, *where)
+        cast(Any, module).open_socket = lambda fwd, *where, **_: Datagrams(stack.datagrams, *where)
+    cast(Any, group_sender).open_sender = lambda *where: Datagrams(stack.datagrams, *where[:3])
 
 
 def batch(stack: Stack, some: list[bytes]) -> None:
@@ -149,7 +153,13 @@ def run(stack: Stack, data: bytes) -> tuple[Any, ...]:
 
 
 def one(data: bytes) -> None:
-    patched = ((tcp_sock, "new_socket"), (outbound, "open_socket"), (icmp, "open_socket"), (os, "writev"))
+    patched = (
+        (tcp_sock, "new_socket"),
+        (outbound, "open_socket"),
+        (group_sender, "open_sender"),
+        (icmp, "open_socket"),
+        (os, "writev"),
+    )
     former = [getattr(module, name) for module, name in patched]
     cast(Any, tcp_sock).new_socket, cast(Any, os).writev = FakeSocket, WRITEV
     try:

@@ -49,9 +49,18 @@ class Flows(Service):
         for i in range(0, len(flat), self.width):
             CALLS.append((self.name, key, CTX.pool.copy(flat[i], flat[i + 1]), *flat[i + 2 : i + self.width], *more))
 
+    def set_class(self, key: bytes) -> None:
+        CLASSES.append((key, CTX.classes[key]))
+
+    def forget_class(self, key: bytes) -> None:
+        assert key in CTX.classes, "it was set"
+
+    def fault_key(self, key: bytes) -> None:
+        raise AssertionError(f"{self.name} did not fail")
+
 
 CALLS: list[tuple[Any, ...]] = []
-MACS: list[bytes] = []
+CLASSES: list[tuple[bytes, int]] = []
 CTX = make_context(pool_size=POOL)
 TAP = Tap(CTX, udp=cast(Any, Flows("udp", 3)), tcp=cast(Any, Flows("tcp", 2)))
 
@@ -65,7 +74,6 @@ def register() -> None:
     take.take_icmp(True, (icmp.ECHO_REQUEST,), Service("icmp").tap_handler, fragments=True)
     take.take_icmp(False, (icmp.ECHO_REQUEST6,), Service("icmp").tap_handler, fragments=True)
     take.take_icmp(False, ndp.TYPES, Service("ndp").tap_handler)
-    take.on_mac += [MACS.append, MACS.append]  # TCP and UDP
 
 
 register()
@@ -94,8 +102,11 @@ def outcome(batch: list[bytes], fill: bytes) -> tuple[Any, ...]:
     fresh = Guest(mac=GUEST_MAC, addr4=GUEST4, addr6=GUEST6, addr6_ll=GUEST_LL)
     for name in fresh.__slots__:
         setattr(guest, name, getattr(fresh, name))
+    CTX.neighbours._several = False
+    TAP._sender, TAP._source = GUEST_MAC, b""
     CALLS.clear()
-    MACS.clear()
+    CLASSES.clear()
+    CTX.classes.clear()
     flat: list[int] = []
     at = 16
     for frame in batch:
@@ -105,7 +116,7 @@ def outcome(batch: list[bytes], fill: bytes) -> tuple[Any, ...]:
     TAP.batch(flat, T0)
     kept = {key: (p.parts, p.spoiled) for key, p in TAP._reassembly._packets.items()}
     seen = (guest.mac, guest.addr4, guest.addr6, guest.addr6_ll)
-    return list(CALLS), list(MACS), dict(CTX.drops), kept, seen
+    return list(CALLS), list(CLASSES), dict(guest.macs), dict(CTX.drops), kept, seen
 
 
 def one(data: bytes) -> None:
@@ -118,8 +129,10 @@ def one(data: bytes) -> None:
     if not batch:
         return
     found = outcome(batch, FILLS[0])
-    calls, _, drops, kept, _ = found
+    calls, classes, _, drops, kept, _ = found
     assert found == outcome(batch, FILLS[1]), "what lies outside the frames made a difference"
+    if not drops:
+        assert {key for key, _ in classes} <= {c[1] for c in calls if c[0] == "tcp"}, "a class of no connection"
     if not kept and not any(reason.startswith("fragment") for reason in drops):
         whole = [c for c in calls if c[0] not in ("udp", "icmp")]  # those may be of several fragments
         assert len(whole) <= len(batch)

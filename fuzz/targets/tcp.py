@@ -33,7 +33,7 @@ from passt.tcp_engine import sock as tcp_sock
 from passt.tcp_engine.conn import RTO_MAX
 from passt.tcp_engine.window import POLL_MAX
 from passt.wire.checksum import PROTO_TCP
-from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN, URG, SynOptions
+from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN, URG, SynOptions, emit_sack, parse_sack
 from tests.unit.support import GATEWAY4, GUEST4, GUEST6, GUEST_LL, GUEST_MAC, T0, FakeReactor, FakeTimers, make_context
 
 MASK = 0xFFFFFFFF
@@ -101,7 +101,7 @@ class Sock:
         _LONG.pack_into(info, tcpinfo.BYTES_ACKED, self.acked + self.world.first(self))
         _WORD.pack_into(info, tcpinfo.MIN_RTT, 10_000)
         _WORD.pack_into(info, tcpinfo.SND_WND, 1 << 20)
-        info[0] = 7 if self.closed else 1
+        info[0] = 7 if self.closed else 2 if self in self.world.connecting else 1
         return bytes(info)
 
     def take_error(self) -> int:
@@ -202,6 +202,8 @@ class World:
     """Everything around one `Tcp`, which serves all executions."""
 
     full = False
+    rto_min = 0.010
+    room = 1 << 30
     tso = uso = True
     sent_frames = sent_bytes = 0
 
@@ -236,6 +238,10 @@ class World:
     def send_frame(self, frame: bytes) -> None:
         """ICMP: of no consequence here."""
 
+    def lay_out(self, header: int, chunk: int, want: int) -> tuple[list[memoryview], int]:
+        """It has no place for payload."""
+        return [], 0
+
     def send_payload(self, parts: Sequence[Buffer]) -> None:
         hdr = parts[0]
         l4 = 44 if hdr[22] == 8 else 64
@@ -247,6 +253,9 @@ class World:
             self._syn(to, seq, ack, bits, hdr, l4)
             return
         talk, n = self.talk(to), len(parts[1]) if len(parts) > 1 else 0
+        if bits >> 12 > 5:
+            self._check_sack(talk, parse_sack(bytes(parts[1])))
+            n = 0
         assert talk.began, "data before SYN"
         self._check_ack(talk, ack, window)
         at = seq - talk.ours - 1 & MASK
@@ -279,6 +288,12 @@ class World:
         assert bool(bits & ACK) != talk.theirs
         if bits & ACK:
             assert ack == talk.isn + 1 & MASK
+
+    def _check_sack(self, talk: Talk, blocks: Sequence[tuple[int, int]]) -> None:
+        assert blocks
+        for left, right in blocks:
+            start, end = left - talk.isn & MASK, right - talk.isn & MASK  # a probe may be in the place of SYN
+            assert talk.wild or start < end <= talk.high + 1, "a block of what the guest did not send"
 
     def _check_ack(self, talk: Talk, ack: int, window: int) -> None:
         sock = talk.sock
@@ -357,7 +372,10 @@ class World:
 
 
 Batch = list[tuple[int, int, int, bytes, int, bytes]]
-OPTIONS = SynOptions(1460, 7).emit(), SynOptions(536, None).emit(), b"", b"\2\3\0\0", SynOptions(100, 0).emit()
+OPTIONS = (
+    SynOptions(1460, 7).emit(), SynOptions(536, None).emit(), b"", b"\2\3\0\0", SynOptions(100, 0).emit(),
+    SynOptions(1460, 7, sack=True).emit(), SynOptions(100, None, sack=True).emit(),
+)  # fmt: skip
 
 
 def put(world: World, talk: Talk, batch: Batch) -> None:
@@ -395,6 +413,10 @@ def segment(world: World, talk: Talk, steps: Steps, batch: Batch) -> bool:
                 batch.append((flags, world.isn, 0, b"", 5000, options))
             return False
         at, ack = -1, ack if c & 0x20 else 0
+    elif c & 0x40:  # blocks that may be true, or not
+        first, second = steps.byte(), steps.byte()
+        left = talk.ours + 1 + ack + 100 * (first - 20)
+        options = emit_sack([(left, left + 50 * second), (left + 9000, left + 9000 + first)][: 1 + (c >> 7)])
     at = min(max(at, -1), STREAM_MAX)
     payload = GUEST_DATA[at : at + n] if at >= 0 else b"\0" * min(n, 1)
     n = len(payload)
@@ -430,11 +452,12 @@ def host(world: World, talk: Talk, kind: int, steps: Steps) -> None:
     sock, value = talk.sock, steps.byte()
     if sock is None:
         return
-    if kind == 4 and not sock.ended:
+    over = sock.error or sock.failed  # its peer has reset it, or is silent for ever
+    if kind == 4 and not sock.ended and not over:
         sock.avail = min(sock.avail + value * (1 if value < 128 else 100), STREAM_MAX)
         if value & 3:
             world.arrived(sock)
-    elif kind == 5:
+    elif kind == 5 and not over:
         sock.ended = True
         world.arrived(sock)
     elif kind == 6:
@@ -580,7 +603,7 @@ def empty(world: World) -> None:
     world.tcp.resume(world.now)
     ctx, tcp = world.ctx, world.tcp
     assert ctx.flows.count == 0 and not any(ctx.flows.by_index)
-    assert not tcp._conns and not tcp._table.half_open and not tcp._out.stalled and not tcp._acks._waiting
+    assert not tcp._conns and not tcp._table.half_open and not tcp._out.turns.waiting and not tcp._acks._waiting
     assert not world.reactor.refs, "a descriptor is still watched"
     assert all(sock.closed for sock in world.socks), "a socket is open"
     assert all(owner == NO_OWNER for owner in world.timers.owner.values())
