@@ -8,6 +8,14 @@
     plot        the pictures of README.md and docs/performance.md, and the table of the latter, from the JSON
     demo        the whole thing on one screen
 
+Links with faults have programs of their own, for docs/reliability.md:
+
+    adversity    transfers through a link with faults and with adverse peers, checked by SHA-256 (`make adversity`)
+    faulty_link  the link; adverse_seats puts guests behind it, adverse_load has both ends of the conversations
+    adverse_latency  exchanges of a few bytes beside a bulk flow
+    reliability  the tables and the picture
+    lossy        a few rows in detail: single losses, times from connect(2) to the end
+
 Samples are short, and contenders take turns within each round, so that a machine that is slow for a while is slow for
 all of them. The table shows medians; the JSON keeps every sample.
 """

@@ -62,8 +62,8 @@ def chosen(args: argparse.Namespace) -> tuple[list[Row], list[Contender]]:
     return rows, [c for c in contenders if c.name in names or c in peers]
 
 
-def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placement, seconds: float) -> None:
-    """Take one sample into `line`; a failure is kept as such and does not end the run."""
+def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placement, seconds: float, turn: int) -> None:
+    """Take the sample of a round into `line`; a failure is kept as such and does not end the run."""
     cell = line.cell(contender.name)
     try:
         unseated = nullcontext(Seat(lab.host, None, "", ""))  # another daemon would have the ports already
@@ -78,9 +78,7 @@ def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placemen
     except (LabError, OSError, json.JSONDecodeError, KeyError) as e:
         cell.error = f"{type(e).__name__}: {e}" if not isinstance(e, LabError) else str(e)
         return
-    cell.values.append(result.value)
-    if result.cpu is not None:
-        cell.cpu.append(result.cpu)
+    cell.add(turn, result)
 
 
 def takes_part(row: Row, contender: Contender) -> bool:
@@ -89,6 +87,8 @@ def takes_part(row: Row, contender: Contender) -> bool:
         return contender.serve is not None
     if row.starts:
         return contender.start is not None
+    if row.ipv6 and not contender.gateway6:
+        return False
     if row.inbound and not contender.forwards:
         return False
     return not row.daemon_only or contender.command is not None
@@ -110,15 +110,15 @@ def run(args: argparse.Namespace, console: Console) -> Report:
     report = Report.new(args.seconds, args.rounds)
     lines = {row.name: Line.of(row) for row in rows}
     report.lines = list(lines.values())
-    plan = [(row, c) for _ in range(args.rounds) for row in rows for c in contenders if takes_part(row, c)]
+    plan = [(i, row, c) for i in range(args.rounds) for row in rows for c in contenders if takes_part(row, c)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Lab() as lab, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(plan))
         try:
-            for row, contender in plan:
+            for turn, row, contender in plan:
                 progress.update(task, description=f"{row.title}: {contender.label}")
                 place = placed(args, row, contender)
-                sample(lab, row, contender, lines[row.name], place, args.seconds)
+                sample(lab, row, contender, lines[row.name], place, args.seconds, turn)
                 progress.advance(task)
         except KeyboardInterrupt:
             console.print("stopped: the table has what was measured so far", style="yellow")

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tests.system.vm.machine import VirtualMachine
 
-from .lab import DEFAULT_WMEM, GATEWAY, PEER, RAISED_WMEM, Lab, LabError, Namespace, Placement, set_sysctl
+from .lab import DEFAULT_WMEM, GATEWAY, GATEWAY6, PEER, RAISED_WMEM, Lab, LabError, Namespace, Placement, set_sysctl
 
 READY_TIMEOUT = 10.0
 
@@ -52,6 +52,7 @@ class Contender:
     label: str
     command: Command | None
     gateway: str = GATEWAY
+    gateway6: str = GATEWAY6  # empty: IPv4 only
     wmem: str = DEFAULT_WMEM
     start: Callable[[str], list[str]] | None = None
     forwards: bool = True
@@ -69,7 +70,7 @@ class Contender:
 class Seat:
     """A contender at work: the namespace the load runs in, the daemon, and the addresses of the two servers.
 
-    `machine` is the machine of a seat that has one: the load runs in there.
+    `to_host6` is the first of them by IPv6. `machine` is the machine of a seat that has one: the load runs in there.
     """
 
     guest: Namespace
@@ -77,6 +78,7 @@ class Seat:
     to_host: str
     to_peer: str
     machine: VirtualMachine | None = None
+    to_host6: str = ""
 
     def alive(self) -> bool:
         """Whether its daemon still runs."""
@@ -117,7 +119,7 @@ CONTENDERS = (
     Contender("ours-wmem", "ours, tcp_wmem raised", _attaches(_OURS), wmem=RAISED_WMEM, serve=_serves(OUR_PASST)),
     Contender("pasta", "C pasta", _attaches([_C]), start=_starts([_C]), serve=_serves(_C_PASST)),
     Contender("pasta-wmem", "C pasta, tcp_wmem raised", _attaches([_C]), wmem=RAISED_WMEM, serve=_serves(_C_PASST)),
-    Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2", forwards=False),
+    Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2", gateway6="", forwards=False),
     Contender("loopback", "bare loopback", None),
 )
 
@@ -155,21 +157,22 @@ def seated(lab: Lab, contender: Contender, mtu: int, ports: str = "none", cpu: i
     """
     set_sysctl("ipv4/tcp_wmem", contender.wmem)
     if contender.command is None:
-        yield Seat(lab.host, None, "127.0.0.1", PEER)
+        yield Seat(lab.host, None, "127.0.0.1", PEER, to_host6="::1")
         return
     with lab.guest() as guest:
         assert guest.pid is not None
         daemon = lab.spawn([*Placement.argv(cpu), *contender.command(guest.pid, mtu, ports)])
         try:
             _wait_for_route(contender, guest, daemon)
-            yield Seat(guest, daemon, contender.gateway, PEER)
+            yield Seat(guest, daemon, contender.gateway, PEER, to_host6=contender.gateway6)
         finally:
             lab.stop(daemon)
 
 
 def _wait_for_route(contender: Contender, guest: Namespace, daemon: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + READY_TIMEOUT
-    while "default" not in guest.run(["ip", "route"]):
+    families = ("-4", "-6") if contender.gateway6 else ("-4",)
+    while not all("default" in guest.run(["ip", family, "route"]) for family in families):
         if daemon.poll() is not None:
             _, said = daemon.communicate()
             raise LabError(f"{contender.name} ended with status {daemon.returncode}: {said.strip()[-200:]}")

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -159,10 +160,14 @@ class Namespace:
             raise LabError(f"{command[0]}: status {done.returncode}: {said[-1] if said else 'no message'}")
         return done.stdout
 
-    def spawn(self, command: Sequence[str]) -> subprocess.Popen[str]:
-        """`command`, running, with its standard output in a pipe."""
+    def spawn(self, command: Sequence[str], *, talks: bool = False, errors_too: bool = False) -> subprocess.Popen[str]:
+        """`command`, running, with its standard output in a pipe, with `errors_too` that for errors in the same one,
+        and its standard input, too, if it `talks`.
+        """
         pipe = subprocess.PIPE
-        return subprocess.Popen(self.argv(command), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+        stdin = pipe if talks else subprocess.DEVNULL
+        stderr = subprocess.STDOUT if errors_too else pipe
+        return subprocess.Popen(self.argv(command), stdin=stdin, stdout=pipe, stderr=stderr, text=True)
 
 
 def stop(process: subprocess.Popen[str]) -> None:
@@ -196,6 +201,7 @@ class Lab:
     host: Namespace = field(default_factory=Namespace)
     peer: Namespace = field(default_factory=Namespace)
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    folders: dict[str, tempfile.TemporaryDirectory[str]] = field(default_factory=dict)
 
     def __enter__(self) -> Lab:
         self.host.run(["ip", "link", "set", "lo", "up"])
@@ -214,6 +220,14 @@ class Lab:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for process in reversed(self.processes):
             stop(process)
+        for folder in self.folders.values():
+            folder.cleanup()
+
+    def folder(self, name: str) -> Path:
+        """A folder for files of a server, which lasts as long as the context."""
+        if name not in self.folders:
+            self.folders[name] = tempfile.TemporaryDirectory(prefix=f"passt-bench-{name}-")
+        return Path(self.folders[name].name)
 
     @staticmethod
     def _address(namespace: Namespace, v4: str, v6: str) -> None:
@@ -222,9 +236,16 @@ class Lab:
         namespace.run(["ip", "link", "set", "lo", "up"])
         namespace.run(["ip", "link", "set", "eth0", "up"])
 
-    def spawn(self, command: Sequence[str], namespace: Namespace | None = None) -> subprocess.Popen[str]:
+    def spawn(
+        self,
+        command: Sequence[str],
+        namespace: Namespace | None = None,
+        *,
+        talks: bool = False,
+        errors_too: bool = False,
+    ) -> subprocess.Popen[str]:
         """`command`, running until `stop` or the end of the context."""
-        process = (namespace or self.host).spawn(command)
+        process = (namespace or self.host).spawn(command, talks=talks, errors_too=errors_too)
         self.processes.append(process)
         return process
 

@@ -4,13 +4,15 @@
     python bench/load.py CLIENT ADDRESS [--port N] [--seconds S] [--flows N]
 
 A server prints the word `ready` once it listens and serves until it is killed. A client runs for the given time and
-prints one line of JSON: `{"count": N, "seconds": S}`. The file is run by its path, not as a module of the package,
-and imports the standard library only: a process is there in 20 ms.
+prints one line of JSON: `{"count": N, "seconds": S}`, where operations have an answer also `"p50"` and `"p99"`, the
+seconds that half of them took at most, and 99 of 100. The file is run by its path, not as a module of the package, and
+imports the standard library only: a process is there in 20 ms.
 
 | server     | client      | one operation                                                                  |
 |------------|-------------|--------------------------------------------------------------------------------|
 | tcp-echo   | tcp-rr      | one byte there and back on a standing connection, on all flows at once         |
 | tcp-answer | tcp-crr     | connect, one byte there and back; the server closes first, as HTTP/1.0 would   |
+| tcp-echo   | tcp-pace    | the same at a rate: --flows N a second, each begins in its time                |
 | udp-echo   | udp-rr      | one byte there and back                                                        |
 | udp-sink   | udp-send    | a datagram of 1400 bytes that has reached the server                           |
 | udp-source | udp-receive | a datagram of 1400 bytes that has reached the client                           |
@@ -35,7 +37,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 
 PORT = 5401
 DATAGRAM = 1400
@@ -254,75 +257,125 @@ def udp_receive(address: str, port: int, seconds: float, flows: int) -> dict[str
     return _receive(sock, seconds)
 
 
+def _result(took: Sequence[float], seconds: float) -> dict[str, float]:
+    """The line of operations that took so long each."""
+    ordered = sorted(took)
+    quantiles = {f"p{n}": ordered[len(ordered) * n // 100] for n in (50, 99)} if took else {}
+    return {"count": len(took), "seconds": seconds, **quantiles}
+
+
 def _pingpong(sock: socket.socket, seconds: float) -> dict[str, float]:
     """Round trips of one byte, one at a time; a lost datagram costs the socket's receive timeout and is sent anew."""
     receive, send, clock = sock.recv, sock.send, time.monotonic
-    count, start = 0, clock()
+    took = array("d")
+    note = took.append
+    before = start = clock()
     end = start + seconds
-    while (now := clock()) < end:
+    while before < end:
+        send(b"x")
+        receive(64)
+        now = clock()
+        note(now - before)
+        before = now
+    return _result(took, before - start)
+
+
+def _pingpongs(socks: list[socket.socket], seconds: float) -> dict[str, float]:
+    """The same on several sockets at once; where all have lost theirs, all begin anew."""
+    epoll = select.epoll()
+    for sock in socks:
+        sock.setblocking(False)
+        epoll.register(sock.fileno(), select.EPOLLIN | select.EPOLLET)
+    read, write, clock, poll = os.read, os.write, time.monotonic, epoll.poll
+    took = array("d")
+    note = took.append
+    now = start = clock()
+    end = start + seconds
+    sent = dict.fromkeys((sock.fileno() for sock in socks), start)
+    for fd in sent:
+        write(fd, b"x")
+    while now < end:
+        events = poll(PATIENCE) or [(fd, 0) for fd in sent]
+        now = clock()
+        for fd, ready in events:
+            if ready:
+                if not read(fd, 64):
+                    raise ConnectionError("the server closed a connection")
+                note(now - sent[fd])
+            write(fd, b"x")
+            sent[fd] = now
+    return _result(took, now - start)
+
+
+def _round_trips(kind: socket.SocketKind, address: str, port: int, seconds: float, flows: int) -> dict[str, float]:
+    socks = [_connected(kind, address, port) for _ in range(flows)]
+    return _pingpong(socks[0], seconds) if flows == 1 else _pingpongs(socks, seconds)
+
+
+def udp_rr(address: str, port: int, seconds: float, flows: int) -> dict[str, float]:
+    """Round trips of one datagram on each of `flows` sockets."""
+    return _round_trips(socket.SOCK_DGRAM, address, port, seconds, flows)
+
+
+def tcp_rr(address: str, port: int, seconds: float, flows: int) -> dict[str, float]:
+    """Round trips of one byte on each of `flows` connections."""
+    return _round_trips(socket.SOCK_STREAM, address, port, seconds, flows)
+
+
+def tcp_pace(address: str, port: int, seconds: float, flows: int) -> dict[str, float]:
+    """Round trips of one byte on one connection, `flows` a second; one that is late begins at once."""
+    sock = _connected(socket.SOCK_STREAM, address, port)
+    receive, send, clock, interval = sock.recv, sock.send, time.monotonic, 1 / flows
+    count, start = 0, clock()
+    while (now := clock()) < start + seconds:
+        if (early := start + count * interval - now) > 0:
+            time.sleep(early)
         send(b"x")
         receive(64)
         count += 1
     return {"count": count, "seconds": now - start}
 
 
-def udp_rr(address: str, port: int, seconds: float, flows: int) -> dict[str, float]:
-    """Round trips of one datagram at a time."""
-    return _pingpong(_connected(socket.SOCK_DGRAM, address, port), seconds)
-
-
-def tcp_rr(address: str, port: int, seconds: float, flows: int) -> dict[str, float]:
-    """Round trips of one byte on each of `flows` connections."""
-    socks = [_connected(socket.SOCK_STREAM, address, port) for _ in range(flows)]
-    if flows == 1:
-        return _pingpong(socks[0], seconds)
-    epoll = select.epoll()
-    for sock in socks:
-        sock.setblocking(False)
-        epoll.register(sock.fileno(), select.EPOLLIN | select.EPOLLET)
-    read, write, clock, poll = os.read, os.write, time.monotonic, epoll.poll
-    for sock in socks:
-        sock.send(b"x")
-    count, start = 0, clock()
-    end = start + seconds
-    while (now := clock()) < end:
-        for fd, _ in poll(PATIENCE):
-            if not read(fd, 64):
-                raise ConnectionError("the server closed a connection")
-            write(fd, b"x")
-            count += 1
-    return {"count": count, "seconds": now - start}
-
-
-def _connections(address: str, port: int, seconds: float) -> dict[str, float]:
+def _connections(address: str, port: int, seconds: float) -> array[float]:
+    """How long each of the connections took that got its answer, from connect(2) to close(2)."""
     family, make, clock = _family(address), socket.socket, time.monotonic
     target, stream = (address, port), socket.SOCK_STREAM
-    count, start = 0, clock()
-    end = start + seconds
-    while (now := clock()) < end:
+    took = array("d")
+    note = took.append
+    before = clock()
+    end = before + seconds
+    while before < end:
         sock = make(family, stream)
         sock.connect(target)
         sock.send(b"x")
-        if sock.recv(64):
-            count += 1
+        answer = sock.recv(64)
         sock.close()
-    return {"count": count, "seconds": now - start}
+        now = clock()
+        if answer:
+            note(now - before)
+        before = now
+    return took
 
 
 def tcp_crr(address: str, port: int, seconds: float, flows: int) -> dict[str, float]:
     """Connections with one round trip each, by `flows` processes at once."""
+    start = time.monotonic()
     if flows == 1:
-        return _connections(address, port, seconds)
+        return _result(_connections(address, port, seconds), time.monotonic() - start)
     pipes = []
     for _ in range(flows):
         source, sink = os.pipe()
         if os.fork() == 0:
-            os.write(sink, json.dumps(_connections(address, port, seconds)).encode())
+            with open(sink, "wb") as file:
+                _connections(address, port, seconds).tofile(file)
             os._exit(0)
         os.close(sink)
         pipes.append(source)
-    results = [json.loads(os.read(fd, 4096) or b'{"count": 0, "seconds": 1}') for fd in pipes]
-    return {"count": sum(r["count"] for r in results), "seconds": max(r["seconds"] for r in results)}
+    took = array("d")
+    for fd in pipes:
+        with open(fd, "rb") as file:
+            took.frombytes(file.read())
+    return _result(took, time.monotonic() - start)
 
 
 Server = Callable[[str, int], None]
@@ -337,6 +390,7 @@ SERVERS: dict[str, Server] = {
 }
 CLIENTS: dict[str, Client] = {
     "tcp-rr": tcp_rr,
+    "tcp-pace": tcp_pace,
     "tcp-crr": tcp_crr,
     "udp-rr": udp_rr,
     "udp-send": udp_send,

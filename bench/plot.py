@@ -160,9 +160,13 @@ def finding(line: Line) -> str:
     ratio = line.ratio(C_NAMES)
     if ratio is None:
         return "not measured beside C pasta"
-    if ratio >= 1.95:
-        return f"{ratio:.0f} times C pasta" if ratio >= 9.95 else f"{ratio:.1f} times C pasta"
-    return f"{abs(ratio - 1):.0%} {'more' if ratio >= 1 else 'less'} than C pasta"
+    value = ratio.value
+    if ratio.wide:
+        figures = (f"{number:.0f}" if value >= 9.95 else f"{number:.1f}" for number in (ratio.low, ratio.high))
+        return f"{' to '.join(figures)} times C pasta"
+    if value >= 1.95:
+        return f"{value:.0f} times C pasta" if value >= 9.95 else f"{value:.1f} times C pasta"
+    return f"{abs(value - 1):.0%} {'more' if value >= 1 else 'less'} than C pasta"
 
 
 def strip(axes: Axes, line: Line, title: str, unit: str) -> None:

@@ -1,7 +1,12 @@
 """Results: medians, ratios, the table on the terminal, the table as Markdown, the JSON file.
 
 The JSON is `{"made": {...}, "rows": [{"name", "title", "unit", "work", "target", "fewer_is_better", "results":
-{contender: {"values": [...], "cpu": [...], "error": text or null}}}]}`: all samples are kept, medians made on reading.
+{contender: {"values": [...], "rounds": [...], "cpu": [...], "p50": [...], "p99": [...], "error": text or null}}}]}`:
+all samples are kept, medians made on reading.
+
+Samples of one round are a pair: they were taken one after the other, so a machine that is slow for a while is slow for
+both. A ratio is the median of those of the pairs. Where these differ by more than SPREAD_MAX of it, their range stands
+in its place: the median would be that of the machine.
 """
 
 from __future__ import annotations
@@ -10,34 +15,76 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 
-from .rows import Row
+from .rows import Row, Sample
 
+SPREAD_MAX = 0.3
 C_NAMES = ("pasta", "pasta-wmem")
 OUR_NAMES = ("ours", "ours-wmem")
 
 
 @dataclass(slots=True)
 class Cell:
-    """The samples of one contender in one row."""
+    """The samples of one contender in one row: values, their rounds, and what else was measured."""
 
     values: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     error: str | None = None
+    rounds: list[int] = field(default_factory=list)
+    p50: list[float] = field(default_factory=list)
+    p99: list[float] = field(default_factory=list)
+
+    def add(self, turn: int, sample: Sample) -> None:
+        """Take the sample of a round."""
+        self.values.append(sample.value)
+        self.rounds.append(turn)
+        for known, value in ((self.cpu, sample.cpu), (self.p50, sample.p50), (self.p99, sample.p99)):
+            if value is not None:
+                known.append(value)
 
     def value(self) -> float | None:
         """The median, or None without a sample."""
         return median(self.values) if self.values else None
 
+    def by_round(self) -> dict[int, float]:
+        """The values of the rounds; results that were made before rounds were noted have all."""
+        return dict(zip(self.rounds or range(len(self.values)), self.values, strict=False))
+
     def processor(self) -> float | None:
         """Median of the daemon's processor time for each unit of work."""
         return median(self.cpu) if self.cpu else None
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Ours against theirs, of all pairs: median and range. Above 1 we are more (and for times and sizes: larger)."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ours: Cell, theirs: Cell) -> Ratio | None:
+        """The median of the pairs; None without a pair."""
+        before = theirs.by_round()
+        pairs = [value / before[turn] for turn, value in ours.by_round().items() if before.get(turn)]
+        if not pairs:
+            return None
+        return cls(median(pairs), min(pairs), max(pairs))
+
+    @property
+    def wide(self) -> bool:
+        """Whether the pairs differ too much for their median to mean something."""
+        return self.high - self.low > SPREAD_MAX * self.value
+
+    def __str__(self) -> str:
+        return f"{self.low:.2f} to {self.high:.2f}" if self.wide else f"{self.value:.2f}"
 
 
 @dataclass(slots=True)
@@ -68,10 +115,15 @@ class Line:
             return None
         return min(values) if self.fewer_is_better else max(values)
 
-    def ratio(self, names: tuple[str, ...]) -> float | None:
-        """Our default setting against the best of `names`: above 1 we are more (and for times and sizes: larger)."""
-        ours, theirs = self.best(OUR_NAMES[:1]), self.best(names)
-        return ours / theirs if ours is not None and theirs else None
+    def best_name(self, names: tuple[str, ...]) -> str | None:
+        """Which contender has the best median."""
+        best = self.best(names)
+        return next((n for n in names if n in self.cells and best is not None and self.cells[n].value() == best), None)
+
+    def ratio(self, names: tuple[str, ...]) -> Ratio | None:
+        """Our default setting against the best of `names`."""
+        ours, theirs = self.cells.get(OUR_NAMES[0]), self.best_name(names)
+        return Ratio.of(ours, self.cells[theirs]) if ours is not None and theirs is not None else None
 
 
 @dataclass(slots=True)
@@ -108,7 +160,7 @@ def save(report: Report, path: Path) -> None:
             "work": line.work,
             "target": line.target,
             "fewer_is_better": line.fewer_is_better,
-            "results": {n: {"values": c.values, "cpu": c.cpu, "error": c.error} for n, c in line.cells.items()},
+            "results": {name: asdict(cell) for name, cell in line.cells.items()},
         }
         for line in report.lines
     ]
@@ -121,7 +173,7 @@ def read(path: Path) -> Report:
     data = json.loads(path.read_text())
     report = Report(data["made"])
     for row in data["rows"]:
-        cells = {name: Cell(c["values"], c["cpu"], c["error"]) for name, c in row.pop("results").items()}
+        cells = {name: Cell(**cell) for name, cell in row.pop("results").items()}
         report.lines.append(Line(**row, cells=cells))
     return report
 
@@ -135,14 +187,21 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _ratio(value: Ratio | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _processor(line: Line, names: tuple[str, ...]) -> float | None:
     """Processor time of the one among `names` that has the best value."""
-    best = line.best(names)
-    return next((line.cells[n].processor() for n in names if n in line.cells and line.cells[n].value() == best), None)
+    name = line.best_name(names)
+    return None if name is None else line.cells[name].processor()
+
+
+def _times(line: Line, names: tuple[str, ...]) -> str:
+    """Microseconds of an operation, likewise: p50 and p99."""
+    name = line.best_name(names)
+    cell = Cell() if name is None else line.cells[name]
+    return f"{number(median(cell.p50))}, {number(median(cell.p99))}" if cell.p50 else ""
 
 
 def _columns(report: Report, line: Line) -> list[str]:
@@ -152,10 +211,12 @@ def _columns(report: Report, line: Line) -> list[str]:
         texts.append("failed" if cell.error and not cell.values else number(cell.value()))
     used = [_processor(line, OUR_NAMES[:1]), _processor(line, C_NAMES)]
     work = " / ".join("-" if u is None else f"{u:.2f}" for u in used) + f" {line.work}" if any(used) else ""
-    return [*texts, _ratio(line.ratio(C_NAMES)), _ratio(line.ratio(("loopback",))), line.target, work]
+    times = [_times(line, OUR_NAMES[:1]), _times(line, C_NAMES)]
+    took = " / ".join(text or "-" for text in times) if any(times) else ""
+    return [*texts, _ratio(line.ratio(C_NAMES)), _ratio(line.ratio(("loopback",))), line.target, work, took]
 
 
-_HEAD = ("ours / best C", "ours / bare", "asked", "daemon: ours / C")
+_HEAD = ("ours / best C", "ours / bare", "asked", "daemon: ours / C", "us p50, p99: ours / C")
 
 
 def show(report: Report, console: Console) -> None:

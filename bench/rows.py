@@ -7,6 +7,7 @@ around the client's life. Directions are named from the guest: "out" is guest to
     route     client   server   to
     --------  -------  -------  -----------------------------------------------
     to-host   guest    host     the host's loopback, by the gateway's address
+    to-host6  guest    host     the same by IPv6
     to-peer   guest    peer     another host
     loopback  host     guest    a forwarded port, on the host's loopback
     inbound   peer     guest    a forwarded port, at the host's address
@@ -22,9 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import programs
 from .contenders import LOAD_PORTS, Contender, Seat
 from .lab import HOST, Lab, LabError, Namespace, Placement, cpu_seconds, resident_kib, wait_for
-from .vm import MACHINE, RELAY
+from .vm import MACHINE, RELAY, VHOST
 
 LOAD = [sys.executable, "-S", "-E", str(Path(__file__).with_name("load.py"))]
 IPERF_PORT = 5201
@@ -35,10 +37,15 @@ BIG, SMALL = 65520, 1500
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One measurement: `value` in the row's unit, and daemon seconds for each unit of work (None: no daemon)."""
+    """One measurement: `value` in the row's unit, and daemon seconds for each unit of work (None: no daemon).
+
+    `p50` and `p99` are the microseconds that an operation took, where there are operations.
+    """
 
     value: float
     cpu: float | None = None
+    p50: float | None = None
+    p99: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,7 @@ def _route(bench: Bench, name: str) -> Route:
     lab, seat = bench.lab, bench.seat
     return {
         "to-host": Route(seat.guest, lab.host, seat.to_host, "127.0.0.1"),
+        "to-host6": Route(seat.guest, lab.host, seat.to_host6, "::1"),
         "to-peer": Route(seat.guest, lab.peer, seat.to_peer, seat.to_peer),
         "loopback": Route(lab.host, seat.guest, "127.0.0.1", "0.0.0.0"),
         "inbound": Route(lab.peer, seat.guest, HOST, "0.0.0.0"),
@@ -95,6 +103,7 @@ class Row:
     inbound: bool = False  # needs a daemon that forwards ports
     ports: str = "none"
     vm: str = ""  # behind which of the seats of vm.py the guest is
+    ipv6: bool = False
 
 
 @contextmanager
@@ -168,7 +177,25 @@ def load(server: str, client: str, flows: int = 1, route: str = "to-host") -> Ca
         with _server(bench, way.server, [*LOAD, server, way.listen], "ready"):
             printed, cpu = _client(bench, way.client, command)
         result = json.loads(printed)
-        return Sample(result["count"] / result["seconds"], _per(cpu * 1e6, result["count"], bench.seat))
+        value, used = result["count"] / result["seconds"], _per(cpu * 1e6, result["count"], bench.seat)
+        if "p50" not in result:
+            return Sample(value, used)
+        return Sample(value, used, result["p50"] * 1e6, result["p99"] * 1e6)
+
+    return measure
+
+
+def program(
+    server: programs.Server, client: programs.Client, read: Callable[[str], programs.Counted], flows: int
+) -> Callable[[Bench], Sample]:
+    """A server and a client that others wrote: operations a second, daemon microseconds for each."""
+
+    def measure(bench: Bench) -> Sample:
+        with server(bench.lab, Placement.argv(bench.place.server)):
+            command = client(bench.seat, bench.seconds, flows)
+            printed, cpu = _client(bench, bench.seat.guest, command)
+        rate, p50, p99 = read(printed)
+        return Sample(rate, _per(cpu * 1e6, rate * bench.seconds, bench.seat), p50, p99)
 
     return measure
 
@@ -205,6 +232,10 @@ def _streams() -> list[Row]:
                 rows.append(
                     Row(name, title, "Gbit/s", "CPU s/GB", mtu, "spread", measure, target if far == "host" else "")
                 )
+    for reverse in (False, True):
+        title = f"IPv6 TCP {'host → namespace' if reverse else 'namespace → host'}, MTU {BIG}"
+        name, measure = f"tcp6-{'in' if reverse else 'out'}-host-{BIG}", stream(reverse, "to-host6")
+        rows.append(Row(name, title, "Gbit/s", "CPU s/GB", BIG, "spread", measure, ipv6=True))
     return rows
 
 
@@ -214,18 +245,39 @@ LOADS = {
     "udp-in": ("UDP 1400 B host → namespace", "udp-source", "udp-receive", 1),
     "tcp-rr-1": ("TCP round trips, 1 flow", "tcp-echo", "tcp-rr", 1),
     "tcp-rr-16": ("TCP round trips, 16 flows", "tcp-echo", "tcp-rr", 16),
+    "tcp-rr-64": ("TCP round trips, 64 flows", "tcp-echo", "tcp-rr", 64),
     "udp-rr": ("UDP round trips", "udp-echo", "udp-rr", 1),
+    "udp-rr-16": ("UDP round trips, 16 flows", "udp-echo", "udp-rr", 16),
+    "udp-rr-64": ("UDP round trips, 64 flows", "udp-echo", "udp-rr", 64),
     "tcp-crr-1": ("connect-request-response, 1 flow", "tcp-answer", "tcp-crr", 1),
     "tcp-crr-16": ("connect-request-response, 16 flows", "tcp-answer", "tcp-crr", 16),
+    "tcp-crr-64": ("connect-request-response, 64 flows", "tcp-answer", "tcp-crr", 64),
 }
+BY_IPV6 = "tcp-rr-16", "udp-rr-16", "tcp-crr-16"
 
 
 def _loads() -> list[Row]:
     targets = {"udp-out": "1.2 x C", "udp-in": "1.2 x C", "tcp-crr-1": "0.6 x C", "tcp-crr-16": "0.6 x C"}
-    return [
+    rows = [
         Row(name, title, "1/s", "CPU us", BIG, "apart", load(server, client, flows), targets.get(name, "0.8 x C"))
         for name, (title, server, client, flows) in LOADS.items()
     ]
+    for name in BY_IPV6:
+        title, server, client, flows = LOADS[name]
+        protocol, _, rest = name.partition("-")
+        measure = load(server, client, flows, "to-host6")
+        rows.append(Row(f"{protocol}6-{rest}", f"IPv6 {title}", "1/s", "CPU us", BIG, "apart", measure, ipv6=True))
+    return rows
+
+
+def _programs() -> list[Row]:
+    http = program(programs.nginx, programs.wrk, programs.requests, 16)
+    rows = [Row("http", "HTTP requests on 16 kept connections (wrk)", "1/s", "CPU us", BIG, "apart", http, "1 x C")]
+    for flows in (8, 50):
+        measure = program(programs.postgres, programs.pgbench, programs.queries, flows)
+        title = f"queries, {flows} clients (pgbench)"
+        rows.append(Row(f"pgbench-{flows}", title, "1/s", "CPU us", BIG, "apart", measure, "1 x C"))
+    return rows
 
 
 def _forwarded_streams() -> list[Row]:
@@ -288,23 +340,27 @@ def _costs() -> list[Row]:
 
 
 def _machines() -> list[Row]:
-    """Rows with a guest on a UNIX socket: a relay for a fast machine, and an emulated one."""
+    """Rows with a guest on a UNIX socket: relays for a fast machine, and an emulated one."""
     rows = []
-    for mtu, target in ((BIG, "1 x C"), (SMALL, "0.6 x C")):
-        for reverse in (False, True):
-            title = f"TCP {'host → relay' if reverse else 'relay → host'}, MTU {mtu}"
-            name = f"vm-tcp-{'in' if reverse else 'out'}-{mtu}"
-            measure = stream(reverse, "to-host")
-            rows.append(Row(name, title, "Gbit/s", "CPU s/GB", mtu, "spread", measure, target, vm=RELAY))
-    plan = (
-        ("vm-udp-out", "UDP 1400 B relay → host", "udp-sink", "udp-send", 1, "0.6 x C"),
-        ("vm-udp-in", "UDP 1400 B host → relay", "udp-source", "udp-receive", 1, "0.6 x C"),
-        ("vm-tcp-rr-1", "TCP round trips through the relay, 1 flow", "tcp-echo", "tcp-rr", 1, "0.8 x C"),
-        ("vm-tcp-rr-16", "TCP round trips through the relay, 16 flows", "tcp-echo", "tcp-rr", 16, "0.8 x C"),
-    )
-    for name, title, server, client, flows, target in plan:
-        measure = load(server, client, flows)
-        rows.append(Row(name, title, "1/s", "CPU us", BIG, "apart", measure, target, vm=RELAY))
+    targets = {RELAY: ("1 x C", "0.6 x C", "0.6 x C", "0.8 x C"), VHOST: ("1 x C", "5 x C", "1.2 x C", "1 x C")}
+    for kind, prefix, what in ((RELAY, "vm", "relay"), (VHOST, "vhost", "shared memory")):
+        big, small, udp, trips = targets[kind]
+        trip = f"TCP round trips through {'the ' if kind == RELAY else ''}{what}"
+        for mtu, target in ((BIG, big), (SMALL, small)):
+            for reverse in (False, True):
+                title = f"TCP {f'host → {what}' if reverse else f'{what} → host'}, MTU {mtu}"
+                name = f"{prefix}-tcp-{'in' if reverse else 'out'}-{mtu}"
+                measure = stream(reverse, "to-host")
+                rows.append(Row(name, title, "Gbit/s", "CPU s/GB", mtu, "spread", measure, target, vm=kind))
+        plan = (
+            (f"{prefix}-udp-out", f"UDP 1400 B {what} → host", "udp-sink", "udp-send", 1, udp),
+            (f"{prefix}-udp-in", f"UDP 1400 B host → {what}", "udp-source", "udp-receive", 1, udp),
+            (f"{prefix}-tcp-rr-1", f"{trip}, 1 flow", "tcp-echo", "tcp-rr", 1, trips),
+            (f"{prefix}-tcp-rr-16", f"{trip}, 16 flows", "tcp-echo", "tcp-rr", 16, trips),
+        )
+        for name, title, server, client, flows, target in plan:
+            measure = load(server, client, flows)
+            rows.append(Row(name, title, "1/s", "CPU us", BIG, "apart", measure, target, vm=kind))
     for reverse in (False, True):
         title = f"TCP {'host → emulated machine' if reverse else 'emulated machine → host'}"
         name = f"vm-qemu-{'in' if reverse else 'out'}"
@@ -314,4 +370,4 @@ def _machines() -> list[Row]:
     return rows
 
 
-ROWS = (*_costs(), *_streams(), *_loads(), *_forwarded_streams(), *_forwarded_loads(), *_machines())
+ROWS = (*_costs(), *_streams(), *_loads(), *_programs(), *_forwarded_streams(), *_forwarded_loads(), *_machines())

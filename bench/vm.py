@@ -3,8 +3,8 @@
     guest (user + network namespace) --tap-- relay --UNIX socket-- passt --sockets-- host
     QEMU (emulated processor)                      --UNIX socket-- passt --sockets-- host
 
-The relay (relay.c) is compiled here on first use. Neither has KVM to rely on: with the relay the daemon is the limit,
-with the emulated machine the guest is.
+The relays (relay.c, and vhost_relay.c for shared memory) are compiled here on first use. Nothing relies on KVM: with a
+relay the daemon is the limit, with the emulated machine the guest is.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ from tests.system.vm.machine import QEMU, VirtualMachine
 from .contenders import READY_TIMEOUT, Contender, Seat
 from .lab import GATEWAY, HOST, PEER, Lab, LabError, Placement, set_sysctl, wait_for
 
-RELAY, MACHINE = "relay", "qemu"  # kinds of seat
+RELAY, VHOST, MACHINE = "relay", "vhost", "qemu"  # kinds of seat
 TAP = "tap0"
-SOURCE = Path(__file__).with_name("relay.c")
+SOURCES = {kind: Path(__file__).with_name(name) for kind, name in ((RELAY, "relay.c"), (VHOST, "vhost_relay.c"))}
 
 
-def relay() -> Path:
-    """The relay's program, compiled if this version of it was not."""
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    program = cache() / f"relay-{digest}"
+def relay(kind: str) -> Path:
+    """The program of a kind of relay, compiled if this version of it was not."""
+    source = SOURCES[kind]
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    program = cache() / f"{source.stem}-{digest}"
     if not program.exists():
         made = program.with_suffix(f".{os.getpid()}")
-        command = ["cc", "-O2", "-pthread", "-o", str(made), str(SOURCE)]
+        command = ["cc", "-O2", "-pthread", "-o", str(made), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise LabError(f"relay.c: {done.stderr.strip()[-500:]}")
+            raise LabError(f"{source.name}: {done.stderr.strip()[-500:]}")
         os.rename(made, program)
     return program
 
 
 def prepare(kinds: set[str]) -> None:
     """Make what seats of these kinds need, outside the laboratory: it has no network to download from."""
-    if RELAY in kinds:
+    for kind in kinds & SOURCES.keys():
         if not shutil.which("cc"):
             raise LabError("cc is missing: install the package gcc")
-        relay()
+        relay(kind)
     if MACHINE in kinds:
         if not shutil.which(QEMU):
             raise LabError(f"{QEMU} is missing: install the package qemu-system-x86")
@@ -66,10 +67,11 @@ def seated(lab: Lab, contender: Contender, kind: str, mtu: int, cpu: int | None 
     set_sysctl("ipv4/tcp_wmem", contender.wmem)
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/socket"
-        daemon = lab.spawn([*Placement.argv(cpu), *contender.serve(path, mtu)])
+        options = ["--vhost-user"] if kind == VHOST else []
+        daemon = lab.spawn([*Placement.argv(cpu), *contender.serve(path, mtu), *options])
         try:
             _wait_for_socket(path, contender.name, daemon)
-            with _relayed(lab, path, mtu, daemon) if kind == RELAY else _machine(lab, path, daemon) as seat:
+            with _machine(lab, path, daemon) if kind == MACHINE else _relayed(lab, kind, path, mtu, daemon) as seat:
                 yield seat
         finally:
             lab.stop(daemon)
@@ -87,10 +89,10 @@ def _wait_for_socket(path: str, name: str, daemon: subprocess.Popen[str]) -> Non
 
 
 @contextmanager
-def _relayed(lab: Lab, path: str, mtu: int, daemon: subprocess.Popen[str]) -> Iterator[Seat]:
+def _relayed(lab: Lab, kind: str, path: str, mtu: int, daemon: subprocess.Popen[str]) -> Iterator[Seat]:
     """A guest behind the relay, configured as passt would have it."""
     with lab.guest() as guest:
-        process = lab.spawn([str(relay()), TAP, path], guest)
+        process = lab.spawn([str(relay(kind)), TAP, path], guest)
         try:
             wait_for(process, "ready")
             guest.run(["ip", "link", "set", TAP, "mtu", str(mtu), "up"])
