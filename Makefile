@@ -3,9 +3,10 @@
 SHELL = /bin/bash
 PYTHON = .venv/bin/python
 RESULTS = bench/results/latest.json
+ADVERSITY = bench/results/adversity.json
 
 .DEFAULT_GOAL = help
-.PHONY: docs-drops docs-seccomp help setup install-system-packages run check test fuzz fuzz-long mutants security bench bench-quick bench-plot demo demo-vm completions clean
+.PHONY: adversity docs-drops docs-ends docs-seccomp help setup install-system-packages run check docs screens test compiled test-compiled wheels fuzz fuzz-long mutants security bench bench-pairs bench-quick bench-plot soak demo demo-vm completions dist deb rpm test-deb reproducible release lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,17 @@ check: ## ruff, mypy and the unit tests
 test: ## Everything that CI runs
 	scripts/test
 
+compiled: ## The compiled build of the same source, in build/compiled (needs a C compiler)
+	scripts/setup compiled
+	scripts/compile
+
+test-compiled: ## System and security tests, and hostile input, on the compiled build
+	scripts/test-compiled
+
+wheels: ## Compiled wheels for each CPython that is found, in dist/wheels
+	scripts/setup compiled
+	scripts/wheels
+
 fuzz: ## Fuzzing: each target for a minute (docs/fuzzing.md)
 	scripts/fuzz --seconds 60 --jobs 2
 
@@ -37,9 +49,13 @@ mutants: ## Change one thing at a time in MODULES="tcp udp_engine ...": does a t
 security: ## Floods from the guest at full length, written to docs/floods.md (about 20 minutes)
 	scripts/security
 
-bench: ## The benchmark, beside the C original, slirp4netns and loopback (about 30 minutes)
+bench: ## The benchmark, beside the C original, slirp4netns and loopback (about an hour)
 	scripts/setup bench
 	$(PYTHON) -m bench --json $(RESULTS)
+
+bench-pairs: ## The benchmark, beside the C original only, in short samples (about 15 minutes)
+	scripts/setup bench
+	$(PYTHON) -m bench --contenders ours,pasta --rounds 3 --seconds 1
 
 bench-quick: ## The benchmark with one short sample of each row
 	scripts/setup bench
@@ -49,6 +65,19 @@ bench-plot: ## Draw the pictures and write the table of docs/performance.md, fro
 	scripts/setup bench
 	$(PYTHON) -m bench.plot $(RESULTS) docs/bench.png docs/bench-summary.png docs/performance.md
 
+soak: ## Real programs for a long time, in both modes: SECONDS=1200 (bench/soak.py)
+	scripts/setup soak
+	$(PYTHON) -m bench.soak --seconds $(or $(SECONDS),1200)
+
+adversity: ## Transfers over links with faults, latency under load, beside C: docs/reliability.md (about 45 minutes)
+	scripts/setup bench
+	rm -f $(ADVERSITY)
+	$(PYTHON) -m bench.adversity --contenders loopback --parts curves matrix --only "1500 IPv4" --seed 1 --json $(ADVERSITY)
+	$(PYTHON) -m bench.adversity --contenders ours --parts curves matrix --seed 1 --limit 20 --json $(ADVERSITY) || echo "some did not arrive whole"
+	$(PYTHON) -m bench.adversity --contenders pasta --parts curves matrix --only "1500 IPv4" --seed 1 --limit 8 --json $(ADVERSITY)
+	$(PYTHON) -m bench.adversity --contenders ours pasta --parts latency --json $(ADVERSITY)
+	$(PYTHON) -m bench.reliability $(ADVERSITY) docs/reliability.md docs/reliability.png
+
 demo: ## A namespace at work, on one screen
 	scripts/setup demo
 	$(PYTHON) -m bench.demo
@@ -57,14 +86,46 @@ demo-vm: ## A virtual machine at work: the guest of the tests under QEMU, whose 
 	scripts/setup demo-vm
 	$(PYTHON) -m bench.demo_vm
 
+docs: ## The documents, manual pages and docstrings as a site, in build/site
+	scripts/setup docs
+	$(PYTHON) scripts/site
+
+screens: ## Take the screens of pasta and pesto in docs/observability.md anew
+	scripts/setup test
+	$(PYTHON) -m bench.screens
+
 completions: ## Write the completion files for bash, zsh and fish, from the table of options
 	scripts/completions
 
 docs-drops: setup ## Write docs/drops.md, from the code
 	$(PYTHON) -m tests.unit.test_drops >docs/drops.md
 
+docs-ends: setup ## Write docs/ends.md, from the test that walks all ends of connections
+	$(PYTHON) -m tests.unit.test_tcp_ends >docs/ends.md
+
 docs-seccomp: setup ## Write docs/seccomp.md, from the code
 	$(PYTHON) -m passt.daemon.seccomp_table >docs/seccomp.md
 
+dist: setup ## Source distribution, wheel and bill of materials, in dist/
+	scripts/dist
+
+deb: setup ## Debian packages, examined by lintian, in dist/debian
+	scripts/deb
+
+rpm: setup ## RPM packages, in dist/rpm
+	scripts/rpm
+
+test-deb: setup ## Install, run, upgrade and purge the Debian packages in roots of Debian 12 and 13 (root only)
+	scripts/test-deb
+
+reproducible: setup ## Build all of these twice: are they equal byte by byte?
+	scripts/reproducible
+
+release: ## Check that all of it is ready, for the tag of this commit, and build what is to be published in dist/
+	scripts/release
+
+lock: ## Take new versions of Python packages: OPTIONS=--upgrade, or --upgrade-package NAME
+	scripts/lock $(OPTIONS)
+
 clean: ## Remove what was installed or built here
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
