@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from passt.link.vhost_control import MESSAGES_MAX
 from passt.wire import arp, vhost
 from passt.wire.ether import HEADER, TYPE_ARP
 from passt.wire.vhost import Message, StateTransfer
@@ -32,6 +31,7 @@ GUEST_ASKS = (
     + arp.Packet(arp.REQUEST, GUEST_MAC, bytes(4), bytes(6), bytes(4)).emit()
 )
 WITHIN = 1.0  # s
+NO_REQUEST = 250
 PASTA, PASST = "passt", "passt.vm"
 REPAIR = "import sys; from passt import repair; sys.exit(repair.main())"
 
@@ -65,11 +65,16 @@ class Stage:
         os.chown(self.path(name), self.user.uid, self.user.gid)
         return self.path(name)
 
+    def pipe(self) -> tuple[int, int]:
+        """Its ends: the reader, the writer."""
+        ends = os.pipe2(os.O_CLOEXEC)
+        for end in ends:
+            self.stack.callback(os.close, end)
+        return ends
+
     def full_pipe(self) -> int:
         """The end of a pipe that takes no byte."""
-        reader, writer = os.pipe()
-        self.stack.callback(os.close, reader)
-        self.stack.callback(os.close, writer)
+        _, writer = self.pipe()
         fill(writer)
         return writer
 
@@ -160,9 +165,7 @@ def passt_speaks_at_start_to_a_full_pipe(stage: Stage) -> subprocess.Popen[bytes
 
 def unheard(stage: Stage, module: str, *args: str) -> subprocess.Popen[bytes]:
     """It runs, and its standard error is a pipe without room, which nothing reads."""
-    reader, writer = os.pipe()
-    stage.stack.callback(os.close, reader)
-    stage.stack.callback(os.close, writer)
+    _, writer = stage.pipe()
     process = stage.start(module, "-f", *args, stderr=writer)
     wait_for(lambda: handles(process.pid, signal.SIGTERM), "the loop")
     wait_for(lambda: is_quiet(process.pid), "the start is over")
@@ -222,9 +225,10 @@ def pasta_is_ready_for_a_full_pipe(stage: Stage) -> subprocess.Popen[bytes]:
     return is_ready_for_a_full_pipe(stage, PASTA, "--", "sleep", "60")
 
 
-def machine(stage: Stage) -> tuple[subprocess.Popen[bytes], FrontEnd]:
+def machine(stage: Stage, **kw: Any) -> tuple[subprocess.Popen[bytes], FrontEnd]:
     """passt with a front end that shares its memory, and has said nothing."""
-    process = stage.start(PASST, "-f", "-s", stage.path("socket"), "--vhost-user", "-a", "192.0.2.2", "-g", "192.0.2.1")
+    addresses = ("-a", "192.0.2.2", "-g", "192.0.2.1")
+    process = stage.start(PASST, "-f", "-s", stage.path("socket"), "--vhost-user", *addresses, **kw)
     wait_for(lambda: os.path.exists(stage.path("socket")) and is_quiet(process.pid), "the loop")
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(stage.path("socket"))
@@ -246,38 +250,31 @@ def passt_calls_a_machine_whose_counter_is_full(stage: Stage) -> subprocess.Pope
 
 @state
 def passt_writes_to_a_pipe_that_has_just_been_filled(stage: Stage) -> subprocess.Popen[bytes]:
-    """Between the event, that it can be written, and the call: an event before that one takes its time."""
-    process, front_end = machine(stage)
+    """After the event, that it can be written, and before the call: the event before that one waits at standard error,
+    for a refusal is told there.
+    """
+    reader, said = stage.pipe()
+    process, front_end = machine(stage, stderr=said)
     front_end.introduce()
-    for _ in range(20):
-        if fill_in_between(stage, process, front_end):
-            return process
-    pytest.fail("this test was always too late")
-
-
-def fill_in_between(stage: Stage, process: subprocess.Popen[bytes], front_end: FrontEnd) -> bool:
-    """Whether the pipe was full before the state was written."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    stage.stack.callback(os.close, reader)
-    stage.stack.callback(os.close, writer)
+    state, writer = stage.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
     fill(writer)
     front_end.tell(vhost.SET_DEVICE_STATE_FD, StateTransfer(vhost.SAVE, vhost.STOPPED).emit(), [writer])
     front_end.answer()
     process.send_signal(signal.SIGSTOP)
     wait_for(lambda: "State:\tT" in Path(f"/proc/{process.pid}/status").read_text(), "it is stopped")
-    front_end.sock.sendall(Message(vhost.GET_FEATURES, vhost.VERSION).emit() * MESSAGES_MAX)
-    os.read(reader, select.PIPE_BUF)
+    fill(said)
+    front_end.tell(NO_REQUEST, flags=vhost.VERSION | vhost.NEED_REPLY)
+    os.read(state, select.PIPE_BUF)
     process.send_signal(signal.SIGCONT)
-    front_end.answer()
-    try:
-        os.pwritev(writer, [bytes(select.PIPE_BUF)], -1, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    finally:
-        for _ in range(1, MESSAGES_MAX):
-            front_end.answer()
-    return True
+    wait_for(lambda: is_quiet(process.pid), "it waits at standard error")
+    fill(writer)
+    os.set_blocking(reader, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.read(reader, 1 << 16)
+    assert front_end.answer().request == NO_REQUEST
+    return process
 
 
 @state
