@@ -2,6 +2,7 @@
 
     python -m fuzz                      each for a second, from the corpus on, one after the other
     python -m fuzz tcp udp --seconds 60 --jobs 2
+    python -m fuzz --seed 1             the same choices each time (targets with addresses or keys drawn at start differ)
     python -m fuzz --runs 10000000 --record
 
 With --record, executions are added to those of earlier runs until each target has `--runs` of them; the corpus and
@@ -15,6 +16,7 @@ import argparse
 import datetime
 import hashlib
 import importlib.util
+import os
 import re
 import signal
 import subprocess
@@ -107,13 +109,17 @@ def _last(pattern: str, text: str, default: int) -> int:
     return int(found[-1]) if found else default
 
 
-def run(target: Target, directory: Path, *, seconds: int, runs: int) -> tuple[Figures, str]:
-    """One process; returns what it did, and what it said if it crashed. `directory` has the corpus, and gets more."""
+def run(target: Target, directory: Path, *, seconds: int, runs: int, seed: int = 0) -> tuple[Figures, str]:
+    """One process; returns what it did, and what it said if it crashed. `directory` has the corpus, and gets more.
+
+    Its choices follow from `seed`; with 0, they differ each time.
+    """
     crashes = CRASHES / target.name
     crashes.mkdir(parents=True, exist_ok=True)
     limits = (f"-max_total_time={seconds}", f"-runs={runs}", f"-max_len={target.length}")
+    chosen = (f"-seed={seed}",)
     memory = (f"-rss_limit_mb={MEMORY}", f"-timeout={PATIENCE}", "-print_final_stats=1", "-verbosity=1")
-    command = ("nice", "-n", "19", sys.executable, "-m", "fuzz.guided", target.name, *limits, *memory)
+    command = ("nice", "-n", "19", sys.executable, "-m", "fuzz.guided", target.name, *limits, *chosen, *memory)
     status, said = _communicate([*command, f"-artifact_prefix={crashes}/", str(directory)])
     reported = _last(r"#(\d+)\s", said, 0)
     executions = _last(r"stat::number_of_executed_units:\s+(\d+)", said, _last(r"Done (\d+) ", said, reported))
@@ -135,7 +141,8 @@ def _communicate(command: Sequence[str]) -> tuple[int, str]:
     if _stopped.is_set():
         sys.exit(1)
     pipe, merged = subprocess.PIPE, subprocess.STDOUT
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=pipe, stderr=merged) as process:
+    same = os.environ | {"PYTHONHASHSEED": "0"}  # the order of sets is a choice as well
+    with subprocess.Popen(command, cwd=ROOT, env=same, stdin=subprocess.DEVNULL, stdout=pipe, stderr=merged) as process:
         _running.add(process)
         if _stopped.is_set():  # and did not see this one
             process.terminate()
@@ -159,16 +166,16 @@ def put_inputs(target: Target, directory: Path) -> None:
         (directory / hashlib.sha1(data, usedforsecurity=False).hexdigest()).write_bytes(data)
 
 
-def short(target: Target, runs: int, seconds: int) -> bool:
+def short(target: Target, runs: int, seconds: int, seed: int) -> bool:
     """Run one target, without a record; whether it went well."""
     with tempfile.TemporaryDirectory() as name:
         put_inputs(target, Path(name))
-        figures, said = run(target, Path(name), seconds=seconds or 1, runs=runs)
+        figures, said = run(target, Path(name), seconds=seconds or 1, runs=runs, seed=seed)
     _show(figures, said)
     return not said
 
 
-def long(target: Target, runs: int, seconds: int) -> bool:
+def long(target: Target, runs: int, seconds: int, seed: int) -> bool:
     """Run one target until it has `runs` executions in all, or for `seconds` (0: for as long as it takes)."""
     spent = 0
     with tempfile.TemporaryDirectory() as name:
@@ -179,7 +186,8 @@ def long(target: Target, runs: int, seconds: int) -> bool:
             left = runs - before.executions
             if left <= 0 or (seconds and spent >= seconds):
                 return True
-            figures, said = run(target, Path(name), seconds=min(SLICE, seconds or SLICE), runs=left)
+            slice_ = min(SLICE, seconds or SLICE)
+            figures, said = run(target, Path(name), seconds=slice_, runs=left, seed=seed)
             spent += figures.seconds
             figures.executions += before.executions
             figures.seconds += before.seconds
@@ -206,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=int, default=0, help="for each target, at most (1; with --record: no limit)")
     parser.add_argument("--runs", type=int, default=-1, help="executions of each target, at most")
     parser.add_argument("--jobs", type=int, default=1, help="targets at the same time (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choices that are made; another one each time (0)")
     parser.add_argument("--record", action="store_true", help="go on to --runs, write docs/fuzzing.md and fuzz/corpus")
     asked = parser.parse_args(argv)
     unknown = [name for name in asked.targets if name not in BY_NAME]
@@ -222,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = [BY_NAME[name] for name in asked.targets] or list(TARGETS)
     go = long if asked.record else short
     with ThreadPoolExecutor(asked.jobs) as pool:
-        left = results = {pool.submit(go, t, asked.runs, asked.seconds) for t in targets}
+        left = results = {pool.submit(go, t, asked.runs, asked.seconds, asked.seed) for t in targets}
         while left:  # now and then: a signal may have been delivered to a thread that does not call its handler
             left = wait(left, timeout=0.5).not_done
     return 0 if all(result.result() for result in results) else 1

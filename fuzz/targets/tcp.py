@@ -326,11 +326,13 @@ class World:
         return 0 if any(t.sock is sock and t.theirs for t in self.talks) else 1
 
     def fire(self, sock: Sock, events: int) -> None:
-        if sock.fd in self.reactor.refs and not sock.closed:
+        if sock.fd in self.reactor.refs and not sock.closed and sock not in self.connecting:
             self.reactor.fire(sock.fd, events, self.now)
 
     def arrived(self, sock: Sock) -> None:
-        """Tell of what came, once."""
+        """Tell of what came, once; nothing comes before the socket is connected."""
+        if sock in self.connecting:
+            return
         events = EPOLLIN if sock.told != sock.avail else 0
         if sock.ended and not sock.end_told:
             events |= EPOLLIN | EPOLLRDHUP
