@@ -326,13 +326,11 @@ class World:
         return 0 if any(t.sock is sock and t.theirs for t in self.talks) else 1
 
     def fire(self, sock: Sock, events: int) -> None:
-        if sock.fd in self.reactor.refs and not sock.closed and sock not in self.connecting:
+        if sock.fd in self.reactor.refs and not sock.closed:
             self.reactor.fire(sock.fd, events, self.now)
 
     def arrived(self, sock: Sock) -> None:
-        """Tell of what came, once; nothing comes before the socket is connected."""
-        if sock in self.connecting:
-            return
+        """Tell of what came, once."""
         events = EPOLLIN if sock.told != sock.avail else 0
         if sock.ended and not sock.end_told:
             events |= EPOLLIN | EPOLLRDHUP
@@ -450,9 +448,9 @@ def _believe(talk: Talk, flags: int, at: int, n: int, ack: int, window: int) -> 
 
 
 def host(world: World, talk: Talk, kind: int, steps: Steps) -> None:
-    """Something happens to the host socket."""
+    """Something happens to the host socket; nothing does while it connects, but for `connected`."""
     sock, value = talk.sock, steps.byte()
-    if sock is None:
+    if sock is None or sock in world.connecting:
         return
     over = sock.error or sock.failed  # its peer has reset it, or is silent for ever
     if kind == 4 and not sock.ended and not over:
