@@ -12,7 +12,8 @@ only if its target is in use on the link: the gateway, mapped addresses, resolve
       broadcast
     probe for an address of ours                             its MAC address
     probe for 0.0.0.0, sent by `qrap`                        a MAC address
-    probe for any other address                              none: it is free
+    probe for any other address                              none: it is free, and going to be the guest's
+                                                               (`flow/neighbours.py`)
     announcement (RFC 5227, 2.3): sender is target           none
     for an address of another machine behind the link        none: that one answers
     anything else                                            its MAC address
@@ -80,6 +81,8 @@ class Arp:
         packet = Packet.parse(payload)
         if conflict(packet, config, self._lan.mac_of(packet.sender)):
             self._defend(packet, now)
+        if addr.is_unspecified(packet.sender) and not config.ours(packet.target):
+            self._ctx.neighbours.probed(packet.target)
         if not (ignore(packet, config) or self._ctx.guest.is_beside(packet.target, src_mac)):
             mac = self._lan.tell(packet.target)
             self._send(src_mac, Packet(REPLY, mac, packet.target, packet.sender_mac, packet.sender))

@@ -5,7 +5,8 @@
     neighbour solicitation          advertisement: the target's MAC address, ours   --no-ndp
                                       or that of a neighbour (`policy/lan.py`)
     the same from ::, a probe for   for an address of ours (`Config.ours`), to all  --no-ndp
-      duplicates (RFC 4862, 5.4)      nodes; none for another: it is free
+      duplicates (RFC 4862, 5.4)      nodes; none for another: it is free, and
+                                      going to be the guest's (`neighbours.py`)
     either for an address of        none: that one answers
       another machine of the link
     router solicitation             router advertisement to the sender              --no-ndp, --no-ra
@@ -200,6 +201,8 @@ class Ndp:
         check_source(src, solicitation.options)
         check_destination(src, dst, target)
         config = self._ctx.config
+        if addr.is_unspecified(src) and not config.ours(target):
+            self._ctx.neighbours.probed(target)
         if ignore(src, target, config) or self._ctx.guest.is_beside(target, src_mac):
             return
         log.debug("NDP: received NS, sending NA")

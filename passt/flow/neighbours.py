@@ -10,6 +10,8 @@ There may be several machines behind one link, so each IP address has the MAC ad
     event                                     consequence
     ----------------------------------------  ---------------------------------------------------------------------
     an address speaks from another MAC        the headers of flows are written again (`headers.py`)
+    the guest probes for an address that is   clients of the host go there, unless the guest has spoken from the one
+      free (RFC 4862, 5.4; RFC 5227, 2.1.1)     that they go to, or has it from us (--config-net)
     a flow of the host, and no MAC is known   it is held, and the guest is solicited: ARP, neighbour solicitation
     the first frame of a guest                all that is held is delivered, in the order in which it came
     a machine comes from another host         it has the addresses that it had there, until its next packets
@@ -96,7 +98,7 @@ class Neighbours:
         settings.subscribe(self._adopt)
 
     def _adopt(self, config: Config) -> None:
-        self._ip4, self._ip6 = config.ip4, config.ip6
+        self._ip4, self._ip6, self._configured = config.ip4, config.ip6, config.config_net
         behind = frozenset(rule.target for rule in config.forwards if rule.target is not None and not rule.outbound)
         self._named = behind
         self._behind = behind | self._with_flows(self._behind - behind)
@@ -148,9 +150,25 @@ class Neighbours:
             self._learn_mac(a, mac)
         if a in self._behind:
             return
-        guest = self._guest
         if a in self._given_up and self._has_moved(a):
             return  # flows from before
+        self._reach_at(a)
+
+    def probed(self, a: bytes) -> None:
+        """The guest asks whether it may take the address `a`, and it may.
+
+        A machine that configures itself, and has nothing to say yet, is reached at what it is going to use.
+        """
+        guest = self._guest
+        reached = guest.addr4 if len(a) == 4 else guest.addr6_ll if addr.is_link_local(a) else guest.addr6
+        if self._configured or reached in guest.macs or addr.is_martian(a) or not addr.is_unicast(a):
+            return
+        if a not in self._behind and a not in self._given_up:
+            self._reach_at(a)
+
+    def _reach_at(self, a: bytes) -> None:
+        """Clients of the host go to the guest at `a`, unless that is fixed."""
+        guest = self._guest
         if len(a) == 4:
             if not (self._ip4 and self._ip4.fixed):
                 guest.addr4 = a

@@ -88,6 +88,7 @@ class Config:
     no_dhcpv6: bool = False
     no_ndp: bool = False
     no_ra: bool = False
+    config_net: bool = False  # the namespace has its addresses from us
     forwards: tuple[Rule, ...] = ()
     interfaces: tuple[tuple[str, int], ...] = ()  # indices of the host's interfaces, by all of their names
     altnames: tuple[tuple[str, str], ...] = ()  # alternative names of the host's interfaces, with the name of each

@@ -65,6 +65,12 @@ def test_probe_for_an_address_of_ours(target: bytes) -> None:
     assert ignore(request(GUEST4, ANY4), replace(config, dns_match=(GUEST4,))), "what the guest was assigned is its own"
 
 
+@pytest.mark.parametrize(("target", "taken"), [(OTHER, True), (GATEWAY4, False)])
+def test_what_is_probed_for_is_going_to_be_the_guests(ctx: Context, target: bytes, taken: bool) -> None:
+    Arp(ctx).tap_handler(GUEST_MAC, request(target, ANY4).emit(), T0)
+    assert (ctx.guest.addr4 == target) is taken
+
+
 def test_family_off() -> None:
     assert ignore(request(GATEWAY4), make_context(ip4=None).config)
 

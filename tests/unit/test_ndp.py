@@ -97,6 +97,8 @@ def test_any_neighbour_is_us(ctx: Context, target: bytes, src: bytes) -> None:
 def test_probe_for_a_free_address(ctx: Context, target: bytes) -> None:
     solicit(ctx, target, ANY6)
     assert link(ctx).take() == []
+    guest = ctx.guest
+    assert target in (guest.addr6, guest.addr6_ll) or target in (DNS, MAPPED), "it is going to be the guest's"
 
 
 @pytest.mark.parametrize("target", [GATEWAY6, DNS, MAPPED, packed("fe80::2")])

@@ -103,6 +103,48 @@ def test_addresses_of_nobody(ctx: Context, a: bytes) -> None:
     assert not ctx.guest.macs
 
 
+PROBED = [addr.packed("192.0.2.55"), addr.packed("2001:db8::55"), addr.packed("fe80::55")]
+
+
+def reached(ctx: Context) -> set[bytes]:
+    return {ctx.guest.addr4, ctx.guest.addr6, ctx.guest.addr6_ll}
+
+
+@pytest.mark.parametrize("a", PROBED)
+def test_a_silent_guest_is_reached_at_what_it_probes_for(ctx: Context, a: bytes) -> None:
+    ctx.neighbours.probed(a)
+    assert a in reached(ctx)
+    ctx.neighbours.learn(GUEST4 if len(a) == 4 else GUEST_LL if addr.is_link_local(a) else GUEST6, GUEST_MAC)
+    assert a not in reached(ctx), "the address that speaks"
+    ctx.neighbours.probed(a)
+    assert a not in reached(ctx), "it may still be refused"
+
+
+@pytest.mark.parametrize("a", PROBED)
+def test_a_namespace_that_has_its_addresses_from_us(ctx: Context, a: bytes) -> None:
+    reconfigure(ctx, config_net=True)
+    before = reached(ctx)
+    ctx.neighbours.probed(a)
+    assert reached(ctx) == before
+
+
+@pytest.mark.parametrize("a", PROBED[:2])
+def test_a_probe_does_not_change_a_fixed_address(ctx: Context, a: bytes) -> None:
+    reconfigure(ctx, ip4=replace(ctx.config.ip4, fixed=True), ip6=replace(ctx.config.ip6, fixed=True))
+    before = reached(ctx)
+    ctx.neighbours.probed(a)
+    assert reached(ctx) == before
+
+
+def test_probes_for_addresses_that_lead_elsewhere(ctx: Context) -> None:
+    """That of a host behind the guest, one that it had before, and those that no host has."""
+    before = reached(ctx)
+    ctx.neighbours.moves(OTHER4, GUEST4, done=True)
+    for a in (OTHER4, addr.ANY4, addr.ANY6, addr.LOOPBACK4, addr.ALL_NODES6, addr.BROADCAST4):
+        ctx.neighbours.probed(a)
+    assert reached(ctx) == before
+
+
 def test_addresses_are_bounded(ctx: Context) -> None:
     for i in range(ADDRESSES_MAX + 10):
         ctx.neighbours.learn(b"\x0a\0" + i.to_bytes(2, "big"), GUEST_MAC)
