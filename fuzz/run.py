@@ -2,7 +2,7 @@
 
     python -m fuzz                      each for a second, from the corpus on, one after the other
     python -m fuzz tcp udp --seconds 60 --jobs 2
-    python -m fuzz --seed 1             the same choices each time (targets with addresses or keys drawn at start differ)
+    python -m fuzz --seed 1             the same choices each time; keys and addresses drawn at start still differ
     python -m fuzz --runs 10000000 --record
 
 With --record, executions are added to those of earlier runs until each target has `--runs` of them; the corpus and

@@ -1,10 +1,13 @@
-"""The end of all tests: in good order by any signal, so that nothing stays behind."""
+"""The end of all tests, in good order by any signal, so that nothing stays behind; and what runs side by side."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from typing import Any
+
+import pytest
 
 
 def pytest_configure() -> None:
@@ -26,3 +29,22 @@ def pytest_configure() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) == signal.SIG_IGN:  # by nohup(1); programs that the tests start do not inherit that
             signal.signal(number, lambda *_: None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a module run one after the other, and share its fixtures, also those with an IPv6 address as a
+    parameter: the `::` of one is no end of the module's name.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Modules(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return module_of(nodeid)
+
+    return Modules(config, log) if config.getoption("dist") == "loadscope" else None
+
+
+def module_of(nodeid: str) -> str:
+    """The module of a test, or the class in it."""
+    return nodeid.partition("[")[0].rpartition("::")[0]

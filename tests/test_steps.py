@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import module_of
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
 . scripts/steps
@@ -105,3 +107,9 @@ def test_files_of_tests_that_were_killed_go() -> None:
     finally:
         for path in (gone, kept, other):
             path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("node", ["test_one", "test_one[a]", "test_one[2001:db8::1]", "test_one[::-a::1[]"])
+def test_tests_of_a_module_stay_together(node: str) -> None:
+    assert module_of(f"tests/a/test_b.py::{node}") == "tests/a/test_b.py"
+    assert module_of(f"tests/a/test_b.py::TestC::{node}") == "tests/a/test_b.py::TestC"
