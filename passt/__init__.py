@@ -76,15 +76,20 @@ Where a change goes: folders and modules of this level, each above its imports
 
     to add               touch
     -------------------  --------------------------------------------------------------------------------------------
-    an option            a row in conf.options, its use, a paragraph in passt.1
-    a DHCP option        wire.dhcp (code), dhcp.configuration (value)
+    an option            a row in conf.options, its argument in conf.values, its use (of the data plane: a field of
+                         policy.config), a paragraph in passt.1, `make completions`
+    a DHCP option        wire.dhcp (code), dhcp.configuration (value); dhcp.DISPENSABLE, if it may be left out of a
+                         packet that is full
     a service            a module beside arp that registers with flow.services, a line in daemon.wiring
-    a back end           a module in link with the methods of link.backend.Link, a line in link.choose
-    a counter            its owner or flow.stats, control.metrics; a reason of a drop: drops
-    a control command    control.json_api, pesto.command
-    a system call        CALLS of the module that makes it, then `make docs-seccomp`; the filter is built from these
+    a back end           a module in link with the methods of link.backend.Link, a line in link.choose, the option that
+                         selects it (daemon.passt, daemon.pasta); HOT in setup.py, if it is to be compiled
+    a counter            its owner or flow.stats, control.metrics, the dashboard; a reason of a drop: drops
+    a control command    control.json_api, pesto.command, pesto.1, `make completions`
+    a system call        CALLS of the module that makes it, then `make docs-seccomp`; the filter is built from the
+                         modules that are loaded. tests/security and docs/security.md have their number
     an end of TCP        tcp_engine.table, then `make docs-ends`
-    a timeout of TCP     tcp_engine.rtt, constants in tcp_engine.conn, `timeout` there, the table in tcp
+    a timeout of TCP     tcp_engine.rtt, constants in tcp_engine.conn, `timeout` there, the table in tcp; the first one,
+                         of SYN: tcp_engine.table.begin_handshake
     a setting that may   a writer that calls policy.settings.Settings.replace. The host's addresses and routes are
     change at run time   followed by daemon.following: its policy is conf.follow
 
@@ -92,9 +97,8 @@ tests/test_layers.py has the order and fails on an import upward and on a circle
 same place in tests/unit.
 
 Each state has one writer: `flow.neighbours` writes the guest's addresses, `daemon.lan` the MAC addresses of the host's
-neighbours, `policy.settings` the configuration in force,
-`flow.table` the state of a flow, `tcp_engine.conn` the events of a connection, the back end in `link` the device or the
-socket that leads to the guest.
+neighbours, `policy.settings` the configuration in force, `flow.table` the state of a flow, `tcp_engine.conn` the events
+of a connection, the back end in `link` the device or the socket that leads to the guest.
 
 Vocabulary
 ==========

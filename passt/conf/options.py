@@ -406,14 +406,8 @@ class Options(Record):
     stats_json: bool = False
 
     # Less used options
-    doctor: bool = flag(
-        "--doctor", RARE,
-        "Check this machine, print what is missing and how to mend it, and exit",
-    )  # fmt: skip
-    print_seccomp: bool = flag(
-        "--print-seccomp", RARE,
-        "Print which system calls are allowed, and exit",
-    )  # fmt: skip
+    doctor: bool = flag("--doctor", RARE, "Check this machine, print what is missing and how to mend it, and exit")
+    print_seccomp: bool = flag("--print-seccomp", RARE, "Print which system calls are allowed, and exit")
     chroot_fallback: bool = flag(
         "--chroot-fallback", RARE,
         "Use chroot(2) where the root file system forbids pivot_root(2), as an initramfs does",

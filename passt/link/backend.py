@@ -1,5 +1,5 @@
-"""A back end of the link: one way to and from the guest. Each is one module; `link.choose` is the only other place that
-names it.
+"""A back end of the link: one way to and from the guest. Each is one module, and `link.choose` makes it. Protocols do
+not know which one there is; `daemon.passt` and `migration`, which move the state of a device, know vhost-user.
 
     protocols, tap                                     a back end
     -------------------------------------------------  --------------------------------------------------------------

@@ -1,8 +1,8 @@
 """A pool of pipes for splice(2).
 
 A half of a connection borrows a pipe only while bytes may be in it, so a few pipes serve thousands of connections. A
-pipe holds up to PIPE_SIZE bytes, in at most one buffer per 4096 of them; one splice(2) moves no more. The bytes on
-their way are limited rather by the buffers of the sockets (`BUFFER` in `splice/tcp.py`). The enlarged pipes of an
+pipe holds up to PIPE_SIZE bytes, in at most one buffer per 4096 of them; one splice(2) moves no more (`splice/tcp.py`).
+The bytes on their way are limited rather by the buffers of the sockets (`BUFFER_SIZE`, there). The enlarged pipes of an
 ordinary user take at most fs.pipe-user-pages-soft in all (64 MiB); further pipes have the default size, which only
 costs speed. A pipe that is given back with bytes in it is closed.
 """

@@ -76,7 +76,7 @@ EVENT_NAMES: Final = (
 CLOSED: Final = TAP_FIN_ACKED | TAP_FIN_RCVD
 
 SYN_TIMEOUT: Final = 10.0  # s, from the first SYN or SYN,ACK to the guest until the handshake fails
-RTO_INIT_MAX: Final = 1.0  # s, of SYN and SYN,ACK (RFC 6298, 2.1)
+RTO_INIT_MAX: Final = 1.0  # s, the most for the first SYN and SYN,ACK (RFC 6298, 2.1)
 RTO_MAX: Final = 60.0  # s, RFC 6298, 2.5
 GIVE_UP: Final = 180.0  # s without acknowledgement, from the first timeout to the end (RFC 9293, 3.8.3: R2)
 SUCCESSOR_GIVE_UP: Final = 3.0  # s, likewise, where a client waits to use the endpoints again

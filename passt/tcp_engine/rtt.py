@@ -11,7 +11,8 @@ D-SACK tells of retransmissions that were not needed.
 The handshake is an exception. The time since the last SYN is a lower bound of the round trip, and later samples correct
 the estimate: a lost SYN would make every later loss cost a second otherwise. The time since the first one is an upper
 bound, and the timeout of the next SYN follows from those of earlier handshakes, since all connections share the link
-(RFC 9040).
+(RFC 9040): three times that round trip, up to RTO_INIT_MAX (`TcpTable.begin_handshake`). The very first one has
+`rto_min`.
 
 RFC 6298 has a minimum of 1 s, for paths across the Internet. This link is a queue in the same machine. A retransmission
 that was not needed costs a frame there and no other flow's share of a network, and a late one stops the guest.
