@@ -10,7 +10,9 @@
     timer "settle"               what has come is discarded, the monitor is watched again, and the tables are read. If
                                    the view is another one, it is put into force, and the log gets one line
     the tables cannot be read    a line in the log, counted; they are read again after RETRY
-    timer "link", --follow-link  the link goes down when the guest is assigned another address, and up LINK_DOWN later
+    timer "link", --follow-link  the link goes down when the guest is assigned another address, and up when programs in
+                                   the namespace have been told: that is looked at every LINK_STEP. LINK_DOWN later at
+                                   the latest, or where we may not look
     timer "release"              former addresses that no flow has any more are removed, every RELEASE while there are
                                    some
 
@@ -63,7 +65,8 @@ SHARE = 20
 RETRY = 30.0  # s
 RELEASE = 10.0  # s
 FORMER_MAX = 16  # addresses that stay for their flows
-LINK_DOWN = 1.1  # s; the kernel tells of a link at most once a second (net/core/link_watch.c)
+LINK_STEP = 0.2  # s; the kernel usually tells of a link at once
+LINK_DOWN = 1.1  # s; but it may keep it for a second, if another link changed in that time (net/core/link_watch.c)
 CHANGE_TIME = 0.5  # s of processor time, in which the loop stands still
 
 
@@ -92,6 +95,17 @@ class NsTap:
     def set_carrier(self, *, on: bool) -> None:
         """Plug the cable in, or pull it out. Raises OSError."""
         tun.set_carrier(self._interface.device.fd, on=on)
+
+    def told_down(self) -> bool:
+        """Whether the kernel has told programs in the namespace that the link is down; False if that is not known."""
+        interface = self._interface
+        if interface.netlink is None:
+            return False
+        interface.netlink.limit(CHANGE_TIME)
+        try:
+            return not tap_change.find(interface.netlink, interface.plan.ifname, interface.mac).up
+        except OSError:
+            return False
 
     def change(self, plan: NsPlan) -> list[str]:
         """Carry out `plan`; returns a line for each step that failed. Raises OSError."""
@@ -137,6 +151,7 @@ class Following:
         services = ctx.timers.services
         self._timer, self._release_timer = services.new(self._look), services.new(self._release)
         self._link_timer = services.new(self._link_up) if options.follow_link else -1
+        self._link_due = 0.0  # when it goes up at the latest
         ctx.reactor.handle(TYPE_HOST, self._event)
         ctx.reactor.watch(tables.monitor.fd, TYPE_HOST, 0, EPOLLIN)
         ctx.stats.network = self.figures
@@ -238,7 +253,8 @@ class Following:
             if before and after and before != after:
                 self._ctx.neighbours.moves(before, after, done=done)
         if others and self._options.follow_link and self._set_carrier(on=False):
-            self._ctx.timers.services.arm(self._link_timer, now + LINK_DOWN)
+            self._link_due = now + LINK_DOWN
+            self._ctx.timers.services.arm(self._link_timer, now + LINK_STEP)
         if self._ctx.neighbours.given_up:
             self._ctx.timers.services.arm(self._release_timer, now + RELEASE)
 
@@ -255,7 +271,10 @@ class Following:
         return True
 
     def _link_up(self, now: float) -> None:
-        if self._set_carrier(on=True):
+        """Take the link up, unless programs may not know yet that it is down: they would miss both."""
+        if now < self._link_due and self._tap is not None and not self._tap.told_down():
+            self._ctx.timers.services.arm(self._link_timer, min(now + LINK_STEP, self._link_due))
+        elif self._set_carrier(on=True):
             self._ctx.neighbours.link_up(now)
 
     def _release(self, now: float) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 from .. import addr
 from ..lean.records import dataclass, replace
 from .netlink import NLM_F_CREATE, NLM_F_REPLACE, RTM_NEWADDR, RTM_NEWROUTE, Rtnetlink
-from .routes import RT_SCOPE_HOST, Address, NsPlan, Route, add_in_passes
+from .routes import RT_SCOPE_HOST, Address, Link, NsPlan, Route, add_in_passes
 from .rtnl_messages import address_message, route_message
 
 RTM_DELADDR, RTM_DELROUTE = 21, 25
@@ -55,7 +55,7 @@ def change(nl: Rtnetlink, name: str, mac: bytes, made: Made, plan: NsPlan) -> tu
 
     Returns what is made now, and a line for each step that failed. Raises OSError if the tables cannot be read.
     """
-    index, problems = _index(nl, name, mac), _Problems()
+    index, problems = find(nl, name, mac).index, _Problems()
     former = _change_addresses(nl, index, made, plan, problems)
     routes = tuple(map(_here, plan.routes))
     _change_routes(nl, index, made.routes, routes, problems)
@@ -69,7 +69,7 @@ def made_by(plan: NsPlan) -> Made:
 
 def release(nl: Rtnetlink, name: str, mac: bytes, made: Made, unused: Iterable[bytes]) -> Made:
     """Remove former addresses that no flow has any more. Raises OSError if the tables cannot be read."""
-    index, unused = _index(nl, name, mac), set(unused)
+    index, unused = find(nl, name, mac).index, set(unused)
     own = [a for a in nl.addresses() if a.index == index and a.addr in unused & set(made.former)]
     for a in own:
         _delete(nl, index, a)
@@ -94,14 +94,17 @@ class _Problems:
         return True
 
 
-def _index(nl: Rtnetlink, name: str, mac: bytes) -> int:
-    """The interface of that name, or, if the owner of the namespace has renamed it, with that MAC address."""
+def find(nl: Rtnetlink, name: str, mac: bytes) -> Link:
+    """The interface of that name, or, if the owner of the namespace has renamed it, with that MAC address.
+
+    Raises OSError.
+    """
     links = nl.links()
     link = next((link for link in links if link.name == name), None)
     link = link or next((link for link in links if link.mac == mac), None)
     if link is None:
         raise OSError(errno.ENODEV, f"there is no interface {name} any more")
-    return link.index
+    return link
 
 
 def _where(a: Address) -> tuple[bytes, int, bytes | None]:

@@ -18,6 +18,7 @@ from passt.daemon.following import (
     CALM,
     FORMER_MAX,
     LINK_DOWN,
+    LINK_STEP,
     RELEASE,
     RETRY,
     SETTLE,
@@ -29,7 +30,7 @@ from passt.daemon.following import (
 )
 from passt.flow.table import Flow
 from passt.linux import tap_change, tun
-from passt.linux.routes import Host, NsPlan
+from passt.linux.routes import Host, Link, NsPlan
 from passt.linux.tap_change import Made
 from passt.loop.reactor import EPOLLIN
 from passt.policy.config import PASST
@@ -90,7 +91,14 @@ class Namespace:
 
     def __init__(self, plan: NsPlan, *, rights: bool = True) -> None:
         self.plan, self.mac, self.device = plan, GUEST_MAC, SimpleNamespace(fd=TAP_FD)
-        self.netlink = SimpleNamespace(limit=lambda seconds: None) if rights else None
+        self.netlink = SimpleNamespace(limit=lambda seconds: None, links=self._links) if rights else None
+        self.up: list[bool | OSError] = []  # what programs there are told of the link, one time after the other
+
+    def _links(self) -> tuple[Link, ...]:
+        up = self.up.pop(0)
+        if isinstance(up, OSError):
+            raise up
+        return (Link(2, self.plan.ifname, self.mac, 1500, up=up),)
 
 
 class Lab:
@@ -337,18 +345,36 @@ def test_start_without_tables_follows_nothing() -> None:
 # The link ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_link_goes_down_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For longer than the kernel keeps such news to itself; then our addresses are announced, as on any link."""
-    lab = Lab(monkeypatch, TRAIN, line="--follow-link")
+UNKNOWN = OSError(errno.ETIMEDOUT, "netlink: no answer of the kernel arrives")
+
+
+@pytest.mark.parametrize(
+    ("told", "rights", "down"),
+    [
+        ([False], True, LINK_STEP),
+        ([True, True, False], True, 3 * LINK_STEP),
+        ([True] * 5, True, LINK_DOWN),
+        ([UNKNOWN, False], True, 2 * LINK_STEP),
+        ([], False, LINK_DOWN),
+    ],
+)
+def test_the_link_goes_down_and_up(
+    monkeypatch: pytest.MonkeyPatch, told: list[bool | OSError], rights: bool, down: float
+) -> None:
+    """It is down until programs have been told; then our addresses are announced, as on any link."""
+    lab = Lab(monkeypatch, TRAIN, line="--follow-link", rights=rights)
+    assert lab.namespace
+    lab.namespace.up = told
     announced: list[bool] = []
     lab.ctx.services.on_link_up.append(lambda: announced.append(True))
     lab.tells()
     lab.looks()
     assert lab.carrier == [False]
-    now = elapse(lab.ctx, T0, LINK_DOWN - 0.01)
+    now = elapse(lab.ctx, T0 + SETTLE, down - 0.01)
     assert lab.carrier == [False]
-    elapse(lab.ctx, now, 1)
+    elapse(lab.ctx, now, 0.05)
     assert (lab.carrier, announced) == ([False, True], [True])
+    assert told == []
 
 
 @pytest.mark.parametrize(
