@@ -10,6 +10,9 @@
       has another MAC address        addresses that it was told another MAC address of. The guest learns of no others:
                                      it asks first
     another configuration          the same, if an address maps the host now, or does not any more
+    no flow needs them, and the    the socket is not watched: a host's neighbours change all the time. Their messages
+      guest was told of none         are read before the next look-up (`Lan.before_use`), or discarded by the kernel,
+                                     and the table is asked for
     more than one reading takes    the socket is not watched for PAUSE, in which the kernel may discard what it wants
     the table cannot be read       a line in the log, counted; the tables are asked for again after ASK_AGAIN
 
@@ -23,6 +26,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 from .. import NEVER, log
 from ..flow.context import Context
@@ -86,6 +90,16 @@ class LanNeighbours:
 
     def _event(self, ref: int, events: int, now: float) -> None:
         """Neighbours to read."""
+        self._read(now)
+        self._show_all(now)
+        if self._table.more:
+            self._unwatch()
+            self._arm(now + PAUSE)
+        elif not self._wanted():
+            self._unwatch()
+            self._ctx.lan.before_use = self._catch_up
+
+    def _read(self, now: float) -> None:
         try:
             found = self._table.read()
         except OSError as e:
@@ -95,14 +109,24 @@ class LanNeighbours:
         for index, a, mac in found:
             if index == (link4 if len(a) == 4 else link6) and lan.note(a, mac):
                 self._changed = True
-        if self._changed and not self._table.asking:
-            self._show(now)
-        if self._table.more:
-            self._ctx.reactor.forget(self._table.fd)
-            self._watched = False
-            self._arm(now + PAUSE)
+
+    def _wanted(self) -> bool:
+        """Whether a change would have a consequence."""
+        return self._ctx.flows.count > 0 or self._table.asking or self._ctx.lan.told_of_others()
+
+    def _catch_up(self) -> None:
+        """The neighbours are needed again. Headers and announcements follow when this turn is over."""
+        self._watch()
+        self._read(time.monotonic())
+        if self._changed:
+            self._ctx.reactor.between_turns(self._show_all)
+
+    def _unwatch(self) -> None:
+        self._ctx.reactor.forget(self._table.fd)
+        self._watched = False
 
     def _watch(self) -> None:
+        self._ctx.lan.before_use = None
         if not self._watched:
             self._ctx.reactor.watch(self._table.fd, TYPE_NEIGHBOUR, 0, EPOLLIN)
             self._watched = True
@@ -127,6 +151,8 @@ class LanNeighbours:
 
     def _reconfigured(self, former: Config, now: float) -> None:
         if settings_of(former) != settings_of(self._ctx.config):
+            if self._ctx.lan.before_use is not None and self._wanted():
+                self._catch_up()
             self._show(now)
 
     # Consequences --------------------------------------------------------------------------------------------------
@@ -136,6 +162,11 @@ class LanNeighbours:
         self._changed = False
         self._ctx.headers.rewrite(now)
         self._announce(now)
+
+    def _show_all(self, now: float) -> None:
+        """The same, if there are any, and no others are on their way."""
+        if self._changed and not self._table.asking:
+            self._show(now)
 
     def _announce(self, now: float) -> None:
         outdated = self._ctx.lan.outdated()

@@ -23,12 +23,13 @@ forgets neighbours that were not used for a while, and comes back with the same.
     neighbours                               NEIGHBOURS_MAX; the one that changed longest ago is forgotten
     addresses that the guest was told of     TOLD_MAX; the one told longest ago is forgotten, and the guest asks again
 
-Pure: `daemon/lan.py` reads the host's table. A flow has the MAC address in its header, so it is looked up when a flow
-begins, and after a change (`flow/neighbours.py`).
+Pure: `daemon/lan.py` reads the host's table, all the time or, while no flow needs it, by `before_use` alone. A flow
+has the MAC address in its header, so it is looked up when a flow begins, and after a change (`flow/neighbours.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from .config import Config
@@ -53,22 +54,27 @@ def settings_of(config: Config) -> tuple[bytes, frozenset[bytes | None], Gateway
 class Lan:
     """One per process. `daemon/lan.py` writes the neighbours, ARP and neighbour discovery what the guest was told."""
 
-    __slots__ = ("_gateways", "_given", "_guest", "_neighbours", "_our_mac", "_ours", "_told")
+    __slots__ = ("_gateways", "_given", "_guest", "_neighbours", "_our_mac", "_ours", "_quiet", "_told", "before_use")
 
     def __init__(self, settings: Settings, guest: Guest) -> None:
         self._guest = guest
         self._neighbours: dict[bytes, bytes] = {}
         self._told: dict[bytes, bytes] = {}
+        self.before_use: Callable[[], None] | None = None  # lets the neighbours come that wait to be read
         settings.subscribe(self._adopt)
 
     def _adopt(self, config: Config) -> None:
         self._our_mac, self._ours, self._gateways = settings_of(config)
+        ip6 = config.ip6  # the host has our link-local address itself, if that is not the gateway's: it is no neighbour
+        self._quiet = self._ours | ({ip6.our_ll} if ip6 is not None and ip6.gateway in self._ours else set())
         self._given = {ip.addr for ip in (config.ip4, config.ip6) if ip is not None}
 
     def mac_of(self, a: bytes) -> bytes:
         """The source of frames from the address `a`."""
         if a in self._ours:
             return self._our_mac
+        if self.before_use is not None:
+            self.before_use()
         mac = self._neighbours.get(a)
         if mac is None:
             gateway = self._gateways.get(len(a), b"")
@@ -77,6 +83,8 @@ class Lan:
 
     def knows(self, a: bytes) -> bool:
         """Whether the guest sees the MAC address of the host that has the address `a`."""
+        if self.before_use is not None:
+            self.before_use()
         return a in self._neighbours and a not in self._ours
 
     # Neighbours ------------------------------------------------------------------------------------------------------
@@ -120,6 +128,10 @@ class Lan:
         """
         own = self._given | self._guest.macs.keys()
         return [a for a, mac in self._told.items() if self.mac_of(a) != mac and a not in own]
+
+    def told_of_others(self) -> bool:
+        """Whether the guest was told of an address that does not lead to us, and is to be told of its changes."""
+        return any(a not in self._quiet for a in self._told)
 
     def guest_gone(self) -> None:
         """The next guest was told nothing."""

@@ -7,9 +7,11 @@ socket in the guest sees the source of each frame, and ip-neighbour(8) what the 
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from scapy.layers.inet import ICMP
@@ -28,6 +30,7 @@ GATEWAY, GATEWAY6 = f"{HOME}.1", f"{HOME6}::1"
 FAMILIES = pytest.mark.parametrize(("near", "gateway", "far"), [(NEAR, GATEWAY, SERVER), (NEAR6, GATEWAY6, SERVER6)])
 ETH_P_ALL = 3
 FORWARDED = 7010
+STATES = 40
 ICMP_TYPES_OF_DISCOVERY = range(133, 138)
 QUICK = 5.0  # s; it is at once, and a loaded machine takes longer
 
@@ -199,6 +202,40 @@ def test_the_gateway_is_a_neighbour_without_the_map(
         wait_for(lambda: told(guest, gateway) == OTHER_MAC, "the guest is told", QUICK)
         assert talk(connection)
         assert sources.of(far) == {OTHER_MAC}
+
+
+def wakes(guest: Guest) -> int:
+    """How often the daemon has waited so far."""
+    status = Path(f"/proc/{guest.daemon}/status").read_text()
+    (found,) = re.findall(r"^voluntary_ctxt_switches:\s+(\d+)$", status, re.MULTILINE)
+    return int(found)
+
+
+def wakes_of_changes(guest: Guest, site: Site) -> int:
+    """How often so many changes of the states of two neighbours, one after the other, wake the daemon up."""
+    before = wakes(guest)
+    for i in range(STATES // 2):
+        for near in (NEAR, NEAR6):
+            site.host(f"neighbour change {near} lladdr {MAC} dev eth0 nud {('stale', 'reachable')[i % 2]}")
+    return wakes(guest) - before
+
+
+def test_neighbours_do_not_wake_an_idle_daemon(site: Site, anyone: User) -> None:
+    """Without flows, and told of the gateway alone, which maps the host, it need not know; and it does when asked."""
+    for near in (NEAR, NEAR6):
+        site.lan.host.run("ping", "-c1", "-W5", near)
+    with site.lan.pasta(anyone, *QUIET, "--config-net") as guest:
+        for far in (SERVER, SERVER6):
+            connect(guest, far).close()
+        wait_for(lambda: wakes_of_changes(guest, site) < STATES // 4, "the connections have ended")
+        assert wakes_of_changes(guest, site) < STATES // 4
+        move(site, OTHER_MAC)
+        wait_for(lambda: OTHER_MAC in site.lan.host.run("ip", "neighbour", "show", "to", NEAR).stdout, "the host knows")
+        sources = Sources(guest)
+        connection = connect(guest, NEAR)
+        assert (sources.of(NEAR), told(guest, NEAR)) == ({OTHER_MAC}, OTHER_MAC)
+        assert wakes_of_changes(guest, site) > STATES // 4, "the connection needs them"
+        connection.close()
 
 
 def test_follow_off(site: Site, ordinary_user: User) -> None:

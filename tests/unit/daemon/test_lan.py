@@ -83,10 +83,18 @@ class Lab:
 
     def arrive(self, *found: Neighbour | OSError, now: float = T0) -> None:
         """One reading finds these."""
-        error = next((e for e in found if isinstance(e, OSError)), None)
-        self.table.arriving.append(error or [n for n in found if isinstance(n, Neighbour)])
+        self.wait(*found)
         reactor(self.ctx).fire(FD, EPOLLIN, now)
         elapse(self.ctx, now, 0.01)
+
+    def wait(self, *found: Neighbour | OSError) -> None:
+        """The next reading is going to find these."""
+        error = next((e for e in found if isinstance(e, OSError)), None)
+        self.table.arriving.append(error or [n for n in found if isinstance(n, Neighbour)])
+
+    @property
+    def watching(self) -> bool:
+        return FD in reactor(self.ctx).refs
 
 
 @pytest.fixture
@@ -210,3 +218,74 @@ def test_a_table_that_cannot_be_read(lab: Lab) -> None:
     elapse(lab.ctx, now, 10 * ASK_AGAIN)
     assert len(lab.table.asked) == 3
     assert not any(d is not None for d in timers(lab.ctx).services.deadlines)
+
+
+# Neighbours of no use -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def idle(lab: Lab) -> Lab:
+    """A guest whose last flow has ended."""
+    lab.ctx.flows.free(lab.flow, "both ended")
+    lab.arrive(Neighbour(3, NEIGHBOUR, MAC))
+    assert not lab.watching, "the last change that costs a wake-up"
+    return lab
+
+
+def test_what_has_come_meanwhile_is_read_before_it_is_used(idle: Lab) -> None:
+    idle.wait(Neighbour(3, NEIGHBOUR, OTHER))
+    assert idle.ctx.lan.mac_of(NEIGHBOUR) == OTHER
+    assert idle.watching and idle.table.arriving == []
+    reactor(idle.ctx).end_turn(T0)
+    elapse(idle.ctx, T0, 1)
+    assert idle.announced == []
+    idle.arrive()
+    assert not idle.watching, "there is no flow yet, and the guest was told nothing"
+
+
+def test_a_guest_that_was_told_is_told_of_changes(idle: Lab) -> None:
+    idle.wait()
+    idle.ctx.lan.tell(NEIGHBOUR)
+    idle.arrive(Neighbour(3, NEIGHBOUR, OTHER))
+    assert idle.watching and idle.announced == [NEIGHBOUR]
+
+
+def test_what_the_kernel_has_discarded_is_asked_for(idle: Lab) -> None:
+    """The answer comes later, when the flow has begun with what was known."""
+    idle.wait(Neighbour(3, NEIGHBOUR6, OTHER))
+    idle.table.asking = True
+    idle.ctx.lan.mac_of(NEIGHBOUR)
+    idle.ctx.flows.insert(idle.flow)
+    reactor(idle.ctx).end_turn(T0)
+    before = list(idle.flow.macs)
+    idle.arrive(Neighbour(3, NEIGHBOUR, OTHER))
+    assert idle.watching and idle.flow.macs == before
+    idle.table.asking = False
+    idle.arrive()
+    assert idle.flow.macs == [*before, OTHER]
+
+
+def test_a_table_that_cannot_be_read_is_no_obstacle(idle: Lab) -> None:
+    idle.wait(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert idle.ctx.lan.mac_of(NEIGHBOUR) == MAC
+    assert idle.service.failures == 1 and idle.watching
+
+
+def test_a_map_that_goes_leaves_a_neighbour_that_the_guest_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(monkeypatch, ip4=replace(IP4, map_guest_addr=NEIGHBOUR))
+    lab.ctx.flows.free(lab.flow, "both ended")
+    lab.ctx.lan.tell(NEIGHBOUR)
+    lab.arrive()
+    assert not lab.watching
+    lab.wait(Neighbour(3, NEIGHBOUR, MAC))
+    reconfigure(lab.ctx, ip4=IP4)
+    reactor(lab.ctx).end_turn(T0)
+    elapse(lab.ctx, T0, 1)
+    assert lab.watching and lab.announced == [NEIGHBOUR] and lab.ctx.lan.mac_of(NEIGHBOUR) == MAC
+
+
+def test_another_template_is_read_once(idle: Lab) -> None:
+    idle.service.follow(WLAN0, WLAN0, T0)
+    assert idle.watching
+    idle.arrive(Neighbour(4, NEIGHBOUR, OTHER))
+    assert not idle.watching and idle.ctx.lan.count == 1

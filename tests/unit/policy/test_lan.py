@@ -187,3 +187,36 @@ def test_what_was_told_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         ctx.lan.tell(bytes((10, 0, 0, n)))
     known(ctx)
     assert ctx.lan.outdated() == [bytes((10, 0, 0, n)) for n in (3, 1, 4)]
+
+
+# Whether they are of use --------------------------------------------------------------------------------------------
+
+
+def test_what_waits_to_be_read_comes_before_a_look_up() -> None:
+    seen = make_context().lan
+
+    def read() -> None:
+        seen.before_use = None
+        seen.note(NEIGHBOUR, MAC)
+
+    seen.before_use = read
+    assert seen.mac_of(GATEWAY4) == OUR_MAC and seen.before_use is read, "it is ours whatever comes"
+    assert seen.mac_of(NEIGHBOUR) == MAC
+    seen.before_use = lambda: setattr(seen, "before_use", None)
+    assert seen.knows(NEIGHBOUR) and seen.before_use is None
+
+
+def test_whether_the_guest_was_told_of_others() -> None:
+    """Not of what leads to the host, nor of our link-local address, which the host has itself."""
+    own = packed("fe80::7")
+    ctx = make_context(ip6=replace(IP6, our_ll=own))
+    for a in (GATEWAY4, GATEWAY6, own, ANY4):
+        ctx.lan.tell(a)
+    assert not ctx.lan.told_of_others()
+    ctx.lan.tell(FAR)
+    assert ctx.lan.told_of_others()
+    ctx.lan.guest_gone()
+    assert not ctx.lan.told_of_others()
+    ctx = make_context(ip6=NO_MAP6)
+    ctx.lan.tell(GATEWAY6)
+    assert ctx.lan.told_of_others(), "the router is a neighbour"
