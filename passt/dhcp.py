@@ -36,7 +36,8 @@ A new option has its code in `wire/dhcp.py` and its value in `configuration`. If
 in `DISPENSABLE`: all other options together must fit into the 300 bytes of BOOTP.
 
 The lease time is that of `policy/lease.py`: short after a change of the host's network, infinite with --follow off. A
-client that has a former address learns of the change when it asks for it again: it gets NAK.
+client that has a former address learns of the change when it asks for it again: it gets NAK. With an ACK, or a reply of
+BOOTP, it has the address, and clients of the host go there from then on, before it says a word (`flow/neighbours.py`).
 
 Left out: leases in a table, timers, other clients. There is one guest, and nothing happens when its lease ends; no
 state of clients is kept, so the number of client identifiers does not matter. A declined address is offered again: it
@@ -268,6 +269,12 @@ def note(request: Message, now: float) -> None:
         log.info_ratelimited("DHCP release", f"DHCP: release of {addr.text(request.ciaddr)}", now)
 
 
+def gives(request: Message, answer: Message, src_mac: bytes) -> bool:
+    """Whether the sender of a request has its address by the answer: not by an offer, nor for others (relay agents)."""
+    final = message_type(answer) in (None, dhcp.ACK) and any(answer.yiaddr)
+    return final and not any(request.giaddr) and request.chaddr[:6] == src_mac
+
+
 class Dhcp:
     """Answers DHCP and BOOTP requests."""
 
@@ -280,16 +287,21 @@ class Dhcp:
     def _changed(self, former: Config, now: float) -> None:
         self._quiet.changed(former, self._ctx.config, now)
 
-    def tap_handler(self, src_mac: bytes, src: bytes, dst: bytes, sport: int, payload: bytes, now: float) -> None:
-        """A UDP payload from the guest to the server's port of any address. Raises Malformed."""
+    def tap_handler(
+        self, src_mac: bytes, src: bytes, dst: bytes, sport: int, payload: bytes, now: float
+    ) -> bytes | None:
+        """A UDP payload from the guest to the server's port of any address. Raises Malformed.
+
+        Returns the address that is the guest's now, None if none was given: it may be silent for long.
+        """
         config = self._ctx.config
         request = Message.parse(payload)
         ip4 = config.ip4
         if ignore(request, config) or ip4 is None or ip4.gateway is None:
-            return
+            return None
         if message_type(request) in NOTED:
             note(request, now)
-            return
+            return None
         wrong = refused(request, ip4.addr)
         if wrong is None:
             answer = reply(request, ip4, ip4.gateway, config, self._quiet.lease(config, now))
@@ -301,3 +313,4 @@ class Dhcp:
         mac, to, port = destination(request, answer, src_mac, src)
         ends = ip4.our_addr or ip4.gateway, to, dhcp.SERVER_PORT, port
         self._ctx.link.send_frame(ether.udp_frame(mac, self._ctx.lan.mac_of(ends[0]), *ends, answer.emit()))
+        return ip4.addr if gives(request, answer, src_mac) else None

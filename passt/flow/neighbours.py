@@ -11,7 +11,8 @@ There may be several machines behind one link, so each IP address has the MAC ad
     ----------------------------------------  ---------------------------------------------------------------------
     an address speaks from another MAC        the headers of flows are written again (`headers.py`)
     the guest probes for an address that is   clients of the host go there, unless the guest has spoken from the one
-      free (RFC 4862, 5.4; RFC 5227, 2.1.1)     that they go to, or has it from us (--config-net)
+      free (RFC 4862, 5.4; RFC 5227, 2.1.1)     that they go to and that is of the present network, or has it from us
+                                                (--config-net)
     a flow of the host, and no MAC is known   it is held, and the guest is solicited: ARP, neighbour solicitation
     the first frame of a guest                all that is held is delivered, in the order in which it came
     a machine comes from another host         it has the addresses that it had there, until its next packets
@@ -157,14 +158,22 @@ class Neighbours:
     def probed(self, a: bytes) -> None:
         """The guest asks whether it may take the address `a`, and it may.
 
-        A machine that configures itself, and has nothing to say yet, is reached at what it is going to use.
+        A machine that configures itself, and has nothing to say yet, is reached at what it is going to use. One that
+        is told of another network, too: it need not keep its former address.
         """
         guest = self._guest
         reached = guest.addr4 if len(a) == 4 else guest.addr6_ll if addr.is_link_local(a) else guest.addr6
-        if self._configured or reached in guest.macs or addr.is_martian(a) or not addr.is_unicast(a):
+        settled = reached in guest.macs and not (self._is_near(a) and not self._is_near(reached))
+        if self._configured or settled or addr.is_martian(a) or not addr.is_unicast(a):
             return
         if a not in self._behind and a not in self._given_up:
             self._reach_at(a)
+
+    def _is_near(self, a: bytes) -> bool:
+        """Whether an address is of the subnet that the guest is told of; in IPv6 that is a /64 (RFC 4862, 5.5.3)."""
+        ip = self._ip4 if len(a) == 4 else self._ip6
+        length = 64 if len(a) == 16 or ip is None else ip.prefix_len
+        return ip is not None and ip.addr is not None and addr.in_subnet(a, ip.addr, length)
 
     def _reach_at(self, a: bytes) -> None:
         """Clients of the host go to the guest at `a`, unless that is fixed."""

@@ -398,6 +398,28 @@ def test_client_identifier_that_is_too_long(ctx: Context) -> None:
         send(ctx, request(CLIENT_ID=bytes(256)))
 
 
+def address_given(ctx: Context, message: Message) -> bytes | None:
+    """The address that the sender of `message` has by the answer."""
+    return Dhcp(ctx).tap_handler(GUEST_MAC, addr.ANY4, addr.BROADCAST4, 68, message.emit(), T0)
+
+
+def test_a_client_has_the_address_that_it_was_given() -> None:
+    """It is reached there before it speaks. An offer may be refused, and a relay agent asks for others."""
+    asked = replace(request(dhcp.REQUEST, REQUESTED=GUEST4), chaddr=GUEST_MAC)
+    discover = replace(request(RAPID_COMMIT=b""), chaddr=GUEST_MAC)
+    for message in (asked, discover, replace(request(None), chaddr=GUEST_MAC)):
+        assert address_given(make_context(), message) == GUEST4
+    for message in (
+        replace(request(), chaddr=GUEST_MAC),
+        replace(asked, chaddr=CHADDR_MAC),
+        replace(asked, giaddr=RELAY),
+        replace(request(dhcp.REQUEST, REQUESTED=FOREIGN), chaddr=GUEST_MAC),
+        replace(request(dhcp.INFORM), chaddr=GUEST_MAC, ciaddr=GUEST4),
+        replace(request(dhcp.RELEASE), chaddr=GUEST_MAC, ciaddr=GUEST4),
+    ):
+        assert address_given(make_context(), message) is None
+
+
 def test_rapid_commit(ctx: Context) -> None:
     answer = ask(ctx, request(RAPID_COMMIT=b""))
     assert answer.options[dhcp.OPT_TYPE] == bytes((dhcp.ACK,))

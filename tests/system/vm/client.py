@@ -139,8 +139,8 @@ class Client:
         bootp = BOOTP(chaddr=bytes.fromhex(source.replace(":", "")), xid=xid, flags=0x8000)
         return head / bootp / DHCP(options=[("message-type", kind), *options, "end"])
 
-    def configure(self) -> Client:
-        """Get an address: DISCOVER, OFFER, REQUEST, ACK, and then the router's MAC address by ARP."""
+    def configure(self, *, arp: bool = True) -> Client:
+        """Get an address: DISCOVER, OFFER, REQUEST, ACK, and then the router's MAC address by `arp`."""
         self.send(self.dhcp("discover"))
         offer = self.expect(lambda p: p if _dhcp_type(p) == 2 else None)
         asked = [("requested_addr", offer[BOOTP].yiaddr), ("server_id", dict_of(offer)["server_id"])]
@@ -148,7 +148,8 @@ class Client:
         ack = self.expect(lambda p: p if _dhcp_type(p) == 5 else None)
         self.address = ack[BOOTP].yiaddr
         self.options = dict_of(ack)
-        self.router_mac = self.arp(self.options["router"])
+        if arp:
+            self.router_mac = self.arp(self.options["router"])
         return self
 
     def who_has(self, address: str) -> Packet:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 
 import pytest
 from scapy.layers.dhcp import BOOTP, DHCP
 from scapy.layers.inet import IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6ND_RA, ICMPv6NDOptPrefixInfo
+from scapy.layers.inet6 import (
+    ICMPv6EchoReply,
+    ICMPv6EchoRequest,
+    ICMPv6ND_NS,
+    ICMPv6ND_RA,
+    ICMPv6NDOptPrefixInfo,
+    IPv6,
+)
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from ..support import User, wait_for
-from ..test_follow import HOME, HOME6, PORT, SERVER, TRAIN, TRAIN6, Site, made_site
+from ..test_follow import HOME, HOME6, PORT, SERVER, SERVER6, TRAIN, TRAIN6, Site, made_site
 from .client import RST, Client, dict_of
 from .image import Image
 from .machine import VirtualMachine
@@ -95,6 +103,42 @@ def test_a_guest_is_told_at_once_by_ipv6_and_when_it_asks_by_ipv4(site: Site, an
         ports = connection.ports["dport"], connection.ports["sport"]
         ended = client.expect(lambda p: p[TCP] if TCP in p and (p[TCP].sport, p[TCP].dport) == ports else None)
         assert ended.flags & RST
+
+
+def silent_machine(client: Client) -> None:
+    """It has used its addresses at home."""
+    client.configure()
+    client.ping(SERVER)
+    source = f"{HOME6}::1:2:3"
+    echo = ICMPv6EchoRequest(id=7, seq=1)
+    client.send(Ether(src=client.mac, dst=client.router_mac) / IPv6(src=source, dst=SERVER6) / echo)
+    client.expect(lambda p: True if ICMPv6EchoReply in p else None)
+
+
+def opens_to(site: Site, client: Client, host: str) -> str:
+    """The machine's address that a connection to a port of `host` goes to."""
+    ip = IPv6 if ":" in host else IP
+    with site.lan.peer.make_socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as peer:
+        peer.setblocking(False)
+        peer.connect_ex((host, PORT))
+        return str(client.expect(lambda p: p[ip].dst if ip in p and TCP in p and p[TCP].flags == "S" else None))
+
+
+def test_a_silent_machine_is_reached_at_its_new_address(site: Site, anyone: User) -> None:
+    """It has been given one, or has probed for it, and does not say a word from there."""
+    forwarded = "-t", str(PORT), "-u", "none"
+    with passt(site.lan, anyone, *forwarded) as server, Client.at(str(server.path)) as client:
+        silent_machine(client)
+        site.leave()
+        site.join(TRAIN)
+        site.join6(TRAIN6)
+        told_by_the_router(client, TRAIN6)
+        client.configure(arp=False)
+        assert opens_to(site, client, f"{TRAIN}.20") == f"{TRAIN}.20"
+        target = f"{TRAIN6}::1:2:3"
+        probe = IPv6(src="::", dst="ff02::1:ff02:3") / ICMPv6ND_NS(tgt=target)
+        client.send(Ether(src=client.mac, dst="33:33:ff:02:00:03") / probe)
+        assert opens_to(site, client, f"{TRAIN6}::20") == target
 
 
 def test_follow_off_is_a_lease_that_never_ends(site: Site, ordinary_user: User) -> None:

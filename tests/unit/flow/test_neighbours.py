@@ -120,6 +120,21 @@ def test_a_silent_guest_is_reached_at_what_it_probes_for(ctx: Context, a: bytes)
     assert a not in reached(ctx), "it may still be refused"
 
 
+@pytest.mark.parametrize(("a", "former"), [("192.0.2.55", "192.168.7.20"), ("2001:db8::55", "2001:db8:7::55")])
+def test_a_guest_that_is_told_of_another_network(ctx: Context, a: str, former: str) -> None:
+    """Its former address, which it has spoken from, may be gone. One of a network that it is not told of proves
+    nothing.
+    """
+    here, there = addr.packed(a), addr.packed(former)
+    ctx.neighbours.learn(there, GUEST_MAC)
+    ctx.neighbours.probed(addr.packed("10.0.0.9" if len(here) == 4 else "2001:db8:9::9"))
+    assert there in reached(ctx)
+    ctx.neighbours.probed(here)
+    assert here in reached(ctx) and there not in reached(ctx)
+    ctx.neighbours.learn(there, GUEST_MAC)
+    assert there in reached(ctx), "it has that still"
+
+
 @pytest.mark.parametrize("a", PROBED)
 def test_a_namespace_that_has_its_addresses_from_us(ctx: Context, a: bytes) -> None:
     reconfigure(ctx, config_net=True)
