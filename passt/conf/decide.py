@@ -8,6 +8,8 @@ The state of the host never prevents the start. Each address family is decided s
     an interface with an address            that address, the interface's routes, its gateway if there is one. Which of
                                             several addresses: `linux/routes.py`
     an address but no default route         the address; no gateway, hence no DHCP (IPv4) and no mapping of the host
+    a tunnel without a gateway, which       its address, and the gateway of local mode. The main table need not have
+      --outbound-if names                     a default route: sockets are bound to the tunnel (wg-quick(8))
     nothing usable                          local mode: 169.254.2.1/16 and 169.254.2.2; fe80::1 as IPv6 gateway
     a kernel without the family             the family is off
 
@@ -176,6 +178,12 @@ def _group_index(options: Options, host: Host, template: Link | None, v6: bool) 
     return link.index if link is not None else 0
 
 
+def _bound_to_tunnel(options: Options, template: Link, v6: bool) -> bool:
+    """Whether outbound sockets are bound to the template, and that has no link-layer addresses."""
+    name = options.outbound_if.get(v6)
+    return not template.mac and name is not None and name in (template.name, *template.altnames)
+
+
 def _want_v6(options: Options, mtu: int, have_v6: bool, remarks: Remarks) -> bool:
     if not options.use.v6:
         return False
@@ -198,6 +206,7 @@ def _ip4(options: Options, host: Host, template: Link | None) -> Ip4:
         address = address or found.addr
     if template:
         gateway = gateway or routes.pick_gateway(host, template.index, v6=False)
+        gateway = gateway or (LOCAL_GATEWAY4 if _bound_to_tunnel(options, template, v6=False) else None)
     else:
         address, gateway = address or LOCAL_ADDR4, gateway or LOCAL_GATEWAY4
     usual = found.prefix_len if found and not options.address.v4 else _usual_prefix(address)
@@ -224,6 +233,7 @@ def _ip6(options: Options, host: Host, template: Link | None) -> Ip6:
         address = address or found.addr
     if template:
         gateway = gateway or routes.pick_gateway(host, template.index, v6=True)
+        gateway = gateway or (LOCAL_LL6 if _bound_to_tunnel(options, template, v6=True) else None)
         our_ll = routes.pick_link_local(host, template.index)
     else:
         gateway = gateway or LOCAL_LL6
@@ -326,6 +336,8 @@ def _routes(
     v6 = isinstance(ip, Ip6)
     if template is not None and options.gateway.get(v6) is None and options.copy_routes:
         found = routes.routes_to_copy(host, template.index, v6)
+        if ip.gateway and _bound_to_tunnel(options, template, v6) and not any(route.default for route in found):
+            found += routes.single_routes(ip.gateway, ip.addr, ip.prefix_len)
         if options.config_net:
             _remark_routes(host, template, len(found), remarks, v6=v6)
         return routes.cut(found)

@@ -89,6 +89,8 @@ def goes_to(site: Site, network: str, prefix: str) -> None:
 
 def shorten_queues(pid: int) -> None:
     """The netlink sockets of a process receive as little as the kernel allows. Only root may change those of others."""
+    if os.geteuid() != 0:
+        return
     libc, process, found = ctypes.CDLL(None, use_errno=True), os.pidfd_open(pid), 0
     for number in map(int, os.listdir(f"/proc/{pid}/fd")):
         fd = libc.syscall(SYS_PIDFD_GETFD, process, number, 0)
@@ -102,7 +104,7 @@ def shorten_queues(pid: int) -> None:
         if fd >= 0:
             os.close(fd)
     os.close(process)
-    assert found >= 3 or os.geteuid(), "the monitor, requests, neighbours"
+    assert found >= 3, "the monitor, requests, neighbours"
 
 
 @contextlib.contextmanager

@@ -243,6 +243,45 @@ def test_outbound_interface_is_the_template() -> None:
         given_host("--outbound-if6 eth1")
 
 
+WG0 = Link(4, "wg0", b"", 1420)
+TUNNEL = replace(
+    HOST,
+    links=(*HOST.links, WG0),
+    addresses=(*HOST.addresses, Address(4, ip("10.66.0.2"), 32), Address(4, ip("fd66::2"), 128)),
+)
+DEFAULT = Route(ANY4, 0, (Hop(4),), scope=RT_SCOPE_LINK)
+
+
+def test_a_tunnel_that_outbound_sockets_are_bound_to() -> None:
+    """The main table has no route through it (wg-quick has a table of its own), and the sockets need none."""
+    d = given_host("--config-net --outbound-if4 wg0 --outbound-if6 wg0", TUNNEL)
+    ip4, ip6 = d.config.ip4, d.config.ip6
+    assert ip4 and ip6
+    assert (ip4.addr, ip4.gateway, ip4.if_out) == (ip("10.66.0.2"), ip("169.254.2.2"), "wg0")
+    assert (ip6.addr, ip6.gateway, ip6.our_ll) == (ip("fd66::2"), ip("fe80::1"), ip("fe80::1"))
+    assert plan_of(d).routes == (
+        Route(ANY4, 0, (Hop(0, ip("169.254.2.2"), onlink=True),)),
+        Route(ANY6, 0, (Hop(0, ip("fe80::1")),)),
+    )
+    assert not guest_of("--outbound-if4 wg0", TUNNEL).config.no_dhcp
+
+
+def test_a_tunnel_that_has_the_default_route() -> None:
+    """It is copied. A machine needs a gateway all the same, for DHCP."""
+    host = replace(TUNNEL, routes4=(DEFAULT,))
+    d = given_host("--config-net --outbound-if4 wg0 -4", host)
+    assert plan_of(d).routes == (DEFAULT,)
+    assert d.config.ip4 and d.config.ip4.gateway == ip("169.254.2.2")
+
+
+@pytest.mark.parametrize("line", ["-i wg0 -4", "--outbound-if4 eth1 -4"])
+def test_an_interface_without_a_default_route_stays_without(line: str) -> None:
+    """Its guests are not led elsewhere."""
+    d = given_host(f"--config-net {line}", TUNNEL)
+    assert d.config.ip4 and d.config.ip4.gateway is None
+    assert not any(route.default for route in plan_of(d).routes)
+
+
 def test_where_outbound_sockets_are_bound() -> None:
     config = given_host("-o 192.0.2.3 -o 2001:db8::2 --outbound-if6 eth0").config
     assert config.ip4
