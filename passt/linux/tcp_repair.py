@@ -15,6 +15,12 @@ less than that of IP_MINTTL (RFC 5082; IPv6: IPV6_MINHOPCOUNT) before it looks a
 that came through a router, nor one of a host with the usual initial value of 64 or 128. So nothing is acknowledged that
 was not read, and a socket that stays behind answers nothing.
 
+Nor does it stop a socket from sending what it has not sent yet. Where the kernel paces, or waits for a queue of the
+network card, it goes on after `read`, for as long as the peer's window has room. A new socket that did not count these
+bytes as sent would ignore the acknowledgement of them, and each further one, for good. So it counts all as sent that
+the peer's window had room for, which the fence leaves as it was (`_kept_back`): the peer acknowledges what has come,
+and the rest is retransmitted.
+
 FIN. A sent FIN is queued again by shutdown(2) in repair mode, which counts as a transmission; the peer acknowledges it
 once more. A received FIN cannot be made again, and need not be: the next number expected is behind it, and the caller
 knows of it.
@@ -197,14 +203,20 @@ def restore(sock: Any, state: SocketState, local: Any, peer: Any) -> None:
     sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, _RECEIVE)
     _fill(sock, state.receive_queue)
     sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, _SEND)
-    sent = state.send_queue[: len(state.send_queue) - state.unsent]
+    kept_back = _kept_back(state)
+    sent = state.send_queue[: len(state.send_queue) - kept_back]
     if sent:
         _enlarge(sock, len(sent))
         _fill(sock, sent)
-    if state.fins & FIN_SENT and (acked_fin or not state.unsent):
+    if state.fins & FIN_SENT and (acked_fin or not kept_back):
         sock.shutdown(socket.SHUT_WR)
     window = _WINDOW.pack(state.snd_wl1, state.snd_wnd, state.max_window, state.rcv_wnd, state.rcv_wup)
     sock.setsockopt(_TCP, TCP_REPAIR_WINDOW, window)
+
+
+def _kept_back(state: SocketState) -> int:
+    """Bytes at the end of the send queue that the former socket cannot have sent, also not since it was read."""
+    return min(state.unsent, max(len(state.send_queue) - state.snd_wnd, 0))
 
 
 def _fill(sock: Any, data: bytes | memoryview) -> None:
@@ -225,11 +237,11 @@ def _enlarge(sock: Any, size: int) -> None:
 
 
 def finish(sock: Any, state: SocketState) -> None:
-    """The socket has left repair mode: send what was never sent, and FIN behind it.
+    """The socket has left repair mode: send what was certainly never sent, and FIN behind it.
 
     Raises OSError, also if the send buffer has no room for all.
     """
-    left = memoryview(state.send_queue)[len(state.send_queue) - state.unsent :]
+    left = memoryview(state.send_queue)[len(state.send_queue) - _kept_back(state) :]
     if not left:
         return
     _enlarge(sock, len(left))

@@ -60,7 +60,7 @@ class SocketState:
     peer: tuple[bytes, int]
     snd_seq: int
     rcv_seq: int
-    send_queue: bytes  # not acknowledged; the last `unsent` bytes were never sent
+    send_queue: bytes  # not acknowledged; the last `unsent` bytes were not sent yet
     unsent: int
     receive_queue: bytes
     fins: int  # FIN_SENT, FIN_RECEIVED, FIN_ACKED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -19,15 +20,21 @@ from ...system.support import wait_for
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="TCP_REPAIR needs CAP_NET_ADMIN")
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 BIG = random.Random(1).randbytes(1 << 20)
+SO_MAX_PACING_RATE = 47
 
 
 class Ends:
     """A connection: `ours`, which moves, and the peer's end."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, pace: int = 0) -> None:
+        """`pace`: bytes a second that the kernel sends, in segments that are short enough for that."""
         self.address = address
+        self.ours = socket.socket(FAMILIES[address])
+        if pace:
+            self.ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1000)
+            self.ours.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, pace)
         with socket.create_server((address, 0), family=FAMILIES[address]) as listener:
-            self.ours = socket.create_connection(listener.getsockname()[:2])
+            self.ours.connect(listener.getsockname()[:2])
             self.peer, _ = listener.accept()
         self.far = addr.packed(address), self.ours.getpeername()[1]
         self.peer.settimeout(10)
@@ -35,11 +42,12 @@ class Ends:
     def state(self, sock: socket.socket) -> int:
         return int(tcpinfo.tcp_info(sock)[0])
 
-    def move(self) -> SocketState:
-        """Read `ours`, close it, and make it again."""
+    def move(self, takes: float = 0.0) -> SocketState:
+        """Read `ours`, close it, and make it again; it `takes` s between the first two."""
         tcp_repair.fence(self.ours)
         self.ours.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, ON)
         state = tcp_repair.read(self.ours, self.far, peek_off=False)
+        time.sleep(takes)
         self.ours.close()
         self.ours = socket.socket(FAMILIES[self.address])
         self.ours.setblocking(False)
@@ -127,6 +135,29 @@ def test_bytes_that_were_sent_and_not_acknowledged(ends: Ends) -> None:
     assert (state.send_queue, state.unsent) == (b"in flight", 0)
     tcp_repair.lift_fence(ends.peer)
     assert ends.peer.recv(100) == b"in flight"
+
+
+@needs_root
+@pytest.mark.parametrize("address", FAMILIES)
+@pytest.mark.parametrize("fin", [False, True])
+def test_bytes_that_are_sent_after_they_were_read(address: str, fin: bool) -> None:
+    """The kernel paces: without an acknowledgement, it sends more for as long as the peer's window has room."""
+    ends = Ends(address, pace=50_000)
+    try:
+        data = BIG[:60_000]  # which the peer's window has room for
+        ends.ours.sendall(data)
+        if fin:
+            ends.ours.shutdown(socket.SHUT_WR)
+        state = ends.move(takes=0.3)
+        assert state.unsent
+        assert read_all(ends.peer, len(data)) == data
+        if fin:
+            assert ends.peer.recv(1) == b""
+        else:
+            ends.ours.sendall(b"after")
+            assert ends.peer.recv(100) == b"after"
+    finally:
+        ends.close()
 
 
 @needs_root
