@@ -109,8 +109,13 @@ class VhostLink(Link):
             self._reactor.watch(sock.fileno(), TYPE_GUEST, 0, EPOLLIN)
 
     def _release(self, device: Device) -> None:
-        """Forget a front end, and close all that came from it."""
+        """Forget a front end, and close all that came from it.
+
+        It has read for itself where its rings stand, and another device may use them already: frames that were filled
+        and not shown are lost.
+        """
         for ring in device.rings:
+            ring.broken = True  # and so it is not written
             self._stopping(ring)
             for fd in (ring.kick, ring.call):
                 if fd >= 0:

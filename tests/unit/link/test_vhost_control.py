@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -11,10 +12,10 @@ from passt.drops import Drop
 from passt.link import vhost_control as device
 from passt.link.vring import NUM_MAX
 from passt.wire import vhost
-from passt.wire.vhost import RingState
+from passt.wire.vhost import Region, RingState
 
-from ...front_end import RECEIVE, TRANSMIT
-from .vhost_desk import PLAIN, Desk, tcp_frame
+from ...front_end import BASE, RECEIVE, SIZE, TRANSMIT, USER, FrontEnd
+from .vhost_desk import PLAIN, Desk, super_frame, tcp_frame
 
 
 def test_features_are_those_that_were_offered(desk: Desk) -> None:
@@ -113,6 +114,74 @@ def test_a_ring_that_stops_tells_where_it_goes_on(desk: Desk) -> None:
     desk.link.send_frame(tcp_frame(17))
     desk.run()
     assert [frame for _, frame in machine.receive()] == [tcp_frame(17)], "the first came before the ring ran again"
+
+
+ASKING = vhost.VERSION | vhost.NEED_REPLY
+
+
+def _stop(machine: FrontEnd) -> int:
+    for ring in machine.rings:
+        machine.tell(vhost.GET_VRING_BASE, RingState(ring.index, 0).emit())
+    return 2
+
+
+def _disable(machine: FrontEnd) -> int:
+    for ring in machine.rings:
+        machine.tell(vhost.SET_VRING_ENABLE, RingState(ring.index, 0).emit(), flags=ASKING)
+    return 2
+
+
+def _reset(machine: FrontEnd) -> int:
+    machine.tell(vhost.RESET_OWNER, flags=ASKING)
+    return 1
+
+
+def _replace_memory(machine: FrontEnd) -> int:
+    """By memory in which the rings are not."""
+    other = os.memfd_create("other")
+    os.ftruncate(other, SIZE)
+    regions = vhost.emit_regions([Region(2 * BASE, SIZE, 2 * USER, 0)])
+    machine.tell(vhost.SET_MEM_TABLE, regions, [other], flags=ASKING)
+    os.close(other)
+    return 1
+
+
+def _remove_memory(machine: FrontEnd) -> int:
+    machine.tell(vhost.REM_MEM_REG, vhost.emit_single_region(machine.region()), flags=ASKING)
+    return 1
+
+
+def _disconnect(machine: FrontEnd) -> int:
+    machine.sock.close()
+    return 0
+
+
+@pytest.mark.parametrize("end", [_stop, _disable, _reset, _replace_memory, _remove_memory, _disconnect])
+def test_nothing_is_written_after_the_end(end: Callable[[FrontEnd], int]) -> None:
+    """No buffer and no ring after the answer or the disconnect, whatever was in progress: others may use the memory."""
+    desk = Desk(PLAIN | device.F_MRG_RXBUF | device.F_GUEST_CSUM | device.F_GUEST_TSO4 | device.F_EVENT_IDX)
+    machine = desk.machine
+    machine.set_up()
+    machine.send(tcp_frame(9))
+    assert desk.frames() == [tcp_frame(9)]
+    desk.link.send_frame(tcp_frame(10))  # filled; it is shown at the end of the turn
+    answers = end(machine)
+    before = bytes(machine.memory)
+    desk.run()
+    if answers:
+        for _ in range(answers):
+            machine.answer()
+        before = bytes(machine.memory)
+    for ring in machine.rings:
+        ring.called()
+        os.eventfd_write(ring.kick, 1)
+    desk.link.send_frame(tcp_frame(11))
+    desk.link.send_payload(super_frame(5000, 1400))
+    assert desk.link.lay_out(64, 3000, 4500) == ([], 0)
+    assert desk.frames() == []
+    assert bytes(machine.memory) == before
+    assert [ring.called() for ring in machine.rings] == [0, 0]
+    desk.close()
 
 
 def test_memory_may_be_replaced_while_the_rings_run(desk: Desk) -> None:
