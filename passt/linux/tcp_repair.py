@@ -21,6 +21,9 @@ bytes as sent would ignore the acknowledgement of them, and each further one, fo
 the peer's window had room for, which the fence leaves as it was (`_kept_back`): the peer acknowledges what has come,
 and the rest is retransmitted.
 
+MSS. The option sets a limit for the next change of the path's MTU; until then, the socket would send segments of 536
+bytes, the default. TCP_MAXSEG before connect(2) has the same limit count from the beginning.
+
 FIN. A sent FIN is queued again by shutdown(2) in repair mode, which counts as a transmission; the peer acknowledges it
 once more. A received FIN cannot be made again, and need not be: the next number expected is behind it, and the caller
 knows of it.
@@ -65,6 +68,7 @@ _OPTION = Struct("=II")  # struct tcp_repair_opt
 _WINDOW = Struct("=IIIII")  # struct tcp_repair_window
 _U32 = Struct("=I")
 SO_BUF_LOCK = 72
+_MAXSEG_MIN, _MAXSEG_MAX = 88, 32767  # of TCP_MAXSEG
 IP_MINTTL, IPV6_MINHOPCOUNT = 21, 73
 _FENCE = 255
 _CHUNK = 1 << 15  # bytes that the kernel takes in one buffer of a receive queue
@@ -84,7 +88,7 @@ _TCP = socket.IPPROTO_TCP
 
 CALLS = (
     *setting(*((_TCP, o) for o in (TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS, TCP_TIMESTAMP)), mode=PASST),
-    *setting((_TCP, TCP_REPAIR_WINDOW), *_MIN_TTL, mode=PASST),
+    *setting((_TCP, TCP_REPAIR_WINDOW), (_TCP, socket.TCP_MAXSEG), *_MIN_TTL, mode=PASST),
     *setting(*((socket.SOL_SOCKET, o) for o in (socket.SO_SNDBUF, SO_BUF_LOCK)), mode=PASST),
     *setting(*((socket.SOL_SOCKET, o) for o in (SO_PEEK_OFF, socket.SO_REUSEADDR)), mode=PASST),
     *calls("sendto", "recvfrom", "shutdown", mode=PASST),
@@ -185,6 +189,7 @@ def restore(sock: Any, state: SocketState, local: Any, peer: Any) -> None:
     connect(2), as `state` has it. Raises OSError: EADDRNOTAVAIL where the address is not on this host.
     """
     sock.bind(local)
+    sock.setsockopt(_TCP, socket.TCP_MAXSEG, min(max(state.mss, _MAXSEG_MIN), _MAXSEG_MAX))
     acked_fin = state.fins & FIN_ACKED
     for queue, number in ((_SEND, state.snd_seq), (_RECEIVE, state.rcv_seq)):
         sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, queue)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -122,6 +123,7 @@ def test_connections_move_with_data_both_ways(pair: Pair) -> None:
         client.sendall(b"meanwhile")  # to the host that the machine has left
         pair.hosts.switch()
     assert "2 of 2 TCP connections can go on here" in pair.target.said()
+    assert set(re.findall(r" mss:(\d+)", pair.hosts.second.host.run("ss", "-tniH").stdout)) == {"1448"}
     assert out.receive(len(waiting)) == waiting
     assert server.recv(100) == b"unread"
     assert into.receive(9) == b"meanwhile"
