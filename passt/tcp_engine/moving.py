@@ -232,8 +232,7 @@ class TcpMoving:
         self._ctx.reactor.watch(conn.fd, TYPE_TCP, conn.index, INTEREST | pending)
         self._acks.open_window(conn, now)
         self._table.schedule(conn, now)
-        if conn.rcv_acked != conn.rcv_nxt:
-            self._acks.queue_delayed(conn, now)
+        self._acks.delay_ack(conn, now)  # the window may be new, and a guest that has none waits for it
         self._out.turns.waiting[conn.index] = conn
 
 

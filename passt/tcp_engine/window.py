@@ -148,7 +148,7 @@ class TcpAck:
             self._out.ack(conn)
             if conn.rcv_acked == conn.rcv_nxt:
                 return
-        self._delay_ack(conn, now)
+        self.delay_ack(conn, now)
 
     def acknowledge_fin(self, conn: TcpConn, now: float) -> None:
         """The same for FIN and the data before it. An acknowledged FIN may complete the connection."""
@@ -158,9 +158,9 @@ class TcpAck:
             self.update_rcv_acked(conn)
         self._out.ack(conn)
         if conn.rcv_acked != conn.rcv_nxt:
-            self._delay_ack(conn, now)
+            self.delay_ack(conn, now)
 
-    def _delay_ack(self, conn: TcpConn, now: float) -> None:
+    def delay_ack(self, conn: TcpConn, now: float) -> None:
         """Delay an acknowledgement."""
         conn.ack_due = True
         if not conn.delack_at or conn.rcv_acked != conn.rcv_nxt:
@@ -318,10 +318,10 @@ class TcpAck:
             if self.update_rcv_acked(conn):
                 self.forward_ack(conn)
             if conn.rcv_acked != conn.rcv_nxt:
-                self._delay_ack(conn, now)
+                self.delay_ack(conn, now)
         elif conn.ack_due:
             if now - conn.t_rx < ACK_DELAY / 2:  # newer data came, and its delay has just begun
-                self._delay_ack(conn, now)
+                self.delay_ack(conn, now)
                 return
             self._waited_in_vain(conn, now)
             self._out.ack(conn)
