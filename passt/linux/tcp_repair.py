@@ -33,10 +33,14 @@ and `lift_fence` turns it on: that is what it is called for once more.
 
 Bytes that were sent must be queued in repair mode, whatever the size of the send buffer: the kernel ignores
 acknowledgements of what it has not sent. SO_BUF_LOCK (5.15) gives the buffer back to the kernel's own management.
+net.core.wmem_max limits the buffer of a new socket, 416 KiB by default, where that of the former one may have grown to
+tcp_wmem's 4 MiB. The caller sends the bytes that do not fit, as the socket drains.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from struct import Struct
 from typing import Any
@@ -184,9 +188,11 @@ def _end(sockaddr: tuple[Any, ...]) -> tuple[bytes, int]:
 # Making ------------------------------------------------------------------------------------------------------------
 
 
-def restore(sock: Any, state: SocketState, local: Any, peer: Any) -> None:
+def restore(sock: Any, state: SocketState, local: Any, peer: Any) -> int:
     """Connect a new socket, which is in repair mode, between the addresses `local` and `peer`, for bind(2) and
-    connect(2), as `state` has it. Raises OSError: EADDRNOTAVAIL where the address is not on this host.
+    connect(2), as `state` has it. Returns how many bytes its send queue has.
+
+    Raises OSError: EADDRNOTAVAIL where the address is not on this host, ENOBUFS where it has no room for what was sent.
     """
     sock.bind(local)
     sock.setsockopt(_TCP, socket.TCP_MAXSEG, min(max(state.mss, _MAXSEG_MIN), _MAXSEG_MAX))
@@ -206,17 +212,20 @@ def restore(sock: Any, state: SocketState, local: Any, peer: Any) -> None:
     if state.options & OPTION_TIMESTAMPS:
         sock.setsockopt(_TCP, TCP_TIMESTAMP, _U32.pack(state.timestamp))
     sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, _RECEIVE)
-    _fill(sock, state.receive_queue)
+    if _fill(sock, state.receive_queue) < len(state.receive_queue):
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
     sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, _SEND)
-    kept_back = _kept_back(state)
-    sent = state.send_queue[: len(state.send_queue) - kept_back]
-    if sent:
-        _enlarge(sock, len(sent))
-        _fill(sock, sent)
-    if state.fins & FIN_SENT and (acked_fin or not kept_back):
+    total, queued = len(state.send_queue), 0
+    if sent := state.send_queue[: total - _kept_back(state)]:
+        _enlarge(sock, total)
+        queued = _fill(sock, sent)
+        if queued < total - state.unsent:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+    if state.fins & FIN_SENT and (acked_fin or queued == total):
         sock.shutdown(socket.SHUT_WR)
     window = _WINDOW.pack(state.snd_wl1, state.snd_wnd, state.max_window, state.rcv_wnd, state.rcv_wup)
     sock.setsockopt(_TCP, TCP_REPAIR_WINDOW, window)
+    return queued
 
 
 def _kept_back(state: SocketState) -> int:
@@ -224,11 +233,15 @@ def _kept_back(state: SocketState) -> int:
     return min(state.unsent, max(len(state.send_queue) - state.snd_wnd, 0))
 
 
-def _fill(sock: Any, data: bytes | memoryview) -> None:
-    """Put bytes into the queue that is chosen. Raises OSError, also if they do not fit."""
+def _fill(sock: Any, data: bytes | memoryview) -> int:
+    """Put bytes into the queue that is chosen; how many it has taken. Raises OSError."""
     view = memoryview(data)
-    while view:
-        view = view[sock.send(view[:_CHUNK], socket.MSG_DONTWAIT) :]
+    try:
+        while view:
+            view = view[sock.send(view[:_CHUNK], socket.MSG_DONTWAIT) :]
+    except BlockingIOError:
+        pass  # it is full
+    return len(data) - len(view)
 
 
 def _enlarge(sock: Any, size: int) -> None:
@@ -241,15 +254,16 @@ def _enlarge(sock: Any, size: int) -> None:
             pass  # before 5.15 the buffer stays as it is
 
 
-def finish(sock: Any, state: SocketState) -> None:
-    """The socket has left repair mode: send what was certainly never sent, and FIN behind it.
+def finish(sock: Any, state: SocketState, queued: int) -> bytes:
+    """The socket has left repair mode, with so many bytes `queued`: send the others, and FIN behind them.
 
-    Raises OSError, also if the send buffer has no room for all.
+    Returns bytes that it has no room for; they are to be sent later, and FIN with them. Raises OSError.
     """
-    left = memoryview(state.send_queue)[len(state.send_queue) - _kept_back(state) :]
+    left = memoryview(state.send_queue)[queued:]
     if not left:
-        return
-    _enlarge(sock, len(left))
-    _fill(sock, left)
-    if state.fins & FIN_SENT:
+        return b""
+    _enlarge(sock, len(state.send_queue))
+    rest = bytes(left[_fill(sock, left) :])
+    if state.fins & FIN_SENT and not rest:
         sock.shutdown(socket.SHUT_WR)
+    return rest

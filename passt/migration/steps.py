@@ -73,6 +73,7 @@ class Arrived(NamedTuple):
 
     state: ConnectionState
     sock: Any
+    queued: int = 0  # bytes in its send queue
 
 
 class Migration:
@@ -216,13 +217,13 @@ class Migration:
     def _connect(self, opened: list[Arrived], done: Loaded, count: int, now: float) -> None:
         """`count` sockets are in repair mode."""
         self.phase = ARRIVED
-        for i, (connection, sock) in enumerate(opened):
+        for i, (connection, sock, _) in enumerate(opened):
             assert connection.socket is not None
             try:
                 if self._abandoned or i >= count:
                     raise ConnectionError("it is not in repair mode")
-                self._moving.make(sock, connection.socket)
-                self._arrived.append(Arrived(connection, sock))
+                queued = self._moving.make(sock, connection.socket)
+                self._arrived.append(Arrived(connection, sock, queued))
             except OSError as e:
                 sock.close()
                 self._lose(connection, e)
@@ -242,19 +243,19 @@ class Migration:
 
     def _adopt(self, now: float) -> None:
         self.phase = ADOPTING
-        for _, sock in self._arrived:
+        for sock in _sockets(self._arrived):
             self._attempt(self._moving.let_in, sock)
         self._helper.ask(OFF, _sockets(self._arrived), self._adopted, now)
 
     def _adopted(self, count: int, now: float) -> None:
         """The machine runs here, and `count` of the sockets have left repair mode."""
         arrived, self._arrived = self._arrived, []
-        for connection, sock in arrived[:count]:
+        for connection, sock, queued in arrived[:count]:
             if self._abandoned:
                 self._moving.reset(sock)
             else:
-                self._attempt(self._moving.adopt, connection, sock, now)
-        for connection, sock in arrived[count:]:
+                self._attempt(self._moving.adopt, connection, sock, queued, now)
+        for connection, sock, _ in arrived[count:]:
             sock.close()
             self._lost.append(connection)
         self._run(now)

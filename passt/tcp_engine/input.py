@@ -142,6 +142,8 @@ class TcpIn:
 
     def flush(self, conn: TcpConn, now: float) -> None:
         """The host socket has room for what it refused."""
+        if self._table.rests and not self._send_rest(conn, now):
+            return
         conn.wait_writable = conn.rcv_refused = False
         payload: list[memoryview] = []
         rcv_nxt, fin, _ = self._out_of_order.merge(conn, self._view, conn.rcv_nxt, [], payload, False)
@@ -150,6 +152,26 @@ class TcpIn:
             self.to_sock(conn, payload, rcv_nxt, fin, True, now)
         else:
             self._acks.writable(conn, now)
+
+    def _send_rest(self, conn: TcpConn, now: float) -> bool:
+        """Send what the socket on another host held, and FIN if that had been sent; whether nothing is left of it."""
+        rest = self._table.rests.get(conn.index)
+        if rest is None:
+            return True
+        try:
+            rest = rest[conn.sock.send(rest) :]
+            if not rest and conn.events & TAP_FIN_RCVD:
+                conn.sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            return False
+        except OSError as e:
+            self._table.broken(conn, e.errno or errno.EIO, now)
+            return False
+        if rest:
+            self._table.rests[conn.index] = rest
+            return False
+        del self._table.rests[conn.index]
+        return True
 
     def _fin_received(self, conn: TcpConn, now: float) -> None:
         """Take the guest's FIN, and send FIN to the host peer, by shutdown(2) or by close(2)."""

@@ -15,7 +15,7 @@
 
 Both sides of the guest's conversation are numbers of this program, so they move as numbers. Payload behind a hole, or
 that the socket refused, is not acknowledged and does not move: the guest sends it again. Estimates of round trips begin
-anew.
+anew. Bytes that the new socket has no room for wait as if it had just refused them (`TcpIn.flush`).
 
 Only established connections move. A guest that connects sends SYN again, and its new host answers. Left out, and lost:
 connections with urgent data, which ends a peek, and those that the kernel has closed although data is left to be read.
@@ -31,13 +31,14 @@ from typing import Any
 from .. import NEVER, addr, log
 from ..flow.context import Context
 from ..flow.table import TableFull
+from ..lean.records import replace
 from ..linux import tcp_repair
 from ..linux.nspool import new_socket
 from ..linux.sockopt import SO_PEEK_OFF
 from ..linux.tcp_repair import NotMovable
 from ..linux.tcpinfo import Features
 from ..loop.reactor import EPOLLOUT, INTEREST, TYPE_TCP
-from ..wire.migration import FIN_RECEIVED, ConnectionState, SocketState
+from ..wire.migration import FIN_RECEIVED, FIN_SENT, QUEUE_MAX, ConnectionState, SocketState
 from . import rtt
 from . import sock as tcp_sock
 from .conn import (
@@ -120,7 +121,15 @@ class TcpMoving:
             raise NotMovable("urgent data")
         if conn.base != _first_unread(conn.snd_una, conn.events):
             raise NotMovable("bytes that the guest has acknowledged are still in the socket")
-        return tcp_repair.read(sock, conn.host, peek_off=self._features.peek_off)
+        state = tcp_repair.read(sock, conn.host, peek_off=self._features.peek_off)
+        rest = self._table.rests.get(conn.index)
+        if rest is None:
+            return state
+        queue = state.send_queue + rest
+        if len(queue) > QUEUE_MAX:
+            raise NotMovable(f"a queue of {len(queue)} bytes")
+        fins = state.fins | (FIN_SENT if conn.events & TAP_FIN_RCVD else 0)
+        return replace(state, send_queue=queue, unsent=state.unsent + len(rest), fins=fins)
 
     def resume(self, conn: TcpConn, sock: Any, now: float) -> None:
         """Give the socket back to its connection. Raises OSError, with the connection ended."""
@@ -159,14 +168,14 @@ class TcpMoving:
             raise
         return sock
 
-    def make(self, sock: Any, state: SocketState) -> None:
-        """Connect the socket, which is in repair mode. Raises OSError."""
+    def make(self, sock: Any, state: SocketState) -> int:
+        """Connect the socket, which is in repair mode; how many bytes it has queued. Raises OSError."""
         fwd = self._ctx.fwd
-        tcp_repair.restore(sock, state, fwd.sockaddr(*state.local), fwd.sockaddr(*state.peer))
+        return tcp_repair.restore(sock, state, fwd.sockaddr(*state.local), fwd.sockaddr(*state.peer))
 
-    def adopt(self, state: ConnectionState, sock: Any, now: float) -> None:
-        """Go on with a connection, whose socket has left repair mode. Raises OSError, with RST to the guest and the
-        connection ended; the socket is the table's.
+    def adopt(self, state: ConnectionState, sock: Any, queued: int, now: float) -> None:
+        """Go on with a connection, whose socket has left repair mode with so many bytes `queued`. Raises OSError, with
+        RST to the guest and the connection ended; the socket is the table's.
         """
         assert state.socket is not None
         conn = self._connection(state, now)
@@ -176,7 +185,10 @@ class TcpMoving:
         conn.t_rx = now
         conn.near = tcp_sock.is_near(self._ctx.fwd, self._features, conn.host[0])
         try:
-            tcp_repair.finish(sock, state.socket)
+            rest = tcp_repair.finish(sock, state.socket, queued)
+            if rest:
+                self._table.rests[conn.index] = memoryview(rest)
+                conn.rcv_refused, conn.near = True, False
             tcp_repair.lift_fence(sock)
             if state.traffic_class:
                 self._ctx.classes[conn.key] = state.traffic_class

@@ -96,6 +96,8 @@ class TcpTable:
         self.inbound: HalfOpen[TcpConn] = HalfOpen(flow_limit(HALF_OPEN_MAX, HALF_OPEN_SHARE))
         self.outbound: HalfOpen[TcpConn] = HalfOpen(flow_limit(OPENING_MAX, OPENING_SHARE))
         self.failed: dict[int, int] = {}  # errno of sockets that hold data for the guest, by index of the connection
+        # The guest's bytes in front of all that are refused now, from the socket of another host (`moving.py`)
+        self.rests: dict[int, memoryview] = {}
         self.timed_out = TimedOut(ctx)
         self._link_rtt = 0.0  # s, of handshakes
 
@@ -283,6 +285,8 @@ class TcpTable:
             conn.sock = None
         if conn.out_of_order:
             self.out_of_order.take(conn)
+        if self.rests:
+            self.rests.pop(conn.index, None)
         conn.scoreboard = None
         self._ctx.flows.free(conn, why)
         if self.successors and conn.key in self.successors:

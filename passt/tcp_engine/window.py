@@ -204,7 +204,8 @@ class TcpAck:
     def _measure(self, conn: TcpConn, info: bytes) -> None:
         """Derive from TCP_INFO whether the host peer is near, and how often to read TCP_INFO."""
         conn.poll_interval = min(max(tcpinfo.u32(info, tcpinfo.RTT) * 1.25e-6, POLL_MIN), ACK_DELAY)
-        if self._features.min_rtt and tcpinfo.u32(info, tcpinfo.MIN_RTT) < NEAR_US:
+        near = self._features.min_rtt and tcpinfo.u32(info, tcpinfo.MIN_RTT) < NEAR_US
+        if near and not conn.rcv_refused:  # a connection that moved may have acknowledged bytes that wait
             conn.near = True
 
     def first_window(self, conn: TcpConn, now: float) -> None:

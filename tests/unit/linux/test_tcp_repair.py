@@ -54,10 +54,10 @@ class Ends:
         tcp_repair.fence(self.ours)
         self.ours.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, ON)
         ends = ((addr.text(a), port) for a, port in (state.local, state.peer))
-        tcp_repair.restore(self.ours, state, *ends)
+        queued = tcp_repair.restore(self.ours, state, *ends)
         tcp_repair.lift_fence(self.ours)
         self.ours.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF)
-        tcp_repair.finish(self.ours, state)
+        self.rest = tcp_repair.finish(self.ours, state, queued)
         tcp_repair.lift_fence(self.ours)
         self.ours.settimeout(10)
         return state
@@ -170,6 +170,39 @@ def test_many_bytes_in_flight_fit(ends: Ends) -> None:
     assert len(state.send_queue) == len(sent) > 100_000
     tcp_repair.lift_fence(ends.peer)
     assert read_all(ends.peer, len(sent)) == sent
+
+
+@needs_root
+@pytest.mark.parametrize("address", FAMILIES)
+@pytest.mark.parametrize("fin", [False, True])
+def test_bytes_without_room_are_handed_back(address: str, fin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The former socket has grown beyond what a new one may have."""
+    ends = Ends(address, pace=50_000)
+    try:
+        ends.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 300_000)
+        taken = fill(ends.ours)
+        if fin:
+            ends.ours.shutdown(socket.SHUT_WR)
+        small = socket.SOL_SOCKET, socket.SO_SNDBUF, 40_000
+        monkeypatch.setattr(tcp_repair, "_enlarge", lambda sock, size: sock.setsockopt(*small))
+        state = ends.move()
+        assert 0 < len(ends.rest) < state.unsent
+        assert taken.endswith(ends.rest)
+        assert read_all(ends.peer, len(taken) - len(ends.rest)) == taken[: -len(ends.rest)]
+        ends.ours.sendall(ends.rest[:100])
+        assert read_all(ends.peer, 100) == ends.rest[:100], "no FIN before the rest"
+    finally:
+        ends.close()
+
+
+@needs_root
+def test_bytes_that_were_sent_and_have_no_room_do_not_move(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer may have them, and the kernel would ignore what the peer says then."""
+    tcp_repair.fence(ends.peer)
+    fill(ends.ours)
+    monkeypatch.setattr(tcp_repair, "_fill", lambda sock, data: len(data) - 1)
+    with pytest.raises(OSError, match="No buffer space"):
+        ends.move()
 
 
 @needs_root

@@ -79,10 +79,12 @@ class Moving:
         self.new.append(Sock(200 + len(self.new)))
         return self.new[-1]
 
-    def make(self, sock: Sock, state: Any) -> None:
+    def make(self, sock: Sock, state: Any) -> int:
         self._do("make", sock.number % 100)
+        return sock.number
 
-    def adopt(self, state: ConnectionState, sock: Sock, now: float) -> None:
+    def adopt(self, state: ConnectionState, sock: Sock, queued: int, now: float) -> None:
+        assert queued == sock.number
         self._do("adopt", sock.number % 100)
 
     def lose(self, state: ConnectionState, now: float) -> None:

@@ -40,14 +40,15 @@ def repair(fake_sockets: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[An
     def read(sock: Any, peer: tuple[bytes, int], *, peek_off: bool) -> SocketState:
         return replace(SOCKET, receive_queue=bytes(sock.incoming))
 
-    def restore(sock: Any, state: SocketState, local: Any, peer: Any) -> None:
+    def restore(sock: Any, state: SocketState, local: Any, peer: Any) -> int:
         made.append((sock, state))
         sock.bound, sock.peer = local, peer
         sock.incoming += state.receive_queue
+        return len(state.send_queue)
 
     monkeypatch.setattr(tcp_repair, "read", read)
     monkeypatch.setattr(tcp_repair, "restore", restore)
-    monkeypatch.setattr(tcp_repair, "finish", lambda sock, state: None)
+    monkeypatch.setattr(tcp_repair, "finish", lambda sock, state, queued: b"")
     monkeypatch.setattr(moving, "new_socket", FakeSocket)
     return made
 
@@ -82,8 +83,8 @@ def arrive(talk: Talk, state: ConnectionState) -> Talk:
     assert state.socket is not None
     sock = mover(other).open(state.socket)
     assert sock.options[FENCE] == 255
-    mover(other).make(sock, state.socket)
-    mover(other).adopt(state, sock, other.now)
+    queued = mover(other).make(sock, state.socket)
+    mover(other).adopt(state, sock, queued, other.now)
     assert sock.options[FENCE] == 0
     other.tcp.resume(other.now)
     return other
@@ -163,6 +164,43 @@ def test_a_guest_that_waits_for_a_window_is_told_of_it(here: bool) -> None:
     talk.wait(0.05)
     (told,) = talk.taken()
     assert told.window > 0
+
+
+@pytest.mark.parametrize("fin", [False, True])
+def test_bytes_without_room_wait_in_front_of_others(monkeypatch: pytest.MonkeyPatch, fin: bool) -> None:
+    """Also when the connection moves once more meanwhile."""
+    talk = open_connection()
+    talk.guest(ACK | PSH, b"0123456789")
+    if fin:
+        talk.guest(ACK | FIN)
+    state = leave(talk)
+    assert state.socket is not None
+    monkeypatch.setattr(tcp_repair, "finish", lambda sock, state, queued: b"456789")
+    first = arrive(talk, replace(state, socket=replace(state.socket, send_queue=b"0123456789", unsent=8)))
+    if not fin:
+        first.guest(ACK | PSH, b"abc")
+    assert not first.sock.sent and not first.sock.shut
+    state = leave(first)
+    assert state.socket is not None
+    assert (state.socket.send_queue, state.socket.unsent) == (b"456789", 6)
+    assert state.socket.fins == (FIN_SENT if fin else 0)
+    second = arrive(first, state)
+    sock = second.sock
+    assert second.ctx.drops == {}
+    sock.room = 4
+    reactor(second.ctx).fire(sock.fd, EPOLLOUT, second.now)
+    assert (bytes(sock.sent), sock.shut) == (b"4567", False)
+    sock.room = 0
+    reactor(second.ctx).fire(sock.fd, EPOLLOUT, second.now)
+    if not fin:
+        second.seq -= 3
+        second.guest(ACK | PSH, b"abc")  # again: it was not acknowledged
+    sock.room = 100
+    reactor(second.ctx).fire(sock.fd, EPOLLOUT, second.now)
+    assert (bytes(sock.sent), sock.shut) == (b"456789" if fin else b"456789abc", fin)
+    assert second.tcp._table.rests == {}
+    mover(first).end(conn_of(first), None)
+    assert first.tcp._table.rests == {}
 
 
 def test_numbers_of_the_peer_count_from_the_new_socket() -> None:
@@ -324,7 +362,7 @@ def test_a_socket_that_fails_when_it_goes_on_ends_its_connection(monkeypatch: py
     assert state.socket is not None
     sock = mover(other).open(state.socket)
     with pytest.raises(OSError, match="no room"):
-        mover(other).adopt(state, sock, other.now)
+        mover(other).adopt(state, sock, 0, other.now)
     other.expect(RST | ACK)
     other.end_turn()
     assert sock.closed
