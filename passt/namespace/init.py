@@ -23,7 +23,7 @@ was executed has rights over it (and its PID does not give access to the namespa
 
 from __future__ import annotations
 
-import json
+import marshal
 import os
 import signal
 import socket
@@ -69,9 +69,9 @@ class Command:
 
     @property
     def words(self) -> list[Any]:
-        """The arguments of `supervisor.supervise` and `execute`, from lists, strings and numbers."""
+        """The arguments of `supervisor.supervise` and `execute`, of types that marshal knows."""
         caller = self.caller
-        return [self.file, list(self.argv), dict(caller.env), list(caller.ignored), list(caller.blocked)]
+        return [self.file, list(self.argv), dict(caller.env), [*map(int, caller.ignored)], [*map(int, caller.blocked)]]
 
 
 def login_shell(caller: Inherited) -> Command:
@@ -158,7 +158,7 @@ def _become_supervisor(command: Command, control: int) -> None:
     try:
         argv_file = os.memfd_create("command", 0)
         with open(argv_file, "wb", closefd=False) as f:
-            f.write(json.dumps(command.words).encode())
+            f.write(marshal.dumps(command.words))
         os.lseek(argv_file, 0, os.SEEK_SET)
         os.set_inheritable(control, True)
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))

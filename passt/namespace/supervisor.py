@@ -2,10 +2,11 @@
 processes, reports the exit status, and ends with pasta.
 
 `init.py` executes this file as a program, before the command starts. The file imports no other module of the package
-and no installed package, so that an interpreter is ready in 20 ms, while pasta still sets up the network. If it cannot
-be executed (Python is readable by root only, and the command runs as `nobody`), init calls the functions here instead.
+and no installed package, and of the standard library only what loads quickly, so that the program is ready while pasta
+still sets up the network. If it cannot be executed (Python is readable by root only, and the command runs as `nobody`),
+init calls the functions here instead.
 
-    argv    this file | descriptor of the pipe from pasta | descriptor of a file in JSON:
+    argv    this file | descriptor of the pipe from pasta | descriptor of a file, by marshal:
             [file, argv, environment, signals that the command ignores, signals that are blocked for it]
 
 When it ends, the kernel kills everything in the namespace. It ends when the command does, and when pasta does:
@@ -30,11 +31,16 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Mapping, Sequence
+    from typing import NoReturn
+else:
+    import _signal as signal  # `signal` loads enumerations, which take longer than the interpreter's own start
 
 START = 0  # on the pipe: start the command; other values are signals for it
 EXEC_FAILED = 1
@@ -50,14 +56,14 @@ CHANGED = signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ  # here, and the latter
 def main() -> NoReturn:
     """The program. SIGINT is blocked at its start, since the interpreter would print a traceback."""
     import ctypes
-    import json
+    import marshal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
     control, argv_file = map(int, sys.argv[1:])
     os.set_inheritable(control, False)
     with open(argv_file, "rb") as f:
-        command = json.load(f)
+        command = marshal.load(f)
     status = 1
     try:
         if os.read(control, 1) == bytes((START,)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import marshal
 import os
 import signal
 import subprocess
@@ -92,7 +92,7 @@ def test_error_of_the_supervisor() -> None:
         reader, writer = os.pipe()
         os.write(writer, bytes((supervisor.START,)))
         words = os.memfd_create("command")
-        os.write(words, json.dumps(command("true").words).encode())
+        os.write(words, marshal.dumps(command("true").words))
         os.lseek(words, 0, os.SEEK_SET)
         sys.argv = ["supervisor", str(reader), str(words)]
         supervisor.supervise = fails(errno.EIO)
@@ -237,3 +237,9 @@ def test_reap_tells_only_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shell_status() -> None:
     assert (shell_status(0), shell_status(3 << 8), shell_status(9), shell_status(15 | 0x80)) == (0, 3, 137, 143)
+
+
+def test_the_program_loads_little() -> None:
+    script = f"import sys; exec(open({supervisor.__file__!r}).read(), {{}}); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
+    assert not {"enum", "json", "passt", "re", "signal", "typing"} & set(loaded.stdout.split())
