@@ -29,17 +29,17 @@ the same, except that the latter takes C ints: `system_arch()` is too large for 
 
 from __future__ import annotations
 
-import ctypes
+import ctypes  # noqa: F401  # has its stand-in as an attribute
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 from . import PASTA
 from .calls import ALL_BITS, Call, Calls, Condition, calls
+from .lean.stand_ins import in_place, stand_in
 from .log import Fatal
 
 CALLS: Calls = (
@@ -84,7 +84,7 @@ UNTESTABLE = {  # machine -> calls whose arguments are in memory there
 def binding() -> Any:
     """Python's binding of libseccomp. Raises Fatal."""
     try:
-        with _loading_by_name():
+        with in_place(_libraries()):
             import pyseccomp
     except ImportError:
         pass  # Debian has the other binding
@@ -101,30 +101,16 @@ def binding() -> Any:
     return seccomp
 
 
-@contextmanager
-def _loading_by_name() -> Iterator[None]:
-    """Make pyseccomp load its libraries by name.
+def _libraries() -> ModuleType:
+    """A stand-in of ctypes.util, by which pyseccomp loads its libraries by name.
 
-    It calls ctypes.util.find_library(), which runs ldconfig(8) or a compiler. The import of that module takes longer
-    than all other imports, so a stand-in takes its place for the duration.
+    Its find_library() would run ldconfig(8) or a compiler, and its import takes longer than all other imports.
     """
 
     def find_library(name: str) -> str | None:
         return "libseccomp.so.2" if name == "seccomp" else None  # None: libraries that the interpreter is linked with
 
-    name = "ctypes.util"
-    before, stand_in = sys.modules.get(name), ModuleType(name)
-    stand_in.find_library = find_library  # type: ignore[attr-defined]
-    sys.modules[name] = stand_in
-    setattr(ctypes, "util", stand_in)  # noqa: B010  # type checkers take the attribute for a module
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-        delattr(ctypes, "util")
-        if before is not None:
-            sys.modules[name] = before
-            setattr(ctypes, "util", before)  # noqa: B010
+    return stand_in("ctypes.util", find_library=find_library)
 
 
 def collect(mode: str, modules: Iterable[ModuleType] | None = None) -> dict[str, list[Call]]:

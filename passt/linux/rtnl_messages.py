@@ -14,7 +14,8 @@ import types
 from struct import Struct
 from typing import Any, NamedTuple
 
-from .. import addr
+from .. import addr, log
+from ..lean.stand_ins import in_place, stand_in
 from ..wire.ether import GROUP
 from .from_kernel import DUMP, HEADER
 from .ip_rule import RT_TABLE_MAIN
@@ -38,25 +39,49 @@ def _message_classes() -> tuple[Any, Any, Any]:
     """pyroute2's classes of link, address and route messages, without running pyroute2/__init__.py.
 
     That file imports the whole library, about 150 ms. A stand-in package with the same path allows the import of the
-    few needed modules, about 25 ms. The stand-in is removed afterwards, so that a later `import pyroute2` gets the real
-    package.
+    few needed modules, and other stand-ins leave out what these need for other purposes, half of the rest. If a release
+    of the library needs more of them, it gets the real modules.
     """
-    stand_in = None
-    if "pyroute2" not in sys.modules:
-        spec = importlib.util.find_spec("pyroute2")
-        if spec is not None and spec.submodule_search_locations:
-            stand_in = types.ModuleType("pyroute2")
-            stand_in.__path__ = list(spec.submodule_search_locations)
-            stand_in.__spec__ = importlib.machinery.ModuleSpec("pyroute2", None, is_package=True)
-            sys.modules["pyroute2"] = stand_in
-    try:
-        from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-        from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-        from pyroute2.netlink.rtnl.rtmsg import rtmsg
-    finally:
-        if stand_in is not None:
-            del sys.modules["pyroute2"]
+    if "pyroute2" in sys.modules:
+        return _imported()
+    spec = importlib.util.find_spec("pyroute2")
+    places = spec.submodule_search_locations if spec is not None else None
+    if not places:
+        return _imported()  # raises ImportError
+    package = stand_in("pyroute2", __path__=list(places))
+    package.__spec__ = importlib.machinery.ModuleSpec("pyroute2", None, is_package=True)
+    with in_place(package):
+        try:
+            with in_place(*_needed_in_name()):
+                return _imported()
+        except (AttributeError, ImportError):
+            for name in [name for name in sys.modules if name.startswith("pyroute2.")]:
+                del sys.modules[name]
+            return _imported()
+
+
+def _imported() -> tuple[Any, Any, Any]:
+    from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+    from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
     return ifinfmsg, ifaddrmsg, rtmsg
+
+
+def _needed_in_name() -> tuple[types.ModuleType, ...]:
+    """Stand-ins: messages of the library go to the log, and have the exception in place of a traceback."""
+    target = dict.fromkeys(("debug", "info", "warning", "error", "exception", "critical"), _logged)
+    logger = stand_in("logger", **target)
+    return (
+        stand_in("logging", getLogger=lambda name: logger, **target),
+        stand_in("traceback", format_exc=lambda: repr(sys.exc_info()[1]), format_stack=list),
+        stand_in("pkgutil"),  # for more kinds of links, which the configuration would name
+        stand_in("pyroute2.config", AF_BRIDGE=socket.AF_BRIDGE, data_plugins_pkgs=[], data_plugins_path=[]),
+    )
+
+
+def _logged(text: object, *values: object, **_: object) -> None:
+    log.debug(f"pyroute2: {str(text) % values if values else text}")
 
 
 ifinfmsg, ifaddrmsg, rtmsg = _message_classes()
