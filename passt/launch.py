@@ -12,9 +12,12 @@ COMM = "/proc/self/comm"
 def main() -> int:
     """Run the command that sys.argv names, return the exit status."""
     pin.hold(sys.argv)  # before modules are loaded: a namespace may end meanwhile
-    from .lean import finder
-
-    finder.install()
+    try:
+        from .lean import finder
+    except ImportError:
+        pass  # another interpreter, which goes its own way
+    else:
+        finder.install()
     from .linux.inherited import program_name
 
     name = program_name(sys.argv[0])
