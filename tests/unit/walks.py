@@ -207,15 +207,18 @@ def _attributes(trees: dict[str, ast.Module], shared: dict[str, set[str]]) -> se
                     if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
                     if _is_collection(field.annotation, shared[module])
                 }
+    assigned: list[tuple[list[str], str]] = []  # attributes, from an attribute
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Attribute):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                assigned.append(([t.attr for t in targets if isinstance(t, ast.Attribute)], node.value.attr))
     before = -1
     while len(found) != before:  # self._by_key = self._flows.by_key
         before = len(found)
-        for tree in trees.values():
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Attribute):
-                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                    if node.value.attr in found:
-                        found |= {target.attr for target in targets if isinstance(target, ast.Attribute)}
+        for names, value in assigned:
+            if value in found:
+                found.update(names)
     return found
 
 
@@ -223,13 +226,16 @@ def find(sources: dict[str, str]) -> list[Walk]:
     """All walks of modules, by name and source."""
     trees = {module: ast.parse(source) for module, source in sources.items()}
     everywhere = shared_types(trees)
-    shared = {m: everywhere | IN_PORTS if m.startswith("passt.ports.") else everywhere for m in trees}
+    in_ports = everywhere | IN_PORTS
+    shared = {m: in_ports if m.startswith("passt.ports.") else everywhere for m in trees}
     attributes = _attributes(trees, shared)
     functions = [n for tree in trees.values() for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     found: list[Walk] = []
-    for module, tree in trees.items():
-        results = {f.name for f in functions if _is_collection(f.returns, shared[module])}
-        found += Finder(module, tree, shared[module], attributes, results).walks()
+    for types in (everywhere, in_ports):
+        results = {f.name for f in functions if _is_collection(f.returns, types)}
+        for module, tree in trees.items():
+            if shared[module] is types:
+                found += Finder(module, tree, types, attributes, results).walks()
     return found
 
 
