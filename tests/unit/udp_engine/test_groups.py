@@ -249,9 +249,12 @@ def test_many_changes_are_one(lab: GroupLab, monkeypatch: pytest.MonkeyPatch) ->
     assert deadlines[lab.groups._timer] == clock + REFRESH
 
 
-def test_known_ports(lab: GroupLab) -> None:
+def test_known_ports(lab: GroupLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PORTS[MDNS] == (5353,)
+    port = free_ports()  # 5353 may be another program's
+    monkeypatch.setitem(PORTS, MDNS, (port,))
     lab.follow(MDNS)
-    assert lab.ports == {(MDNS, 5353)}
+    assert lab.ports == {(MDNS, port)}
     assert PORTS[addr.packed("239.255.255.250")] == (1900, 3702)
     assert PORTS[addr.packed("ff02::1:3")] == (5355,)
 
