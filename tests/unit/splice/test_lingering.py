@@ -6,12 +6,16 @@ import errno
 import os
 import socket
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from passt.linux import tcpinfo
 from passt.splice import lingering
+from passt.splice.lingering import GIVE_UP, POLL, Lingering
 
+from ..support import T0, make_context, timers
 from .test_tcp import DEADLINE, Lab, MakeLab, lab, make_lab, reset
 
 __all__ = ["lab", "make_lab"]
@@ -104,3 +108,118 @@ def test_a_fault_ends_one_that_lingers(lab: Lab) -> None:
     lab.splice._fault_at(rest.conn, OSError(errno.EIO, "staged"))
     lab.turn()
     assert not lab.splice._rests and lab.ctx.flows.count == 0 and lab.ctx.drops["fault"] == 1
+
+
+# Progress, and the clock -------------------------------------------------------------------------------------------
+
+
+class Rests:
+    """Connections that linger, of which a test says how much is left."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = T0
+        self.unsent = 0
+        self.turns: list[bool] = []  # whether each was told that no event reports the end
+        self.aborted: list[tuple[int, str]] = []
+        self.shut: list[int] = []
+        monkeypatch.setattr(tcpinfo, "unsent", lambda sock: self.unsent)
+        ctx = make_context()
+        self.services = timers(ctx).services
+        self.made = Lingering(ctx, lambda half: self.turns.append(half.eof_announced), self._abort, self._fault_at)
+
+    def _abort(self, conn: Any, why: str) -> None:
+        self.aborted.append((conn.index, why))
+        self.made.forget(conn)
+
+    @staticmethod
+    def _fault_at(conn: Any, e: Exception) -> None:
+        raise e
+
+    def end(self, index: int = 1, *, fin: bool = False, sent: bool = False, **left: Any) -> Any:
+        """A connection of which this is left; FIN was sent to the reader, or not. Returns the half."""
+        state = {"eof": True, "fin": sent, "held": 0, "pending": b"", "moved": 100} | left
+        half: Any = SimpleNamespace(dst=SimpleNamespace(shutdown=self.shut.append), eof_announced=False, **state)
+        self.made.end(self.conn(index), half, "reset by peer", fin=fin, now=self.now)
+        return half
+
+    @staticmethod
+    def conn(index: int) -> Any:
+        return SimpleNamespace(index=index)
+
+    @property
+    def due(self) -> float | None:
+        return self.services.deadlines[self.made._timer]
+
+    def look(self, after: float = POLL) -> bool:
+        """Time passes, and the timer fires; returns whether something goes on."""
+        self.now += after
+        self.services.fire(self.made._timer, self.now)
+        return bool(self.made.rests)
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> Rests:
+    return Rests(monkeypatch)
+
+
+@pytest.mark.parametrize("left", [{"eof": False}, {"held": 1}, {"pending": b"x"}, {"unsent": 1}])
+def test_any_byte_that_is_left_is_waited_for(rests: Rests, left: dict[str, Any]) -> None:
+    rests.unsent = left.get("unsent", 0)
+    half = rests.end(**{name: value for name, value in left.items() if name != "unsent"})
+    assert rests.turns == [True] and not rests.aborted and rests.due == T0 + POLL
+    assert rests.look() and rests.due == rests.now + POLL
+    half.eof, half.held, half.pending, rests.unsent = True, 0, b"", 0
+    assert not rests.look() and rests.due is None
+    assert rests.aborted == [(1, "reset by peer")] and not rests.shut
+
+
+@pytest.mark.parametrize(("fin", "sent", "shut"), [(True, False, 1), (True, True, 0), (False, False, 0)])
+def test_an_end_is_told_once(rests: Rests, fin: bool, sent: bool, shut: int) -> None:
+    half = rests.end(fin=fin, sent=sent)
+    assert half.fin is (fin or sent)
+    assert rests.shut == [socket.SHUT_WR] * shut
+    assert rests.aborted == [(1, "reset by peer")] and rests.due is None
+
+
+def test_the_next_one_does_not_put_off_the_first(rests: Rests) -> None:
+    rests.end(1, held=1)
+    rests.now += POLL / 2
+    rests.end(2, held=1)
+    rests.end(3)
+    assert rests.due == T0 + POLL
+    assert rests.aborted == [(3, "reset by peer")]
+
+
+def test_one_that_does_not_linger_is_forgotten(rests: Rests) -> None:
+    rests.end(1, held=1)
+    rests.made.forget(rests.conn(2))
+    assert rests.look()
+
+
+@pytest.mark.parametrize(
+    ("moves", "before"),
+    [("held", 90), ("pending", bytes(90)), ("unsent", 90)],
+)
+def test_each_byte_that_goes_gives_more_time(rests: Rests, moves: str, before: Any) -> None:
+    rests.unsent = before if moves == "unsent" else 0
+    half = rests.end(**({moves: before} if moves != "unsent" else {}))
+    for i in range(20):
+        left = before[i:] if moves == "pending" else before - i
+        if moves == "unsent":
+            rests.unsent = left
+        else:
+            setattr(half, moves, left)
+        assert rests.look(GIVE_UP - 1)
+    assert rests.look(GIVE_UP - 1)
+    assert not rests.look(1.0), "nothing has moved for as long as that"
+
+
+@pytest.mark.parametrize("where", ["held", "pending"])
+def test_what_only_comes_in_gives_none(rests: Rests, where: str) -> None:
+    """The destination takes nothing, while the pipe still fills."""
+    half = rests.end(eof=False, held=10, pending=bytes(10))
+    half.moved += 5
+    setattr(half, where, 15 if where == "held" else bytes(15))
+    assert rests.look(GIVE_UP - 1)
+    assert not rests.look(1.0)
+    assert rests.aborted == [(1, "reset by peer")]

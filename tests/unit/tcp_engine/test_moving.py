@@ -5,24 +5,28 @@ The kernel's side is in `tests/unit/linux/test_tcp_repair.py`.
 
 from __future__ import annotations
 
+import errno
 import socket
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from passt import NEVER, addr
 from passt.drops import Drop
 from passt.linux import tcp_repair
 from passt.linux.sockopt import SO_PEEK_OFF, TRAFFIC_CLASS
 from passt.linux.tcp_repair import IP_MINTTL, NotMovable
-from passt.linux.tcpinfo import BYTES_ACKED, BYTES_RECEIVED
+from passt.linux.tcpinfo import BYTES_ACKED, BYTES_RECEIVED, Features
 from passt.loop.reactor import EPOLLIN, EPOLLOUT, EPOLLRDHUP, INTEREST
 from passt.tcp_engine import moving
-from passt.tcp_engine.conn import SOCK_FIN_RCVD, TAP_FIN_RCVD, TcpConn
+from passt.tcp_engine.conn import SOCK_FIN_RCVD, TAP_FIN_ACKED, TAP_FIN_RCVD, TcpConn
+from passt.tcp_engine.window import TcpAck
 from passt.wire.migration import FIN_RECEIVED, FIN_SENT, ConnectionState, SocketState, State
-from passt.wire.tcp import ACK, FIN, PSH, RST
+from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 
-from ..support import T0, reactor
+from ..support import IP4, IP6, T0, reactor
 from ..tcp_support import FakeSocket, Talk, accepted_connection, fake_sockets, open_connection
 
 __all__ = ["fake_sockets"]
@@ -65,6 +69,11 @@ def mover(talk: Talk) -> moving.TcpMoving:
 def over(talk: Talk) -> bool:
     """Whether nothing is left."""
     return not talk.ctx.flows.count and not talk.tcp._conns
+
+
+def reasons(talk: Talk) -> dict[str, int]:
+    """How many connections have ended, by reason."""
+    return {why: n for (_, why), n in talk.ctx.flows.closed.items()}
 
 
 def leave(talk: Talk) -> ConnectionState:
@@ -258,7 +267,7 @@ def test_a_connection_that_ends_here() -> None:
     talk.expect(RST | ACK)
     talk.end_turn()
     assert sock.closed
-    assert over(talk)
+    assert over(talk) and reasons(talk) == {"migration": 1}
     talk = open_connection()
     conn = conn_of(talk)
     mover(talk).halt(conn)
@@ -279,7 +288,7 @@ def test_a_lost_connection_is_reset() -> None:
     other.isn = talk.isn
     mover(other).lose(state, T0)
     other.expect(RST | ACK, seq=1, ack=4)
-    assert over(other)
+    assert over(other) and reasons(other) == {"migration": 1}
 
 
 @pytest.mark.parametrize("reads", ["fails", "not movable", "urgent"])
@@ -365,13 +374,13 @@ def test_a_socket_that_fails_when_it_goes_on_ends_its_connection(monkeypatch: py
         mover(other).adopt(state, sock, 0, other.now)
     other.expect(RST | ACK)
     other.end_turn()
-    assert sock.closed
+    assert sock.closed and reasons(other) == {"migration": 1}
     monkeypatch.setattr(tcp_repair, "lift_fence", fails)
     conn = conn_of(talk)
     with pytest.raises(OSError, match="no room"):
         mover(talk).resume(conn, talk.sock, talk.now)
     talk.expect(RST | ACK)
-    assert over(talk)
+    assert over(talk) and reasons(talk) == {"migration": 1}
 
 
 def test_a_socket_that_cannot_be_prepared_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,3 +393,191 @@ def test_a_socket_that_cannot_be_prepared_is_closed(monkeypatch: pytest.MonkeyPa
         mover(talk).open(SOCKET)
     assert talk.sock.closed
     assert Drop.TCP_NO_SOCKET not in talk.ctx.drops
+
+
+# Each value of the description, each step ---------------------------------------------------------------------------
+
+
+def test_every_value_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def read(sock: Any, peer: tuple[bytes, int], *, peek_off: bool) -> SocketState:
+        asked.append((sock, peer, peek_off))
+        return SOCKET
+
+    monkeypatch.setattr(tcp_repair, "read", read)
+    finished: list[Any] = []
+    monkeypatch.setattr(tcp_repair, "finish", lambda *how: finished.append(how))
+    talk = open_connection()
+    conn = conn_of(talk)
+    conn.sack = conn.time_wait = conn.delays_acks = True
+    state = leave(talk)
+    assert asked == [(talk.sock, conn.host, True)]
+    assert (state.events, state.traffic_class) == (conn.events, 0)
+    other = arrive(talk, state)
+    assert finished == [(other.sock, SOCKET)]
+    moved = conn_of(other)
+    names = (
+        *("key", "host", "events", "iss", "irs", "snd_una", "snd_nxt", "snd_wnd", "snd_wnd_max", "rcv_nxt"),
+        *("rcv_acked", "mss", "snd_wscale", "rcv_wscale", "sack", "time_wait", "delays_acks", "base", "near"),
+    )
+    assert {name: getattr(moved, name) for name in names} == {name: getattr(conn, name) for name in names}
+    assert moved.rcv_wnd_max == moved.rcv_edge - moved.rcv_acked
+
+
+def test_connections_that_are_not_established_stay() -> None:
+    talk = Talk()
+    talk.syn()
+    conn = conn_of(talk)
+    assert not mover(talk).established(), "the guest has not answered"
+    talk.expect(SYN | ACK)
+    talk.guest(ACK)
+    assert mover(talk).established() == [conn]
+
+
+def test_what_waits_for_a_time_is_forgotten_and_begins_again() -> None:
+    talk = open_connection()
+    conn = conn_of(talk)
+    talk.guest(ACK | PSH, b"half")
+    conn.asked_at = talk.now
+    sock = mover(talk).halt(conn)
+    assert (conn.deadline, conn.delack_at, conn.asked_at) == (NEVER, 0.0, 0.0)
+    talk.wait(5)
+    mover(talk).resume(conn, sock, talk.now)
+    talk.tcp.resume(talk.now)
+    talk.taken()
+    talk.guest(ACK | PSH, b"more")
+    talk.wait(0.05)
+    talk.expect(ACK, b"", ack=9)
+
+
+@pytest.mark.parametrize("v6", [False, True])
+def test_a_socket_of_the_family_and_the_interface(monkeypatch: pytest.MonkeyPatch, v6: bool) -> None:
+    made: list[tuple[int, int]] = []
+
+    def new_socket(family: int, kind: int) -> FakeSocket:
+        made.append((family, kind))
+        return FakeSocket(family, kind)
+
+    monkeypatch.setattr(moving, "new_socket", new_socket)
+    device = socket.SOL_SOCKET, socket.SO_BINDTODEVICE
+    local, peer = (addr.packed("2001:db8::2"), addr.packed("2001:db8:f::7")) if v6 else (LOCAL[0], PEER[0])
+    state = replace(SOCKET, local=(local, 50000), peer=(peer, 80))
+    assert device not in mover(Talk()).open(state).options
+    away = Talk(config={"ip4": replace(IP4, if_out="eth7"), "ip6": replace(IP6, if_out="eth7")})
+    assert mover(away).open(state).options[device] == b"eth7\0"
+    kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    assert made == [(socket.AF_INET6 if v6 else socket.AF_INET, kind)] * 2
+
+
+def test_steps_that_are_of_the_socket_alone() -> None:
+    sock = FakeSocket(socket.AF_INET, socket.SOCK_STREAM)
+    tcp_repair.fence(sock)
+    mover(Talk()).let_in(sock)
+    assert sock.options[FENCE] == 0 and not sock.closed
+    tcp_repair.fence(sock)
+    mover(Talk()).reset(sock)
+    assert sock.options[FENCE] == 0 and sock.closed and sock.resets_on_close
+
+
+def test_a_reset_that_fails_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(sock: Any) -> None:
+        raise OSError(9, "gone")
+
+    monkeypatch.setattr(tcp_repair, "lift_fence", fails)
+    mover(Talk()).reset(FakeSocket(socket.AF_INET, socket.SOCK_STREAM))
+
+
+def test_a_fin_in_flight_to_the_host_is_not_acknowledged() -> None:
+    """Nor is data before it: the peer of the new socket has acknowledged neither."""
+    talk = open_connection()
+    talk.sock.info[BYTES_ACKED] = 1
+    talk.guest(ACK | PSH, b"abc")
+    talk.guest(ACK | FIN)
+    talk.taken()
+    state = leave(talk)
+    other = arrive(talk, replace(state, socket=replace(SOCKET, send_queue=b"abc", fins=FIN_SENT)))
+    conn = conn_of(other)
+    assert conn.moved == (conn.rcv_nxt - 4, conn.base)
+    other.sock.info[BYTES_ACKED] = 3
+    other.wait(0.05)
+    assert conn.rcv_acked == conn.rcv_nxt - 1
+
+
+def test_a_fin_that_the_guest_has_acknowledged_is_no_byte_of_the_socket() -> None:
+    talk = open_connection()
+    talk.host(b"bye", end=True)
+    talk.taken()
+    talk.ack = 5
+    talk.guest(ACK)
+    state = leave(talk)
+    assert state.events & TAP_FIN_ACKED
+    assert state.socket is not None, "it may move"
+    other = arrive(talk, state)
+    conn = conn_of(other)
+    assert conn.base == conn.snd_una - 1
+    other.guest(ACK | PSH, b"goes on")
+    other.wait(0.05)
+    assert bytes(other.sock.sent) == b"goes on"
+
+
+def test_a_fin_that_was_sent_is_the_last_that_is_peeked_at() -> None:
+    talk = open_connection()
+    talk.host(b"bye", end=True)
+    talk.taken()
+    conn = conn_of(talk)
+    sock = mover(talk).halt(conn)
+    before = dict(sock.options)
+    mover(talk).resume(conn, sock, talk.now)
+    assert sock.options[socket.SOL_SOCKET, SO_PEEK_OFF] == before[socket.SOL_SOCKET, SO_PEEK_OFF]
+
+
+def test_a_kernel_without_peek_offsets_is_asked_for_none() -> None:
+    talk = open_connection(features=Features(peek_off=False))
+    conn = conn_of(talk)
+    sock = mover(talk).halt(conn)
+    mover(talk).resume(conn, sock, talk.now)
+    assert (socket.SOL_SOCKET, SO_PEEK_OFF) not in sock.options
+
+
+def test_the_window_is_opened_at_the_time_of_the_resumption() -> None:
+    talk = open_connection()
+    conn = conn_of(talk)
+    sock = mover(talk).halt(conn)
+    with mock.patch.object(TcpAck, "open_window", autospec=True) as opened:
+        mover(talk).resume(conn, sock, T0 + 7)
+    opened.assert_called_once_with(mock.ANY, conn, T0 + 7)
+
+
+def test_data_of_a_peer_on_this_host_counts_as_delivered() -> None:
+    talk = accepted_connection("127.0.0.1")
+    state = leave(talk)
+    assert state.events == conn_of(talk).events, "it was not the guest that began"
+    other = arrive(talk, state)
+    assert conn_of(talk).near and conn_of(other).near is True
+
+
+@pytest.mark.parametrize("v6", [False, True])
+@pytest.mark.parametrize("which", ["guest", "peer"])
+def test_an_endpoint_that_is_none(v6: bool, which: str) -> None:
+    talk = open_connection(v6=v6)
+    state = leave(talk)
+    guest, peer, ports = state.key[: len(state.key) // 2 - 2], state.key[len(state.key) // 2 - 2 : -4], state.key[-4:]
+    group = addr.packed("ff02::1" if v6 else "224.0.0.1")
+    key = group + peer + ports if which == "guest" else guest + group + ports
+    with pytest.raises(OSError, match=r"^.Errno 98. its endpoints are in use, or are none$") as e:
+        mover(Talk()).lose(replace(state, key=key), T0)
+    assert e.value.errno == errno.EADDRINUSE
+
+
+def test_room_is_made_in_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = leave(open_connection())
+    other = Talk()
+    other.ctx.flows.limit = 0
+    made: list[float] = []
+    monkeypatch.setattr(other.ctx.room, "make", lambda kind, now, *, foreign: made.append(now))
+    assert state.socket is not None
+    with pytest.raises(OSError, match=r"^.Errno 23. the table of flows is full$") as e:
+        mover(other).adopt(state, mover(other).open(state.socket), T0 + 5)
+    assert e.value.errno == errno.ENFILE
+    assert made == [T0 + 5]
