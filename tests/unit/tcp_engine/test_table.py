@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from passt import addr
-from passt.linux.tcpinfo import TCP_CLOSE
+from passt.linux.tcpinfo import BYTES_ACKED, TCP_CLOSE
 from passt.loop.reactor import EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, make_ref
 from passt.loop.timers import NO_OWNER
 from passt.tcp_engine.conn import FAILED_PROBES, SOCK_ACCEPTED
@@ -167,6 +167,19 @@ def test_reset_in_the_window_is_asked_to_prove_itself() -> None:
     talk.guest(RST, seq=100)
     talk.expect(ACK, seq=1, ack=1)
     assert talk.ctx.drops["tcp reset out of window"] == 1 and not talk.sock.closed
+    talk.guest(RST, seq=1)
+    assert talk.gone and talk.sock.resets_on_close
+
+
+def test_reset_where_the_last_acknowledgement_was() -> None:
+    """The guest answers a challenge ACK there (RFC 9293, 3.10.7.4), although more of it has come."""
+    talk = open_connection()
+    talk.sock.info[BYTES_ACKED] = 1  # the host peer has SYN
+    talk.guest(ACK | PSH, b"0123456789")
+    talk.taken()
+    talk.guest(RST, seq=5)
+    talk.expect(ACK, ack=1)
+    assert talk.ctx.drops["tcp reset out of window"] == 1
     talk.guest(RST, seq=1)
     assert talk.gone and talk.sock.resets_on_close
 
