@@ -267,6 +267,14 @@ def test_a_window_probe_is_no_keepalive(probe: bytes) -> None:
     assert not asked(talk) and KEEPALIVE not in talk.sock.options
 
 
+def test_a_byte_sent_again_with_a_new_one_is_data() -> None:
+    talk = idle(8000)
+    talk.guest(ACK | PSH, b"a")
+    talk.taken()
+    talk.guest(ACK | PSH, b"ab", seq=talk.seq - 1)
+    assert bytes(talk.sock.sent)[-2:] == b"ab"
+
+
 def test_a_byte_sent_again_is_no_keepalive() -> None:
     """It comes within the retransmission timeout, or when the peer has not acknowledged it."""
     talk = idle(0.3)
