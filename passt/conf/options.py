@@ -94,10 +94,7 @@ class Options(Record):
         "Forward between the two loopbacks only: no interface",
         only=_PASTA,
     )  # fmt: skip
-    freebind: bool = flag(
-        "--freebind", PORTS,
-        "Let -t and -u listen on addresses not assigned yet",
-    )  # fmt: skip
+    freebind: bool = flag("--freebind", PORTS, "Let -t and -u listen on addresses not assigned yet")
 
     # Addresses and routes
     address: Pair = field(
