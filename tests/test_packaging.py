@@ -36,11 +36,42 @@ def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_packages_have_the_version_of_the_program() -> None:
-    changelog = (PACKAGING / "debian" / "changelog").read_text()
-    spec = (PACKAGING / "rpm" / "passt-python.spec").read_text()
-    found = re.match(r"passt-python \((.*)-\w+\) ", changelog), re.search(r"^Version: +(.*)$", spec, re.M)
-    assert [match and match[1] for match in found] == [__version__, __version__]
+def versions(tree: Path) -> set[str | None]:
+    """The versions in all files that have one."""
+    changelog = (tree / "packaging" / "debian" / "changelog").read_text()
+    spec = (tree / "packaging" / "rpm" / "passt-python.spec").read_text()
+    program = (tree / "passt" / "__init__.py").read_text()
+    found = [
+        re.match(r"passt-python \((.*)-\w+\) ", changelog),
+        re.search(r"^Version: +(.*)$", spec, re.M),
+        re.search(r'^__version__ = "(.*)"$', program, re.M),
+    ]
+    pages = [page for page in tree.glob("*.1") if not page.read_text().startswith(".so ")]
+    assert len(pages) == 5
+    found += [re.search(r'^\.Os "passt (.*)"$', page.read_text(), re.M) for page in pages]
+    return {match and match[1] for match in found}
+
+
+def test_all_files_have_the_version_of_the_program() -> None:
+    assert versions(REPOSITORY) == {__version__}
+
+
+def test_a_new_version_is_written_into_all_files(tmp_path: Path) -> None:
+    named = [REPOSITORY / name for name in ("CHANGELOG.md", "packaging", "passt/__init__.py", "scripts/version")]
+    for path in (*named, *REPOSITORY.glob("*.1")):
+        target = tmp_path / path.relative_to(REPOSITORY)
+        target.parent.mkdir(exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copy2)(path, target)
+    done = run(tmp_path / "scripts" / "version", "98.7.65", SOURCE_DATE_EPOCH="1700000000")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert versions(tmp_path) == {"98.7.65"}
+    assert "\n## [Unreleased]\n\n## [98.7.65] - 2023-11-14\n" in (tmp_path / "CHANGELOG.md").read_text()
+    assert ".Dd November 14, 2023\n" in (tmp_path / "passt.1").read_text()
+    debian = run("dpkg-parsechangelog", "-l", tmp_path / "packaging" / "debian" / "changelog", "-S", "Timestamp")
+    assert debian.stdout == "1700000000\n"
+    again = run(tmp_path / "scripts" / "version", "98.7.65")
+    assert (again.returncode, again.stderr) == (1, "CHANGELOG.md has version 98.7.65 already\n")
+    assert run(tmp_path / "scripts" / "version", "1.2").returncode == 2
 
 
 def test_the_rpm_has_all_files(root: Path) -> None:
