@@ -44,6 +44,7 @@ MODULES = (  # and what they are for
     ("scapy", NOTE, "--trace needs it"),
 )
 BUFFERS = "/proc/sys/net/ipv4/"
+_COMMAND = ": sysctl "  # in a cure, before its arguments
 UNPRIVILEGED_PORT = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
 
 
@@ -82,7 +83,11 @@ def _count(n: int, what: str) -> str:
 def _wrapped(finding: Finding) -> list[str]:
     first = TextWrapper(WIDTH, initial_indent=f"  {finding.verdict:<6}", subsequent_indent=" " * 8)
     then = TextWrapper(WIDTH, initial_indent=" " * 8 + "-> ", subsequent_indent=" " * 11)
-    return first.wrap(finding.said) + (then.wrap(finding.cure) if finding.cure else [])
+    cure = then.wrap(finding.cure)
+    advice, sign, arguments = finding.cure.partition(_COMMAND)
+    if sign and len(cure) > 1:  # a command that is to be copied begins a line
+        cure = [*then.wrap(f"{advice}:"), f"{then.subsequent_indent}{_COMMAND[2:]}{arguments}"]
+    return first.wrap(finding.said) + cure
 
 
 Check = Callable[[str], Iterable[Finding]]

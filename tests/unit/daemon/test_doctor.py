@@ -52,6 +52,16 @@ def test_notes_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.parametrize("cause", ["As root", "as root, for long fast paths"])
+def test_a_command_to_be_copied_is_one_line(cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = f'sysctl -w net.ipv4.tcp_rmem="4096 131072 {doctor.BUFFER * 4}", tcp_wmem likewise'
+    found = report(monkeypatch, Finding(NOTE, "that", f"{cause}: {command}"))
+    assert found.text.splitlines()[3:5] == [f"        -> {cause}:", f"           {command}"]
+    assert max(map(len, found.text.splitlines())) <= 80
+    found = report(monkeypatch, Finding(NOTE, "that", "as root: sysctl -w a=1"))
+    assert "        -> as root: sysctl -w a=1" in found.text.splitlines()
+
+
 def test_a_failure_is_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     found = report(monkeypatch, Finding(FAIL, "this"), Finding(FAIL, "that"))
     assert found.status == 1
