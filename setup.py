@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-MYPYC = "mypy>=1.18"
+MYPYC = "mypy>=1.15"
 NOT_COMPILING = {"egg_info", "dist_info", "sdist"}  # the steps of a build that describe it
 
 # Those that run for each packet, connection or turn of the loop. Modules of the start and of rare events stay as they
@@ -69,11 +69,14 @@ def options() -> dict:
         return {}
     if NOT_COMPILING & set(sys.argv):
         return {"setup_requires": [MYPYC]}
+    from mypy.version import __version__ as version
     from mypyc.build import mypycify
 
     flags = ["--config-file=", "--strict", "--ignore-missing-imports", "--follow-imports=silent"]
     level = os.environ.get("PASST_OPT", "2")
-    modules = mypycify([*flags, *sources()], opt_level=level, multi_file=True, group_name="passt")
+    named = tuple(map(int, version.split(".")[:2])) >= (1, 18)  # older ones name the shared object by a digest
+    name = {"group_name": "passt"} if named else {}
+    modules = mypycify([*flags, *sources()], opt_level=level, multi_file=True, **name)
     return {"ext_modules": modules, "cmdclass": {"build_ext": SideBySide}}
 
 

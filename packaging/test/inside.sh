@@ -19,6 +19,11 @@ list() { # FILE
         ! -path '*/passt/*' \) -prune \
         -o \( -type f -exec sha256sum {} + \) -o -print | sort >"$1"
 }
+compiled=
+for deb in /media/debs/python3-passt-compiled_*.deb; do
+    [ ! -e "$deb" ] || compiled=python3-passt-compiled
+done
+packages="passt-python python3-passt $compiled"
 chmod 666 /dev/net/tun
 useradd --create-home tester
 list /tmp/before
@@ -39,7 +44,23 @@ for file in passt_python local/passt_python; do
     [ "$(tail -n 1 "/etc/apparmor.d/$file")" = "# of the site" ] || fail "$file lost an addition of the site"
 done
 sed -i '$d' /etc/apparmor.d/passt_python
-dpkg --verify passt-python python3-passt | grep . && fail "files differ from those of the package"
+dpkg --verify $packages | grep . && fail "files differ from those of the package"
+
+kind() { # WORDS: which build runs
+    pasta.python --version | grep -q "$1" || fail "pasta.python --version: $(pasta.python --version)"
+}
+if [ -n "$compiled" ]; then
+    echo "- compiled modules are of the same version, or of none"
+    kind "Compiled from Python"
+    dpkg -i /media/former/python3-passt_*.deb >/tmp/said 2>&1 && fail "modules of two versions are mixed"
+    grep -q "breaks python3-passt-compiled" /tmp/said || fail "two versions: $(cat /tmp/said)"
+    quiet dpkg --remove "$compiled"
+    kind "In pure Python"
+    quiet dpkg -i /media/debs/"$compiled"_*.deb
+    kind "Compiled from Python"
+else
+    kind "In pure Python"
+fi
 
 echo "- as root"
 quiet timeout 120 sh /media/tests/commands
@@ -86,13 +107,14 @@ else
 fi
 
 echo "- removed: configuration files stay"
-quiet dpkg --remove passt-python python3-passt
+quiet dpkg --remove $packages
 [ -e /etc/apparmor.d/passt_python ] || fail "a configuration file was removed before the purge"
 find /usr -path '*passt*python*' ! -path '/usr/share/doc/*' | grep . && fail "files stay after the removal"
 [ ! -e /usr/lib/python3/dist-packages/passt ] || fail "the modules stay after the removal"
+find /usr/lib/python3* -name '*__mypyc.*' | grep . && fail "compiled modules stay after the removal"
 
 echo "- purged: nothing stays"
-quiet dpkg --purge passt-python python3-passt
+quiet dpkg --purge $packages
 list /tmp/after
 diff /tmp/before /tmp/after >/tmp/said || {
     cat /tmp/said >&2
