@@ -60,6 +60,10 @@ takes one at least (`rcv_mark`). The window doubles with each new window, up to 
 has room for. A window is computed again when an eighth of it is used up: the guest would wait for a round trip at the
 edge of a half.
 
+So does the window of a guest whose segments lie behind a hole. It recovers from the loss of a retransmission by what it
+sends after that (RFC 8985), and at the edge of a small window it has nothing to send, and waits for its timeout, 200 ms
+or more. Each new window without a hole takes an eighth of that off, down to the free space.
+
 Silly window avoidance (RFC 9293, 3.8.6.2.1): a guest sends nothing shorter than a segment, or half of the largest
 window that it has seen, whichever is less. It waits for more window, and probes after 200 ms. So the window is computed
 again before the rest becomes that small (`rcv_wnd_low`). A socket that drains is promised that much although its buffer
@@ -270,17 +274,20 @@ class TcpAck:
         return min(min(self._segment, conn.rcv_wnd_max // 2) + rounding, WINDOW_FLOOR)
 
     def _grown(self, conn: TcpConn, window: int, drains: bool, now: float) -> int:
-        """The window of a connection over a long link, which begins with `window`."""
+        """The window over a long link, or one that loses frames, which begins with `window`."""
         if conn.rcv_nxt >= conn.rcv_mark:
             if conn.rcv_mark:
                 conn.rcv_rtt = min(conn.rcv_rtt, now - conn.rcv_mark_at)
             conn.rcv_mark, conn.rcv_mark_at = max(conn.rcv_edge, conn.rcv_nxt + 1), now
         rtt = conn.srtt if conn.rcv_rtt == NEVER else conn.rcv_rtt
-        if rtt <= LONG_LINK or not drains:
-            conn.rcv_grown = 0
-            return window
-        conn.rcv_grown = min(max(2 * conn.rcv_grown, window), GROWN_MAX)
-        return max(window, conn.rcv_grown)
+        if not drains:
+            grown = 0
+        elif rtt > LONG_LINK or conn.held:
+            grown = min(max(2 * conn.rcv_grown, window), GROWN_MAX)
+        else:
+            grown = conn.rcv_grown * 7 // 8
+        conn.rcv_grown = grown if grown >= window // 2 else 0
+        return max(window, grown)
 
     def writable(self, conn: TcpConn, now: float) -> None:
         """The send buffer has room again, and took what had waited: advertise it."""

@@ -569,8 +569,11 @@ class SmallBuffer(FakeSocket):
         self.sndbuf = 100_000
 
 
-def rounds(handshake: float, round_trip: float, n: int = 40) -> list[int]:
-    """The guest fills the window once in each round trip, and the socket drains; returns the windows."""
+def rounds(handshake: float, round_trip: float, n: int = 40, *, losses: int = 0) -> list[int]:
+    """The guest fills the window once in each round trip, and the socket drains; returns the windows.
+
+    In the first `losses` of them every other segment gets lost, and comes again.
+    """
     with mock.patch.object(tcp_sock, "new_socket", SmallBuffer):
         talk = Talk()
         talk.syn()
@@ -578,10 +581,12 @@ def rounds(handshake: float, round_trip: float, n: int = 40) -> list[int]:
     talk.now += handshake
     talk.guest(ACK)
     windows = []
-    for _ in range(n):
+    for turn in range(n):
         talk.wait(round_trip)
-        while talk.seq < edge:
-            talk.guest(ACK, bytes(min(edge - talk.seq, 20_000)))
+        at = range(talk.seq, edge, 20_000)
+        for seq in [*at[1::2], *at[::2]] if turn < losses else at:
+            talk.guest(ACK, bytes(min(edge - seq, 20_000)), seq=seq)
+        talk.seq = edge
         for s in talk.taken():
             edge = max(edge, s.ack + (s.window << 8))
         windows.append(edge - talk.seq)
@@ -596,6 +601,14 @@ def test_behind_a_long_link_the_window_outgrows_the_buffer() -> None:
 
 def test_on_a_short_link_the_buffer_is_the_limit() -> None:
     assert max(rounds(0.0001, 0.0001)) <= 75_000
+
+
+def test_on_a_short_link_that_loses_segments_the_window_outgrows_the_buffer_meanwhile() -> None:
+    """At the edge of a small one the guest would have nothing to send that shows it the loss of a retransmission."""
+    windows = rounds(0.0001, 0.0001, losses=20)
+    assert max(windows[:20]) > 1_200_000
+    assert max(windows) <= GROWN_MAX + 32_768
+    assert windows[-1] <= 75_000
 
 
 def test_a_link_that_turns_out_to_be_long() -> None:
