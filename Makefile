@@ -69,13 +69,14 @@ soak: ## Real programs for a long time, in both modes: SECONDS=1200 (bench/soak.
 	scripts/setup soak
 	$(PYTHON) -m bench.soak --seconds $(or $(SECONDS),1200)
 
-adversity: ## Transfers over links with faults, latency under load, beside C: docs/reliability.md (about 45 minutes)
+adversity: ## Transfers over links with faults, latency under load, beside C: docs/reliability.md (about an hour)
 	scripts/setup bench
 	rm -f $(ADVERSITY)
 	$(PYTHON) -m bench.adversity --contenders loopback --parts curves matrix --only "1500 IPv4" --seed 1 --json $(ADVERSITY)
 	$(PYTHON) -m bench.adversity --contenders ours --parts curves matrix --seed 1 --limit 20 --json $(ADVERSITY) || echo "some did not arrive whole"
 	$(PYTHON) -m bench.adversity --contenders pasta --parts curves matrix --only "1500 IPv4" --seed 1 --limit 8 --json $(ADVERSITY)
 	$(PYTHON) -m bench.adversity --contenders ours pasta --parts latency --json $(ADVERSITY)
+	$(PYTHON) -m bench.adversity --contenders loopback ours pasta --parts stopped --seed 1 --json $(ADVERSITY) || echo "some ends differ"
 	$(PYTHON) -m bench.reliability $(ADVERSITY) docs/reliability.md docs/reliability.png
 
 demo: ## A namespace at work, on one screen

@@ -11,6 +11,7 @@ guest is a second namespace, and the link lies between the two.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ from .vm import _wait_for_socket
 
 PASST, PASTA, DIRECT = "passt", "pasta", "direct"
 TAP, FAR, THEIRS, BRIDGE = "tap0", "far0", "pasta0", "bridge0"
+LISTENS = rf"(?m)^ *\d+: 0+:{PORT:04X} \S+ 0A "  # a line of /proc/net/tcp6; one socket may serve both families
 SERVER = [sys.executable, "-m", "bench.adverse_load", "serve"]
 
 
@@ -90,7 +92,7 @@ def placed(lab: Lab, chosen: Programs, mode: str, mtu: int) -> Iterator[Place]:
 def _wait_for_port(name: str) -> None:
     """The socket of a machine is there before the ports that are forwarded to it."""
     deadline = time.monotonic() + READY_TIMEOUT
-    while not any(f":{PORT:04X} " in Path(f"/proc/net/{table}").read_text() for table in ("tcp", "tcp6")):
+    while not re.search(LISTENS, Path("/proc/net/tcp6").read_text()):
         if time.monotonic() > deadline:
             raise LabError(f"{name} does not listen on port {PORT}")
         time.sleep(0.02)
@@ -148,8 +150,8 @@ def _behind(lab: Lab, between: Namespace, interface: str) -> Iterator[Namespace]
         yield Namespace(holder.pid, user=True)
 
 
-def _link(daemon: str, mtu: int, folder: str) -> list[str]:
-    return [sys.executable, "-m", "bench.faulty_link", daemon, TAP, str(mtu), f"{folder}/rule"]
+def _link(daemon: str, mtu: int, folder: str, tap: str = TAP) -> list[str]:
+    return [sys.executable, "-m", "bench.faulty_link", daemon, tap, str(mtu), f"{folder}/rule"]
 
 
 @contextmanager

@@ -7,10 +7,12 @@
     matrix     modes x MTU x families x directions x faults: each transfer is checked by SHA-256
     curves     throughput against loss, and against the round trip time of the link
     latency    exchanges of a few bytes beside a bulk flow, beside those without a daemon
+    stopped    ends, answers and datagrams while the daemon is stopped for moments, beside the bare kernel, which is
+               a contender of its own (loopback)
 
 Chances come from the seed of the run and the name of the transfer: either is on each line. The exit status is 1 if a
-transfer of this project did not arrive whole. `bench.reliability` writes the tables and pictures of
-docs/reliability.md from the results.
+transfer of this project did not arrive whole, or an end was not that of the bare kernel. `bench.reliability` writes the
+tables and pictures of docs/reliability.md from the results.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import adverse_stopped, vm
 from .adverse_latency import BULKS, ROUNDS, latencies
 from .adverse_seats import DIRECT, PASST, PASTA, Place, Programs, placed, programs
 from .contenders import CONTENDERS, Contender, peer
@@ -36,6 +39,7 @@ from .lab import HOST, HOST6, PEER, PEER6, ROOT, Lab, LabError, enter, wait_for
 MODES, MTUS, FAMILIES = (PASST, PASTA), (65520, 1500, 1280), ("IPv4", "IPv6")
 MEBI = 1 << 20
 LIMIT = 40.0  # s for one transfer: more than it takes, so that what is slow is told from what stalls
+PARTS = ("matrix", "curves", "latency", "stopped")
 LOAD = [sys.executable, "-m", "bench.adverse_load"]
 
 # Directions of a transfer: bytes up and down as shares of its size, and whether the peer connects to the guest
@@ -180,11 +184,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=["ours"], help="ours, pasta, loopback (the kernel alone)")
     parser.add_argument("--peer", action="append", default=[], type=peer, metavar="NAME=PATH")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="random if not given")
-    parser.add_argument("--sample", type=int, metavar="N", help="only N transfers of the matrix at each seat")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N transfers or cells at each seat")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a transfer may take; %(default)s")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    seats = adverse_stopped.SEATS
+    parser.add_argument("--seats", nargs="+", default=list(seats), choices=seats, help="kinds of guest of stopped")
     parser.add_argument("--only", nargs="+", default=[""], help="only transfers with one of these in their name")
-    parser.add_argument("--parts", nargs="+", default=["matrix"], choices=["matrix", "curves", "latency"])
+    parser.add_argument("--parts", nargs="+", default=["matrix"], choices=PARTS)
     parser.add_argument("--bulks", nargs="+", default=list(BULKS), choices=BULKS, help="flows beside exchanges")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of latency; %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
@@ -194,25 +200,44 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _chosen_cases(args: argparse.Namespace) -> list[Case]:
     cases = (matrix() if "matrix" in args.parts else []) + (curves() if "curves" in args.parts else [])
     cases = [case for case in cases if case.mode in args.modes and any(word in str(case) for word in args.only)]
-    return sampled(cases, args.sample, args.seed) if args.sample else cases
+    return sampled(cases, args.sample, args.seed) if args.sample and cases else cases
 
 
-def _save(path: Path, seed: int, transfers: list[dict[str, Any]], delays: list[dict[str, Any]]) -> None:
+def _observed(lab: Lab, args: argparse.Namespace, contenders: list[Contender]) -> Iterator[dict[str, Any]]:
+    """The lines of the part `stopped`, printed as well."""
+    cells = adverse_stopped.cells(args.only)
+    if args.sample:
+        cells = adverse_stopped.sampled(cells, args.sample, args.seed)
+    cells = [cell for cell in cells if cell.seat in args.seats]
+    present = [programs(contender) for contender in contenders if not contender.missing()]
+    for line in adverse_stopped.observe(lab, present, cells, args.seed):
+        print(adverse_stopped.told(line, args.seed), flush=True)
+        yield line
+
+
+def save(path: Path, seed: int, found: dict[str, list[dict[str, Any]]]) -> None:
     """Add to what the file has."""
-    known = json.loads(path.read_text()) if path.exists() else {"seeds": [], "transfers": [], "latencies": []}
+    known = json.loads(path.read_text()) if path.exists() else {"seeds": []}
     known["seeds"].append(seed)
-    known["transfers"] += transfers
-    known["latencies"] += delays
-    path.write_text(json.dumps(known, indent=0) + "\n")
+    for part, lines in found.items():
+        known.setdefault(part, []).extend(lines)
+    parts = []
+    for part, lines in known.items():
+        results = ",\n".join(map(json.dumps, lines))  # one on a line
+        parts.append(f"{json.dumps(part)}: [\n{results}\n]")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def main(argv: list[str]) -> int:
     """Measure; the exit status."""
     args = _parse(argv)
+    if "stopped" in args.parts:
+        vm.prepare({vm.RELAY, vm.VHOST})
     enter("bench.adversity", [*argv, "--seed", str(args.seed)])
     contenders: list[Contender] = [c for c in CONTENDERS if c.name in args.contenders] + args.peer
     transfers: list[dict[str, Any]] = []
     delays: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
     print(f"seed {args.seed}", flush=True)
     begin = time.monotonic()
     try:
@@ -228,14 +253,22 @@ def main(argv: list[str]) -> int:
                 wait_for(server, "ready")
                 present = [c for c in contenders if c.command and not c.missing()]
                 delays += latencies(lab, present, args.modes, args.bulks, args.rounds)
+            if "stopped" in args.parts:
+                for line in _observed(lab, args, contenders):
+                    ends.append(line)
     finally:
         if args.json:
-            _save(args.json, args.seed, transfers, delays)
+            stopped = [adverse_stopped.kept(line) for line in ends]
+            save(args.json, args.seed, {"transfers": transfers, "latencies": delays, "stopped": stopped})
     bad = [line for line in transfers if line["outcome"] != "whole"]
+    others = [line for line in ends if not line["same"]]
     print(f"{len(transfers)} transfers in {time.monotonic() - begin:.0f} s, {len(bad)} not whole; --seed {args.seed}")
+    print(f"{len(ends)} observations, {len(others)} not as on the bare kernel; --seed {args.seed}")
     for line in bad:
         print(told(line, args.seed))
-    return any(line["contender"] == "ours" for line in bad)
+    for line in others:
+        print(adverse_stopped.told(line, args.seed))
+    return any(line["contender"] == "ours" for line in bad + others)
 
 
 if __name__ == "__main__":

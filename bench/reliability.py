@@ -22,6 +22,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from . import adverse_stopped
 from .adversity import FAMILIES, FAULTS, LOSSES, MODES, MTUS, ROUND_TRIPS, WAYS
 
 MARKERS = ("<!-- adversity: made by `make adversity` -->", "<!-- end of adversity -->")
@@ -29,6 +30,14 @@ NAMES = {"direct": "direct", "ours": "ours", "pasta": "C"}  # contenders, and th
 COLOURS = {"direct": "#777777", "ours": "#1f77b4", "pasta": "#d62728"}
 LOSS, ROUND_TRIP = "curve: loss ", "curve: round trip "
 NONE = "-"
+STOPPED = """
+Stopped daemons. The daemon is stopped for 50 ms at a time: at three random moments of a transfer of 512 KiB each way,
+and while either end sends, ends or resets. Observations that saw what the bare kernel shows, of all that were made: at
+each MTU, in both families and directions, to a peer that is near, and to one with a round trip of 10 ms. The figures
+are medians in ms, for the near peer and for the other: of an exchange, of all connections or datagrams with the stops,
+and of a transfer less the stops.
+
+"""
 DIRECTIONS = ("up", "down")
 
 Result = dict[str, Any]
@@ -143,6 +152,9 @@ def page(results: dict[str, Any]) -> str:
         "\nMB/s against the round trip time of the link:\n",
         curve_table(transfers, ROUND_TRIP, ROUND_TRIPS, "ms"),
     ]
+    if results.get("stopped"):
+        head, rows = adverse_stopped.rows(results["stopped"])
+        parts += [STOPPED, table(head, rows)]
     if results["latencies"]:
         parts += [
             "\nMilliseconds of an exchange at MTU 65520: p50, p99, p99.9, and the rate of the flow beside it:\n",

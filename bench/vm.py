@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ from .lab import GATEWAY, HOST, PEER, Lab, LabError, Placement, set_sysctl, wait
 
 RELAY, VHOST, MACHINE = "relay", "vhost", "qemu"  # kinds of seat
 TAP = "tap0"
+LISTENS = "00010000"  # flags of a UNIX socket in /proc/net/unix: __SO_ACCEPTCON
 SOURCES = {kind: Path(__file__).with_name(name) for kind, name in ((RELAY, "relay.c"), (VHOST, "vhost_relay.c"))}
 
 
@@ -79,7 +81,7 @@ def seated(lab: Lab, contender: Contender, kind: str, mtu: int, cpu: int | None 
 
 def _wait_for_socket(path: str, name: str, daemon: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + READY_TIMEOUT
-    while path not in Path("/proc/net/unix").read_text():
+    while not re.search(rf"(?m) {LISTENS} 0001 .* {path}$", Path("/proc/net/unix").read_text()):
         if daemon.poll() is not None:
             _, said = daemon.communicate()
             raise LabError(f"{name} ended with status {daemon.returncode}: {said.strip()[-200:]}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import pytest
 from matplotlib import pyplot as plt
 
-from bench.adversity import FAULTS, LOSSES, MODES, MTUS, curves, matrix, sampled, told
+from bench import adverse_stopped
+from bench.adverse_ends import OBSERVATIONS, Way
+from bench.adversity import FAULTS, LOSSES, MODES, MTUS, curves, matrix, sampled, save, told
 from bench.faulty_link import BURST, ETHER_LEN, Faults, kind_of
 from bench.reliability import LOSS, MARKERS, draw, fill, series
 
@@ -167,6 +171,78 @@ def test_every_line_has_its_name_and_its_seed() -> None:
     assert "--seed 77" in told(line, 77)
 
 
+# While the daemon is stopped -----------------------------------------------------------------------------------------
+
+
+def way() -> Way:
+    """Both ends are in this process, and nothing between them."""
+    return Way(
+        make=lambda near, family, kind: socket.socket(family, kind),
+        outbound=True,
+        server="127.0.0.1",
+        port=0,
+        client="127.0.0.1",
+        refused="127.0.0.1",
+        dropped="127.0.0.1",
+        mtu=1500,
+        spread=0.001,
+        timeout=10.0,
+    )
+
+
+SEEN: dict[str, list[Any]] = {
+    "small": [30],
+    "bulk": [["all", "end"], ["all", "end"]],
+    "half closes": [1000, "end", "all", "end"] * 2,
+    "many": [20],
+    "end and reset": [[1000, "end", "EPIPE"]] * 2,
+    "reset while reading": [[True, "ECONNRESET"]] * 2,
+    "reset while writing": [["ECONNRESET"]] * 2,
+    "close with unread data": [[1000, "ECONNRESET"]] * 2,
+    "close with much to send": [["all", "end"]] * 2,
+    "write after a reset": [["ECONNRESET", "EPIPE"]] * 2,
+    "datagrams": [True] * 6,
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_what_the_bare_kernel_shows(name: str) -> None:
+    seen, times = OBSERVATIONS[name](way())
+    assert seen == SEEN[name]
+    assert not times.get("stopped"), "there is no daemon"
+
+
+def test_a_connection_that_is_refused_has_its_errno() -> None:
+    here = way()
+    seen, times = OBSERVATIONS["connect errors"](here)
+    assert seen == ["ECONNREFUSED"] * 3
+    assert set(times) == {"closed", "refused", "dropped"}
+    here.outbound = False
+    assert OBSERVATIONS["connect errors"](here) == ([], {})
+
+
+def test_cells_and_their_sample() -> None:
+    cells = adverse_stopped.cells([""])
+    assert len({str(cell) for cell in cells}) == len(cells) == 3 * 3 * 2 * 2 * 2
+    chosen = adverse_stopped.sampled(cells, 2, 1)
+    assert chosen == adverse_stopped.sampled(cells, 2, 1) != adverse_stopped.sampled(cells, 2, 2)
+    assert {cell.seat for cell in chosen} == set(adverse_stopped.SEATS)
+    assert len(chosen) == 6
+    assert all(set(cell.observations) < set(OBSERVATIONS) for cell in chosen)
+    (one,) = adverse_stopped.cells(["passt 1280 IPv6 in delayed bulk"])
+    assert one.observations == ("bulk",)
+
+
+def test_a_line_says_what_differs() -> None:
+    line = {"contender": "ours", "seat": "passt", "mtu": 1500, "family": "IPv4", "way": "in", "path": "near"}
+    line |= {"observation": "bulk", "seen": ["all"], "direct": ["all"], "same": True, "ms": {"time": 3.0}}
+    assert "as direct  --seed 4" in adverse_stopped.told(line, 4)
+    assert "seen" not in adverse_stopped.kept(line)
+    line |= {"seen": ["lost"], "same": False}
+    assert "['lost'], direct: ['all']" in adverse_stopped.told(line, 4)
+    assert adverse_stopped.kept(line)["seen"] == ["lost"]
+
+
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +259,13 @@ def results() -> dict[str, Any]:
         {"contender": name, "mode": mode, "kind": "1 byte", "bulk": "up", "samples": 9, **quantiles}
         for name, mode in product(("loopback", "ours", "pasta"), MODES)
     ]
-    return {"seeds": [1], "transfers": transfers, "latencies": latencies}
+    stopped = [
+        {"contender": name, "seat": seat, "mtu": 1500, "family": "IPv4", "way": "in", "path": path}
+        | {"observation": "bulk", "same": name == "ours", "ms": {"time": ms}}
+        for name, seat in (("ours", "passt"), ("pasta", "passt"))
+        for path, ms in (("near", 3.0), ("delayed", 70.0))
+    ]
+    return {"seeds": [1], "transfers": transfers, "latencies": latencies, "stopped": stopped}
 
 
 def test_the_page_has_every_fault_and_each_failure(tmp_path: Path) -> None:
@@ -200,8 +282,18 @@ def test_the_page_has_every_fault_and_each_failure(tmp_path: Path) -> None:
     assert f"not whole: {matrix()[7]}: stalled" in text
     assert "0 of 4; 4 damaged" in text
     assert "| 1 byte | up | 0.10, 1.50, 3.00 (8.0 Gbit/s) |" in text
+    assert "| bulk | - | - | 2 of 2; 3.0, 70.0 ms | - | - | 0 of 2; 3.0, 70.0 ms |" in text
     fill(path, made)
     assert path.read_text() == text
+
+
+def test_results_are_added_to_those_that_are_there(tmp_path: Path) -> None:
+    path, one = tmp_path / "results.json", results()
+    parts = {part: lines for part, lines in one.items() if part != "seeds"}
+    save(path, 1, parts)
+    assert json.loads(path.read_text()) == one
+    save(path, 2, {"stopped": one["stopped"]})
+    assert json.loads(path.read_text()) == {**one, "seeds": [1, 2], "stopped": 2 * one["stopped"]}
 
 
 def test_a_page_without_a_place_is_an_error(tmp_path: Path) -> None:

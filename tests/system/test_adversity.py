@@ -1,13 +1,15 @@
-"""A sample of the transfers of `make adversity`: through a link with faults, with adverse peers, checked by SHA-256.
+"""A sample of `make adversity`: transfers through a link with faults, with adverse peers, checked by SHA-256; and ends,
+answers and datagrams while the daemon is stopped, beside the bare kernel.
 
 The seed is printed, and taken from ADVERSITY_SEED. `python -m bench.adversity --seed SEED --only "NAME OF A TRANSFER"`
-repeats one. Rates and times are not judged, only that all bytes arrive, and no others.
+repeats one. Rates and times are not judged, only that all bytes arrive, and no others, and how connections end.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -32,11 +34,27 @@ def test_a_sample_arrives_whole(mode: str) -> None:
         pytest.skip("this kernel gives no user namespaces to this user")
     if mode == "pasta" and not namespaces_can("ip", "link", "add", "bridge0", "type", "bridge"):
         pytest.skip("this kernel has no bridges")
-    options = ["--seed", str(SEED), "--sample", str(AT_EACH_SEAT), "--modes", mode]
-    command = [sys.executable, "-m", "bench.adversity", *options]
+    said = adversity("--sample", str(AT_EACH_SEAT), "--modes", mode)
+    assert f"{3 * AT_EACH_SEAT} transfers" in said
+
+
+def test_ends_are_those_of_the_bare_kernel_while_the_daemon_is_stopped() -> None:
+    """A third of the observations in a cell of each kind of guest, and in the same cells without a guest."""
+    if not namespaces_can("true"):
+        pytest.skip("this kernel gives no user namespaces to this user")
+    if not shutil.which("cc"):
+        pytest.skip("no compiler for the relays that stand for machines")
+    said = adversity("--parts", "stopped", "--contenders", "loopback", "ours", "--sample", "1")
+    assert said.count("ours") >= 3 * 6
+    assert " 0 not as on the bare kernel" in said
+
+
+def adversity(*options: str) -> str:
+    """The output of a run with that seed; it must succeed."""
+    command = [sys.executable, "-m", "bench.adversity", "--seed", str(SEED), *options]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False
     )
     print(f"ADVERSITY_SEED={SEED}\n{done.stdout}{done.stderr}")
     assert done.returncode == 0
-    assert f"{3 * AT_EACH_SEAT} transfers" in done.stdout
+    return done.stdout
