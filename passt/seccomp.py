@@ -29,6 +29,7 @@ the same, except that the latter takes C ints: `system_arch()` is too large for 
 
 from __future__ import annotations
 
+import atexit  # noqa: F401  # pyseccomp's finalizers would load it when files cannot be opened any more
 import ctypes  # noqa: F401  # has its stand-in as an attribute
 import mmap
 import os
