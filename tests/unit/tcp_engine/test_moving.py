@@ -415,7 +415,7 @@ def test_every_value_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(talk.sock, conn.host, True)]
     assert (state.events, state.traffic_class) == (conn.events, 0)
     other = arrive(talk, state)
-    assert finished == [(other.sock, SOCKET)]
+    assert finished == [(other.sock, SOCKET, 0)]
     moved = conn_of(other)
     names = (
         *("key", "host", "events", "iss", "irs", "snd_una", "snd_nxt", "snd_wnd", "snd_wnd_max", "rcv_nxt"),
@@ -578,6 +578,6 @@ def test_room_is_made_in_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other.ctx.room, "make", lambda kind, now, *, foreign: made.append(now))
     assert state.socket is not None
     with pytest.raises(OSError, match=r"^.Errno 23. the table of flows is full$") as e:
-        mover(other).adopt(state, mover(other).open(state.socket), T0 + 5)
+        mover(other).adopt(state, mover(other).open(state.socket), 0, T0 + 5)
     assert e.value.errno == errno.ENFILE
     assert made == [T0 + 5]
