@@ -11,7 +11,7 @@ import pytest
 from passt.linux.tcpinfo import Features
 from passt.tcp_engine.conn import TcpConn
 from passt.tcp_engine.rtt import PTO_DELAYED_ACK, PTO_MIN
-from passt.wire.tcp import ACK, FIN, PSH
+from passt.wire.tcp import ACK, FIN, PSH, SYN
 
 from ..support import link
 from ..tcp_support import ALL, Segment, Talk, fake_sockets, open_connection
@@ -295,6 +295,18 @@ def test_a_window_update_is_no_duplicate() -> None:
     talk.guest(ACK, ack=1, window=60000)
     talk.expect_nothing()
     assert conn_of(talk).scoreboard is None
+
+
+def test_an_acknowledgement_beside_that_of_the_handshake_is_no_duplicate() -> None:
+    """What the server had said before was sent after both had left the guest."""
+    talk = Talk()
+    talk.syn()
+    talk.expect(SYN | ACK)
+    talk.host(b"220 ready\r\n")
+    talk.put(talk.segment(ACK), talk.segment(ACK), talk.segment(ACK))
+    talk.expect(ACK | PSH, b"220 ready\r\n", seq=1)
+    talk.expect_nothing()
+    assert conn_of(talk).scoreboard is None and not conn_of(talk).retries
 
 
 @pytest.mark.parametrize(("right", "tells"), [(1, False), (2, True)])
