@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -30,7 +31,10 @@ class Server:
         self._thread.start()
 
     def _serve(self) -> None:
-        sock, _ = self._sock.accept()
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:
+            return  # closed before a client came
         with sock, sock.makefile("rb") as file:
             for answer in self.answers:
                 if not (line := file.readline()):
@@ -40,6 +44,8 @@ class Server:
 
     def close(self) -> None:
         if self._thread.ident is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # accept(2) waits no longer
             self._thread.join()
         self._sock.close()
 
