@@ -298,7 +298,7 @@ def test_a_window_update_is_no_duplicate() -> None:
 
 
 def test_an_acknowledgement_beside_that_of_the_handshake_is_no_duplicate() -> None:
-    """What the server had said before was sent after both had left the guest."""
+    """The greeting of the server was sent after both had left the guest."""
     talk = Talk()
     talk.syn()
     talk.expect(SYN | ACK)
