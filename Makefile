@@ -6,7 +6,7 @@ RESULTS = bench/results/latest.json
 ADVERSITY = bench/results/adversity.json
 
 .DEFAULT_GOAL = help
-.PHONY: adversity docs-drops docs-ends docs-seccomp help setup install-system-packages run check docs screens test compiled test-compiled wheels fuzz fuzz-long mutants security bench bench-pairs bench-quick bench-plot soak demo demo-vm completions dist deb rpm test-deb reproducible release lock clean
+.PHONY: adversity docs-drops docs-ends docs-seccomp help setup install-system-packages run check docs screens test compiled test-compiled wheels fuzz fuzz-long mutants security bench bench-all bench-quick bench-plot soak demo demo-vm completions dist deb rpm test-deb reproducible release lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,13 +49,13 @@ mutants: ## Change one thing at a time in MODULES="tcp udp_engine ...": does a t
 security: ## Floods from the guest at full length, written to docs/floods.md (about 20 minutes)
 	scripts/security
 
-bench: ## The benchmark, beside the C original, slirp4netns and loopback (about an hour)
+bench: compiled ## The benchmark of both builds, beside the C original, slirp4netns and no daemon (12 minutes)
 	scripts/setup bench
-	$(PYTHON) -m bench --json $(RESULTS)
+	$(PYTHON) -m bench --seconds 1 --settled --json $(RESULTS)
 
-bench-pairs: ## The benchmark, beside the C original only, in short samples (about 15 minutes)
+bench-all: compiled ## The benchmark with everything beside each row, in long samples (about an hour)
 	scripts/setup bench
-	$(PYTHON) -m bench --contenders ours,pasta --rounds 3 --seconds 1
+	$(PYTHON) -m bench --contenders ours,compiled,ours-wmem,pasta,pasta-wmem,slirp4netns,loopback
 
 bench-quick: ## The benchmark with one short sample of each row
 	scripts/setup bench

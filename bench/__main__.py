@@ -31,7 +31,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="samples of each cell (3)")
     parser.add_argument("--seconds", type=int, default=3, metavar="S", help="length of a sample (3)")
     parser.add_argument("--only", metavar="PATTERN", help="rows by name, e.g. 'tcp-out-*,udp-*'")
-    parser.add_argument("--contenders", metavar="LIST", help="those only, by name, separated by commas")
+    parser.add_argument("--contenders", metavar="LIST", help="those only, by name, separated by commas, in all rows")
+    parser.add_argument(
+        "--settled", action="store_true", help="two rounds are enough for rows whose pairs with the original agree"
+    )
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PATH", help="another checkout, or a build of the original"
     )
@@ -81,8 +84,10 @@ def sample(lab: Lab, row: Row, contender: Contender, line: Line, place: Placemen
     cell.add(turn, result)
 
 
-def takes_part(row: Row, contender: Contender) -> bool:
-    """Whether the row means anything for the contender."""
+def takes_part(row: Row, contender: Contender, named: bool = True) -> bool:
+    """Whether the row means anything for the contender, and is measured if contenders are not `named`."""
+    if not named and contender.rows is not None and row.name not in contender.rows:
+        return False
     if row.vm:
         return contender.serve is not None
     if row.starts:
@@ -110,15 +115,17 @@ def run(args: argparse.Namespace, console: Console) -> Report:
     report = Report.new(args.seconds, args.rounds)
     lines = {row.name: Line.of(row) for row in rows}
     report.lines = list(lines.values())
-    plan = [(i, row, c) for i in range(args.rounds) for row in rows for c in contenders if takes_part(row, c)]
+    named = args.contenders is not None
+    plan = [(i, row, c) for i in range(args.rounds) for row in rows for c in contenders if takes_part(row, c, named)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Lab() as lab, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(plan))
         try:
             for turn, row, contender in plan:
                 progress.update(task, description=f"{row.title}: {contender.label}")
-                place = placed(args, row, contender)
-                sample(lab, row, contender, lines[row.name], place, args.seconds, turn)
+                if not (args.settled and lines[row.name].settled(turn)):
+                    place = placed(args, row, contender)
+                    sample(lab, row, contender, lines[row.name], place, args.seconds, turn)
                 progress.advance(task)
         except KeyboardInterrupt:
             console.print("stopped: the table has what was measured so far", style="yellow")

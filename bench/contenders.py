@@ -3,11 +3,15 @@
 | name        | what it is                                                                                      |
 |-------------|-------------------------------------------------------------------------------------------------|
 | ours        | this project, `python -m passt`                                                                 |
+| compiled    | its compiled build, which `make compiled` puts into build/compiled                              |
 | ours-wmem   | the same with the host's net.ipv4.tcp_wmem raised                                               |
 | pasta       | the C original of Debian's package passt                                                        |
 | pasta-wmem  | the same with tcp_wmem raised: there it is at its best                                          |
 | slirp4netns | TCP/IP in user space, the older way                                                             |
 | loopback    | no daemon: the load runs in the host namespace, to 127.0.0.1 or straight over the veth          |
+
+The two with `-wmem` take part where they are named. slirp4netns and loopback stand beside the rows of the pictures, and
+take part in all rows where they are named.
 
 `peer` makes another one of a folder: a checkout of this project (an earlier one, say), or a build of the original.
 
@@ -57,11 +61,15 @@ class Contender:
     start: Callable[[str], list[str]] | None = None
     forwards: bool = True
     serve: SocketCommand | None = None
+    rows: tuple[str, ...] | None = None  # where contenders are not named, it takes part in these; None: in all
+    built: Path | None = None  # what has to be there
 
     def missing(self) -> str | None:
         """Why it cannot take part, or None."""
         if self.command is None:
             return None
+        if self.built is not None and not self.built.exists():
+            return f"{self.name} is not built: run `make {self.name}`"
         program = self.command(0, 0, "")[0]
         return None if shutil.which(program) else f"{program} is not installed"
 
@@ -85,6 +93,7 @@ class Seat:
         return self.daemon is None or self.daemon.poll() is None
 
 
+_COMPILED = Path(__file__).resolve().parent.parent / "build" / "compiled"
 _OURS = [sys.executable, "-m", "passt"]
 _C = "/usr/bin/pasta"
 OUR_PASST = [sys.executable, "-m", "passt.vm"]
@@ -114,13 +123,34 @@ def _starts(program: list[str]) -> Callable[[str], list[str]]:
     return lambda ports: [*program, "-q", *_ports(ports), "--config-net", "--", "true"]
 
 
+def _of_tree(folder: Path, program: str) -> list[str]:
+    """argv of a program of another checkout, with the interpreter and the packages of this one."""
+    start = f"import sys; sys.path.insert(0, {str(folder)!r}); sys.argv[0] = {program!r}"
+    return [sys.executable, "-c", f"{start}; from passt.__main__ import main; sys.exit(main())"]
+
+
+def _tree(name: str, label: str, folder: Path, built: Path | None = None) -> Contender:
+    pasta, passt = (_of_tree(folder, program) for program in ("pasta", "passt"))
+    return Contender(name, label, _attaches(pasta), start=_starts(pasta), serve=_serves(passt), built=built)
+
+
+def _raised(name: str, label: str, pasta: list[str], passt: list[str]) -> Contender:
+    return Contender(name, label, _attaches(pasta), wmem=RAISED_WMEM, serve=_serves(passt), rows=())
+
+
+PICTURES = (
+    *(f"tcp-{way}-host-{mtu}" for mtu in (65520, 1500) for way in ("out", "in")),
+    *("udp-out", "udp-in", "tcp-rr-1", "tcp-rr-16", "udp-rr", "tcp-crr-1", "tcp-crr-16"),
+)  # rows beside which other ways to have a network stand
+
 CONTENDERS = (
     Contender("ours", "ours", _attaches(_OURS), start=_starts(_OURS), serve=_serves(OUR_PASST)),
-    Contender("ours-wmem", "ours, tcp_wmem raised", _attaches(_OURS), wmem=RAISED_WMEM, serve=_serves(OUR_PASST)),
+    _tree("compiled", "ours, compiled", _COMPILED, _COMPILED / "passt"),
+    _raised("ours-wmem", "ours, tcp_wmem raised", _OURS, OUR_PASST),
     Contender("pasta", "C pasta", _attaches([_C]), start=_starts([_C]), serve=_serves(_C_PASST)),
-    Contender("pasta-wmem", "C pasta, tcp_wmem raised", _attaches([_C]), wmem=RAISED_WMEM, serve=_serves(_C_PASST)),
-    Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2", gateway6="", forwards=False),
-    Contender("loopback", "bare loopback", None),
+    _raised("pasta-wmem", "C pasta, tcp_wmem raised", [_C], _C_PASST),
+    Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2", gateway6="", forwards=False, rows=PICTURES),
+    Contender("loopback", "no daemon", None, rows=PICTURES),
 )
 
 
@@ -134,18 +164,12 @@ def peer(argument: str) -> Contender:
     if not name or not path or name in {c.name for c in CONTENDERS}:
         raise LabError(f"--peer {argument}: give NAME=PATH, with a name that no contender has")
     if (folder / "passt" / "__main__.py").is_file():
-        pasta, passt = (_of_tree(folder, program) for program in ("pasta", "passt"))
-    elif all(shutil.which(folder / program) for program in ("pasta", "passt")):
+        return _tree(name, name, folder)
+    if all(shutil.which(folder / program) for program in ("pasta", "passt")):
         pasta, passt = [str(folder / "pasta")], [str(folder / "passt")]
     else:
         raise LabError(f"--peer {argument}: {folder} has neither a package passt nor the programs pasta and passt")
     return Contender(name, name, _attaches(pasta), start=_starts(pasta), serve=_serves(passt))
-
-
-def _of_tree(folder: Path, program: str) -> list[str]:
-    """argv of a program of another checkout, with the interpreter and the packages of this one."""
-    start = f"import sys; sys.path.insert(0, {str(folder)!r}); sys.argv[0] = {program!r}"
-    return [sys.executable, "-c", f"{start}; from passt.__main__ import main; sys.exit(main())"]
 
 
 @contextmanager

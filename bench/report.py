@@ -25,8 +25,9 @@ from rich.table import Table
 from .rows import Row, Sample
 
 SPREAD_MAX = 0.3
+SETTLED = 0.1  # pairs that differ by no more of their median need no further round
 C_NAMES = ("pasta", "pasta-wmem")
-OUR_NAMES = ("ours", "ours-wmem")
+BUILDS = ("ours", "compiled")
 
 
 @dataclass(slots=True)
@@ -120,10 +121,20 @@ class Line:
         best = self.best(names)
         return next((n for n in names if n in self.cells and best is not None and self.cells[n].value() == best), None)
 
-    def ratio(self, names: tuple[str, ...]) -> Ratio | None:
-        """Our default setting against the best of `names`."""
-        ours, theirs = self.cells.get(OUR_NAMES[0]), self.best_name(names)
+    def ratio(self, names: tuple[str, ...], build: str = BUILDS[0]) -> Ratio | None:
+        """A build of ours against the best of `names`."""
+        ours, theirs = self.cells.get(build), self.best_name(names)
         return Ratio.of(ours, self.cells[theirs]) if ours is not None and theirs is not None else None
+
+    def settled(self, turn: int) -> bool:
+        """Whether the rounds before `turn` tell what another one would: two at least, and each build's pairs agree."""
+        theirs = self.cells.get(C_NAMES[0], Cell()).by_round()
+        builds = [self.cells[build].by_round() for build in BUILDS if build in self.cells]
+        for ours in builds:
+            pairs = [value / theirs[i] for i, value in ours.items() if i < turn and theirs.get(i)]
+            if len(pairs) < 2 or max(pairs) - min(pairs) > SETTLED * median(pairs):
+                return False
+        return bool(builds)
 
 
 @dataclass(slots=True)
@@ -191,17 +202,20 @@ def _ratio(value: Ratio | None) -> str:
     return "-" if value is None else str(value)
 
 
-def _processor(line: Line, names: tuple[str, ...]) -> float | None:
-    """Processor time of the one among `names` that has the best value."""
-    name = line.best_name(names)
-    return None if name is None else line.cells[name].processor()
+def _processor(line: Line, name: str | None) -> str:
+    """Processor time of a contender."""
+    used = None if name is None else line.cells.get(name, Cell()).processor()
+    return "-" if used is None else f"{used:.2f}"
 
 
-def _times(line: Line, names: tuple[str, ...]) -> str:
+def _times(line: Line, name: str | None) -> str:
     """Microseconds of an operation, likewise: p50 and p99."""
-    name = line.best_name(names)
-    cell = Cell() if name is None else line.cells[name]
-    return f"{number(median(cell.p50))}, {number(median(cell.p99))}" if cell.p50 else ""
+    cell = Cell() if name is None else line.cells.get(name, Cell())
+    return f"{number(median(cell.p50))}, {number(median(cell.p99))}" if cell.p50 else "-"
+
+
+def _joined(texts: list[str], unit: str = "") -> str:
+    return " / ".join(texts) + unit if set(texts) != {"-"} else ""
 
 
 def _columns(report: Report, line: Line) -> list[str]:
@@ -209,22 +223,42 @@ def _columns(report: Report, line: Line) -> list[str]:
     for name in report.contenders():
         cell = line.cells.get(name, Cell())
         texts.append("failed" if cell.error and not cell.values else number(cell.value()))
-    used = [_processor(line, OUR_NAMES[:1]), _processor(line, C_NAMES)]
-    work = " / ".join("-" if u is None else f"{u:.2f}" for u in used) + f" {line.work}" if any(used) else ""
-    times = [_times(line, OUR_NAMES[:1]), _times(line, C_NAMES)]
-    took = " / ".join(text or "-" for text in times) if any(times) else ""
-    return [*texts, _ratio(line.ratio(C_NAMES)), _ratio(line.ratio(("loopback",))), line.target, work, took]
+    builds = _builds(report)
+    compared = [*builds, line.best_name(C_NAMES)]
+    return [
+        *texts,
+        *(_ratio(line.ratio(C_NAMES, build)) for build in builds),
+        _ratio(line.ratio(("loopback",))),
+        line.target,
+        _joined([_processor(line, name) for name in compared], f" {line.work}"),
+        _joined([_times(line, name) for name in compared]),
+    ]
 
 
-_HEAD = ("ours / best C", "ours / bare", "asked", "daemon: ours / C", "us p50, p99: ours / C")
+def _builds(report: Report) -> list[str]:
+    return [name for name in BUILDS if name in report.contenders()]
+
+
+def _head(report: Report) -> list[str]:
+    builds = _builds(report)
+    compared = " / ".join((*builds, "C"))
+    ratios = [f"{build} / C" for build in builds]
+    return [
+        "",
+        *report.contenders(),
+        *ratios,
+        "ours / bare",
+        "asked",
+        f"daemon: {compared}",
+        f"us p50, p99: {compared}",
+    ]
 
 
 def show(report: Report, console: Console) -> None:
     """The table, and below it what failed."""
     table = Table(title=", ".join(f"{k} {v}" for k, v in report.made.items()), title_style="dim")
-    table.add_column("")
-    for name in (*report.contenders(), *_HEAD):
-        table.add_column(name, justify="right", overflow="fold")
+    for i, name in enumerate(_head(report)):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
     for line in report.lines:
         table.add_row(f"{line.title} [dim]{line.unit}[/dim]", *_columns(report, line))
     console.print(table)
@@ -236,7 +270,7 @@ def show(report: Report, console: Console) -> None:
 
 def markdown(report: Report) -> str:
     """The same table as Markdown."""
-    head = ["", *report.contenders(), *_HEAD]
+    head = _head(report)
     rows = [[f"{line.title}, {line.unit}", *_columns(report, line)] for line in report.lines]
     rule = ["---", *["--:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))

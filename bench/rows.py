@@ -227,7 +227,7 @@ def _streams() -> list[Row]:
             for reverse in (False, True):
                 name = f"tcp-{'in' if reverse else 'out'}-{far}-{mtu}"
                 title = f"TCP {far} → namespace, MTU {mtu}" if reverse else f"TCP namespace → {far}, MTU {mtu}"
-                target = "1.2 x C, 0.5 x bare" if mtu == BIG else "8 x C" if reverse else "2 x C"
+                target = ("1.2 x C" if reverse else "1.1 x C") if mtu == BIG else "8 x C" if reverse else "2 x C"
                 measure = stream(reverse, f"to-{far}")
                 rows.append(
                     Row(name, title, "Gbit/s", "CPU s/GB", mtu, "spread", measure, target if far == "host" else "")
@@ -253,13 +253,14 @@ LOADS = {
     "tcp-crr-16": ("connect-request-response, 16 flows", "tcp-answer", "tcp-crr", 16),
     "tcp-crr-64": ("connect-request-response, 64 flows", "tcp-answer", "tcp-crr", 64),
 }
+LOADS_OF_CONNECTIONS = [name for name in LOADS if name.startswith("tcp-crr")]
 BY_IPV6 = "tcp-rr-16", "udp-rr-16", "tcp-crr-16"
 
 
 def _loads() -> list[Row]:
-    targets = {"udp-out": "1.2 x C", "udp-in": "1.2 x C", "tcp-crr-1": "0.6 x C", "tcp-crr-16": "0.6 x C"}
+    targets = {"udp-out": "1.3 x C", "udp-in": "1.3 x C", **dict.fromkeys(LOADS_OF_CONNECTIONS, "1 x C")}
     rows = [
-        Row(name, title, "1/s", "CPU us", BIG, "apart", load(server, client, flows), targets.get(name, "0.8 x C"))
+        Row(name, title, "1/s", "CPU us", BIG, "apart", load(server, client, flows), targets.get(name, "1.2 x C"))
         for name, (title, server, client, flows) in LOADS.items()
     ]
     for name in BY_IPV6:
@@ -302,16 +303,16 @@ def _forwarded_streams() -> list[Row]:
 def _forwarded_loads() -> list[Row]:
     """Clients are on the other side here: who sends to a sink in the namespace sends into it."""
     way = {"lo-udp-in": "udp-out", "lo-udp-out": "udp-in"}
-    targets = {"lo-udp-in": "1.2 x C", "lo-udp-out": "1.2 x C", "lo-tcp-crr-16": "0.7 x C"}
+    targets = {"lo-udp-in": "1.3 x C", "lo-udp-out": "1.3 x C"}
     rows = []
     for name in ("lo-udp-in", "lo-udp-out", "lo-tcp-rr-16", "lo-tcp-crr-1", "lo-tcp-crr-16"):
         title = LOADS[name.removeprefix("lo-")][0]
         _, server, client, flows = LOADS[way.get(name, name.removeprefix("lo-"))]
         measure = load(server, client, flows, "loopback")
-        rows.append(_forwarded(name, f"forwarded loopback {title}", measure, targets.get(name, "")))
+        rows.append(_forwarded(name, f"forwarded loopback {title}", measure, targets.get(name, "1 x C")))
     title, server, client, flows = LOADS["tcp-crr-16"]
     title = f"forwarded {title.replace(',', ' from peer,')}"
-    rows.append(_forwarded("fwd-tcp-crr-16", title, load(server, client, flows, "inbound"), ""))
+    rows.append(_forwarded("fwd-tcp-crr-16", title, load(server, client, flows, "inbound"), "1 x C"))
     return rows
 
 
@@ -331,8 +332,8 @@ def _costs() -> list[Row]:
     rows = []
     thousand = "6000-6999"  # below the ports that clients of the laboratory use
     for suffix, what, ports, targets in (
-        ("", "", "none", ("300 ms", "60 MiB")),
-        ("-1000", ", 1000 ports forwarded", thousand, ("500 ms", "80 MiB")),
+        ("", "", "none", ("1.5 x C", "20 MiB")),
+        ("-1000", ", 1000 ports forwarded", thousand, ("1.5 x C", "20 MiB")),
     ):
         rows.append(_cost(f"start{suffix}", f"start to ready{what}", "ms", start_to_ready(ports), targets[0], ports))
         rows.append(_cost(f"memory{suffix}", f"resident after start{what}", "MiB", resident, targets[1], ports))
@@ -342,7 +343,7 @@ def _costs() -> list[Row]:
 def _machines() -> list[Row]:
     """Rows with a guest on a UNIX socket: relays for a fast machine, and an emulated one."""
     rows = []
-    targets = {RELAY: ("1 x C", "0.6 x C", "0.6 x C", "0.8 x C"), VHOST: ("1 x C", "5 x C", "1.2 x C", "1 x C")}
+    targets = {RELAY: ("1 x C", "0.85 x C", "1 x C", "1 x C"), VHOST: ("1 x C", "5 x C", "1.2 x C", "1 x C")}
     for kind, prefix, what in ((RELAY, "vm", "relay"), (VHOST, "vhost", "shared memory")):
         big, small, udp, trips = targets[kind]
         trip = f"TCP round trips through {'the ' if kind == RELAY else ''}{what}"
@@ -364,9 +365,7 @@ def _machines() -> list[Row]:
     for reverse in (False, True):
         title = f"TCP {'host → emulated machine' if reverse else 'emulated machine → host'}"
         name = f"vm-qemu-{'in' if reverse else 'out'}"
-        rows.append(
-            Row(name, title, "Gbit/s", "CPU s/GB", BIG, "free", machine_stream(reverse), "0.95 x C", vm=MACHINE)
-        )
+        rows.append(Row(name, title, "Gbit/s", "CPU s/GB", BIG, "free", machine_stream(reverse), "1 x C", vm=MACHINE))
     return rows
 
 

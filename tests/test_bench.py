@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import arguments, chosen
-from bench.contenders import peer
+from bench.__main__ import arguments, chosen, takes_part
+from bench.contenders import CONTENDERS, PICTURES, Contender, peer
 from bench.lab import Lab, LabError
 from bench.programs import queries, requests
+from bench.rows import ROWS
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +64,25 @@ def test_a_peer_that_is_none(argument: str) -> None:
 def test_peers_take_part_beside_ours() -> None:
     _, contenders = chosen(arguments(["--peer", f"before={ROOT}", "--contenders", "ours,pasta"]))
     assert [c.name for c in contenders] == ["ours", "before", "pasta"]
+
+
+def test_who_is_not_named_stands_beside_the_rows_of_the_pictures() -> None:
+    rows = {row.name: row for row in ROWS}
+    names = {c.name: c for c in CONTENDERS}
+    assert set(PICTURES) <= rows.keys()
+    for name, contender in names.items():
+        everywhere = name in {"ours", "compiled", "pasta"}
+        with_pictures = everywhere or name in {"slirp4netns", "loopback"}
+        assert takes_part(rows["tcp-rr-64"], contender, named=False) == everywhere
+        assert takes_part(rows["tcp-rr-16"], contender, named=False) == with_pictures
+        assert takes_part(rows["tcp-rr-64"], contender)
+
+
+def test_what_is_not_built_is_left_out(tmp_path: Path) -> None:
+    contender = Contender("compiled", "compiled", lambda pid, mtu, ports: ["/bin/true"], built=tmp_path / "passt")
+    assert contender.missing() == "compiled is not built: run `make compiled`"
+    (tmp_path / "passt").touch()
+    assert contender.missing() is None
 
 
 WRK = """Running 2s test @ http://198.51.100.1:8080/file

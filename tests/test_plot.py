@@ -112,6 +112,44 @@ def test_a_round_that_failed_for_one_has_no_pair() -> None:
     assert markdown(Report({}, [line])).splitlines()[-1].endswith("| 8.00, 16.0 / - |")
 
 
+def test_both_builds_stand_beside_the_original() -> None:
+    cells = {"ours": Cell([1.0], [4.0]), "compiled": Cell([3.0], [2.0]), "pasta": Cell([2.0], [3.0])}
+    lines = [Line("x", "x", "1/s", "CPU us", "1 x C", False, cells), Line("y", "y", "ms", "", "", True)]
+    assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in markdown(Report({}, lines)).splitlines()] == [
+        ["", "ours", "compiled", "pasta", "ours / C", "compiled / C", "ours / bare", "asked",
+         "daemon: ours / compiled / C", "us p50, p99: ours / compiled / C"],
+        ["---", *["--:"] * 9],
+        ["x, 1/s", "1.00", "3.00", "2.00", "0.50", "1.50", "-", "1 x C", "4.00 / 2.00 / 3.00 CPU us", ""],
+        ["y, ms", *["-"] * 6, "", "", ""],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "compiled", "enough"),
+    [
+        ([1.0, 1.09], [], True),
+        ([1.0, 1.2], [], False),
+        ([1.0], [], False),
+        ([1.0, 1.09], [2.0, 2.1], True),
+        ([1.0, 1.09], [2.0, 2.6], False),
+    ],
+)
+def test_pairs_that_agree_need_no_further_round(ours: list[float], compiled: list[float], enough: bool) -> None:
+    cells = {"ours": Cell(ours, rounds=[0, 1]), "pasta": Cell([1.0] * len(ours), rounds=[0, 1])}
+    if compiled:
+        cells["compiled"] = Cell(compiled, rounds=[0, 1])
+    line = Line("x", "x", "1/s", "", "", False, cells)
+    assert line.settled(2) == enough and not line.settled(1)
+    line.cells["ours"].add(2, Sample(9.0))
+    line.cells["pasta"].add(2, Sample(1.0))
+    assert line.settled(2) == enough, "what a round has found so far counts for the next one"
+
+
+def test_without_pairs_nothing_is_settled() -> None:
+    for cells in ({}, {"ours": Cell([1.0, 1.0])}, {"pasta": Cell([1.0, 1.0])}):
+        assert not Line("x", "x", "1/s", "", "", False, cells).settled(2)
+
+
 def test_samples_survive_the_file(tmp_path: Path) -> None:
     cell = Cell()
     cell.add(3, Sample(1.0, 2.0, 3.0, 4.0))
