@@ -187,13 +187,14 @@ def seated(lab: Lab, contender: Contender, mtu: int, ports: str = "none", cpu: i
         assert guest.pid is not None
         daemon = lab.spawn([*Placement.argv(cpu), *contender.command(guest.pid, mtu, ports)])
         try:
-            _wait_for_route(contender, guest, daemon)
+            wait_for_route(contender, guest, daemon)
             yield Seat(guest, daemon, contender.gateway, PEER, to_host6=contender.gateway6)
         finally:
             lab.stop(daemon)
 
 
-def _wait_for_route(contender: Contender, guest: Namespace, daemon: subprocess.Popen[str]) -> None:
+def wait_for_route(contender: Contender, guest: Namespace, daemon: subprocess.Popen[str]) -> None:
+    """Return when `guest` has a default route by each family that the contender has. Raises LabError."""
     deadline = time.monotonic() + READY_TIMEOUT
     families = ("-4", "-6") if contender.gateway6 else ("-4",)
     while not all("default" in guest.run(["ip", family, "route"]) for family in families):

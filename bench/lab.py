@@ -91,8 +91,17 @@ def cpu_seconds(pid: int) -> float:
 
 def resident_kib(pid: int) -> int:
     """Resident memory of `pid` in KiB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+    return _kib(pid, "status", "VmRSS:")
+
+
+def share_kib(pid: int) -> int:
+    """The same, with a share only of what it has together with other processes (PSS)."""
+    return _kib(pid, "smaps_rollup", "Pss:")
+
+
+def _kib(pid: int, file: str, name: str) -> int:
+    for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+        if line.startswith(name):
             return int(line.split()[1])
     raise LabError(f"process {pid} has no resident memory")
 

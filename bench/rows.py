@@ -16,20 +16,22 @@ around the client's life. Directions are named from the guest: "out" is guest to
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import programs
-from .contenders import LOAD_PORTS, Contender, Seat
-from .lab import HOST, Lab, LabError, Namespace, Placement, cpu_seconds, resident_kib, wait_for
+from .contenders import LOAD_PORTS, Contender, Seat, wait_for_route
+from .lab import HOST, Lab, LabError, Namespace, Placement, cpu_seconds, resident_kib, share_kib, wait_for
 from .vm import MACHINE, RELAY, VHOST
 
 LOAD = [sys.executable, "-S", "-E", str(Path(__file__).with_name("load.py"))]
 IPERF_PORT = 5201
+MANY = 30  # containers that start at once
 GRACE = 8.0  # seconds beyond its own time after which a client is given up
 
 BIG, SMALL = 65520, 1500
@@ -206,11 +208,45 @@ def start_to_ready(ports: str) -> Callable[[Bench], Sample]:
     def measure(bench: Bench) -> Sample:
         if bench.contender.start is None:
             raise LabError("not measured")
-        before = time.monotonic()
+        before, used = time.monotonic(), _children()
         bench.lab.host.run(bench.contender.start(ports))
-        return Sample((time.monotonic() - before) * 1e3)
+        return Sample((time.monotonic() - before) * 1e3, (_children() - used) * 1e3)
 
     return measure
+
+
+def _children() -> float:
+    """Processor seconds of the children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def start_many(bench: Bench) -> Sample:
+    """Milliseconds until MANY namespaces that start at once have run true(1); processor milliseconds of each."""
+    start = bench.contender.start
+    if start is None:
+        raise LabError("not measured")
+    before, used = time.monotonic(), _children()
+    started = [bench.lab.spawn(start("none")) for _ in range(MANY)]
+    for process in started:
+        _, said = process.communicate(timeout=GRACE)
+        if process.returncode:
+            raise LabError(f"status {process.returncode}: {said.strip()[-200:]}")
+    return Sample((time.monotonic() - before) * 1e3, (_children() - used) * 1e3 / MANY)
+
+
+def shared(bench: Bench) -> Sample:
+    """MiB for each of MANY daemons that run beside each other (PSS)."""
+    command = bench.contender.command
+    assert command is not None
+    with ExitStack() as stack:
+        guests = [stack.enter_context(bench.lab.guest()) for _ in range(MANY)]
+        daemons = [bench.lab.spawn(command(guest.pid or 0, BIG, "none")) for guest in guests]
+        for daemon in daemons:
+            stack.callback(bench.lab.stop, daemon)
+        for guest, daemon in zip(guests, daemons, strict=True):
+            wait_for_route(bench.contender, guest, daemon)
+        return Sample(sum(share_kib(daemon.pid) for daemon in daemons) / MANY / 1024)
 
 
 def resident(bench: Bench) -> Sample:
@@ -321,9 +357,9 @@ def _forwarded(name: str, title: str, measure: Callable[[Bench], Sample], target
 
 
 def _cost(name: str, title: str, unit: str, measure: Callable[[Bench], Sample], target: str, ports: str) -> Row:
-    starts = name.startswith("start")
+    starts = name not in ("memory", "memory-1000")
     return Row(
-        name, title, unit, "", BIG, "free", measure, target,
+        name, title, unit, "CPU ms" if unit == "ms" else "", BIG, "free", measure, target,
         fewer_is_better=True, daemon_only=True, starts=starts, inbound=ports != "none", ports=ports,
     )  # fmt: skip
 
@@ -337,6 +373,8 @@ def _costs() -> list[Row]:
     ):
         rows.append(_cost(f"start{suffix}", f"start to ready{what}", "ms", start_to_ready(ports), targets[0], ports))
         rows.append(_cost(f"memory{suffix}", f"resident after start{what}", "MiB", resident, targets[1], ports))
+    rows.append(_cost(f"start-{MANY}", f"start to ready, {MANY} at once", "ms", start_many, "1.6 x C", "none"))
+    rows.append(_cost(f"memory-{MANY}", f"share of memory, each of {MANY} (PSS)", "MiB", shared, "13 MiB", "none"))
     return rows
 
 
