@@ -4,7 +4,8 @@
     -------------  ---------------------------------  ------------------------------------------------------------------
     seccomp        ctypes.util                        a search for libraries by ldconfig(8) or a compiler
     linux.         pyroute2, pyroute2.config,         the whole library; multiprocessing, platform and what they load;
-    rtnl_messages  logging, traceback, pkgutil        a text with source lines, which the sandbox cannot open
+    rtnl_messages  ...ifinfmsg.plugins,               kinds of links;
+                   logging, traceback, pkgutil        a text with source lines, which the sandbox cannot open
 
 The library keeps its stand-ins. Other modules get the real ones.
 """

@@ -77,7 +77,19 @@ def _needed_in_name() -> tuple[types.ModuleType, ...]:
         stand_in("traceback", format_exc=lambda: repr(sys.exc_info()[1]), format_stack=list),
         stand_in("pkgutil"),  # for more kinds of links, which the configuration would name
         stand_in("pyroute2.config", AF_BRIDGE=socket.AF_BRIDGE, data_plugins_pkgs=[], data_plugins_path=[]),
+        _Kinds("pyroute2.netlink.rtnl.ifinfmsg.plugins"),
     )
+
+
+class _Kinds(types.ModuleType):
+    """The library's package with a module for each kind of link, of which nothing is read: their data stay bytes."""
+
+    def __getattr__(self, name: str) -> types.ModuleType:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        from pyroute2.netlink import nlmsg_atoms
+
+        return stand_in(f"{self.__name__}.{name}", **{name: nlmsg_atoms.hex})
 
 
 def _logged(text: object, *values: object, **_: object) -> None:
