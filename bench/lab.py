@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 GATEWAY = "198.51.100.1"
 HOST = "198.51.100.2"
@@ -83,10 +84,28 @@ def set_sysctl(name: str, value: str) -> None:
     Path("/proc/sys/net", name).write_text(value)
 
 
+class Used(NamedTuple):
+    """Processor seconds: all, and those in the program itself (user mode)."""
+
+    total: float
+    program: float
+
+    def since(self, before: Used) -> Used:
+        """The difference."""
+        return Used(self.total - before.total, self.program - before.program)
+
+
+def used_by(pid: int) -> Used:
+    """Processor time of `pid` and of the children it has waited for."""
+    user, system, child_user, child_system = map(
+        int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    )
+    return Used((user + system + child_user + child_system) / _TICK, (user + child_user) / _TICK)
+
+
 def cpu_seconds(pid: int) -> float:
-    """Processor time of `pid` and of the children it has waited for: user and system, seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(int(f) for f in fields[11:15]) / _TICK
+    """All of it."""
+    return used_by(pid).total
 
 
 def resident_kib(pid: int) -> int:

@@ -1,8 +1,8 @@
 """Results: medians, ratios, the table on the terminal, the table as Markdown, the JSON file.
 
 The JSON is `{"made": {...}, "rows": [{"name", "title", "unit", "work", "target", "fewer_is_better", "results":
-{contender: {"values": [...], "rounds": [...], "cpu": [...], "p50": [...], "p99": [...], "error": text or null}}}]}`:
-all samples are kept, medians made on reading.
+{contender: {"values": [...], "rounds": [...], "cpu": [...], "program": [...], "p50": [...], "p99": [...],
+"error": text or null}}}]}`: all samples are kept, medians made on reading.
 
 Samples of one round are a pair: they were taken one after the other, so a machine that is slow for a while is slow for
 both. A ratio is the median of those of the pairs. Where these differ by more than SPREAD_MAX of it, their range stands
@@ -40,12 +40,14 @@ class Cell:
     rounds: list[int] = field(default_factory=list)
     p50: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
+    program: list[float] = field(default_factory=list)
 
     def add(self, turn: int, sample: Sample) -> None:
         """Take the sample of a round."""
         self.values.append(sample.value)
         self.rounds.append(turn)
-        for known, value in ((self.cpu, sample.cpu), (self.p50, sample.p50), (self.p99, sample.p99)):
+        noted = (self.cpu, sample.cpu), (self.p50, sample.p50), (self.p99, sample.p99), (self.program, sample.program)
+        for known, value in noted:
             if value is not None:
                 known.append(value)
 
@@ -56,10 +58,6 @@ class Cell:
     def by_round(self) -> dict[int, float]:
         """The values of the rounds; results that were made before rounds were noted have all."""
         return dict(zip(self.rounds or range(len(self.values)), self.values, strict=False))
-
-    def processor(self) -> float | None:
-        """Median of the daemon's processor time for each unit of work."""
-        return median(self.cpu) if self.cpu else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +201,10 @@ def _ratio(value: Ratio | None) -> str:
 
 
 def _processor(line: Line, name: str | None) -> str:
-    """Processor time of a contender."""
-    used = None if name is None else line.cells.get(name, Cell()).processor()
-    return "-" if used is None else f"{used:.2f}"
+    """Processor time of a contender for each unit of work, and in brackets the part of the program itself."""
+    cell = Cell() if name is None else line.cells.get(name, Cell())
+    program = f" ({number(median(cell.program))})" if cell.program else ""
+    return f"{number(median(cell.cpu))}{program}" if cell.cpu else "-"
 
 
 def _times(line: Line, name: str | None) -> str:

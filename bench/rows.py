@@ -26,7 +26,7 @@ from pathlib import Path
 
 from . import programs
 from .contenders import LOAD_PORTS, Contender, Seat, wait_for_route
-from .lab import HOST, Lab, LabError, Namespace, Placement, cpu_seconds, resident_kib, share_kib, wait_for
+from .lab import HOST, Lab, LabError, Namespace, Placement, Used, resident_kib, share_kib, used_by, wait_for
 from .vm import MACHINE, RELAY, VHOST
 
 LOAD = [sys.executable, "-S", "-E", str(Path(__file__).with_name("load.py"))]
@@ -41,13 +41,15 @@ BIG, SMALL = 65520, 1500
 class Sample:
     """One measurement: `value` in the row's unit, and daemon seconds for each unit of work (None: no daemon).
 
-    `p50` and `p99` are the microseconds that an operation took, where there are operations.
+    `p50` and `p99` are the microseconds that an operation took, where there are operations. `program` is the part of
+    `cpu` in user mode: the rest is work of the kernel on the daemon's account.
     """
 
     value: float
     cpu: float | None = None
     p50: float | None = None
     p99: float | None = None
+    program: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +120,24 @@ def _server(bench: Bench, where: Namespace, command: list[str], word: str) -> It
         bench.lab.stop(server)
 
 
-def _cpu(seat: Seat) -> float:
-    return cpu_seconds(seat.daemon.pid) if seat.daemon else 0.0
+def _cpu(seat: Seat) -> Used:
+    return used_by(seat.daemon.pid) if seat.daemon else Used(0.0, 0.0)
 
 
-def _client(bench: Bench, where: Namespace, command: list[str]) -> tuple[str, float]:
+def _client(bench: Bench, where: Namespace, command: list[str]) -> tuple[str, Used]:
     """The client's output, and the daemon's processor time meanwhile."""
     before = _cpu(bench.seat)
     printed = where.run([*Placement.argv(bench.place.client), *command], timeout=bench.seconds + GRACE)
-    return printed, _cpu(bench.seat) - before
+    return printed, _cpu(bench.seat).since(before)
 
 
-def _per(cpu: float, work: float, seat: Seat) -> float | None:
-    return cpu / work if seat.daemon and work else None
+def _sample(
+    bench: Bench, value: float, used: Used, work: float, p50: float | None = None, p99: float | None = None
+) -> Sample:
+    """The daemon `used` so much for `work`."""
+    if not bench.seat.daemon or not work:
+        return Sample(value, None, p50, p99)
+    return Sample(value, used.total / work, p50, p99, used.program / work)
 
 
 def stream(reverse: bool, route: str, streams: int = 1) -> Callable[[Bench], Sample]:
@@ -142,9 +149,9 @@ def stream(reverse: bool, route: str, streams: int = 1) -> Callable[[Bench], Sam
         command += ["-R"] if reverse else []
         listen = ["iperf3", "-s", "-p", str(IPERF_PORT), "--forceflush"]
         with _server(bench, way.server, listen, "listening"):
-            printed, cpu = _client(bench, way.client, command)
+            printed, used = _client(bench, way.client, command)
         result = json.loads(printed)["end"]["sum_received"]
-        return Sample(result["bits_per_second"] / 1e9, _per(cpu, result["bytes"] / 1e9, bench.seat))
+        return _sample(bench, result["bits_per_second"] / 1e9, used, result["bytes"] / 1e9)
 
     return measure
 
@@ -161,11 +168,11 @@ def machine_stream(reverse: bool) -> Callable[[Bench], Sample]:
         with _server(bench, bench.lab.host, listen, "listening"):
             before = _cpu(bench.seat)
             status, printed = machine.call(command, bench.seconds + GRACE)
-            cpu = _cpu(bench.seat) - before
+            used = _cpu(bench.seat).since(before)
         if status:
             raise LabError(f"iperf3 in the machine: status {status}: {printed.strip()[-200:]}")
         result = json.loads(printed)["end"]["sum_received"]
-        return Sample(result["bits_per_second"] / 1e9, _per(cpu, result["bytes"] / 1e9, bench.seat))
+        return _sample(bench, result["bits_per_second"] / 1e9, used, result["bytes"] / 1e9)
 
     return measure
 
@@ -177,12 +184,10 @@ def load(server: str, client: str, flows: int = 1, route: str = "to-host") -> Ca
         way = _route(bench, route)
         command = [*LOAD, client, way.to, "--seconds", f"{bench.seconds:g}", "--flows", str(flows)]
         with _server(bench, way.server, [*LOAD, server, way.listen], "ready"):
-            printed, cpu = _client(bench, way.client, command)
+            printed, used = _client(bench, way.client, command)
         result = json.loads(printed)
-        value, used = result["count"] / result["seconds"], _per(cpu * 1e6, result["count"], bench.seat)
-        if "p50" not in result:
-            return Sample(value, used)
-        return Sample(value, used, result["p50"] * 1e6, result["p99"] * 1e6)
+        times = [result[name] * 1e6 for name in ("p50", "p99") if name in result]
+        return _sample(bench, result["count"] / result["seconds"], used, result["count"] / 1e6, *times)
 
     return measure
 
@@ -195,9 +200,9 @@ def program(
     def measure(bench: Bench) -> Sample:
         with server(bench.lab, Placement.argv(bench.place.server)):
             command = client(bench.seat, bench.seconds, flows)
-            printed, cpu = _client(bench, bench.seat.guest, command)
+            printed, used = _client(bench, bench.seat.guest, command)
         rate, p50, p99 = read(printed)
-        return Sample(rate, _per(cpu * 1e6, rate * bench.seconds, bench.seat), p50, p99)
+        return _sample(bench, rate, used, rate * bench.seconds / 1e6, p50, p99)
 
     return measure
 
@@ -210,15 +215,19 @@ def start_to_ready(ports: str) -> Callable[[Bench], Sample]:
             raise LabError("not measured")
         before, used = time.monotonic(), _children()
         bench.lab.host.run(bench.contender.start(ports))
-        return Sample((time.monotonic() - before) * 1e3, (_children() - used) * 1e3)
+        return _started(time.monotonic() - before, _children().since(used), 1)
 
     return measure
 
 
-def _children() -> float:
-    """Processor seconds of the children that have ended."""
+def _children() -> Used:
+    """Processor time of the children that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return Used(usage.ru_utime + usage.ru_stime, usage.ru_utime)
+
+
+def _started(seconds: float, used: Used, count: int) -> Sample:
+    return Sample(seconds * 1e3, used.total * 1e3 / count, program=used.program * 1e3 / count)
 
 
 def start_many(bench: Bench) -> Sample:
@@ -232,7 +241,7 @@ def start_many(bench: Bench) -> Sample:
         _, said = process.communicate(timeout=GRACE)
         if process.returncode:
             raise LabError(f"status {process.returncode}: {said.strip()[-200:]}")
-    return Sample((time.monotonic() - before) * 1e3, (_children() - used) * 1e3 / MANY)
+    return _started(time.monotonic() - before, _children().since(used), MANY)
 
 
 def shared(bench: Bench) -> Sample:

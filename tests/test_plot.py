@@ -113,13 +113,13 @@ def test_a_round_that_failed_for_one_has_no_pair() -> None:
 
 
 def test_both_builds_stand_beside_the_original() -> None:
-    cells = {"ours": Cell([1.0], [4.0]), "compiled": Cell([3.0], [2.0]), "pasta": Cell([2.0], [3.0])}
+    cells = {"ours": Cell([1.0], [4.0], program=[2.5]), "compiled": Cell([3.0], [2.0]), "pasta": Cell([2.0], [3.0])}
     lines = [Line("x", "x", "1/s", "CPU us", "1 x C", False, cells), Line("y", "y", "ms", "", "", True)]
     assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in markdown(Report({}, lines)).splitlines()] == [
         ["", "ours", "compiled", "pasta", "ours / C", "compiled / C", "ours / bare", "asked",
          "daemon: ours / compiled / C", "us p50, p99: ours / compiled / C"],
         ["---", *["--:"] * 9],
-        ["x, 1/s", "1.00", "3.00", "2.00", "0.50", "1.50", "-", "1 x C", "4.00 / 2.00 / 3.00 CPU us", ""],
+        ["x, 1/s", "1.00", "3.00", "2.00", "0.50", "1.50", "-", "1 x C", "4.00 (2.50) / 2.00 / 3.00 CPU us", ""],
         ["y, ms", *["-"] * 6, "", "", ""],
     ]  # fmt: skip
 
@@ -152,7 +152,7 @@ def test_without_pairs_nothing_is_settled() -> None:
 
 def test_samples_survive_the_file(tmp_path: Path) -> None:
     cell = Cell()
-    cell.add(3, Sample(1.0, 2.0, 3.0, 4.0))
+    cell.add(3, Sample(1.0, 2.0, 3.0, 4.0, 1.5))
     report = Report({"cores": "2"}, [Line("x", "x", "1/s", "us", "", False, {"ours": cell})])
     save(report, tmp_path / "file")
     assert read(tmp_path / "file") == report
