@@ -59,6 +59,7 @@ class Link:
 
     reads_vnet = True  # whether a virtio-net header is before each frame that is read
     rto_min = 0.010  # s that a lost frame is waited for at least (`tcp_engine.rtt`)
+    cuts = False  # whether super-frames are cut here, in software
     full = False  # whether frames would be dropped now: a sender that can wait does
     room = 1 << 30  # bytes of TCP payload that can be sent now
 
@@ -131,7 +132,8 @@ class Link:
         """Where up to `want` bytes of TCP payload may be received, instead of in memory that `send_payload` is given.
 
         They are frames of `chunk` bytes, each behind `header` bytes from the virtio-net header on; returns views, and
-        how many bytes these are. None: nowhere. `send_laid_out` sends it at once.
+        how many bytes these are. None: nowhere. `send_laid_out` sends it at once. They are no super-frames for a back
+        end that `cuts` them: a segment lies behind a header of its own.
         """
         return [], 0
 

@@ -16,8 +16,9 @@ one buffer, from which one system call takes all that a turn has produced:
     the end is reached                what waits moves to 0. That is at least LIMIT bytes further, so no byte is moved
                                       more often than once for LIMIT bytes sent
 
-Payload is copied: it lies in a buffer that the next peek overwrites, and a copy of 64 KiB (1 us) costs less than a
-system call for each super-frame. Memory that was never reached is never touched.
+Bulk in segments that need no cut is received at the place that its frame has in the buffer (`lay_out`). Other payload
+is copied: it lies in memory that the next peek overwrites, and a copy of 64 KiB costs less than a system call for each
+super-frame. Memory that was never reached is never touched.
 
 The other way, frames are parsed where they lie, in the packet pool, and are handed on with the place of a virtio-net
 header before each (bytes of no meaning: there are no offloads here):
@@ -58,6 +59,7 @@ from ..wire.ether import HEADER_LEN
 from ..wire.virtio import NO_OFFLOAD, VNET, VNET_LEN
 from .backend import TRANSIENT, Buffer, Link, Receiver
 from .gso import FRAME_MIN, LENGTH, Gso
+from .gso import FRONT as VNET_FRONT
 from .packet import FRAME_ROOM, PacketPool
 from .vector_sums import VectorVerifier
 from .verify import Verifier
@@ -78,6 +80,7 @@ class StreamLink(Link):
     """A connected stream socket, while there is one."""
 
     reads_vnet = False
+    cuts = True
     rto_min = 0.050  # a process beyond the socket moves the frames, and it may be busy
 
     _reactor: Reactor
@@ -218,6 +221,30 @@ class StreamLink(Link):
     def send_frame(self, frame: bytes) -> None:
         """Send a finished Ethernet frame, checksums and all: no vnet header, no offload."""
         self.send_payload((NO_OFFLOAD, frame))
+
+    def lay_out(self, header: int, chunk: int, want: int) -> tuple[list[memoryview], int]:
+        """In the buffer, behind what waits there; nowhere while the socket does not take all of that, and nowhere for
+        segments that are padded.
+        """
+        head = header - VNET_FRONT
+        need = want + -(-want // chunk) * head
+        if not FRAME_MIN + LENGTH_LEN <= chunk + head <= NET_BUFSIZE:
+            return [], 0
+        if self._tail + need > self._mark and self._tail and not self.full:
+            self._flush()
+        if self._sock is None or self._tail + need > self._mark or self.full:
+            return [], 0
+        at, end = self._tail + head, self._tail + need
+        return [self._out[i : min(i + chunk, end)] for i in range(at, end, chunk + head)], want
+
+    def send_laid_out(self, hdr: bytearray, length: int) -> None:
+        """Send the next frame that was laid out."""
+        at = self._tail
+        self._tail = self._gso.laid_out(at, hdr, len(hdr) - VNET_LEN + length)
+        self.sent_frames += 1
+        self._octets += self._tail - at - LENGTH_LEN
+        if self.capture is not None:
+            self._show(at)
 
     @property
     def sent_bytes(self) -> int:

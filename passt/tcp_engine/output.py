@@ -264,7 +264,9 @@ class TcpOut:
 
     def _peek_next(self, conn: TcpConn, want: int) -> tuple[int, int, bool]:
         """Peek what comes next, where the link wants it if it may be much: (as of `_peek`, at most, whether there)."""
-        views, laid_out = self._link.lay_out(len(conn.hdr), conn.chunk, want) if conn.bulk else _NO_VIEWS
+        views, laid_out = _NO_VIEWS
+        if conn.bulk and (conn.chunk <= conn.mss or not self._link.cuts):
+            views, laid_out = self._link.lay_out(len(conn.hdr), conn.chunk, want)
         if laid_out:
             n = self._peek_into(conn, conn.snd_nxt, views)
             want = laid_out

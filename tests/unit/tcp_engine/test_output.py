@@ -216,6 +216,21 @@ def test_payload_is_received_where_the_link_wants_it(features: Features, monkeyp
     assert fake.direct == 5
 
 
+@pytest.mark.parametrize(("mtu", "direct"), [(65520, 4), (1500, 0)])
+def test_link_that_cuts_super_frames_has_no_place_for_their_payload(
+    mtu: int, direct: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment lies behind a header of its own; those of one piece go where the link wants them."""
+    monkeypatch.setattr(support, "new_link", LayingLink)
+    talk = open_connection(config={"mtu": mtu}, mss=mtu - 40)
+    fake = link(talk.ctx)
+    assert isinstance(fake, LayingLink)
+    fake.cuts = True
+    talk.host(data := os.urandom(500_000))
+    assert b"".join(s.payload for s in talk.taken()) == data
+    assert fake.direct == direct
+
+
 # Dropping what was acknowledged ---------------------------------------------------------------------------------------
 
 
