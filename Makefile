@@ -6,7 +6,7 @@ RESULTS = bench/results/latest.json
 ADVERSITY = bench/results/adversity.json
 
 .DEFAULT_GOAL = help
-.PHONY: adversity docs-drops docs-ends docs-seccomp help setup install-system-packages run check docs screens test compiled test-compiled wheels fuzz fuzz-long mutants security bench bench-all bench-quick bench-plot soak demo demo-vm completions dist deb rpm test-deb reproducible release lock clean
+.PHONY: adversity docs-drops docs-ends docs-seccomp help setup install-system-packages run check docs screens test test-clients compiled test-compiled wheels fuzz fuzz-long mutants security bench bench-all bench-quick bench-plot soak demo demo-vm completions dist deb rpm test-deb reproducible release lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ check: ## ruff, mypy and the unit tests
 
 test: ## Everything that CI runs
 	scripts/test
+
+test-clients: ## Only programs that start pasta and passt; as root, podman and others in a root of Debian 13
+	scripts/test tests/system/clients
+	scripts/test-clients
 
 compiled: ## The compiled build of the same source, in build/compiled (needs a C compiler)
 	scripts/setup compiled
