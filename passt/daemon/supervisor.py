@@ -3,6 +3,7 @@
     event                                           --ready-fd       $NOTIFY_SOCKET
     ----------------------------------------------  ---------------  ----------------------------------
     in the sandbox, ports listen                    "1\\n", closed    READY=1, STATUS=
+    another Config is in force (rules, network)     -                RELOADING=1, then READY=1
     each half of $WATCHDOG_USEC, while turns end    -                WATCHDOG=1
     the loop has ended                              closed           STOPPING=1
 
@@ -29,8 +30,10 @@ from ..log import Fatal
 if TYPE_CHECKING:
     from ..conf.options import Options
     from ..flow.context import Context
+    from ..policy.config import Config
 
 READY = b"1\n"  # slirp4netns(1) writes the digit alone, s6 waits for the newline
+RUNNING = "READY=1\nSTATUS=Forwarding"
 CALLS = calls("write", "sendto", "close")
 
 
@@ -53,11 +56,18 @@ class Supervisor:
             except OSError as e:
                 log.warn(f"Couldn't write to the descriptor of --ready-fd: {e.strerror}")
             os.close(self._ready_fd)
-        self._send("READY=1\nSTATUS=Forwarding")
+        self._send(RUNNING)
+        if self._socket is not None:
+            ctx.settings.react(self._changed)
         if self._socket is not None and self._watchdog:
             services = ctx.timers.services
             self._timer = services.new(partial(self._alive, ctx))
             services.arm(self._timer, now + self._watchdog)
+
+    def _changed(self, former: Config, now: float) -> None:
+        """The change is made: the manager counts a reload, and orders its jobs by the time of it."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={int(now * 1e6)}")
+        self._send(RUNNING)
 
     def _alive(self, ctx: Context, now: float) -> None:
         self._send("WATCHDOG=1")

@@ -87,6 +87,25 @@ def test_a_service_manager_sees_the_life_of_a_service(pasta: Runner, manager: so
     assert process.wait(DEADLINE) == 0
 
 
+def test_a_change_of_rules_is_a_reload(pasta: Runner, manager: socket.socket) -> None:
+    """From the sandbox, by a client of the control socket."""
+    target = pasta.namespace()
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o777)
+        control = f"{directory}/control"
+        env = {**pasta.user.env, "NOTIFY_SOCKET": manager.getsockname()}
+        process = pasta.start("-f", "--config-net", "-t", "none", "-c", control, str(target), env=env)
+        assert told(manager)["READY"] == "1"
+        change = pasta.user.command([pasta.user.python, "-m", "passt.pesto", "--add", "-T", "22222", control])
+        subprocess.run(change, env=pasta.user.env, cwd="/", timeout=DEADLINE, check=True)
+        reload = told(manager)
+        assert (reload.pop("RELOADING"), int(reload.pop("MONOTONIC_USEC")) > 0, reload) == ("1", True, {})
+        assert told(manager)["READY"] == "1"
+        process.terminate()
+        assert told(manager) == {"STOPPING": "1"}
+        assert process.wait(DEADLINE) == 0
+
+
 def test_a_command_speaks_for_itself(pasta: Runner, manager: socket.socket) -> None:
     """The variable is left to it, and pasta says nothing in its place."""
     env = {**pasta.user.env, "NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": WATCHDOG_USEC}

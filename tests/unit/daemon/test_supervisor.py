@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_ready_and_stopping(listener: socket.socket) -> None:
     assert not timers(ctx).services.deadlines, "no watchdog was asked for"
     supervisor.end()
     assert listener.recv(1000) == b"STOPPING=1"
+
+
+def test_a_change_is_a_reload(listener: socket.socket) -> None:
+    """sd_notify(3): RELOADING=1 with the time, and READY=1 when it is over."""
+    ctx = make_context()
+    supervisor = Supervisor(Options(), environ(listener))
+    supervisor.begin(ctx, T0)
+    assert listener.recv(1000) == b"READY=1\nSTATUS=Forwarding"
+    ctx.settings.replace(replace(ctx.settings.current, mtu=1400), T0 + 1.5)
+    assert listener.recv(1000) == b"RELOADING=1\nMONOTONIC_USEC=%d" % ((T0 + 1.5) * 1e6)
+    assert listener.recv(1000) == b"READY=1\nSTATUS=Forwarding"
+    ctx.settings.replace(ctx.settings.current, T0 + 2)
+    assert nothing_waits(listener), "nothing has changed"
+    supervisor.end()
 
 
 def test_an_abstract_socket() -> None:
