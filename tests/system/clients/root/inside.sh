@@ -7,7 +7,7 @@ dpkg -i /media/debs/*.deb >/tmp/said 2>&1 || {
     exit 1
 }
 useradd --create-home tester
-mount -t tmpfs -o size=1G none /home/tester # containers' file systems are not on an overlay
+mount -t tmpfs -o size=3G none /home/tester # containers' file systems are not on an overlay
 runtime=/run/user/$(id -u tester)
 mkdir -p "$runtime" /sys/fs/cgroup/tester
 chown -R tester: /home/tester "$runtime" /sys/fs/cgroup/tester
@@ -62,5 +62,6 @@ if [ -e /media/bats/505-networking-pasta.bats ]; then
     cd /tmp/bats
     as_tester bats --timing 505-networking-pasta.bats
 else
+    tar -C /media/base -cf /tmp/base.tar . # the base of the image of packaging/Containerfile
     as_tester bash /media/test/user.sh $image
 fi

@@ -40,7 +40,7 @@ closed() { # PORT
     ! ss -Hltun "sport = $1" | grep -q .
 }
 none() { # PATTERN: no process of it
-    ! pgrep -u tester -f "$1"
+    ! pgrep -u tester -f "$1" >/dev/null
 }
 all_gone() {
     holds "a pasta is left: $(pgrep -u tester -af '/pasta ' || true)" none '/pasta '
@@ -147,6 +147,18 @@ for i in $(seq 30); do
 done
 podman rm -f -t 0 --all >/dev/null
 all_gone $(seq 9001 9030)
+
+echo "- the image of packaging/Containerfile, built by buildah"
+podman import --quiet /tmp/base.tar localhost/base >/dev/null
+buildah build --quiet --file /media/packaging/Containerfile --build-arg BASE=localhost/base --tag passt-python \
+    /media/debs >/dev/null 2>/tmp/user-said || fail "buildah build: $(cat /tmp/user-said)"
+for flags in --privileged \
+    "--device /dev/net/tun --cap-add SYS_ADMIN,NET_ADMIN --security-opt seccomp=unconfined --security-opt unmask=ALL"; do
+    in_container $flags passt-python --config-net -- ip -br address >/tmp/user-said 2>&1 || fail "$(cat /tmp/user-said)"
+    grep -q "$host/24" /tmp/user-said || fail "podman run $flags passt-python: $(cat /tmp/user-said)"
+done
+in_container --entrypoint passt passt-python --version >/dev/null
+all_gone
 
 lines=( # as their users call it; then Docker's script, and that of containerd and nerdctl
     "--net=pasta --copy-up=/etc"
