@@ -31,12 +31,12 @@ OF_THE_BUILD = {"PKG-INFO", "setup.cfg"}  # and passt.egg-info: made by setuptoo
 pytestmark = pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="the list of files is that of git")
 
 
-def build(folder: Path, umask: int, **env: str) -> Path:
-    """A folder with both distributions, built in another environment of the shell."""
+def build(folder: Path, umask: int, tree: Path = REPOSITORY, **env: str) -> Path:
+    """A folder with both distributions of `tree`, built in another environment of the shell."""
     temporary = folder / "tmp"
     temporary.mkdir(parents=True)
     variables = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "TMPDIR": str(temporary), **env}
-    command = [REPOSITORY / "scripts" / "dist", folder / "dist"]
+    command = [tree / "scripts" / "dist", folder / "dist"]
     subprocess.run(command, env=variables, umask=umask, timeout=120, check=True)
     assert not list(temporary.iterdir())
     return folder / "dist"
@@ -64,6 +64,17 @@ def metadata(dist: Path) -> email.message.Message:
 def test_two_builds_are_equal(dist: Path, tmp_path: Path) -> None:
     again = build(tmp_path, 0o077, HOME=str(tmp_path), TZ="Asia/Tokyo", PYTHONHASHSEED="2", LC_ALL="C")
     assert sorted(path.name for path in again.iterdir()) == [WHEEL, SBOM, SDIST]
+    for name in (WHEEL, SBOM, SDIST):
+        assert (again / name).read_bytes() == (dist / name).read_bytes(), name
+
+
+def test_the_source_distribution_builds_itself(dist: Path, tmp_path: Path) -> None:
+    """A packager who has only that gets the same bytes; what was made there stays out."""
+    subprocess.run(["tar", "-xzf", dist / SDIST, "-C", tmp_path], check=True)
+    tree = tmp_path / SDIST.removesuffix(".tar.gz")
+    (tree / "build").mkdir()
+    (tree / "build" / "made").write_text("made")
+    again = build(tmp_path / "again", 0o022, tree, HOME="/", TZ="UTC")
     for name in (WHEEL, SBOM, SDIST):
         assert (again / name).read_bytes() == (dist / name).read_bytes(), name
 
