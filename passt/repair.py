@@ -7,7 +7,8 @@ The kernel asks for CAP_NET_ADMIN in the user namespace of the sockets' network,
 program does as little as possible with it:
 
     passt                                          here
-      |   command (1 byte), up to 253 sockets ->     |  setsockopt(TCP_REPAIR, command) on each; they are closed
+      |   command (1 byte), up to 253 sockets ->     |  setsockopt(TCP_REPAIR, command) on each, and room for what
+      |                                              |    was sent in new ones (`make_room`); they are closed
       |   <- the same byte                           |
       |   end of file ->                             |  end, with status 0
 
@@ -28,7 +29,7 @@ import sys
 from collections.abc import Sequence
 
 from .linux import inotify, stdio
-from .linux.tcp_repair import OFF, OFF_WITHOUT_PROBE, ON, SOCKETS_MAX, SUFFIX, TCP_REPAIR
+from .linux.tcp_repair import OFF, OFF_WITHOUT_PROBE, ON, SOCKETS_MAX, SUFFIX, TCP_REPAIR, make_room
 from .log import Fatal
 
 USAGE = """\
@@ -133,6 +134,8 @@ def _do(data: bytes, fds: Sequence[int], *, whole: bool) -> None:
             one = socket.socket(fileno=fd)
             try:
                 one.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, command)
+                if command == ON:
+                    make_room(one)
             finally:
                 one.detach()
         except OSError as e:

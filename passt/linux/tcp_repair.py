@@ -32,9 +32,11 @@ SO_REUSEADDR, which lets a listener start where connections of an earlier one ar
 and `lift_fence` turns it on: that is what it is called for once more.
 
 Bytes that were sent must be queued in repair mode, whatever the size of the send buffer: the kernel ignores
-acknowledgements of what it has not sent. SO_BUF_LOCK (5.15) gives the buffer back to the kernel's own management.
-net.core.wmem_max limits the buffer of a new socket, 416 KiB by default, where that of the former one may have grown to
-tcp_wmem's 4 MiB. The caller sends the bytes that do not fit, as the socket drains.
+acknowledgements of what it has not sent. net.core.wmem_max limits the buffer of a new socket, 416 KiB by default, where
+that of the former one may have grown to tcp_wmem's 4 MiB. So the helper, which may do so, gives a new socket a buffer
+beyond this limit (`make_room`), which `restore` takes back. SO_BUF_LOCK (5.15) leaves the buffer to the kernel's own
+management then. The original's helper gives none: there, bytes that were sent and do not fit end the connection. The
+caller sends the bytes that were never sent, as the socket drains.
 """
 
 from __future__ import annotations
@@ -71,14 +73,15 @@ _MSS, _WSCALE, _SACK, _TIMESTAMPS = 2, 3, 4, 8  # kinds of options (RFC 9293, 3.
 _OPTION = Struct("=II")  # struct tcp_repair_opt
 _WINDOW = Struct("=IIIII")  # struct tcp_repair_window
 _U32 = Struct("=I")
-SO_BUF_LOCK = 72
+SO_SNDBUFFORCE, SO_BUF_LOCK = 32, 72
 _MAXSEG_MIN, _MAXSEG_MAX = 88, 32767  # of TCP_MAXSEG
 IP_MINTTL, IPV6_MINHOPCOUNT = 21, 73
 _FENCE = 255
+_SNDBUF_MIN = 1 << 16  # bytes that a socket without any has room for, once the buffer of `make_room` is taken back
 _CHUNK = 1 << 15  # bytes that the kernel takes in one buffer of a receive queue
 _NOTSENT = 144  # tcpi_notsent_bytes
 # tcpi_state (include/net/tcp_states.h)
-_ESTABLISHED, _FIN_WAIT1, _FIN_WAIT2, _CLOSE_WAIT, _LAST_ACK, _CLOSING = 1, 4, 5, 8, 9, 11
+_ESTABLISHED, _FIN_WAIT1, _FIN_WAIT2, _CLOSE, _CLOSE_WAIT, _LAST_ACK, _CLOSING = 1, 4, 5, 7, 8, 9, 11
 _FINS = {
     _ESTABLISHED: 0,
     _FIN_WAIT1: FIN_SENT,
@@ -188,6 +191,18 @@ def _end(sockaddr: tuple[Any, ...]) -> tuple[bytes, int]:
 # Making ------------------------------------------------------------------------------------------------------------
 
 
+def make_room(sock: Any) -> None:
+    """For the helper: let a new socket have all that the former one may have had in flight, until `restore`.
+
+    CAP_NET_ADMIN in another user namespace than the first one is not enough: net.core.wmem_max is the limit then.
+    """
+    if tcpinfo.tcp_info(sock)[0] == _CLOSE:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, QUEUE_MAX)
+        except PermissionError:
+            pass
+
+
 def restore(sock: Any, state: SocketState, local: Any, peer: Any) -> int:
     """Connect a new socket, which is in repair mode, between the addresses `local` and `peer`, for bind(2) and
     connect(2), as `state` has it. Returns how many bytes its send queue has.
@@ -221,6 +236,8 @@ def restore(sock: Any, state: SocketState, local: Any, peer: Any) -> int:
         queued = _fill(sock, sent)
         if queued < total - state.unsent:
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) > QUEUE_MAX:
+        _limit(sock, max(total, _SNDBUF_MIN))
     if state.fins & FIN_SENT and (acked_fin or queued == total):
         sock.shutdown(socket.SHUT_WR)
     window = _WINDOW.pack(state.snd_wl1, state.snd_wnd, state.max_window, state.rcv_wnd, state.rcv_wup)
@@ -247,11 +264,16 @@ def _fill(sock: Any, data: bytes | memoryview) -> int:
 def _enlarge(sock: Any, size: int) -> None:
     """See that the send buffer holds `size` bytes, as far as net.core.wmem_max allows it. Raises OSError."""
     if sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < 2 * size:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size + (size >> 1))  # the kernel doubles it
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)
-        except OSError:
-            pass  # before 5.15 the buffer stays as it is
+        _limit(sock, size)
+
+
+def _limit(sock: Any, size: int) -> None:
+    """Have a send buffer for `size` bytes or what net.core.wmem_max allows. Raises OSError."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size + (size >> 1))  # the kernel doubles it
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)
+    except OSError:
+        pass  # before 5.15 the buffer stays as it is
 
 
 def finish(sock: Any, state: SocketState, queued: int) -> bytes:

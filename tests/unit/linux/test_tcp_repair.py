@@ -7,10 +7,11 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from passt import addr
+from passt import addr, repair
 from passt.linux import tcp_repair, tcpinfo
 from passt.linux.tcp_repair import OFF, ON, TCP_REPAIR, NotMovable
 from passt.wire.migration import FIN_ACKED, FIN_RECEIVED, FIN_SENT, QUEUE_MAX, SocketState
@@ -21,6 +22,15 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="TCP_REPAIR needs CAP_
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 BIG = random.Random(1).randbytes(1 << 20)
 SO_MAX_PACING_RATE = 47
+
+
+class LittleRoom(socket.socket):
+    """A socket of a host whose net.core.wmem_max is 5,000 bytes."""
+
+    def setsockopt(self, level: int, option: int, value: Any) -> None:  # type: ignore[override]
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_SNDBUF):
+            value = min(value, 5_000)
+        super().setsockopt(level, option, value)
 
 
 class Ends:
@@ -42,17 +52,17 @@ class Ends:
     def state(self, sock: socket.socket) -> int:
         return int(tcpinfo.tcp_info(sock)[0])
 
-    def move(self, takes: float = 0.0) -> SocketState:
-        """Read `ours`, close it, and make it again; it `takes` s between the first two."""
+    def move(self, takes: float = 0.0, kind: type[socket.socket] = socket.socket) -> SocketState:
+        """Read `ours`, close it, and make it again, of `kind`; it `takes` s between the first two."""
         tcp_repair.fence(self.ours)
         self.ours.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, ON)
         state = tcp_repair.read(self.ours, self.far, peek_off=False)
         time.sleep(takes)
         self.ours.close()
-        self.ours = socket.socket(FAMILIES[self.address])
+        self.ours = kind(FAMILIES[self.address])
         self.ours.setblocking(False)
         tcp_repair.fence(self.ours)
-        self.ours.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, ON)
+        repair._do(bytes([ON]), [self.ours.fileno()], whole=True)
         ends = ((addr.text(a), port) for a, port in (state.local, state.peer))
         queued = tcp_repair.restore(self.ours, state, *ends)
         tcp_repair.lift_fence(self.ours)
@@ -170,6 +180,22 @@ def test_many_bytes_in_flight_fit(ends: Ends) -> None:
     assert len(state.send_queue) == len(sent) > 100_000
     tcp_repair.lift_fence(ends.peer)
     assert read_all(ends.peer, len(sent)) == sent
+
+
+@needs_root
+def test_more_bytes_in_flight_than_a_new_socket_may_have(ends: Ends) -> None:
+    """The helper makes room for them, and the buffer is an ordinary one afterwards."""
+    tcp_repair.fence(ends.peer)
+    ends.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
+    sent = fill(ends.ours)
+    state = ends.move(kind=LittleRoom)
+    assert len(state.send_queue) - state.unsent > 40_000
+    assert ends.ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 10_000
+    tcp_repair.lift_fence(ends.peer)
+    ends.ours.settimeout(10)
+    assert read_all(ends.peer, len(sent) - len(ends.rest)) + ends.rest == sent
+    ends.ours.sendall(ends.rest + b"after")
+    assert read_all(ends.peer, len(ends.rest) + 5) == ends.rest + b"after"
 
 
 @needs_root
