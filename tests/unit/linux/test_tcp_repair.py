@@ -7,14 +7,15 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from struct import Struct
 from typing import Any
 
 import pytest
 
 from passt import addr, repair
 from passt.linux import tcp_repair, tcpinfo
-from passt.linux.tcp_repair import OFF, ON, TCP_REPAIR, NotMovable
-from passt.wire.migration import FIN_ACKED, FIN_RECEIVED, FIN_SENT, QUEUE_MAX, SocketState
+from passt.linux.tcp_repair import OFF, OFF_WITHOUT_PROBE, ON, TCP_REPAIR, TCP_TIMESTAMP, NotMovable
+from passt.wire.migration import FIN_ACKED, FIN_RECEIVED, FIN_SENT, OPTION_TIMESTAMPS, QUEUE_MAX, SocketState
 
 from ...system.support import wait_for
 
@@ -92,6 +93,19 @@ def read_all(sock: socket.socket, size: int) -> bytes:
         assert piece
         data += piece
     return data
+
+
+def timestamp(sock: socket.socket) -> int:
+    """The timestamp that this end of a connection would send."""
+    return sock.getsockopt(socket.IPPROTO_TCP, TCP_TIMESTAMP) & 0xFFFFFFFF
+
+
+def set_timestamp(sock: socket.socket, ahead: int) -> None:
+    """Let the clock of this end be `ahead` of what it is."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, ON)
+    value = Struct("=I").pack(timestamp(sock) + ahead & 0xFFFFFFFE)  # an odd one would be in microseconds
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_TIMESTAMP, value)
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF_WITHOUT_PROBE)
 
 
 def fill(sock: socket.socket) -> bytes:
@@ -196,6 +210,23 @@ def test_more_bytes_in_flight_than_a_new_socket_may_have(ends: Ends) -> None:
     assert read_all(ends.peer, len(sent) - len(ends.rest)) + ends.rest == sent
     ends.ours.sendall(ends.rest + b"after")
     assert read_all(ends.peer, len(ends.rest) + 5) == ends.rest + b"after"
+
+
+@needs_root
+def test_timestamps_go_on_from_where_they_were(ends: Ends) -> None:
+    """The clock of another kernel is another one, and the peer discards segments with old timestamps (RFC 7323, 5)."""
+    set_timestamp(ends.ours, 1 << 30)
+    ends.ours.sendall(b"before")
+    assert ends.peer.recv(100) == b"before"
+    before = timestamp(ends.ours)
+    state = ends.move()
+    assert state.options & OPTION_TIMESTAMPS
+    assert 0 <= timestamp(ends.ours) - before & 0xFFFFFFFF < 60_000
+    for i in range(3):
+        ends.ours.sendall(b"%d" % i)
+        assert ends.peer.recv(100) == b"%d" % i
+        ends.peer.sendall(b"%d" % i)
+        assert ends.ours.recv(100) == b"%d" % i
 
 
 @needs_root
