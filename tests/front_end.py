@@ -33,6 +33,7 @@ USED = Struct("<II")
 U16 = Struct("<H")
 NEXT, WRITE, INDIRECT = 1, 2, 4
 PARTS = 0x10000  # bytes for the parts of a ring
+BUFFERS = 2 * PARTS  # where buffers of the receive ring begin
 SEND_AREA = 1 << 22  # where buffers of `send` begin
 VNET_12 = bytes(12)
 
@@ -110,6 +111,7 @@ class FrontEnd:
         self.rings = [Ring(self, RECEIVE, num), Ring(self, TRANSMIT, num)]
         self.header = 12 if features & (device.F_VERSION_1 | device.F_MRG_RXBUF) else 10
         self._send_at, self._slot = SEND_AREA, 0
+        self.back: list[tuple[int, int]] = []  # (head, length) of the last `receive`
 
     def __enter__(self) -> FrontEnd:
         return self
@@ -245,7 +247,7 @@ class FrontEnd:
             ring.offer(slot)
 
     def _buffer_at(self, slot: int) -> int:
-        return 2 * PARTS + slot * self.buffer
+        return BUFFERS + slot * self.buffer
 
     def send(
         self,
@@ -291,7 +293,8 @@ class FrontEnd:
         """Frames that came, as (virtio-net header, frame); buffers are given back with `refill`."""
         ring = self.rings[RECEIVE]
         chunks = []
-        for head, length in ring.used():
+        self.back = ring.used()
+        for head, length in self.back:
             at = self._buffer_at(head)
             chunks.append(self.memory[at : at + length])
             if refill:

@@ -79,6 +79,7 @@ CASTS = {
 }
 MAY = {
     "passt.link.vring": {"byteorder", "array"},  # refuses other hosts
+    "passt.link.vring_out": {"array"},  # heads of chains; vring refuses other hosts
     "passt.link.vhost_control": {"array"},  # descriptors of SCM_RIGHTS
     "passt.migration.helper": {"array"},
     "passt.repair": {"array"},

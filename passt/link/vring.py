@@ -52,7 +52,7 @@ from ..wire.vhost import RING_LOGGED, Invalid, RingAddresses
 from .dirty_log import DirtyLog
 from .guest_memory import BadRing, GuestMemory
 
-Chain = tuple[int, list[memoryview], int]  # head, buffers, the sum of their lengths
+Run = tuple[list[memoryview], int, int]  # buffers, bytes of a chain, chains (`take_buffers`)
 
 NUM_MAX: Final = 1024  # entries of a ring (VIRTQUEUE_MAX_SIZE of QEMU)
 CHAIN_MAX: Final = 256  # descriptors of a chain: a frame of 64 KiB in pieces of 256 bytes
@@ -61,11 +61,14 @@ NEXT, WRITE, INDIRECT = 1, 2, 4  # flags of a descriptor: another follows; the d
 _NO_CALL: Final = 1  # flag of the available ring
 _NO_KICK: Final = 1  # flag of the used ring
 _DESC: Final = Struct("<QIHH")
+_LENGTH_AND_FLAGS: Final = (1 << 48) - 1  # of the second half of a descriptor
+_PLAIN: Final = WRITE << 32  # the flags in it, of a chain of one buffer to be filled
 _USED: Final = Struct("<II")
 _UNPACK: Final = _DESC.unpack_from
 _NO_MEMORY: Final = memoryview(b"")
 _NO_RING: Final = memoryview(bytearray(8)).cast("H")
 _NO_ENTRIES: Final = memoryview(bytearray(8)).cast("I")
+_NO_WORDS: Final = memoryview(bytearray(16)).cast("Q")
 
 CALLS = calls("preadv2", "write", mode=PASST)
 
@@ -97,6 +100,7 @@ class Vring:
         self.index = index
         self.kick = self.call = -1  # descriptors of eventfds
         self._counter = bytearray(8)
+        self._full = array("I", (0,))  # lengths of filled chains, all the same
         self.watched = False  # whether epoll looks at the kick
         self.log: DirtyLog | None = None  # of what is written to buffers
         self._places: deque[list[tuple[int, int]]] = deque()  # with a log: addresses of the chains that were taken
@@ -132,6 +136,7 @@ class Vring:
             return
         self._memory = memory
         self._desc = memory.of_front_end(at.desc, _DESC.size * num, 16)
+        self._words = self._desc.cast("Q")
         self._avail = memory.of_front_end(at.avail, 6 + 2 * num, 2).cast("H")
         self._used = memory.of_front_end(at.used, 6 + _USED.size * num, 4)
         self._used16 = self._used.cast("H")
@@ -150,6 +155,7 @@ class Vring:
         self._desc = self._used = _NO_MEMORY
         self._avail = self._used16 = _NO_RING
         self._entries = _NO_ENTRIES
+        self._words = _NO_WORDS
         self._mask = 0
         self.used_idx = self._published = 0
 
@@ -202,33 +208,55 @@ class Vring:
         self.base = self.base + 1 & 0xFFFF
         return head, total
 
-    def take_buffers(self, count: int, chains: deque[Chain]) -> int:
-        """Take `count` chains to be filled, and add them to `chains`; the sum of their bytes. Raises BadRing.
+    def take_buffers(self, count: int, heads: array[int], runs: deque[Run]) -> int:
+        """Take `count` chains to be filled; the sum of their bytes. Raises BadRing.
 
-        Most drivers give chains of one buffer. The first region that has one is tried first for the others.
+        Adds their heads to `heads`, and what they have to `runs`. Most drivers give chains of one buffer, and cut
+        buffers from larger pieces of memory. So chains of one length that lie one behind the other are a run: one view
+        has all of them. A chain of several buffers is a run by itself, with a view of each.
         """
+        base, num, words = self.base, self.num, self._words
+        begin = base & self._mask
+        avail = self._avail
+        taken: list[int] = avail[2 + begin : 2 + min(begin + count, num)].tolist()
+        if begin + count > num:
+            taken += avail[2 : 2 + begin + count - num].tolist()
         first, behind, shift, view = self._memory.region_of(0)
-        avail, desc, num, mask = self._avail, self._desc, self.num, self._mask
-        total, plain = 0, self.log is None
-        for _ in range(count):
-            head = avail[2 + (self.base & mask)]
-            if plain and head < num:
-                address, length, flags, _following = _UNPACK(desc, head << 4)
-                if flags == WRITE and 0 < length <= SUM_MAX:
-                    end = address + length
-                    if not first <= address or end > behind:
+        plain = self.log is None and (not taken or max(taken) < num)
+        total = at = 0
+        while at < count:
+            if plain:
+                i = 2 * taken[at]
+                address, second = words[i], words[i + 1]
+                length = (second & _LENGTH_AND_FLAGS) - _PLAIN
+                if 0 < length <= SUM_MAX:
+                    if not first <= address < behind:
                         first, behind, shift, view = self._memory.region_of(address)
+                    end = address + length
                     if first <= address and end <= behind:
-                        chains.append((head, [view[address + shift : end + shift]], length))
-                        self.base = self.base + 1 & 0xFFFF
-                        total += length
+                        begin, at = at, at + 1
+                        for head in taken[at : at + (behind - end) // length]:
+                            i = 2 * head
+                            if words[i] != end:
+                                break
+                            word = words[i + 1]
+                            if word != second and (word ^ second) & _LENGTH_AND_FLAGS:
+                                break
+                            end += length
+                            at += 1
+                        heads.fromlist(taken[begin:at])
+                        runs.append(([view[address + shift : end + shift]], length, at - begin))
+                        total += end - address
+                        self.base = base + at & 0xFFFF
                         continue
             buffers: list[memoryview] = []
             head, length = self.take(buffers, WRITE)
             if not buffers:
                 raise BadRing("a chain without a buffer")
-            chains.append((head, buffers, length))
+            heads.append(head)
+            runs.append((buffers, length, 1))
             total += length
+            at += 1
         return total
 
     def want_kick(self, on: bool) -> None:
@@ -255,15 +283,22 @@ class Vring:
         _USED.pack_into(self._used, 4 + ((self.used_idx & self._mask) << 3), head, length)
         self.used_idx = self.used_idx + 1 & 0xFFFF
 
-    def push_all(self, used: list[int]) -> None:
-        """`push` for several chains: a flat list of (head, bytes written). Raises OSError."""
-        count = len(used) >> 1
+    def push_run(self, heads: array[int], size: int, written: int) -> None:
+        """`push` for the chains of `heads`, of `size` bytes each, that got `written` bytes in all. Raises OSError."""
+        count = len(heads)
         at = self.used_idx & self._mask
+        last = written - (count - 1) * size
         if self.log is not None or at + count > self.num:
-            for i in range(0, len(used), 2):
-                self.push(used[i], used[i + 1])
+            for head in heads[:-1]:
+                self.push(head, size)
+            self.push(heads[-1], last)
             return
-        self._entries[2 * at : 2 * (at + count)] = memoryview(array("I", used))
+        if size != self._full[0]:
+            self._full = array("I", (size,)) * NUM_MAX
+        at, end = 2 * at, 2 * (at + count)
+        self._entries[at:end:2] = heads
+        self._entries[at + 1 : end : 2] = self._full[:count]
+        self._entries[end - 1] = last
         self.used_idx = self.used_idx + count & 0xFFFF
 
     def publish(self) -> None:

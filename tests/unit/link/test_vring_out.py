@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 from scapy.layers.inet import TCP
@@ -13,7 +14,8 @@ from passt.link import vhost_control as device
 from passt.wire import vhost
 from passt.wire.vhost import RingState
 
-from ...front_end import RECEIVE, U16
+from ... import front_end
+from ...front_end import BASE, RECEIVE, SIZE, U16, WRITE
 from .vhost_desk import PLAIN, Desk, super_frame, tcp_frame
 
 
@@ -232,6 +234,83 @@ def test_a_ring_that_runs_dry_is_full_and_says_when_it_is_not() -> None:
     assert b"".join(frame[54:] for _, frame in desk.machine.receive()) == sent
     desk.run()
     assert len(rooms) == 1 and not desk.link.full
+    desk.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_buffers_lie_anywhere_and_come_in_any_order(seed: int) -> None:
+    """Some behind one another, of several lengths, and with descriptors whose `next` means nothing."""
+    dice = random.Random(seed)
+    desk = Desk(PLAIN | device.F_MRG_RXBUF | TSO, num=256)
+    machine, ring = desk.machine, desk.machine.rings[RECEIVE]
+    places, at = [], front_end.BUFFERS
+    while len(places) < ring.num:
+        size = dice.choice((1526, 2048, 4096))
+        for _ in range(dice.choice((1, 2, 17))):
+            places.append((at, size))
+            at += size
+        at += dice.choice((0, 64))
+    slots = list(range(ring.num))
+    dice.shuffle(places)
+    if seed % 2:
+        places.sort()
+    machine._buffer_at = lambda slot: places[slot][0]  # type: ignore[method-assign]
+    machine.introduce()
+    for slot, (place, size) in enumerate(places[: ring.num]):
+        ring.describe(slot, BASE + place, size, WRITE, dice.randrange(1 << 16))
+        ring.offer(slot)
+    for each in machine.rings:
+        machine.start_ring(each)
+    desk.run()
+    hdr, _ = super_frame(100, 1400)
+    for _ in range(60):
+        data = dice.randbytes(dice.choice((1, 1000, 5000, 40_000)))
+        if dice.random() < 0.3:
+            desk.link.send_payload((hdr, data))
+        else:
+            assert received(desk, hdr, data, 40_000) == 40_000
+        desk.link.send_frame(tcp_frame(100))
+        desk.run()
+        got = [frame for _, frame in machine.receive(refill=False)]
+        assert b"".join(frame[54:] for frame in got[:-1])[: len(data)] == data
+        assert got[-1] == tcp_frame(100)
+        back = [slot for slot in slots if slot in {head for head, _ in machine.back}]
+        if seed % 3:
+            dice.shuffle(back)
+        for slot in back:
+            ring.offer(slot)
+        os.eventfd_write(ring.kick, 1)
+        desk.run()
+    assert desk.drops == {}
+    desk.close()
+
+
+@pytest.mark.parametrize("wrong", [64, 0xFFFF])
+def test_a_head_beyond_the_ring_behind_others(wrong: int) -> None:
+    desk = Desk(PLAIN | device.F_MRG_RXBUF, num=64)
+    machine, ring = desk.machine, desk.machine.rings[RECEIVE]
+    machine.introduce()
+    machine.fill()
+    U16.pack_into(machine.memory, ring.avail_at + 4 + 2 * 5, wrong)
+    for each in machine.rings:
+        machine.start_ring(each)
+    desk.run()
+    assert desk.drops == {Drop.VRING_BROKEN: 1}
+    desk.close()
+
+
+def test_a_run_ends_where_the_memory_ends() -> None:
+    """Its next buffer would be one of which half is there."""
+    desk = Desk(PLAIN | device.F_MRG_RXBUF, num=4)
+    machine, ring = desk.machine, desk.machine.rings[RECEIVE]
+    machine.introduce()
+    for slot in range(4):
+        ring.describe(slot, BASE + SIZE - 3 * 4096 - 2048 + slot * 4096, 4096, WRITE)
+        ring.offer(slot)
+    for each in machine.rings:
+        machine.start_ring(each)
+    desk.run()
+    assert desk.drops == {Drop.VRING_BROKEN: 1}
     desk.close()
 
 
