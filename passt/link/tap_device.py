@@ -5,7 +5,9 @@ device does not take at once is dropped.
 
 Reading. Frames are read one after the other into the packet pool until the tap is empty, the pool is full, or the
 budget is used up. Asking an empty tap costs as much as reading a small frame, so the budget follows what was there
-last time, and grows when it was used up several times running; what is left over is reported by epoll again.
+last time, and grows when it was used up several times running; what is left over is reported by epoll again. Where
+bulk was sent since the last read, the budget is BUDGET_MAX: its acknowledgements come by dozens, each of them lets a
+turn's worth of bulk follow, and a request behind them would wait for all of that.
 
 The device keeps its descriptor when it has to be created again: `unwatch` before, `watch` after.
 """
@@ -26,6 +28,7 @@ from .backend import TRANSIENT, Buffer, Link, Receiver
 from .packet import FRAME_ROOM, PacketPool
 
 BUDGET_MAX: Final = 512  # frames in one turn, so that sockets get theirs
+BULK: Final = 1 << 17  # bytes sent since the last read, beside which asking an empty tap costs nothing
 PATIENCE: Final = 8  # turns that use up the budget before it doubles
 
 CALLS = calls("readv", "write", "writev", mode=PASTA)
@@ -45,6 +48,7 @@ class TapLink(Link):
         self._written = 0  # bytes, with virtio-net headers: what writes return
         self._front = 0 if self.reads_vnet else VNET_LEN  # bytes before a frame that the device does not fill
         self._budget = 1
+        self._read_at = 0  # `_written` when frames were last read
         self._streak = 0
 
     # From the guest --------------------------------------------------------------------------------------------------
@@ -74,6 +78,10 @@ class TapLink(Link):
         mv = pool.mv
         room = pool.size - 2 * FRAME_ROOM  # the last frame's room is kept for reassembled packets
         offset, left = 0, self._budget
+        behind_bulk = self._written - self._read_at >= BULK
+        if behind_bulk:
+            left = BUDGET_MAX
+        self._read_at = self._written
         frames: list[int] = []
         place = self._first
         try:
@@ -87,12 +95,13 @@ class TapLink(Link):
                     break
                 place = (mv[offset + front : offset + FRAME_ROOM],)
         except BlockingIOError:
-            self._budget = max(1, self._budget - left)
-            self._streak = 0
+            if not behind_bulk:
+                self._budget = max(1, self._budget - left)
+                self._streak = 0
         except OSError as e:
             self.gone(_failure(e))
         else:
-            self._streak += 1
+            self._streak += not behind_bulk
             if self._streak >= PATIENCE:
                 self._budget = min(self._budget * 2, BUDGET_MAX)
                 self._streak = 0

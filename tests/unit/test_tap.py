@@ -37,7 +37,7 @@ from passt.flow.ip_fields import DF
 from passt.flow.table import Flow
 from passt.link.packet import FRAME_ROOM
 from passt.link.plain_tap import PlainLink
-from passt.link.tap_device import BUDGET_MAX, PATIENCE, TapLink
+from passt.link.tap_device import BUDGET_MAX, BULK, PATIENCE, TapLink
 from passt.loop.reactor import EPOLLIN, TYPE_TAP, make_ref
 from passt.policy.guest import Guest
 from passt.policy.rules import Rule
@@ -972,6 +972,23 @@ def test_budget_follows_what_there_was(tap: FakeTap, monkeypatch: pytest.MonkeyP
     assert turn(float("inf")) == BUDGET_MAX, "twice 300 would be more than a turn may take"
     assert turn(0) == 1
     assert turn(5) == 1
+
+
+def test_behind_bulk_the_tap_is_emptied(tap: FakeTap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request waited behind dozens of acknowledgements, of which each turn of the loop took one."""
+    source = Source(V4, monkeypatch)
+
+    def turn(sent: int, left: float) -> int:
+        tap.link._written += sent
+        source.reads, source.left = 0, left
+        tap.turn()
+        return source.reads
+
+    assert turn(BULK - 1, 40) == 1
+    assert turn(BULK, 40) == 41
+    assert turn(0, 40) == 1, "only what was sent since the last read counts, and the budget is what it was"
+    assert turn(BULK, float("inf")) == BUDGET_MAX
+    assert [turn(BULK, float("inf")) and turn(0, 5) for _ in range(PATIENCE)] == [1] * (PATIENCE - 2) + [2, 2]
 
 
 def test_full_pool_ends_a_turn(tap: FakeTap, monkeypatch: pytest.MonkeyPatch) -> None:
