@@ -68,7 +68,7 @@ from .conn import (
     set_segmentation,
 )
 from .held import sack_blocks
-from .turns import Turns
+from .turns import SPARSE, Turns
 
 PEEK_MAX: Final = 1 << 18  # bytes in one peek: four super-frames, small enough for the second-level cache
 BULK: Final = 1 << 14  # bytes in one peek from which on the next one goes where the link wants it
@@ -211,12 +211,13 @@ class TcpOut:
             if self._link.full or room <= 0:
                 turns.waiting[conn.index] = conn
                 return
-            if turns.left <= 0 and turns.used_up():
-                turns.put_off(conn)
-                return
             in_flight = conn.snd_nxt - conn.snd_una
             want = conn.snd_wnd - in_flight
             if want <= 0:
+                return
+            over = turns.left <= 0 and turns.renewed() <= 0
+            if in_flight >= SPARSE and (over or (turns.waiting and not turns.walking)):
+                turns.put_off(conn)
                 return
             silly = in_flight and want < conn.mss and want < conn.snd_wnd_max >> 1
             if silly and in_flight >= 2 * conn.mss:
@@ -225,6 +226,8 @@ class TcpOut:
                 want = PEEK_MAX
             if want > room:
                 want = room
+            if over and want > SPARSE - in_flight:
+                want = SPARSE - in_flight
             if not self._peek_off:
                 if conn.urgent:
                     self.consume(conn)

@@ -139,6 +139,7 @@ class FakeReactor:
 
     def go_on(self, now: float) -> None:
         """The next turn begins."""
+        self.wakeups += 1
         more, self.more = self.more, []
         for callback in more:
             callback(now)

@@ -56,7 +56,8 @@ class Party:
         reactor(self.talk.ctx).fire(sock.fd, EPOLLIN, self.talk.now)
 
     def opens(self, room: int) -> None:
-        """The link takes some more."""
+        """The link takes some more, in another turn."""
+        reactor(self.talk.ctx).wakeups += 1
         self.room, self.link.full = room, False
         self.talk.tcp.resume(self.talk.now)
 
@@ -100,12 +101,40 @@ def test_a_turn_has_an_end() -> None:
     party.arrive(0, LARGE)
     assert party.sent()[0] == TURN_MAX, "the guest's window is larger, and the link takes more"
     party.arrive(1, LARGE)
-    assert party.sent()[1] == 0, "the turn is used up"
-    party.next_turn()
-    assert party.sent() == [TURN_MAX, TURN_MAX], "the one that has nothing in flight goes first"
+    assert party.sent()[1] == SPARSE, "the turn is used up, but for an answer"
     party.next_turn()
     party.next_turn()
-    assert party.sent() == [2 * TURN_MAX, 2 * TURN_MAX]
+    assert party.sent() == [2 * TURN_MAX, SPARSE + TURN_MAX], "in the order in which they began to wait"
+
+
+def test_an_answer_does_not_wait_for_a_turn() -> None:
+    party = Party(3)
+    party.arrive(0, LARGE)
+    party.arrive(1, 1)
+    assert party.sent() == [TURN_MAX, 1, 0]
+    party.conns[2].snd_wnd = 0
+    party.arrive(2, 100)
+    party.next_turn()
+    party.conns[2].snd_wnd = 1 << 20
+    party.talk.key = party.conns[2].key
+    party.talk.tcp._out.send_data(party.conns[2])
+    assert party.sent() == [2 * TURN_MAX, 1, 100]
+
+
+def test_a_turn_is_no_longer_for_those_that_waited_for_it() -> None:
+    """A bulk flow's acknowledgement, and what it waits for, are one turn: it was two, with twice the bytes."""
+    party = Party(2)
+    party.arrive(0, LARGE)
+    party.arrive(1, LARGE)
+    for _ in range(4):
+        before = sum(party.sent())
+        reactor(party.talk.ctx).wakeups += 1
+        for conn in party.conns:  # acknowledgements, which open the window
+            party.talk.tcp._out.send_data(conn)
+        reactor(party.talk.ctx).wakeups -= 1
+        party.next_turn()
+        assert sum(party.sent()) - before == TURN_MAX
+    assert party.sent() == [3 * TURN_MAX, SPARSE + 2 * TURN_MAX], "and each of them has had its share"
 
 
 def test_a_turn_is_not_charged_with_what_earlier_ones_have_sent() -> None:
@@ -125,9 +154,9 @@ def test_an_acknowledgement_does_not_prolong_the_turn() -> None:
     talk = party.talk
     party.arrive(0, LARGE)
     talk.guest(ACK, ack=1 + TURN_MAX, window=65535)
-    assert party.conns[0].snd_nxt - party.conns[0].snd_una == 0
+    assert party.conns[0].snd_nxt - party.conns[0].snd_una == SPARSE
     party.next_turn()
-    assert party.sent()[0] == TURN_MAX
+    assert party.sent()[0] == SPARSE + TURN_MAX
 
 
 def test_what_fits_into_a_turn_needs_no_other() -> None:
@@ -147,7 +176,7 @@ def test_turns_come_until_all_is_sent() -> None:
         party.next_turn()
         turns += 1
     assert party.sent() == [2 * TURN_MAX + 1] * 3
-    assert turns == 6 and party.order() == []
+    assert turns == 5 and party.order() == []
 
 
 def test_a_link_that_is_full_is_not_asked_again_and_again() -> None:
@@ -174,12 +203,12 @@ def test_a_link_without_room() -> None:
 def test_few_bytes_in_flight_are_no_bulk() -> None:
     """An answer in two writes: the second one waits for the link while the first is in flight."""
     party = Party(2)
-    party.arrive(1, SPARSE)
+    party.arrive(1, SPARSE - 1)
     party.room = 1
     party.arrive(0, LARGE)
     party.arrive(1, 1)
     party.opens(1)
-    assert party.sent()[1] == SPARSE + 1
+    assert party.sent()[1] == SPARSE
     party.opens(1)
     party.arrive(1, 1)
     assert party.order() == [party.conns[0], party.conns[1]]
@@ -236,11 +265,11 @@ def test_a_link_that_gets_full_with_the_last_byte_is_waited_for() -> None:
 
 
 def test_a_turn_that_is_used_up_to_the_byte_goes_on_in_the_next() -> None:
-    party = waiting(TURN_MAX - 100, 100, 10)
+    party = waiting(TURN_MAX - 100, 100, SPARSE + 10)
     party.opens(1 << 30)
-    assert party.sent() == [TURN_MAX - 100, 100, 0] and len(reactor(party.talk.ctx).more) == 1
+    assert party.sent() == [TURN_MAX - 100, 100, SPARSE] and len(reactor(party.talk.ctx).more) == 1
     party.next_turn()
-    assert party.sent() == [TURN_MAX - 100, 100, 10]
+    assert party.sent() == [TURN_MAX - 100, 100, SPARSE + 10]
 
 
 def test_a_new_turn_is_open_where_the_last_one_was_used_up() -> None:
