@@ -7,13 +7,16 @@ Acknowledgements
     ------------------------------  --------------------------------------------------------------------------------
     near: on this host, or closer   when the socket takes it, and FIN likewise: neither can get lost any more
     than 25 us (tcpi_min_rtt)
-    elsewhere                       when the socket takes it, but for the last 32 to 64 KiB (the tail). The tail and FIN
-                                    are acknowledged when the peer has acknowledged them (tcpi_bytes_acked)
+    elsewhere                       when the socket takes it, but for the last 4 to 8 segments, 64 KiB at most (the
+                                    tail). The tail and FIN are acknowledged when the peer has acknowledged them
+                                    (tcpi_bytes_acked)
 
 The tail makes delivery visible. A guest whose path is cut keeps unacknowledged data, so TCP_USER_TIMEOUT, SIOCOUTQ and
 SO_LINGER in the guest work as they do on the host. Data before the tail is acknowledged at once, because each of the
 two kernels has a congestion control of its own: a guest that waited for the round trip of the path, and then for the
-next look at TCP_INFO, would fill a fast path at a quarter of its rate.
+next look at TCP_INFO, would fill a fast path at a quarter of its rate. The tail is smaller than any congestion window
+of a guest that sends much (10 segments at first, 16 where CUBIC's HyStart may end slow start): were all that it may
+send in the tail, it would see the round trip of the path, which ends slow start, and wait for it again and again.
 
     TCP_INFO is read                  for
     --------------------------------  ------------------------------------------------------------------------------
@@ -94,8 +97,8 @@ POLL_MAX: Final = 1.0  # s, while the peer acknowledges nothing
 PINGPONG_MAX: Final = 3
 PINGPONG: Final = 2  # answers in time after which acknowledgements are delayed
 BULK_MIN: Final = 8192  # bytes: a batch of so many is no request that waits for its answer
-TAIL_MAX: Final = 65536  # bytes that may wait for the host peer's acknowledgement
-TAIL_MIN: Final = 32768  # bytes that go on waiting where there are more
+TAIL_MAX: Final = 65536  # bytes that may wait for the host peer's acknowledgement; half of them go on waiting
+TAIL_SEGMENTS: Final = 8  # the same, in segments
 NEAR_US: Final = 25  # us, round trip below which a peer is near: a veth pair takes 10, two network cards 50
 LONG_LINK: Final = 0.002  # s, round trip
 GROWN_MAX: Final = 3 << 19  # bytes, less than OUT_OF_ORDER_MAX
@@ -104,6 +107,11 @@ HABIT: Final = 8  # connections in a row whose first request was answered in tim
 VAIN: Final = 60.0  # s without the habit after a wait in vain
 SERVERS_MAX: Final = 256
 WINDOW_FLOOR: Final = 65536  # bytes, advertised whatever the host peer's window if the send buffer has room
+
+
+def tail_of(mss: int) -> int:
+    """Bytes that may wait for the host peer's acknowledgement, where segments have `mss` bytes."""
+    return min(mss * TAIL_SEGMENTS, TAIL_MAX)
 
 
 class Server:
@@ -138,10 +146,11 @@ class TcpAck:
     def acknowledge(self, conn: TcpConn, n: int, must_ack: bool, now: float) -> None:
         """Acknowledge what may be acknowledged of the `n` bytes that the socket has just taken, now or later."""
         before = conn.rcv_acked
+        tail = tail_of(conn.mss)
         if conn.near or conn.held:
             conn.rcv_acked = conn.rcv_nxt
-        elif conn.rcv_nxt - before > TAIL_MAX:
-            conn.rcv_acked = conn.rcv_nxt - TAIL_MIN
+        elif conn.rcv_nxt - before > tail:
+            conn.rcv_acked = conn.rcv_nxt - (tail >> 1)
         elif not conn.poll_interval:
             self.update_rcv_acked(conn)
         if conn.rcv_edge - conn.rcv_nxt < conn.rcv_wnd_low or conn.rcv_refused:

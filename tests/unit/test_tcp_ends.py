@@ -438,7 +438,8 @@ before the guest is asked; automatic ports (`-t auto`) are not listened on unles
 | the guest becomes silent | RST, after 10 s for SYN, 180 s for data, 2 h 11 min when idle | a socket can send \
 FIN or RST; its peer has all data that was sent |
 | data that the host's kernel has not sent when the guest resets | RST without it | a kernel discards its send \
-queue on RST, too. The guest has no acknowledgement of the last 32 to 64 KiB (`passt/tcp_engine/window.py`) |
+queue on RST, too. The guest has no acknowledgement of the last 4 to 8 segments, 64 KiB at most \
+(`passt/tcp_engine/window.py`) |
 
 ## Loopback to loopback
 

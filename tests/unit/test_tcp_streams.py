@@ -26,7 +26,7 @@ from passt.loop.timers import NO_OWNER
 from passt.tcp_engine import sock as tcp_sock
 from passt.tcp_engine.conn import RTO_MAX, TAP_FIN_RCVD, TcpConn
 from passt.tcp_engine.out_of_order import OVERHEAD
-from passt.tcp_engine.window import POLL_MAX, TAIL_MIN
+from passt.tcp_engine.window import POLL_MAX, tail_of
 from passt.wire.tcp import ACK, FIN, PSH, RST, SACK_BLOCKS_MAX, SYN
 
 from . import support
@@ -247,7 +247,7 @@ class Streams(RuleBasedStateMachine):
             arrived = self.sock.info[BYTES_ACKED] - self.sock.syn
             if self.conn.out_of_order:
                 self.before_a_hole = len(self.sock.sent)
-            known = max(arrived, len(self.sock.sent) - TAIL_MIN, self.before_a_hole)
+            known = max(arrived, len(self.sock.sent) - tail_of(self.conn.mss) // 2, self.before_a_hole)
             assert told <= known, f"{s}: the peer has {arrived}"
         edge = told + (s.window << self.scale)
         assert edge > self.edge - (1 << self.scale), f"{s}: the window moved left"
