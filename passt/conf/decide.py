@@ -7,9 +7,11 @@ The state of the host never prevents the start. Each address family is decided s
     --------------------------------------  -----------------------------------------------------------------------
     an interface with an address            that address, the interface's routes, its gateway if there is one. Which of
                                             several addresses: `linux/routes.py`
+    a default route without a gateway:      its address, and the gateway of local mode: DHCP needs one (IPv4), and
+      a tunnel, a point-to-point link         router advertisements come from one
+    a tunnel that --outbound-if names       likewise. The main table need not have a default route: sockets are bound
+                                              to the tunnel (wg-quick(8))
     an address but no default route         the address; no gateway, hence no DHCP (IPv4) and no mapping of the host
-    a tunnel without a gateway, which       its address, and the gateway of local mode. The main table need not have
-      --outbound-if names                     a default route: sockets are bound to the tunnel (wg-quick(8))
     nothing usable                          local mode: 169.254.2.1/16 and 169.254.2.2; fe80::1 as IPv6 gateway
     a kernel without the family             the family is off
 
@@ -76,8 +78,12 @@ class Decision:
     remarks: Remarks
 
 
-def decide(options: Options, host: Host, resolv_conf: ResolvConf, *, have_v6: bool = True) -> Decision:
-    """The configuration that follows from the command line and the host. Raises Fatal."""
+def decide(
+    options: Options, host: Host, resolv_conf: ResolvConf, *, have_v6: bool = True, former: Config | None = None
+) -> Decision:
+    """The configuration that follows from the command line and the host. Where the guest has a gateway of ours, it is
+    that of `former`, if there is one. Raises Fatal.
+    """
     remarks = Remarks()
     mtu = min(options.mtu, FRAME_MTU_MAX)
     if mtu != options.mtu:
@@ -86,8 +92,9 @@ def decide(options: Options, host: Host, resolv_conf: ResolvConf, *, have_v6: bo
     template4, why4 = _template(options, host, v6=False) if options.use.v4 else (None, "")
     template6, why6 = _template(options, host, v6=True) if options.use.v6 and have_v6 else (None, "")
     _check_named(options, host, template4, template6)
-    ip4 = _ip4(options, host, template4) if options.use.v4 else None
-    ip6 = _ip6(options, host, template6) if _want_v6(options, mtu, have_v6, remarks) else None
+    ours4, ours6 = _our_gateways(former)
+    ip4 = _ip4(options, host, template4, ours4) if options.use.v4 else None
+    ip6 = _ip6(options, host, template6, ours6) if _want_v6(options, mtu, have_v6, remarks) else None
     _remark_local(options, template4, why4, remarks, v6=False)
     if ip6:
         _remark_local(options, template6, why6, remarks, v6=True)
@@ -184,6 +191,17 @@ def _bound_to_tunnel(options: Options, template: Link, v6: bool) -> bool:
     return not template.mac and name is not None and name in (template.name, *template.altnames)
 
 
+def _lacks_gateway(options: Options, host: Host, template: Link, v6: bool) -> bool:
+    """Whether packets to anywhere leave through the template although it has no gateway."""
+    return _bound_to_tunnel(options, template, v6) or routes.has_default(host, template.index, v6)
+
+
+def _our_gateways(former: Config | None) -> tuple[bytes, bytes]:
+    """The gateways, of IPv4 and IPv6, of a guest whose host has none. The guest keeps the one that it knows."""
+    four, six = (former.ip4, former.ip6) if former is not None else (None, None)
+    return (four and four.gateway) or LOCAL_GATEWAY4, (six and six.gateway) or LOCAL_LL6
+
+
 def _want_v6(options: Options, mtu: int, have_v6: bool, remarks: Remarks) -> bool:
     if not options.use.v6:
         return False
@@ -199,14 +217,14 @@ def _want_v6(options: Options, mtu: int, have_v6: bool, remarks: Remarks) -> boo
 # One family --------------------------------------------------------------------------------------------------------
 
 
-def _ip4(options: Options, host: Host, template: Link | None) -> Ip4:
+def _ip4(options: Options, host: Host, template: Link | None, ours: bytes) -> Ip4:
     found = routes.pick_address(host, template.index, v6=False) if template else None
     address, gateway = options.address.v4, options.gateway.v4
     if found:
         address = address or found.addr
     if template:
         gateway = gateway or routes.pick_gateway(host, template.index, v6=False)
-        gateway = gateway or (LOCAL_GATEWAY4 if _bound_to_tunnel(options, template, v6=False) else None)
+        gateway = gateway or (ours if _lacks_gateway(options, host, template, v6=False) else None)
     else:
         address, gateway = address or LOCAL_ADDR4, gateway or LOCAL_GATEWAY4
     usual = found.prefix_len if found and not options.address.v4 else _usual_prefix(address)
@@ -225,7 +243,7 @@ def _ip4(options: Options, host: Host, template: Link | None) -> Ip4:
     )
 
 
-def _ip6(options: Options, host: Host, template: Link | None) -> Ip6:
+def _ip6(options: Options, host: Host, template: Link | None, ours: bytes) -> Ip6:
     found = routes.pick_address(host, template.index, v6=True) if template else None
     address, gateway = options.address.v6, options.gateway.v6
     our_ll = None
@@ -233,7 +251,7 @@ def _ip6(options: Options, host: Host, template: Link | None) -> Ip6:
         address = address or found.addr
     if template:
         gateway = gateway or routes.pick_gateway(host, template.index, v6=True)
-        gateway = gateway or (LOCAL_LL6 if _bound_to_tunnel(options, template, v6=True) else None)
+        gateway = gateway or (ours if _lacks_gateway(options, host, template, v6=True) else None)
         our_ll = routes.pick_link_local(host, template.index)
     else:
         gateway = gateway or LOCAL_LL6

@@ -16,7 +16,8 @@ the log, are the output. `conf/decide.py` decides anew, as at a start. Then each
       come back with the same addresses
 
 A change of the template is a change of the default route: a tunnel takes it and gives it back. A default route without
-a gateway (a tunnel) leaves the guest its gateway, which is an address of ours, not of the network: DHCP needs one.
+a gateway (a tunnel) leaves the guest its gateway, which is an address of ours, not of the network: DHCP needs one. If
+the guest has none, it gets that of local mode.
 
     option             effect
     -----------------  -------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def follow(
     """
     now = _with_current_names(options, former, host)
     try:
-        new = decide.decide(now, host, found, have_v6=have_v6)
+        new = decide.decide(now, host, found, have_v6=have_v6, former=current)
     except Fatal as e:
         return _stay(former, current, str(e))
     verdicts = tuple(_verdict(former, new, host, current, v6=v6) for v6, _ in FAMILIES)
@@ -148,8 +149,8 @@ def _verdict(former: View, new: Decision, host: Host, current: Config, *, v6: bo
 
 
 def _online(host: Host, template: Link, v6: bool) -> bool:
-    """Whether a default route goes through the interface."""
-    return any(h.index == template.index for r in host.routes(v6) if r.default for h in r.hops)
+    """Whether a default route leads through the interface."""
+    return routes.has_default(host, template.index, v6)
 
 
 def _merge(
@@ -194,7 +195,7 @@ def _ip6(options: Options, current: Ip6 | None, new: Ip6 | None, verdict: str) -
         return current
     if verdict == WITHDRAWN:
         return replace(current, addr=None, gateway=None)
-    if new.gateway is None:
+    if new.gateway in (None, current.gateway):
         kept = current.map_host_loopback if new.map_host_loopback is None else new.map_host_loopback
         new = replace(new, gateway=current.gateway, our_ll=current.our_ll, map_host_loopback=kept)
     if options.follow == ROUTES:

@@ -238,6 +238,11 @@ def pick_gateway(host: Host, index: int, v6: bool) -> bytes | None:
     return None
 
 
+def has_default(host: Host, index: int, v6: bool) -> bool:
+    """Whether a default route leads through interface `index`, with a gateway or without one."""
+    return any(h.index == index for r in host.routes(v6) if r.default for h in r.hops)
+
+
 # Copying -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
-"""A tunnel as wg-quick(8) makes it: without a gateway, and with its default route in a table that rules choose.
+"""A tunnel as wg-quick(8) makes it: without a gateway, and with its default route in a table that rules choose. Or, as
+other programs do, in the main table.
 
 Two tun devices whose packets the test carries from one to the other. They have no link-layer addresses, as WireGuard's.
 """
@@ -14,12 +15,23 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from scapy.layers.inet6 import (
+    ICMPv6EchoReply,
+    ICMPv6EchoRequest,
+    ICMPv6ND_RA,
+    ICMPv6ND_RS,
+    ICMPv6NDOptPrefixInfo,
+    IPv6,
+)
+from scapy.layers.l2 import Ether
 
 from passt.linux.syscall import CLONE_NEWNET, setns
 
 from .support import User, wait_for
-from .test_follow import HOME, HOME6, QUIET, SERVER, SERVER6, Site, connect, made_site, seen_as, talk
+from .test_follow import HOME, HOME6, PORT, QUIET, SERVER, SERVER6, Site, connect, made_site, seen_as, talk
 from .traffic.support import Namespace
+from .vm.client import Client
+from .vm.support import passt
 
 TUNSETIFF, IFF_TUN_NO_PI = 0x400454CA, 0x1001
 NEAR, NEAR6 = "10.66.0.2", "fd66::2"
@@ -124,3 +136,63 @@ def test_sockets_that_are_bound_to_it(site: Site, ordinary_user: User, ruled: bo
         assert seen_as(guest) == NEAR
         assert seen_as(guest, SERVER6) == (NEAR6 if ruled else "")
         guest.run("ping", "-c1", "-W5", SERVER)
+
+
+# A machine; no option says anything about the tunnel ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def default_routes(site: Site) -> Iterator[None]:
+    """Those of the main table lead through the tunnel."""
+    for family in ("-4", "-6"):
+        site.host(f"{family} route add default dev wg0 metric 1")
+    yield  # they go with the tunnel
+
+
+def through_the_tunnel(client: Client, router: str) -> None:
+    """The machine gets all that it needs from DHCP and router advertisements, and reaches the server."""
+    client.configure()
+    assert (client.address, client.options["router"]) == (NEAR, router)
+    assert client.connect(SERVER, PORT).receive(len(NEAR) + 1) == f"{NEAR}\n".encode()
+    own = f"{NEAR6.removesuffix('2')}1:2:3"
+    advertised(client, NEAR6)
+    client.send(Ether(src=client.mac, dst=client.router_mac) / IPv6(src=own, dst=SERVER6) / ICMPv6EchoRequest(id=7))
+    client.expect(lambda p: True if ICMPv6EchoReply in p and p[IPv6].dst == own else None)
+
+
+def advertised(client: Client, address: str) -> None:
+    """A router advertises the /64 of `address`."""
+    solicitation = IPv6(src="fe80::1:2:3", dst="ff02::2") / ICMPv6ND_RS()
+    client.send(Ether(src=client.mac, dst="33:33:00:00:00:02") / solicitation)
+    prefix = address.removesuffix("2")
+    client.expect(
+        lambda p: (
+            True
+            if ICMPv6ND_RA in p and p[ICMPv6ND_RA].routerlifetime and p[ICMPv6NDOptPrefixInfo].prefix == prefix
+            else None
+        )
+    )
+
+
+def test_a_machine_that_starts_in_a_tunnel(site: Site, anyone: User) -> None:
+    site.leave()
+    with (
+        tunnel(site), default_routes(site), passt(site.lan, anyone, *QUIET[1:5]) as server,
+        Client.at(str(server.path)) as client,
+    ):  # fmt: skip
+        through_the_tunnel(client, "169.254.2.2")
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_machine_whose_host_enters_a_tunnel(site: Site, ordinary_user: User, online: bool) -> None:
+    """It keeps the gateway that it has, if it has one."""
+    site.leave()
+    if online:
+        site.join(HOME)
+        site.host(f"route add default via {HOME}.1 dev eth0 metric 100", "route del default metric 0")
+        site.join6(HOME6)
+    with passt(site.lan, ordinary_user, *QUIET[1:5]) as server, Client.at(str(server.path)) as client:
+        client.configure()
+        with tunnel(site), default_routes(site):
+            server.expect(rf"The host's network has changed: IPv4 {NEAR}/32.*IPv6 {NEAR6}")
+            through_the_tunnel(client, f"{HOME}.1" if online else "169.254.2.2")

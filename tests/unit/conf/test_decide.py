@@ -274,6 +274,21 @@ def test_a_tunnel_that_has_the_default_route() -> None:
     assert d.config.ip4 and d.config.ip4.gateway == ip("169.254.2.2")
 
 
+def test_a_machine_has_a_gateway_where_the_default_route_has_none() -> None:
+    """No option names the tunnel. DHCP gives 169.254.2.2, and router advertisements come from fe80::1."""
+    config = guest_of("", replace(TUNNEL, routes4=(DEFAULT,), routes6=(replace(DEFAULT, dst=ANY6),))).config
+    assert config.ip4 and config.ip6
+    assert (config.ip4.addr, config.ip4.prefix_len, config.ip4.gateway) == (ip("10.66.0.2"), 32, ip("169.254.2.2"))
+    assert (config.ip6.addr, config.ip6.gateway, config.ip6.our_ll) == (ip("fd66::2"), ip("fe80::1"), ip("fe80::1"))
+    assert (config.ip4.map_host_loopback, config.ip6.map_host_loopback) == (ip("169.254.2.2"), ip("fe80::1"))
+    assert not config.no_dhcp and not config.no_dhcpv6
+
+
+def test_the_gateway_of_a_default_route_without_one_can_be_given() -> None:
+    config = given_host("-g 10.66.0.1 -4", replace(TUNNEL, routes4=(DEFAULT,))).config
+    assert config.ip4 and config.ip4.gateway == ip("10.66.0.1")
+
+
 @pytest.mark.parametrize("line", ["-i wg0 -4", "--outbound-if4 eth1 -4"])
 def test_an_interface_without_a_default_route_stays_without(line: str) -> None:
     """Its guests are not led elsewhere."""

@@ -41,7 +41,9 @@ def net4(
 def net6(index: int, address: str, gateway: str | None) -> tuple[tuple[Address, ...], tuple[Route, ...]]:
     own = Address(index, ip(address), 64)
     network = Route(addr.packed(address)[:8] + bytes(8), 64, (Hop(index),), 256)
-    return (own,), (network, *((Route(ANY6, 0, (Hop(index, ip(gateway)),), 1024),) if gateway else ()))
+    if gateway is None:
+        return (own,), (network,)
+    return (own,), (network, Route(ANY6, 0, (Hop(index, ip(gateway) if gateway else None),), 1024))
 
 
 def host(*nets: tuple[tuple[Address, ...], tuple[Route, ...]], links: tuple[Link, ...] = LINKS) -> Host:
@@ -63,6 +65,7 @@ TUNNEL = host(
     net4(2, "192.168.7.20", "192.168.7.1", 100), net4(9, "10.8.0.2", "", prefix_len=32),
     net6(2, "2001:db8:7::20", "fe80::7"), links=(*LINKS, TUN),
 )  # fmt: skip
+ONLY_TUNNEL = host(net4(9, "10.8.0.2", "", prefix_len=32), net6(9, "fd08::2", ""), links=(*LINKS, TUN))
 
 
 class Guest:
@@ -144,6 +147,26 @@ def test_from_home(options: str, hosts: list[Host], expected: tuple[str, str], v
 )
 def test_from_local_mode(hosts: list[Host], expected: tuple[str, str]) -> None:
     assert Guest(start=OFFLINE).goes(*hosts).has == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "hosts", "expected"),
+    [
+        (ONLY_TUNNEL, [], ("10.8.0.2 via 169.254.2.2", "fd08::2 via fe80::1")),
+        (ONLY_TUNNEL, [HOME], AT_HOME),
+        (ONLY_TUNNEL, [HOME, ONLY_TUNNEL], ("10.8.0.2 via 192.168.7.1", "fd08::2 via fe80::7")),
+        (OFFLINE, [ONLY_TUNNEL], ("10.8.0.2 via 169.254.2.2", "fd08::2 via fe80::1")),
+        (NO_DEFAULT, [ONLY_TUNNEL], ("10.8.0.2 via 169.254.2.2", "fd08::2 via fe80::1")),
+        (HOME, [TRAIN4, ONLY_TUNNEL], ("10.8.0.2 via 10.9.0.1", "fd08::2 via fe80::1")),
+    ],
+)
+def test_a_machine_always_has_a_gateway_in_a_tunnel(start: Host, hosts: list[Host], expected: tuple[str, str]) -> None:
+    guest = Guest(start=start, mode=PASST).goes(*hosts)
+    assert (guest.has, guest.config.no_dhcp) == (expected, False)
+    assert guest.config.ip4 and guest.config.ip6
+    mapped = guest.config.ip4.map_host_loopback, guest.config.ip6.map_host_loopback
+    assert mapped == (guest.config.ip4.gateway, guest.config.ip6.gateway)
+    assert guest.config.ip6.our_ll == guest.config.ip6.gateway
 
 
 def test_nothing_changes_while_nothing_changes() -> None:
