@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import errno
 import random
+import time
 from collections.abc import Callable, Collection, Container
 from functools import partial
 from typing import Any, Final
@@ -54,6 +55,7 @@ from .flow.context import Context
 from .flow.errors import Errors
 from .flow.idle import IdleFlows, flow_limit
 from .flow.ip_fields import CLASS
+from .flow.source import LOST
 from .flow.table import ACTIVE, TableFull
 from .linux.mmsg import SLOT, Receiver
 from .linux.sockopt import (
@@ -85,6 +87,7 @@ from .wire.virtio import VNET
 
 UDP_FLOWS_MAX: Final = 32768
 DESCRIPTOR_SHARE: Final = 2  # at most one in so many of the descriptors that the process may have
+NO_ROUTE: Final = OSError(errno.ENETUNREACH, "the host has lost this family")
 
 
 def refuse(src: bytes, dst: bytes, key: bytes) -> Reason | None:
@@ -121,7 +124,7 @@ class Udp:
         self.dns = Dns(ctx, self._to_guest, self._query_refused)
         self._pauses = Pauses(ctx, lambda flow, _, now: self._take(flow, now), self._flows.fault_at)
         ctx.services.on_forget.append(self.forget)
-        ctx.services.take_end(UdpFlow.label, self._flows.end)
+        ctx.services.take_end(UdpFlow.label, self._source_gone)
         ctx.reactor.handle(TYPE_UDP, self.sock_handler)
         ctx.settings.subscribe(self._adopt)
 
@@ -394,6 +397,12 @@ class Udp:
             if addr.is_unicast(flow.dst):
                 packet = _quote(flow.key, flow.src, flow.dst, quoted)
                 self._errors.reported(error, flow.src, flow.dst, flow.host, packet, now)
+
+    def _source_gone(self, flow: Any, why: str) -> None:
+        """The flow's address on the host is gone. Without another one, a guest that waits for an answer is told."""
+        if why == LOST:
+            self._refused(NO_ROUTE, flow.key, flow.src, flow.dst, memoryview(b""), time.monotonic())
+        self._flows.end(flow, why)
 
     def _destroyed(self, flow: UdpFlow) -> None:
         """Its socket is of no use: the next datagram begins another flow."""

@@ -153,6 +153,17 @@ def _online(host: Host, template: Link, v6: bool) -> bool:
     return routes.has_default(host, template.index, v6)
 
 
+def settled(view: View, host: Host) -> tuple[set[bool], set[bool]]:
+    """The families (True is IPv6) that the host is in, and those that it has lost: it is online without them, so that
+    an address which is gone does not come back.
+    """
+    verdicts = dict(zip((v6 for v6, _ in FAMILIES), view.verdicts, strict=True))
+    taken = {v6 for v6, verdict in verdicts.items() if verdict == TAKEN}
+    templates = [(template, v6) for v6 in taken if (template := view.template(v6)) is not None]
+    online = any(_online(host, template, v6) for template, v6 in templates)
+    return taken, verdicts.keys() - taken if online else set()
+
+
 def _merge(
     options: Options, former: View, current: Config, new: Decision, verdicts: tuple[str, ...], found: ResolvConf
 ) -> View:

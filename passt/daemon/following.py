@@ -10,6 +10,8 @@
     timer "settle"               what has come is discarded, the monitor is watched again, and the tables are read. If
                                    the view is another one, it is put into force, and the log gets one line
     the tables cannot be read    a line in the log, counted; they are read again after RETRY
+    online again after it was    only one family is: the other one may follow in a moment, with the addresses of before.
+      offline                      Its flows are left alone, and the tables are read again after PATIENCE
     timer "link", --follow-link  the link goes down when the guest is assigned another address, and up when programs in
                                    the namespace have been told: that is looked at every LINK_STEP. LINK_DOWN later at
                                    the latest, or where we may not look
@@ -26,7 +28,8 @@
 
 A view is put into force in this order: addresses and routes in the namespace (pasta with --config-net), which programs
 there need first; the configuration, which services and translation read; forwarded ports; flows whose address on the
-host is gone, unless the host is offline: it may get the address back.
+host is gone, unless the host is offline: it may get the address back. A host that is online without a family of the
+address has lost that.
 
 Without CAP_NET_ADMIN over the namespace (root attaches pasta to one; an inherited tap) addresses and routes there stay,
 and a line in the log says so. DHCP and router advertisements tell the new ones, and the old ones go on to work.
@@ -63,6 +66,7 @@ SETTLE_MAX = 1.0  # s
 CALM = 5.0  # s
 SHARE = 20
 RETRY = 30.0  # s
+PATIENCE = 1.0  # s; by then a host that joins a network usually has both an answer of DHCP and a router advertisement
 RELEASE = 10.0  # s
 FORMER_MAX = 16  # addresses that stay for their flows
 LINK_STEP = 0.2  # s; the kernel usually tells of a link at once
@@ -145,6 +149,7 @@ class Following:
         self._lan = LanNeighbours(ctx, tables.neighbours)
         policy.note_homes(filter(_bound, ctx.config.forwards), self._homes, tables.last)
         self._settle, self._changed_at, self._cost = SETTLE, -CALM, 0.0
+        self._offline, self._patient_until = False, 0.0
         self._told_stuck = False
         self.reads = self.changes = self.failures = 0
         self._watching = True
@@ -217,8 +222,19 @@ class Following:
         self._lan.follow(view.template(False), view.template(True), now)
         if any(verdict != STAYS for verdict in view.verdicts):
             self._ctx.reactor.between_turns(partial(self._move_ports, host))
-            online = [length for length, verdict in zip((4, 16), view.verdicts, strict=True) if verdict != STAYS]
-            self._sources.check(_alive(host), online, now)
+        self._end_flows(host, now)
+
+    def _end_flows(self, host: Host, now: float) -> None:
+        """Those whose address on the host is gone for good."""
+        taken, lost = policy.settled(self.view, host)
+        if taken or lost:
+            if self._offline:
+                self._patient_until = now + PATIENCE
+            if lost and now < self._patient_until:
+                self._ctx.timers.services.arm(self._timer, self._patient_until)
+                lost = set()
+            self._sources.check(_alive(host), _lengths(taken | lost), now, _lengths(lost))
+        self._offline = not taken
 
     # Consequences --------------------------------------------------------------------------------------------------
 
@@ -312,6 +328,11 @@ def _key(view: View, config: Config) -> tuple[object, ...]:
     links = [(link.index, link.name) if link else None for link in (view.template(False), view.template(True))]
     ips = [(ip.addr, ip.prefix_len, ip.gateway) if ip else None for ip in (config.ip4, config.ip6)]
     return *links, *ips, view.verdicts
+
+
+def _lengths(families: set[bool]) -> list[int]:
+    """The lengths of addresses of these families; True is IPv6."""
+    return [16 if v6 else 4 for v6 in families]
 
 
 def _alive(host: Host) -> list[bytes]:

@@ -9,6 +9,8 @@ compared with those that the host has:
     the host has it, loopback, or any      none: the flow goes on
     gone                                   TCP: RST to the guest and to the host peer. UDP, ping: the flow ends, and
                                              the next packet begins another one, from the new address
+    gone, and so is the host's family      likewise; the guest is told of a UDP flow's end, too, by an ICMP error,
+                                             since there is no other address
 
 A pass is over all flows, SHARE at a time, every STEP. Another change begins a pass anew. Queries to resolvers have a
 timeout of seconds, and flows between loopbacks have no such address: both are left alone.
@@ -27,6 +29,7 @@ from .table import FREE, Flow
 SHARE = 256  # flows: half a millisecond
 STEP = 0.001  # s
 REASON = "host address gone"
+LOST = "host family gone"
 
 CALLS = calls("getsockname")
 
@@ -54,13 +57,17 @@ class Sources:
         self._ctx = ctx
         self._addresses: frozenset[bytes] = frozenset()
         self._lengths: frozenset[int] = frozenset()
+        self._lost: frozenset[int] = frozenset()
         self._at = 0
         self._timer = -1
         self.ended = 0  # flows
 
-    def check(self, addresses: Iterable[bytes], lengths: Iterable[int], now: float) -> None:
-        """Begin a pass: these are the host's addresses. `lengths` has 4, 16, or both: the families to look at."""
+    def check(self, addresses: Iterable[bytes], lengths: Iterable[int], now: float, lost: Iterable[int] = ()) -> None:
+        """Begin a pass: these are the host's addresses. `lengths` has 4, 16, or both: the families to look at. The host
+        has lost those of `lost`.
+        """
         self._addresses, self._lengths, self._at = frozenset(addresses), frozenset(lengths), 0
+        self._lost = frozenset(lost)
         if self._ctx.flows.count:
             if self._timer < 0:
                 self._timer = self._ctx.timers.services.new(self._step)
@@ -80,7 +87,7 @@ class Sources:
         local = local_address(flow)
         if local is not None and len(local) in self._lengths and gone(local, self._addresses):
             self.ended += 1
-            end(flow, REASON)
+            end(flow, LOST if len(local) in self._lost else REASON)
 
     def _fault_at(self, flow: Flow, e: Exception) -> None:
         """A fault of ours in the look at one flow: it ends, and the others have their turn (`each`)."""

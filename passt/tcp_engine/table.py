@@ -39,7 +39,8 @@ All ways lead to `release`, after which a connection holds nothing. The log and 
     no socket, no descriptor           the process ran out of them
     evicted                            another one took its place (`eviction.py`)
     guest gone                         a virtual machine has disconnected
-    host address gone                  that of the socket, after a change of the host's network (`flow/source.py`)
+    host address gone,                 that of the socket, after a change of the host's network (`flow/source.py`)
+      host family gone
     fault                              a handler, or a walk over connections, failed at this one
 """
 

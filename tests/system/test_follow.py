@@ -28,6 +28,7 @@ SERVER, SERVER6 = "203.0.113.9", "2001:db8:99::9"  # beyond every network
 PORT = 7009
 HOME, TRAIN = "192.168.7", "10.9.0"  # networks, of which .1 is the gateway
 HOME6, TRAIN6 = "2001:db8:7", "2001:db8:9"
+RECVERR = (socket.IPPROTO_IP, 11), (socket.IPPROTO_IPV6, 25)  # IP_RECVERR, IPV6_RECVERR
 QUIET = "-q", "-t", "none", "-u", "none", "-T", "none", "-U", "none"
 
 
@@ -240,6 +241,46 @@ def test_a_network_without_ipv6(site: Site, ordinary_user: User) -> None:
         wait_for(lambda: addresses(guest) == [f"{TRAIN}.20/24"], "nor an IPv6 address")
         site.join6(TRAIN6)
         wait_for(lambda: seen_as(guest, SERVER6) == f"{TRAIN6}::20", "it is back")
+
+
+@pytest.mark.parametrize("v6", [False, True])
+def test_a_host_that_loses_one_family(site: Site, anyone: User, v6: bool) -> None:
+    """Its connections of that family have no address to go on with, and programs are told at once. Others go on."""
+    site.join(HOME)
+    site.join6(HOME6)
+    of, to = ("-6", SERVER6) if v6 else ("-4", SERVER)
+    with site.pasta(anyone, "--config-net") as (guest, network):
+        lost, other = connect(guest, to), connect(guest, SERVER if v6 else SERVER6)
+        datagrams = guest.make_socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_DGRAM)
+        datagrams.setsockopt(*RECVERR[v6], 1)
+        datagrams.settimeout(DEADLINE)
+        datagrams.connect((to, PORT))
+        datagrams.send(b"a question")
+        with contextlib.suppress(ConnectionRefusedError):
+            datagrams.recv(1)  # no program has this port
+        site.host(f"{of} route flush dev eth0", f"{of} address flush dev eth0 scope global")
+        with pytest.raises(ConnectionResetError):
+            lost.recv(1)
+        with pytest.raises(OSError, match="Network is unreachable"):
+            datagrams.recv(1)
+        assert network()["ended"] == 2
+        with pytest.raises(OSError, match=r"unreachable|refused"):
+            guest.connect(to, PORT)
+        assert talk(other)
+
+
+def test_an_address_that_comes_back_a_moment_later(site: Site, ordinary_user: User) -> None:
+    """The host has been offline. It has IPv6 again, and then IPv4, as after a suspend."""
+    site.join(HOME)
+    site.join6(HOME6)
+    with site.pasta(ordinary_user, "--config-net") as (guest, network):
+        connection = connect(guest)
+        site.leave()
+        wait_for(lambda: "IPv6 2001:db8:7::20/64 via 2001:db8:7::1 stays" in network()["view"], "it is offline")
+        site.join6(HOME6)
+        wait_for(lambda: seen_as(guest, SERVER6) == f"{HOME6}::20", "it has IPv6")
+        site.join(HOME)
+        assert talk(connection)
 
 
 def test_a_tunnel_comes_and_goes(site: Site, ordinary_user: User) -> None:

@@ -18,6 +18,7 @@ from scapy.packet import Packet
 
 from passt import addr, log, udp
 from passt.flow.ip_fields import DF
+from passt.flow.source import LOST, REASON
 from passt.flow.table import ACTIVE, FREE
 from passt.linux import sockopt
 from passt.linux.sockopt import SOL_UDP, UDP_GRO, UDP_SEGMENT, Destroyed, ExtendedError
@@ -460,6 +461,20 @@ def test_a_destination_without_route_is_unreachable(talk: Talk, monkeypatch: pyt
     assert p[ICMP].code == 0 if talk.v4 else p[ICMPv6DestUnreach].code == 0
     assert bytes(p[UDPerror].payload) == b"first"
     assert talk.ctx.drops == {"udp: no socket: ENETUNREACH": 2}
+
+
+@pytest.mark.parametrize(("why", "told"), [(LOST, True), (REASON, False)])
+def test_the_guest_is_told_of_the_end_of_a_flow_whose_family_the_host_has_lost(
+    talk: Talk, why: str, told: bool
+) -> None:
+    """A new address would take the next datagram. Without one there is nothing to wait for."""
+    talk.sends(b"a question")
+    talk.ctx.services.enders["udp"](talk.flow, why)
+    found = talk.packets()
+    assert len(found) == told and not any(talk.ctx.flows.by_index)
+    for p in found:
+        assert p[ICMP].code == 0 if talk.v4 else p[ICMPv6DestUnreach].code == 0
+        assert (p[UDPerror].sport, p[UDPerror].dport) == (talk.sport, talk.port)
 
 
 def test_no_errors_about_broadcasts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from passt import addr
 from passt.conf import argv as conf_argv
 from passt.conf.decide import decide
-from passt.conf.follow import STAYS, TAKEN, WITHDRAWN, View, follow, moved, note_homes, wanted
+from passt.conf.follow import STAYS, TAKEN, WITHDRAWN, View, follow, moved, note_homes, settled, wanted
 from passt.conf.options import Options
 from passt.conf.resolv_conf import ResolvConf
 from passt.linux.routes import RT_SCOPE_LINK, Address, Hop, Host, Link, Route
@@ -58,6 +58,8 @@ TRAIN = host(net4(2, "10.9.0.20", "10.9.0.1"), net6(2, "2001:db8:9::20", "fe80::
 WIFI = host(net4(3, "10.9.0.20", "10.9.0.1", 600), net6(3, "2001:db8:9::20", "fe80::9"))
 HOME4 = host(net4(2, "192.168.7.20", "192.168.7.1"))
 TRAIN4 = host(net4(2, "10.9.0.20", "10.9.0.1"))
+TRAIN6 = host(net6(2, "2001:db8:9::20", "fe80::9"))
+LINK6 = host(net6(2, "2001:db8:9::20", None))
 RENEWED = host(net4(2, "192.168.7.99", "192.168.7.1"), net6(2, "2001:db8:7::20", "fe80::7"))
 NO_DEFAULT = host(net4(2, "192.168.7.20", None), net6(2, "2001:db8:7::20", None))
 DOCKER = host(net4(3, "172.17.0.1", None))  # the interface is gone, another one has a route that is no default one
@@ -167,6 +169,26 @@ def test_a_machine_always_has_a_gateway_in_a_tunnel(start: Host, hosts: list[Hos
     mapped = guest.config.ip4.map_host_loopback, guest.config.ip6.map_host_loopback
     assert mapped == (guest.config.ip4.gateway, guest.config.ip6.gateway)
     assert guest.config.ip6.our_ll == guest.config.ip6.gateway
+
+
+@pytest.mark.parametrize(
+    ("options", "now", "has", "lost"),
+    [
+        ("", HOME, {False, True}, set()),
+        ("", OFFLINE, set(), set()),
+        ("", DOCKER, set(), set()),
+        ("", TRAIN4, {False}, {True}),
+        ("", TRAIN6, {True}, {False}),
+        ("", LINK6, {True}, set()),  # without a default route, IPv6 does not tell that the host is online
+        ("-a 2001:db8:5::5", TRAIN4, {False}, {True}),
+        ("-i eth0", WIFI, set(), set()),
+        ("-4", TRAIN4, {False, True}, set()),  # a family that is off has nothing to lose
+    ],
+)
+def test_a_family_is_lost_where_the_host_is_online_without_it(
+    options: str, now: Host, has: set[bool], lost: set[bool]
+) -> None:
+    assert settled(Guest(options).goes(now).view, now) == (has, lost)
 
 
 def test_nothing_changes_while_nothing_changes() -> None:

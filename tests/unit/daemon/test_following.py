@@ -19,6 +19,7 @@ from passt.daemon.following import (
     FORMER_MAX,
     LINK_DOWN,
     LINK_STEP,
+    PATIENCE,
     RELEASE,
     RETRY,
     SETTLE,
@@ -37,7 +38,7 @@ from passt.policy.config import PASST
 from passt.policy.rules import Rule
 from passt.ports.forwards import Add, Delete, Refused
 from passt.wire.checksum import PROTO_TCP
-from tests.unit.conf.test_follow import HOME, OFFLINE, TRAIN, WIFI, host, ip, net4
+from tests.unit.conf.test_follow import HOME, OFFLINE, TRAIN, TRAIN4, TRAIN6, WIFI, host, ip, net4
 from tests.unit.support import GUEST_MAC, T0, elapse, make_context, reactor, timers
 
 FD, TAP_FD = 77, 76
@@ -213,6 +214,48 @@ def test_a_host_that_is_offline_is_told_once(monkeypatch: pytest.MonkeyPatch) ->
     lab.goes(lab.goes())
     assert len(lab.lines) == 1 and "stays (no interface has a usable route)" in lab.lines[0]
     assert lab.addresses == ("192.168.7.20", "2001:db8:7::20") and lab.changed == []
+
+
+class Checks:
+    """Passes over flows: the families that are looked at, and those that are lost."""
+
+    def __init__(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[set[int], set[int]]] = []
+        monkeypatch.setattr(lab.service._sources, "check", self._check)
+
+    def _check(self, addresses: Any, lengths: Any, now: float, lost: Any) -> None:
+        self.made.append((set(lengths), set(lost)))
+
+
+@pytest.mark.parametrize(("to", "lost"), [(TRAIN4, 16), (TRAIN6, 4)])
+def test_flows_of_a_family_that_the_host_loses_end_at_once(
+    monkeypatch: pytest.MonkeyPatch, to: Host, lost: int
+) -> None:
+    lab = Lab(monkeypatch, to, HOME)
+    checks = Checks(lab, monkeypatch)
+    lab.goes()
+    assert checks.made == [({4, 16}, {lost})] and lab.due is None
+
+
+@pytest.mark.parametrize(("to", "lost"), [(TRAIN4, 16), (TRAIN6, 4)])
+def test_a_host_that_is_back_has_a_moment_for_the_other_family(
+    monkeypatch: pytest.MonkeyPatch, to: Host, lost: int
+) -> None:
+    lab = Lab(monkeypatch, OFFLINE, to, to, to, HOME)
+    checks = Checks(lab, monkeypatch)
+    now = lab.goes(lab.goes())
+    assert checks.made == [({20 - lost}, set())] and lab.due == pytest.approx(now + PATIENCE)
+    lab.goes(now + PATIENCE / 3)  # something else has changed
+    assert checks.made[1:] == [({20 - lost}, set())] and lab.due == pytest.approx(now + PATIENCE)
+    lab.looks()
+    assert checks.made[2:] == [({4, 16}, {lost})] and lab.due is None
+
+
+def test_a_host_that_is_back_with_both_families_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(monkeypatch, OFFLINE, TRAIN6, HOME)
+    checks = Checks(lab, monkeypatch)
+    lab.goes(lab.goes(lab.goes()))
+    assert checks.made == [({16}, set()), ({4, 16}, set())] and lab.due is None
 
 
 def test_a_network_that_flaps_is_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -> None:

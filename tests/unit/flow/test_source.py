@@ -8,7 +8,7 @@ import pytest
 
 from passt import addr
 from passt.flow.context import Context
-from passt.flow.source import REASON, SHARE, Sources, gone, local_address
+from passt.flow.source import LOST, REASON, SHARE, Sources, gone, local_address
 from passt.flow.table import Flow
 from passt.linux.sockopt import DESTROYED
 from tests.unit.support import GUEST4, T0, link, make_context, stage_faults, timers
@@ -107,6 +107,15 @@ def test_flows_from_an_address_that_is_gone_end() -> None:
     check(ctx, sources, [HOST], [4, 16])
     assert flows.ended == [(goes, REASON)]
     assert (sources.ended, stays.index, loopback.index) == (1, 0, 2)
+
+
+def test_a_family_that_the_host_has_lost() -> None:
+    ctx = make_context()
+    flows, sources = Flows(ctx), Sources(ctx)
+    four, six = flows.add("198.51.100.77"), flows.add("2001:db8:1::77")
+    sources.check([HOST], [4, 16], T0, [4])
+    timers(ctx).services.fire(0)
+    assert flows.ended == [(four, LOST), (six, REASON)]
 
 
 def test_a_family_that_is_offline_is_left_alone() -> None:
