@@ -25,7 +25,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from . import PASTA, log
 from .calls import calls
@@ -44,6 +44,9 @@ from .namespace import pin, supervisor
 from .namespace.init import Command
 from .sandbox import isolation
 from .sandbox.isolation import Identity
+
+if TYPE_CHECKING:
+    from .linux.netlink import Rtnetlink
 
 T = TypeVar("T")
 
@@ -221,13 +224,17 @@ class Interface:
     device: tun.Tap
     mac: bytes
     problems: list[str]  # failed steps of the set-up
-    netlink: netlink.Rtnetlink | None  # None: the tap was inherited, or may not be created again
+    netlink: Rtnetlink | None  # None: the tap was inherited, or may not be created again
     plan: NsPlan
+    reader: Rtnetlink | None = None  # tells how the interface is, where we have no right to change it
 
-    def keep_no_netlink(self) -> None:
-        """Close the socket that configures the interface: it is not going to be created again."""
+    def keep_no_netlink(self, *, read: bool) -> None:
+        """The interface is not going to be created again: close the socket that configures it, or only `read` by it."""
         if self.netlink is not None:
-            self.netlink.close()
+            if read:
+                self.reader = self.netlink
+            else:
+                self.netlink.close()
             self.netlink = None
 
     def recreate(self) -> None:

@@ -13,8 +13,9 @@
     online again after it was    only one family is: the other one may follow in a moment, with the addresses of before.
       offline                      Its flows are left alone, and the tables are read again after PATIENCE
     timer "link", --follow-link  the link goes down when the guest is assigned another address, and up when programs in
-                                   the namespace have been told: that is looked at every LINK_STEP. LINK_DOWN later at
-                                   the latest, or where we may not look
+                                   the namespace have been told: that is looked at at once, which makes the kernel tell
+                                   them (Linux 6.8), and every LINK_STEP. LINK_DOWN later at the latest, or where we
+                                   cannot look
     timer "release"              former addresses that no flow has any more are removed, every RELEASE while there are
                                    some
 
@@ -69,8 +70,8 @@ RETRY = 30.0  # s
 PATIENCE = 1.0  # s; by then a host that joins a network usually has both an answer of DHCP and a router advertisement
 RELEASE = 10.0  # s
 FORMER_MAX = 16  # addresses that stay for their flows
-LINK_STEP = 0.2  # s; the kernel usually tells of a link at once
-LINK_DOWN = 1.1  # s; but it may keep it for a second, if another link changed in that time (net/core/link_watch.c)
+LINK_STEP = 0.05  # s; the kernel tells of a link at once, since we ask
+LINK_DOWN = 1.1  # s; before Linux 6.8 it may keep it for a second, if another link changed in that time (link_watch.c)
 CHANGE_TIME = 0.5  # s of processor time, in which the loop stands still
 
 
@@ -101,13 +102,16 @@ class NsTap:
         tun.set_carrier(self._interface.device.fd, on=on)
 
     def told_down(self) -> bool:
-        """Whether the kernel has told programs in the namespace that the link is down; False if that is not known."""
+        """Whether the kernel has told programs in the namespace that the link is down; False if that is not known. The
+        question makes a newer kernel tell them.
+        """
         interface = self._interface
-        if interface.netlink is None:
+        nl = interface.netlink or interface.reader
+        if nl is None:
             return False
-        interface.netlink.limit(CHANGE_TIME)
+        nl.limit(CHANGE_TIME)
         try:
-            return not tap_change.find(interface.netlink, interface.plan.ifname, interface.mac).up
+            return tap_change.told_down(nl, interface.plan.ifname, interface.mac)
         except OSError:
             return False
 
@@ -268,7 +272,8 @@ class Following:
             others = others or before != after
             if before and after and before != after:
                 self._ctx.neighbours.moves(before, after, done=done)
-        if others and self._options.follow_link and self._set_carrier(on=False):
+        if others and self._options.follow_link and self._tap is not None and self._set_carrier(on=False):
+            self._tap.told_down()
             self._link_due = now + LINK_DOWN
             self._ctx.timers.services.arm(self._link_timer, now + LINK_STEP)
         if self._ctx.neighbours.given_up:

@@ -71,7 +71,7 @@ def run(options: Options, caller: Inherited, fds: Sequence[int]) -> NoReturn:
         if interface is not None:
             ctx.link.on_gone = partial(_when_gone(options, over_host), ctx, interface, end)
             if over_host:
-                interface.keep_no_netlink()
+                interface.keep_no_netlink(read=options.follow_link)
             log.step("start the capture")
             common.attach_capture(ctx, options, files.pcap)
         log.step("handle signals, and watch for the end")

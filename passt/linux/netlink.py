@@ -150,6 +150,21 @@ class Rtnetlink:
         request["attrs"] = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS)]
         return tuple(_link(m) for m in self.dump(request, RTM_GETLINK))
 
+    def link(self, index: int) -> Link:
+        """Interface `index`. Since Linux 6.8 (rtnl_getlink), the kernel first tells programs of a change of its carrier
+        that it would have told up to a second later. Raises OSError.
+        """
+        request = ifinfmsg()
+        request["index"] = index
+        request["attrs"] = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS)]
+        self._send(request, RTM_GETLINK, NLM_F_ACK)
+        for kind, _, data in list(self._answers()):
+            if kind == RTM_NEWLINK:
+                message = ifinfmsg(data)
+                message.decode()
+                return _link(message)
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
     def addresses(self) -> tuple[Address, ...]:
         """All IPv4 and IPv6 addresses of the namespace."""
         return tuple(

@@ -107,6 +107,11 @@ def find(nl: Rtnetlink, name: str, mac: bytes) -> Link:
     return link
 
 
+def told_down(nl: Rtnetlink, name: str, mac: bytes) -> bool:
+    """Whether the kernel has told programs that the interface, which was made so, is down. Raises OSError."""
+    return not nl.link(find(nl, name, mac).index).up
+
+
 def _where(a: Address) -> tuple[bytes, int, bytes | None]:
     return a.addr, a.prefix_len, a.peer
 

@@ -54,7 +54,7 @@ class Scene:
         return subprocess.run(command, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload,no-any-return]
 
 
-PASTA = ["pasta", "-q", "--config-net", "-T", "auto", "-t", "auto"]
+PASTA = ["pasta", "-q", "--config-net", "--follow-link", "-T", "auto", "-t", "auto"]
 MACHINES = "root's machine", "a user's machine"
 GUESTS = "root's", "a user's", "spawned", "spawned by one who stays root", "of an ordinary user's pasta", *MACHINES
 

@@ -299,6 +299,19 @@ def test_alternative_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (link.name, link.altnames) == ("eth0", ("lan", "a-name-of-more-than-fifteen-characters"))
 
 
+def test_one_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request for one, not for the table: only that makes the kernel tell of its carrier."""
+    body = struct.pack("=BxHiII", 0, 1, 7, 0x41, 0) + attribute(3, b"eth0\0")
+    nl, script = scripted(monkeypatch, [message(16, body), ACK], [ACK], [error(errno.ENODEV)])
+    link = nl.link(7)
+    assert (link.name, link.up) == ("eth0", True)
+    assert struct.unpack_from("=HH", script.sent[0], 4) == (18, 0x5), "RTM_GETLINK, NLM_F_REQUEST | NLM_F_ACK"
+    assert struct.unpack_from("=i", script.sent[0], 20) == (7,)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No such device"):
+            nl.link(7)
+
+
 def test_link_local_address_of_a_mac() -> None:
     assert link_local(bytes.fromhex("9a559a559a55")) == ip("fe80::9855:9aff:fe55:9a55")
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from passt import addr
 from passt.linux.netlink import NLM_F_CREATE, NLM_F_REPLACE, RTM_NEWADDR, RTM_NEWROUTE, Rtnetlink
 from passt.linux.routes import RT_SCOPE_HOST, Address, Hop, Link, NsPlan, Route
-from passt.linux.tap_change import RTM_DELADDR, RTM_DELROUTE, Made, change, made_by, release
+from passt.linux.tap_change import RTM_DELADDR, RTM_DELROUTE, Made, change, made_by, release, told_down
 
 MAC = bytes.fromhex("020000000005")
 TAP = 5
@@ -38,6 +38,10 @@ class Kernel:
     deprecated: set[bytes] = field(default_factory=set)
     fails: set[int] = field(default_factory=set)  # types of messages that are refused
     flushed: bool = False
+    up: bool = True
+
+    def link(self, index: int) -> Link:
+        return next(replace(link, up=self.up) for link in self.links() if link.index == index)
 
     def links(self) -> tuple[Link, ...]:
         return Link(1, "lo", bytes(6), 65536, loopback=True), Link(TAP, self.name, self.mac, 65520)
@@ -245,6 +249,15 @@ def test_a_renamed_interface_is_known_by_its_mac() -> None:
     tap.kernel.mac = bytes(6)
     with pytest.raises(OSError, match="no interface eth0"):
         tap.change(HOME)
+
+
+def test_whether_programs_know_that_the_link_is_down() -> None:
+    tap = Tap(HOME)
+    assert not told_down(cast(Any, tap.kernel), "eth0", MAC)
+    tap.kernel.up = False
+    assert told_down(cast(Any, tap.kernel), "eth0", MAC)
+    with pytest.raises(OSError, match="no interface eth7"):
+        told_down(cast(Any, tap.kernel), "eth7", MAC[::-1])
 
 
 @pytest.mark.parametrize(
