@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import setuptools
 
+from .sources import parse
+
 REPOSITORY = Path(__file__).parent.parent
 MODULES = {str(path.relative_to(REPOSITORY)): path for path in sorted((REPOSITORY / "passt").rglob("*.py"))}
-NODES = {name: list(ast.walk(ast.parse(path.read_text()))) for name, path in MODULES.items()}
+NODES = {name: list(ast.walk(parse(path.read_text()))) for name, path in MODULES.items()}
 CLASSES = {(name, n.name): n for name, nodes in NODES.items() for n in nodes if isinstance(n, ast.ClassDef)}
 
 

@@ -19,6 +19,8 @@ import pytest
 
 from passt import NEVER
 
+from .sources import parse
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "passt"
 LINES_MAX = 450
@@ -105,7 +107,7 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.items()}
+TREES = {name: parse(path.read_text()) for name, path in FILES.items()}
 
 
 def _room(name: str) -> str:
@@ -122,7 +124,7 @@ def place(name: str) -> int:
 
 def _import_nodes(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
     """Import statements at any depth."""
-    return (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+    return (node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)))
 
 
 def imports(name: str, tree: ast.AST, is_package: bool) -> set[str]:
@@ -142,7 +144,10 @@ def imports(name: str, tree: ast.AST, is_package: bool) -> set[str]:
     return {module for module in found if module == "passt" or module.startswith("passt.")} - {name}
 
 
-IMPORTS = {name: imports(name, tree, FILES[name].name == "__init__.py") for name, tree in TREES.items()}
+@cache
+def all_imports() -> dict[str, set[str]]:
+    """Of each module."""
+    return {name: imports(name, tree, FILES[name].name == "__init__.py") for name, tree in TREES.items()}
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -157,14 +162,15 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_go_down(name: str) -> None:
-    up = {module for module in IMPORTS[name] if place(module) > place(name)}
+    up = {module for module in all_imports()[name] if place(module) > place(name)}
     assert not up, f"{name} imports {', '.join(sorted(up))}, which is above it"
-    unknown = IMPORTS[name] - FILES.keys()
+    unknown = all_imports()[name] - FILES.keys()
     assert not unknown, f"{name} imports {unknown}, which is not there"
 
 
 def test_no_circles() -> None:
-    assert not circle(IMPORTS), "import circle: " + " -> ".join(circle(IMPORTS))
+    found = circle(all_imports())
+    assert not found, "import circle: " + " -> ".join(found)
 
 
 def test_every_place_is_taken() -> None:
@@ -192,7 +198,7 @@ def test_the_map_has_every_folder_and_module() -> None:
 
 def test_each_row_of_the_map_is_above_its_imports() -> None:
     row = {name: number for number, names in enumerate(rows_of_map()) for name in names} | {"__init__": NEVER}
-    rooms = {(_room(name), _room(other)) for name in FILES for other in IMPORTS[name]}
+    rooms = {(_room(name), _room(other)) for name in FILES for other in all_imports()[name]}
     assert {(room, other) for room, other in rooms if row[other] < row[room]} == set()
 
 
@@ -229,7 +235,7 @@ def floors(graph: dict[str, set[str]]) -> int:
 
 def test_there_are_few_floors() -> None:
     rooms: dict[str, set[str]] = {name: set() for name in ORDER if name != "__init__"}
-    for name, imported in IMPORTS.items():
+    for name, imported in all_imports().items():
         room = _room(name)
         if room in rooms:
             rooms[room] |= {_room(other) for other in imported} & rooms.keys() - {room}

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import pytest
 
+from .sources import parse
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("passt", "tests", "bench", "fuzz")  # of modules
 # of files with comments after #
@@ -74,6 +76,7 @@ def files() -> tuple[Path, ...]:
     """The files to check."""
     modules = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     scripts = [path for folder in SCRIPTS for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
+    scripts = [path for path in scripts if path.suffix != ".pyc"]  # of a script that a test imports
     documents = [ROOT / name for name in DOCUMENTS if (ROOT / name).is_file()]
     documents += [path for name in DOCUMENTS for path in sorted((ROOT / name).glob("*.md"))]
     return tuple(path for path in (*modules, *scripts, *documents) if path != Path(__file__))
@@ -87,7 +90,7 @@ def prose(path: Path) -> Iterator[Text]:
     """The comments, docstrings or text of a file."""
     if path.suffix == ".py":
         source = path.read_text()
-        yield from docstrings(ast.parse(source))
+        yield from docstrings(parse(source))
         yield from comments(source)
     elif path.suffix == ".md":
         yield from markdown(path.read_text())
@@ -202,7 +205,7 @@ def test_words(path: Path) -> None:
         for offset, reason in terms(text):
             found.append((line + text[:offset].count("\n"), reason))
     if path.suffix == ".py":
-        for line, name in names(ast.parse(path.read_text())):
+        for line, name in names(parse(path.read_text())):
             found += [(line, reason) for reason in bad_names(name)]
     assert not found, "\n" + "\n".join(f"{relative(path)}:{line}: {reason}" for line, reason in sorted(found))
 

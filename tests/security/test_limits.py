@@ -22,6 +22,7 @@ from passt.loop.timers import NO_TIMER
 from passt.tcp_engine import sock as tcp_sock
 from passt.tcp_engine.conn import KEEPALIVE_IDLE
 from passt.wire.tcp import ACK, RST, SYN
+from tests.sources import parse
 from tests.unit.hostile import Stack, harmless, random_frames
 from tests.unit.support import timers
 from tests.unit.tcp_support import FakeSocket, Talk, fake_sockets
@@ -176,12 +177,21 @@ def test_tests_that_are_named_exist(path: str, name: str) -> None:
 # Counters and the log ------------------------------------------------------------------------------------------------
 
 
-def calls_of(tree: ast.AST, where: str = "") -> Iterator[tuple[str, ast.AST]]:
+def nodes_of(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     """All nodes of a module, with the function that they are in."""
-    for node in ast.iter_child_nodes(tree):
-        name = node.name if isinstance(node, ast.FunctionDef) else where
-        yield name, node
-        yield from calls_of(node, name)
+    left = [("", tree)]
+    while left:
+        where, parent = left.pop()
+        for node in ast.iter_child_nodes(parent):
+            name = node.name if isinstance(node, ast.FunctionDef) else where
+            left.append((name, node))
+            yield name, node
+
+
+def is_log(function: ast.Attribute) -> bool:
+    """Whether it is `log.err`, `log.warn` or `log.info`."""
+    where, name = function.value, function.attr
+    return isinstance(where, ast.Name) and where.id == "log" and name in ("err", "warn", "info")
 
 
 def test_reasons_of_drops_are_few_whatever_the_guest_sends() -> None:
@@ -232,7 +242,7 @@ def test_messages_without_a_rate_limit_cannot_be_caused_by_a_guest() -> None:
         name = path.relative_to(ROOT / "passt").as_posix()
         if name == "log.py" or (name.startswith(("conf/", "pesto/", "qrap")) and name != "conf/resolv_conf.py"):
             continue
-        for where, node in calls_of(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("log.err", "log.warn", "log.info"):
+        for where, node in nodes_of(parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_log(node.func):
                 spoken.setdefault(name, set()).add(where)
     assert spoken == SPOKEN

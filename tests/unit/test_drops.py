@@ -8,15 +8,18 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from passt.drops import PREFIXES, REASONS, Drop, Failed, Prefix, Reason
 
+from ..sources import parse
+
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = {
-    path.relative_to(ROOT / "passt").with_suffix("").as_posix().replace("/", "."): ast.parse(path.read_text())
+    path.relative_to(ROOT / "passt").with_suffix("").as_posix().replace("/", "."): parse(path.read_text())
     for path in sorted((ROOT / "passt").rglob("*.py"))
     if path.name != "drops.py"
 }
@@ -25,14 +28,18 @@ SOURCES = {
 def uses(tree: ast.AST) -> Iterator[str]:
     """`Drop.NAME` and `Failed.NAME` in a module."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("Drop", "Failed"):
-            yield ast.unparse(node)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("Drop", "Failed"):
+            yield f"{node.value.id}.{node.attr}"
 
 
-WHERE: dict[str, list[str]] = {}
-for _module, _tree in SOURCES.items():
-    for _use in sorted(set(uses(_tree))):
-        WHERE.setdefault(_use, []).append(_module)
+@cache
+def where() -> dict[str, list[str]]:
+    """The modules that each is used in."""
+    found: dict[str, list[str]] = {}
+    for module, tree in SOURCES.items():
+        for use in sorted(set(uses(tree))):
+            found.setdefault(use, []).append(module)
+    return found
 
 
 def members() -> Iterator[tuple[str, str]]:
@@ -45,7 +52,7 @@ def members() -> Iterator[tuple[str, str]]:
 
 def markdown() -> str:
     """The document."""
-    rows = [f"| {text} | {' '.join(WHERE[name])} |" for name, text in members()]
+    rows = [f"| {text} | {' '.join(where()[name])} |" for name, text in members()]
     return "\n".join(
         (
             "# Why something is dropped",
@@ -63,7 +70,7 @@ def markdown() -> str:
 
 
 def test_every_reason_is_used() -> None:
-    assert {name for name, _ in members()} == WHERE.keys()
+    assert {name for name, _ in members()} == where().keys()
 
 
 def test_texts_are_different() -> None:

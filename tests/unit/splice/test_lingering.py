@@ -49,7 +49,7 @@ def test_an_end_before_a_reset_is_told_as_well(lab: Lab, by_client: bool) -> Non
 def test_a_reset_waits_for_a_slow_reader(lab: Lab, by_client: bool) -> None:
     """More than the reader's kernel has room for, and all of it delivered as far as the sender can know."""
     me, other = ends(lab, by_client)
-    other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
     data = os.urandom(SIZE)
     lab.write(me, data)
     lab.until(lambda: not tcpinfo.send_buffer(me, tcpinfo.Features())[1])
