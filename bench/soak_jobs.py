@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tests.system.traffic.support import Namespace
 
+from .content import digest
 from .lab import HOST, PEER, ROOT
-from .soak_programs import digest
 from .soak_servers import HTTP, HTTP2, PARTS, POSTGRES, PROGRAMS, QUIC, SSH, WEBSOCKET, Servers
 
 FORWARDED = 8000  # port of the guest's HTTP server, and of the host

@@ -1,10 +1,10 @@
 """Programs of the soak that are none of the system: WebSocket and QUIC, both ends, and an HTTP server for the guest.
 
-    python -m bench.soak_programs websocket-serve ADDRESS PORT
-    python -m bench.soak_programs websocket ADDRESS PORT          # status 0: every message came back as it was sent
-    python -m bench.soak_programs quic-serve ADDRESS PORT
-    python -m bench.soak_programs quic ADDRESS PORT LOCAL_PORT    # likewise, for the streams of a connection
-    python -m bench.soak_programs http-serve ADDRESS PORT
+python -m bench.soak_programs websocket-serve ADDRESS PORT
+python -m bench.soak_programs websocket ADDRESS PORT          # status 0: every message came back as it was sent
+python -m bench.soak_programs quic-serve ADDRESS PORT
+python -m bench.soak_programs quic ADDRESS PORT LOCAL_PORT    # likewise, for the streams of a connection
+python -m bench.soak_programs http-serve ADDRESS PORT
 """
 
 from __future__ import annotations
@@ -17,31 +17,17 @@ import random
 import socketserver
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CHUNK = 1 << 16
+from .content import Bytes
+
 MESSAGES = 40
 MESSAGE_MAX = 1 << 18
 STREAMS = 4
 STREAM = 1 << 19
 TIMEOUT = 110.0  # s, for all that a client does
-_NOISE = hashlib.shake_256(b"soak").digest(CHUNK - 8)
-
-
-def content(size: int) -> Iterator[bytes]:
-    """`size` bytes, a multiple of CHUNK, in which a gap, a repetition or a swap shows."""
-    for i in range(size // CHUNK):
-        yield i.to_bytes(8, "big") + _NOISE
-
-
-def digest(size: int) -> str:
-    """SHA-256 of `content(size)`, in hexadecimal."""
-    sha = hashlib.sha256()
-    for chunk in content(size):
-        sha.update(chunk)
-    return sha.hexdigest()
 
 
 def _same(sent: bytes, came: object) -> None:
@@ -149,31 +135,14 @@ def quic(address: str, port: str, local_port: str) -> None:
 # HTTP ----------------------------------------------------------------------------------------------------------------
 
 
-class Content(http.server.BaseHTTPRequestHandler):
-    """GET /SIZE gives so many bytes of `content`."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        size = int(self.path[1:])
-        self.send_response(200)
-        self.send_header("Content-Length", str(size))
-        self.end_headers()
-        for chunk in content(size):
-            self.wfile.write(chunk)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Requests are not worth a line."""
-
-
 class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
 
 def http_serve(address: str, port: str) -> None:
-    """A server of `Content`."""
-    _Server((address, int(port)), Content).serve_forever()
+    """A server of `Bytes`."""
+    _Server((address, int(port)), Bytes).serve_forever()
 
 
 ROLES: dict[str, Callable[..., None]] = {

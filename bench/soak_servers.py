@@ -18,8 +18,9 @@ from tests.system.support import wait_for
 from tests.system.traffic.servers import dns_server
 from tests.system.traffic.support import Namespace
 
+from .content import content, digest
 from .lab import PEER, ROOT
-from .soak_programs import certificate, content, digest
+from .soak_programs import certificate
 
 POSTGRES, HTTP, HTTP2, SSH, WEBSOCKET, QUIC = 5432, 8080, 8081, 2222, 8082, 4433
 BIG, SMALL, PARTS = 32 << 20, 1 << 16, 8  # bytes of files, and how many of SMALL there are

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from bench.content import CHUNK, content, digest
 from bench.soak import Sample, growth
 from bench.soak_jobs import PAUSE, Job
-from bench.soak_programs import CHUNK, content, digest
 
 
 def samples(resident: list[int], descriptors: list[int]) -> list[Sample]:
@@ -50,6 +50,7 @@ def test_a_job_is_bad_when_its_script_fails(monkeypatch: pytest.MonkeyPatch, sta
 
 
 def test_content_is_of_its_size_and_never_the_same() -> None:
-    chunks = list(content(3 * CHUNK))
-    assert sum(map(len, chunks)) == 3 * CHUNK and len(set(chunks)) == 3
-    assert digest(3 * CHUNK) == hashlib.sha256(b"".join(chunks)).hexdigest()
+    size = 3 * CHUNK + 10
+    chunks = list(content(size))
+    assert sum(map(len, chunks)) == size and len(set(chunks)) == 4
+    assert digest(size) == hashlib.sha256(b"".join(chunks)).hexdigest()

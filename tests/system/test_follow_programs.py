@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.content import digest
+
 from .support import User, wait_for
 from .test_follow import HOME, HOME6, QUIET, SERVER, TRAIN, TRAIN6, Site, addresses, made_site, network_of, seen_as
-from .traffic.servers import bytes_server, digest
+from .traffic.servers import bytes_server
 from .traffic.support import Namespace, root_user
 from .traffic.test_configuration import PRIVATE
 from .websocket import WebSocket, serve

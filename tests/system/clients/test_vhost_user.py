@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.content import digest
+
 from ..support import alive, wait_for
-from ..traffic.servers import bytes_server, digest
+from ..traffic.servers import bytes_server
 from ..traffic.support import GATEWAY, HOST, PEER, Lan, in_thread
 from ..vm.conftest import machine_image
 from ..vm.image import Image

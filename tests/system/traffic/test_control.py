@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.content import CHUNK, content, digest
+
 from ..support import DEADLINE, Runner, User, wait_for
-from .servers import CHUNK, content, digest
 from .support import HOST, PEER, Guest, Lan, Namespace, in_thread, read_all, refused
 from .test_forward import server_in
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from bench.content import CHUNK, content, digest
+
 from ..support import User, wait_for
-from .servers import CHUNK, bytes_server, content, digest, dns_server, running
+from .servers import bytes_server, dns_server, running
 from .support import HOST, HOST6, PEER, PEER6, Guest, Lan, Namespace, in_thread, read_all
 
 GIB = 1 << 30

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.content import content, digest
+
 from ..support import User, wait_for
-from .servers import content, digest
 from .support import HOST, PEER, Guest, Lan, Namespace, in_thread, read_all
 
 PORT = 7201

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.content import content, digest
+
 from ..support import User, alive, wait_for
-from .servers import bytes_server, content, digest, dns_server, files_server, running, ssh_server
+from .servers import bytes_server, dns_server, files_server, running, ssh_server
 from .support import GATEWAY, GATEWAY6, PEER, PEER6, Guest, Lan, Namespace, in_thread
 
 GIB = 1 << 30

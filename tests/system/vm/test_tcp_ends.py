@@ -22,14 +22,15 @@ from dataclasses import dataclass
 
 import pytest
 
+from bench.adverse_ends import BLOCK, Seen, reset, seen, written
+
 from ..support import User, wait_for
 from ..traffic.support import HOST, HOST6, PEER, PEER6, Lan, Namespace
 from .support import guest_behind, passt
 
 PASTA_IN, PASST_IN, SPLICED_IN, SPLICED_OUT = 18171, 18172, 18173, 18174
-BLOCK = b"0123456789" * 100
+ARRIVES = 0.05  # s in which segments on a veth have come
 FAR = "from passt.tcp_engine import window\nwindow.NEAR_US = 0\n"  # the peer is as close as no real one is
-Seen = list[object]
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Way:
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """The daemon does nothing meanwhile."""
+        """The daemon does nothing meanwhile: what is sent arrives there, or waits before it."""
         if not self.daemon:
             yield
             return
@@ -76,6 +77,7 @@ class Way:
         try:
             wait_for(lambda: _state(self.daemon) == "T", "it is stopped")
             yield
+            time.sleep(ARRIVES)
         finally:
             os.kill(self.daemon, signal.SIGCONT)
 
@@ -85,132 +87,85 @@ def _state(pid: int) -> str:
         return file.read().rpartition(")")[2].split()[0]
 
 
-def seen(sock: socket.socket) -> Seen:
-    """Everything that a reader gets: how many bytes, and the end or the errno."""
-    total = 0
-    try:
-        while data := sock.recv(1 << 16):
-            total += len(data)
-    except OSError as e:
-        return [total, errno.errorcode[e.errno] if e.errno else "nothing"]  # a timeout of the test has no errno
-    return [total, "end"]
-
-
-def written(sock: socket.socket) -> str:
-    """The errno of a writer that goes on until it gets one."""
-    with contextlib.suppress(TimeoutError):
-        for _ in range(1000):
-            try:
-                sock.send(b"more")
-            except OSError as e:
-                return errno.errorcode[e.errno or 0]
-            time.sleep(0.005)
-    return "nothing"
-
-
-def reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
 def unsent(sock: socket.socket) -> int:
     """Bytes that the other kernel has not acknowledged: SIOCOUTQ."""
     return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
 
 
-# Cases: each returns what was seen ------------------------------------------------------------------------------------
+# Cases: one end acts, and the other one sees what is returned ---------------------------------------------------------
 
 
-def data_and_end(way: Way, near: socket.socket, far: socket.socket) -> Seen:
+def data_and_end(way: Way, actor: socket.socket, other: socket.socket) -> Seen:
     with way.stopped():
-        far.sendall(BLOCK)
-        far.shutdown(socket.SHUT_WR)
-    return seen(near)
+        actor.sendall(BLOCK)
+        actor.shutdown(socket.SHUT_WR)
+    return seen(other)
 
 
-def data_and_reset(way: Way, near: socket.socket, far: socket.socket) -> Seen:
+def data_and_close(way: Way, actor: socket.socket, other: socket.socket) -> Seen:
     with way.stopped():
-        far.sendall(BLOCK)
-        reset(far)
-        time.sleep(0.05)
-    return seen(near)
+        actor.sendall(BLOCK)
+        actor.close()
+    return seen(other)
 
 
-def end_and_reset(way: Way, near: socket.socket, far: socket.socket) -> Seen:
+def data_and_reset(way: Way, actor: socket.socket, other: socket.socket) -> Seen:
     with way.stopped():
-        far.sendall(BLOCK)
-        far.shutdown(socket.SHUT_WR)
-        reset(far)
-        time.sleep(0.05)
-    return [*seen(near), written(near)]
+        actor.sendall(BLOCK)
+        reset(actor)
+    return seen(other)
 
 
-def reset_only(way: Way, near: socket.socket, far: socket.socket) -> Seen:
-    reset(far)
-    return seen(near)
-
-
-def close_with_unread_data(way: Way, near: socket.socket, far: socket.socket) -> Seen:
-    near.sendall(BLOCK)
-    wait_for(lambda: far.recv(1, socket.MSG_PEEK), "it is there")
+def end_and_reset(way: Way, actor: socket.socket, other: socket.socket) -> Seen:
     with way.stopped():
-        far.sendall(BLOCK)
-        far.close()
-        time.sleep(0.05)
-    return seen(near)
+        actor.sendall(BLOCK)
+        actor.shutdown(socket.SHUT_WR)
+        reset(actor)
+    return [*seen(other), written(other)]
 
 
-def near_data_and_end(way: Way, near: socket.socket, far: socket.socket) -> Seen:
+def reset_only(way: Way, actor: socket.socket, other: socket.socket) -> Seen:
+    reset(actor)
+    return seen(other)
+
+
+def close_with_unread_data(way: Way, actor: socket.socket, other: socket.socket) -> Seen:
+    other.sendall(BLOCK)
+    wait_for(lambda: actor.recv(1, socket.MSG_PEEK), "it is there")
     with way.stopped():
-        near.sendall(BLOCK)
-        near.close()
-    return seen(far)
+        actor.sendall(BLOCK)
+        actor.close()
+    return seen(other)
 
 
-def near_data_and_reset(way: Way, near: socket.socket, far: socket.socket) -> Seen:
-    with way.stopped():
-        near.sendall(BLOCK)
-        reset(near)
-        time.sleep(0.05)
-    return seen(far)
-
-
-def near_end_and_reset(way: Way, near: socket.socket, far: socket.socket) -> Seen:
-    with way.stopped():
-        near.sendall(BLOCK)
-        near.shutdown(socket.SHUT_WR)
-        reset(near)
-        time.sleep(0.05)
-    return [*seen(far), written(far)]
-
-
-def near_lingers(way: Way, near: socket.socket, far: socket.socket) -> Seen:
-    """close(2) returns when the far end has everything, and well before its time is over."""
-    near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
-    near.settimeout(None)
-    near.sendall(BLOCK)
+def lingers(way: Way, actor: socket.socket, other: socket.socket) -> Seen:
+    """close(2) returns when the other end has everything, and well before its time is over."""
+    actor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
+    actor.settimeout(None)
+    actor.sendall(BLOCK)
     began = time.monotonic()
-    near.close()
-    return [*seen(far), time.monotonic() - began < 10]
+    actor.close()
+    return [*seen(other), time.monotonic() - began < 10]
 
 
-def half_closed_and_reset(way: Way, near: socket.socket, far: socket.socket) -> Seen:
-    """The far end has sent FIN long before, and answers data by RST."""
-    far.sendall(BLOCK)
-    far.shutdown(socket.SHUT_WR)
-    first = seen(near)
+def half_closed_and_reset(way: Way, actor: socket.socket, other: socket.socket) -> Seen:
+    """It has sent FIN long before, and answers data by RST."""
+    actor.sendall(BLOCK)
+    actor.shutdown(socket.SHUT_WR)
+    first = seen(other)
     with way.stopped():
-        near.sendall(BLOCK)
-        reset(far)
-        time.sleep(0.05)
-    return [*first, written(near)]
+        other.sendall(BLOCK)
+        reset(actor)
+    return [*first, written(other)]
 
 
 Case = Callable[[Way, socket.socket, socket.socket], Seen]
-CASES: tuple[Case, ...] = (
-    *(data_and_end, data_and_reset, end_and_reset, reset_only, close_with_unread_data),
-    *(near_data_and_end, near_data_and_reset, near_end_and_reset, near_lingers, half_closed_and_reset),
-)
+BY_FAR = (data_and_end, data_and_reset, end_and_reset, reset_only, close_with_unread_data, half_closed_and_reset)
+BY_NEAR = (data_and_close, data_and_reset, end_and_reset, lingers)
+CASES: dict[str, tuple[Case, bool]] = {  # whether the near end acts
+    **{f"far: {case.__name__}": (case, False) for case in BY_FAR},
+    **{f"near: {case.__name__}": (case, True) for case in BY_NEAR},
+}
 
 
 # Ways -----------------------------------------------------------------------------------------------------------------
@@ -266,25 +221,26 @@ WAYS = [
 _bare: dict[tuple[str, str], Seen] = {}
 
 
-def on_the_bare_kernel(ways: Ways, case: Case, name: str) -> Seen:
+def outcome(way: Way, case: str) -> Seen:
+    act, by_near = CASES[case]
+    near, far = way.pair()
+    with near, far:
+        return act(way, near, far) if by_near else act(way, far, near)
+
+
+def on_the_bare_kernel(ways: Ways, case: str, name: str) -> Seen:
     """The outcome of the case there; asked once."""
     bare = "bare out" if " out" in name else "bare in"
-    if (case.__name__, bare) not in _bare:
-        way = ways.by_name[bare]
-        near, far = way.pair()
-        with near, far:
-            _bare[case.__name__, bare] = case(way, near, far)
-    return _bare[case.__name__, bare]
+    if (case, bare) not in _bare:
+        _bare[case, bare] = outcome(ways.by_name[bare], case)
+    return _bare[case, bare]
 
 
 @pytest.mark.parametrize("name", WAYS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_an_end_is_that_of_the_bare_kernel(ways: Ways, case: Case, name: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_an_end_is_that_of_the_bare_kernel(ways: Ways, case: str, name: str) -> None:
     wanted = on_the_bare_kernel(ways, case, name)
-    way = ways.by_name[name]
-    near, far = way.pair()
-    with near, far:
-        assert case(way, near, far) == wanted
+    assert outcome(ways.by_name[name], case) == wanted
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -316,7 +272,6 @@ def test_a_client_that_sends_and_resets_before_it_is_noticed(ways: Ways, name: s
             far.connect((way.client, way.to))
             far.sendall(BLOCK)
             reset(far)
-            time.sleep(0.05)
         near = listener.accept()[0]
     with near:
         near.settimeout(10)
@@ -338,7 +293,6 @@ def test_a_server_that_sends_and_resets_before_it_is_noticed(ways: Ways, name: s
                 far = listener.accept()[0]
                 far.sendall(BLOCK)
                 reset(far)
-                time.sleep(0.05)
         except BaseException:
             ways.lan.peer.run("ip", "route", "del", "blackhole", HOST, check=False)
             raise

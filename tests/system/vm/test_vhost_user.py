@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from bench.content import digest
+
 from ..support import User, wait_for
-from ..traffic.servers import bytes_server, digest
+from ..traffic.servers import bytes_server
 from ..traffic.support import GATEWAY, HOST, HOST6, PEER, PEER6, Lan, in_thread
 from .image import Image
 from .machine import VirtualMachine

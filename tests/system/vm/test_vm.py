@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.content import digest
+
 from ..support import User, wait_for
-from ..traffic.servers import bytes_server, digest, running
+from ..traffic.servers import bytes_server, running
 from ..traffic.support import GATEWAY, GATEWAY6, HOST, HOST6, PEER, PEER6, Lan, in_thread, read_all
 from .image import Image
 from .machine import Guest, VirtualMachine
