@@ -41,14 +41,14 @@ DATA_PLANE = (
     "policy.rules",
     "policy.rule_table",
 )
-COPIED = ("passt", "tests", "fuzz", "bench")
+COPIED = ("passt", "tests", "fuzz", "bench", "docs")  # a test of ends compares docs/ends.md
 
 # -s: mutmut runs pytest several times in one process; the standard error that the first captured would stay in `log`
 CONFIG = """\
 [tool.mutmut]
 source_paths = ["passt"]
 only_mutate = ["{module}"]
-also_copy = ["fuzz", "bench"]
+also_copy = ["fuzz", "bench", "docs"]
 do_not_mutate_patterns = ['\\blog\\.\\w+\\(', '\\brecord\\(']
 use_git_change_detection = false
 timeout_multiplier = 3.0

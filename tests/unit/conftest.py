@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from passt.flow.context import Context
 
@@ -13,7 +15,9 @@ from .support import FakeLink, make_context
 
 # Others have the processors, too: that an example took long says nothing
 settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("beside others")
+# A mutant is killed by any example; to shorten that one takes minutes, and says nothing that is read
+settings.register_profile("mutants", settings.get_profile("beside others"), phases=[Phase.explicit, Phase.generate])
+settings.load_profile("mutants" if "MUTANTS_OF" in os.environ else "beside others")
 
 # Modules whose conversations a namespace has, and a virtual machine
 CONVERSATIONS = ("test_tcp", *(f"tcp_engine.test_{part}" for part in ("opening", "table", "window")))

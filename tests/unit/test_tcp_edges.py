@@ -13,7 +13,7 @@ from passt.tcp import ACKS_UNCONSUMED_MAX, CONSUME_MIN
 from passt.tcp_engine.conn import TcpConn
 from passt.tcp_engine.window import ACK_DELAY, PINGPONG_MAX
 from passt.wire.checksum import PROTO_ICMP
-from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN
+from passt.wire.tcp import ACK, FIN, HEADER, PSH, RST, SYN, emit_sack
 
 from .support import link, reactor
 from .tcp_support import FakeSocket, Talk, fake_sockets, open_connection
@@ -563,3 +563,40 @@ def test_what_is_left_in_the_socket_behind_fin_is_consumed_at_the_end() -> None:
     assert not talk.tcp._acks._waiting and talk.sock.incoming == b"bye"
     talk.guest(FIN | ACK)
     assert talk.gone and not talk.sock.incoming
+
+
+# Segments of a batch -------------------------------------------------------------------------------------------------
+
+
+def test_an_option_that_stands_first() -> None:
+    """Most guests put two NOPs before the blocks of SACK, and none need to (RFC 2018, 3)."""
+    talk = open_connection(sack=True)
+    talk.host(bytes(4 * 1460))
+    talk.taken()
+    start = talk.isn + 1 + 1460
+    block = emit_sack([(start, start + 3 * 1460)])
+    flags, seq, ack, data, window, _ = talk.segment(ACK, ack=1)
+    talk.put((flags, seq, ack, data, window, block.lstrip(b"\1") + b"\1\1"))
+    assert [(s.seq, len(s.payload)) for s in talk.taken()] == [(1, 1460)]
+
+
+def test_payload_that_lies_elsewhere() -> None:
+    """A pool that finds the pieces of payload has no view of all of it."""
+    talk = Talk()
+    talk.tcp._whole = None
+    talk.syn()
+    talk.expect(SYN | ACK, seq=0, ack=1)
+    talk.guest(ACK)
+    talk.put(talk.segment(ACK, b"one "), talk.segment(ACK | PSH, b"two"))
+    assert talk.sock.sent == b"one two" and not talk.ctx.drops
+
+
+def test_the_end_of_a_connection_within_a_batch() -> None:
+    """The socket turns out to have failed when the handshake is done; data stands behind the acknowledgement."""
+    talk = Talk()
+    talk.syn()
+    talk.expect(SYN | ACK, seq=0, ack=1)
+    conn_of(talk).drained = False
+    talk.sock.error = errno.ECONNRESET
+    talk.put(talk.segment(ACK), talk.segment(ACK | PSH, b"late"))
+    assert hear(talk) == [(RST | ACK, 1, b"")] and talk.gone and not talk.ctx.drops
