@@ -119,6 +119,15 @@ def test_a_connection_without_a_loss_has_no_part_in_it() -> None:
     assert lossy(talk) == 0
 
 
+def test_a_challenge_is_no_sign_of_a_loss() -> None:
+    """Its acknowledgement is asked for by a SYN, not by a segment that came twice (RFC 5961, 4.2)."""
+    talk = open_connection(sack=True)
+    conn_of(talk).near = True
+    talk.guest(SYN, seq=1)
+    talk.expect(ACK, b"", seq=1)
+    assert lossy(talk) == 0
+
+
 def test_it_ends_some_time_after_the_last_sign() -> None:
     talk = behind_a_hole()
     talk.guest(ACK, b"x" * 10, seq=1)
