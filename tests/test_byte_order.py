@@ -85,7 +85,11 @@ MAY = {
     "passt.repair": {"array"},
     "passt.loop.reactor": {"array"},  # references, which stay in this process
 }
-SUMS = {"passt.link.verify", "passt.link.vector_sums"}  # of little-endian words, on any machine: see there
+SUMS = {
+    "passt.link.gso",
+    "passt.link.verify",
+    "passt.link.vector_sums",
+}  # of little-endian words, on any machine: see there
 
 STRUCT_CALLS = frozenset(("Struct", "pack", "unpack", "pack_into", "unpack_from", "iter_unpack", "calcsize"))
 
