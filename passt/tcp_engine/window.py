@@ -146,10 +146,9 @@ class TcpAck:
     def acknowledge(self, conn: TcpConn, n: int, must_ack: bool, now: float) -> None:
         """Acknowledge what may be acknowledged of the `n` bytes that the socket has just taken, now or later."""
         before = conn.rcv_acked
-        tail = tail_of(conn.mss)
         if conn.near or conn.held:
             conn.rcv_acked = conn.rcv_nxt
-        elif conn.rcv_nxt - before > tail:
+        elif conn.rcv_nxt - before > (tail := tail_of(conn.mss)):
             conn.rcv_acked = conn.rcv_nxt - (tail >> 1)
         elif not conn.poll_interval:
             self.update_rcv_acked(conn)
