@@ -89,7 +89,7 @@ def takes_part(row: Row, contender: Contender, named: bool = True) -> bool:
     if not named and contender.rows is not None and row.name not in contender.rows:
         return False
     if row.vm:
-        return contender.serve is not None
+        return contender.serve is not None and (row.vm != vm.VHOST or contender.shares_memory())
     if row.starts:
         return contender.start is not None
     if row.ipv6 and not contender.gateway6:

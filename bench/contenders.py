@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tests.system.vm.machine import VirtualMachine
@@ -73,6 +74,13 @@ class Contender:
         program = self.command(0, 0, "")[0]
         return None if shutil.which(program) else f"{program} is not installed"
 
+    def shares_memory(self) -> bool:
+        """Whether its passt serves machines by vhost-user; that of Debian 12 does not."""
+        if self.serve is None:
+            return False
+        command = self.serve("", 0)
+        return "--vhost-user" in _output(*command[: command.index("-q")], "--help")
+
 
 @dataclass(slots=True)
 class Seat:
@@ -91,6 +99,12 @@ class Seat:
     def alive(self) -> bool:
         """Whether its daemon still runs."""
         return self.daemon is None or self.daemon.poll() is None
+
+
+@cache
+def _output(*command: str) -> str:
+    """The output of a program, whatever its status."""
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=READY_TIMEOUT).stdout
 
 
 _COMPILED = Path(__file__).resolve().parent.parent / "build" / "compiled"

@@ -78,6 +78,14 @@ def test_who_is_not_named_stands_beside_the_rows_of_the_pictures() -> None:
         assert takes_part(rows["tcp-rr-64"], contender)
 
 
+def test_a_program_without_vhost_user_has_no_such_row() -> None:
+    rows = {row.name: row for row in ROWS}
+    ours = CONTENDERS[0]
+    assert ours.name == "ours" and takes_part(rows["vhost-udp-in"], ours) and takes_part(rows["vm-udp-in"], ours)
+    old = Contender("old", "old", ours.command, serve=lambda path, mtu: ["/bin/echo", "-q", path])
+    assert not takes_part(rows["vhost-udp-in"], old) and takes_part(rows["vm-udp-in"], old)
+
+
 def test_what_is_not_built_is_left_out(tmp_path: Path) -> None:
     contender = Contender("compiled", "compiled", lambda pid, mtu, ports: ["/bin/true"], built=tmp_path / "passt")
     assert contender.missing() == "compiled is not built: run `make compiled`"
