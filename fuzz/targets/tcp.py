@@ -201,6 +201,7 @@ class Talk:
 class World:
     """Everything around one `Tcp`, which serves all executions."""
 
+    cuts = False
     full = False
     rto_min = 0.010
     room = 1 << 30

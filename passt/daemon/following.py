@@ -9,6 +9,8 @@
       change                       tell, it costs one wake-up
     timer "settle"               what has come is discarded, the monitor is watched again, and the tables are read. If
                                    the view is another one, it is put into force, and the log gets one line
+    tables changed meanwhile     they need not fit together: a link that was down, with routes that it has since it is
+                                   up. No flow ends by them, up to TORN_MAX times running, and they are read again
     the tables cannot be read    a line in the log, counted; they are read again after RETRY
     online again after it was    only one family is: the other one may follow in a moment, with the addresses of before.
       offline                      Its flows are left alone, and the tables are read again after PATIENCE
@@ -67,7 +69,8 @@ SETTLE_MAX = 1.0  # s
 CALM = 5.0  # s
 SHARE = 20
 RETRY = 30.0  # s
-PATIENCE = 1.0  # s; by then a host that joins a network usually has both an answer of DHCP and a router advertisement
+PATIENCE = 10.0  # s; by then a host that joins a network has both a router advertisement and an address by DHCP
+TORN_MAX = 8  # readings
 RELEASE = 10.0  # s
 FORMER_MAX = 16  # addresses that stay for their flows
 LINK_STEP = 0.05  # s; the kernel tells of a link at once, since we ask
@@ -154,6 +157,7 @@ class Following:
         policy.note_homes(filter(_bound, ctx.config.forwards), self._homes, tables.last)
         self._settle, self._changed_at, self._cost = SETTLE, -CALM, 0.0
         self._offline, self._patient_until = False, 0.0
+        self._torn = 0  # readings running during which the tables changed
         self._told_stuck = False
         self.reads = self.changes = self.failures = 0
         self._watching = True
@@ -207,6 +211,9 @@ class Following:
         finally:
             self._cost = time.thread_time() - began
         self.reads += 1
+        self._torn = self._torn + 1 if monitor.drain() else 0
+        if self._torn:
+            self._ctx.timers.services.arm(self._timer, now + max(self._settle, SHARE * self._cost))
         self._follow(host, now)
 
     def _follow(self, host: Host, now: float) -> None:
@@ -230,6 +237,8 @@ class Following:
 
     def _end_flows(self, host: Host, now: float) -> None:
         """Those whose address on the host is gone for good."""
+        if 0 < self._torn < TORN_MAX:
+            return
         taken, lost = policy.settled(self.view, host)
         if taken or lost:
             if self._offline:

@@ -25,6 +25,7 @@ from passt.daemon.following import (
     SETTLE,
     SETTLE_MAX,
     SHARE,
+    TORN_MAX,
     Following,
     NsTap,
     start,
@@ -52,11 +53,15 @@ class Tables:
         self.hosts = list(hosts)
         self.last = HOME
         self.drained = 0
+        self.torn, self._read = False, False  # whether they change while they are read; that they were
         self.monitor = SimpleNamespace(fd=FD, drain=self._drain)
         self.asked: list[Any] = []
         self.neighbours = SimpleNamespace(fd=FD + 1, ask=self.asked.append, asking=False, more=False)
 
     def _drain(self) -> bool:
+        if self._read:
+            self._read = False
+            return self.torn
         self.drained += 1
         return True
 
@@ -65,6 +70,7 @@ class Tables:
         if isinstance(now, OSError):
             raise now
         self.last = now
+        self._read = True
         return now
 
 
@@ -261,6 +267,28 @@ def test_a_host_that_is_back_with_both_families_loses_none(monkeypatch: pytest.M
     checks = Checks(lab, monkeypatch)
     lab.goes(lab.goes(lab.goes()))
     assert checks.made == [({16}, set()), ({4, 16}, set())] and lab.due is None
+
+
+def test_no_flow_ends_by_tables_that_changed_while_they_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(monkeypatch, TRAIN4)
+    checks = Checks(lab, monkeypatch)
+    lab.tables.torn = True
+    now = lab.goes()
+    assert not checks.made and lab.due == pytest.approx(now + SETTLE), "they are read again"
+    lab.tables.torn = False
+    lab.looks()
+    assert checks.made == [({4, 16}, {16})] and lab.due is None
+
+
+def test_a_host_that_changes_all_the_time_keeps_no_dead_flows(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(monkeypatch, TRAIN4)
+    checks = Checks(lab, monkeypatch)
+    lab.tables.torn = True
+    lab.goes()
+    for _ in range(TORN_MAX - 1):
+        assert not checks.made
+        lab.looks()
+    assert checks.made == [({4, 16}, {16})]
 
 
 def test_a_network_that_flaps_is_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
