@@ -33,7 +33,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", metavar="PATTERN", help="rows by name, e.g. 'tcp-out-*,udp-*'")
     parser.add_argument("--contenders", metavar="LIST", help="those only, by name, separated by commas, in all rows")
     parser.add_argument(
-        "--settled", action="store_true", help="two rounds are enough for rows whose pairs with the original agree"
+        "--settled",
+        action="store_true",
+        help="two rounds are enough for rows whose pairs with the original agree, or whose samples take long",
     )
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PATH", help="another checkout, or a build of the original"
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace, console: Console) -> Report:
         try:
             for turn, row, contender in plan:
                 progress.update(task, description=f"{row.title}: {contender.label}")
-                if not (args.settled and lines[row.name].settled(turn)):
+                if not (args.settled and (lines[row.name].settled(turn) or (row.slow and turn >= 2))):
                     place = placed(args, row, contender)
                     sample(lab, row, contender, lines[row.name], place, args.seconds, turn)
                 progress.advance(task)

@@ -25,7 +25,7 @@ from rich.table import Table
 from .rows import Row, Sample
 
 SPREAD_MAX = 0.3
-SETTLED = 0.1  # pairs that differ by no more of their median need no further round
+SETTLED = 0.2  # pairs that differ by no more of their median need no further round
 C_NAMES = ("pasta", "pasta-wmem")
 BUILDS = ("ours", "compiled")
 

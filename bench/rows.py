@@ -108,6 +108,7 @@ class Row:
     ports: str = "none"
     vm: str = ""  # behind which of the seats of vm.py the guest is
     ipv6: bool = False
+    slow: bool = False  # a sample takes many seconds, whatever is asked for
 
 
 @contextmanager
@@ -370,6 +371,7 @@ def _cost(name: str, title: str, unit: str, measure: Callable[[Bench], Sample], 
     return Row(
         name, title, unit, "CPU ms" if unit == "ms" else "", BIG, "free", measure, target,
         fewer_is_better=True, daemon_only=True, starts=starts, inbound=ports != "none", ports=ports,
+        slow=name.endswith(f"-{MANY}"),
     )  # fmt: skip
 
 
@@ -411,8 +413,8 @@ def _machines() -> list[Row]:
             rows.append(Row(name, title, "1/s", "CPU us", BIG, "apart", measure, target, vm=kind))
     for reverse in (False, True):
         title = f"TCP {'host → emulated machine' if reverse else 'emulated machine → host'}"
-        name = f"vm-qemu-{'in' if reverse else 'out'}"
-        rows.append(Row(name, title, "Gbit/s", "CPU s/GB", BIG, "free", machine_stream(reverse), "1 x C", vm=MACHINE))
+        name, measure = f"vm-qemu-{'in' if reverse else 'out'}", machine_stream(reverse)
+        rows.append(Row(name, title, "Gbit/s", "CPU s/GB", BIG, "free", measure, "1 x C", vm=MACHINE, slow=True))
     return rows
 
 

@@ -128,7 +128,7 @@ def test_both_builds_stand_beside_the_original() -> None:
     ("ours", "compiled", "enough"),
     [
         ([1.0, 1.09], [], True),
-        ([1.0, 1.2], [], False),
+        ([1.0, 1.3], [], False),
         ([1.0], [], False),
         ([1.0, 1.09], [2.0, 2.1], True),
         ([1.0, 1.09], [2.0, 2.6], False),
