@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,6 +69,9 @@ def jail(client: Client) -> Iterator[Jail]:
     for process in processes:
         process.kill()
         process.wait(DEADLINE)
+    for path in Path("/tmp").glob("nsjail.*"):  # empty directories for its mounts, which it leaves
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 @pytest.mark.parametrize(
