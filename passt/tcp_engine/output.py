@@ -270,6 +270,8 @@ class TcpOut:
         views, laid_out = _NO_VIEWS
         if conn.bulk and (conn.chunk <= conn.mss or not self._link.cuts):
             views, laid_out = self._link.lay_out(len(conn.hdr), conn.chunk, want)
+            if conn.sock is None:
+                return -1, 0, False  # the link made room, and found that the guest is gone: all connections have ended
         if laid_out:
             n = self._peek_into(conn, conn.snd_nxt, views)
             want = laid_out

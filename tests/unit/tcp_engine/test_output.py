@@ -216,6 +216,24 @@ def test_payload_is_received_where_the_link_wants_it(features: Features, monkeyp
     assert fake.direct == 5
 
 
+def test_guest_that_is_found_gone_when_the_link_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All connections have ended then, this one as well."""
+    monkeypatch.setattr(support, "new_link", LayingLink)
+    talk = open_connection()
+    fake, (conn,) = link(talk.ctx), talk.tcp._conns.values()
+    assert isinstance(fake, LayingLink)
+
+    def lay_out(header: int, chunk: int, want: int) -> tuple[list[memoryview], int]:
+        talk.tcp._table.forget()
+        return [], 0
+
+    monkeypatch.setattr(fake, "lay_out", lay_out)
+    talk.host(os.urandom(500_000))
+    assert conn.sock is None and conn.timer < 0 and conn.slot is None and not talk.tcp._conns
+    talk.wait(1.0)
+    assert not any(talk.ctx.drops.values())
+
+
 @pytest.mark.parametrize(("mtu", "direct"), [(65520, 4), (1500, 0)])
 def test_link_that_cuts_super_frames_has_no_place_for_their_payload(
     mtu: int, direct: int, monkeypatch: pytest.MonkeyPatch
