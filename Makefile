@@ -53,7 +53,7 @@ mutants: ## Change one thing at a time in MODULES="tcp udp_engine ...": does a t
 security: ## Floods from the guest at full length, written to docs/floods.md (about 20 minutes)
 	scripts/security
 
-bench: compiled ## The benchmark of both builds, beside the C original, slirp4netns and no daemon (12 minutes)
+bench: compiled ## The benchmark of both builds, beside the C original, slirp4netns and no daemon (12 to 14 minutes)
 	scripts/setup bench
 	$(PYTHON) -m bench --seconds 1 --settled --json $(RESULTS)
 
