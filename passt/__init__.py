@@ -62,7 +62,7 @@ Where a change goes: folders and modules of this level, each above its imports
     tcp, tcp_engine         TCP through the tap
     arp ndp dhcp dhcpv6     configuration services
     icmp                    ping; like the services above, it registers with flow.services
-    flow                    common to all flows: the table, idle limits, room for new ones, errors, statistics; where
+    flow                    common to all flows: groups of a batch, the table, limits, room for new ones, errors; where
                             the guest is; the Context
     link                    back ends: devices and sockets that lead to the guest; the packet pool, captures
     policy                  Config and the one in force, rules, address translation, resolvers: no sockets, no clock

@@ -51,6 +51,7 @@ from typing import Final
 
 from . import log
 from .drops import Drop
+from .flow.batch import Batch
 from .flow.context import Context
 from .flow.ip_fields import DF, DF_PAYLOAD_MAX4, DF_PAYLOAD_MAX6, HOPS_MASK
 from .flow.services import PortHandler, Taken
@@ -62,7 +63,6 @@ from .link.verify import VERIFIED
 from .loop.each import each, record
 from .policy.config import Config
 from .tcp import Tcp
-from .tcp_engine.sock import ECN_MASK
 from .udp import Udp
 from .wire import ip
 from .wire.checksum import PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP
@@ -77,7 +77,6 @@ _TAGS: Final = (0x8100, 0x88A8)  # IEEE 802.1Q: customer and service VLAN tags
 _TAG_LEN: Final = 4
 _VLAN_MASK: Final = 0xFFF
 DATAGRAMS_MAX: Final = 128  # UDP_MAX_SEGMENTS of Linux since 6.9: 64 KiB in datagrams of a byte would cost 65,000 sends
-Groups = dict[bytes, list[int]]
 
 
 class Tap(Receiver):
@@ -95,19 +94,16 @@ class Tap(Receiver):
         self._services = ctx.services
         self._ports4, self._ports6 = ctx.services.ports4, ctx.services.ports6
         self._udp, self.tcp = udp, tcp
+        self._batch = Batch(ctx.pool, ctx.services, ctx.classes, vnet=self._vnet)
         ctx.settings.subscribe(self._adopt)
         self._reassembly = Reassembly(ctx.drops)
         self._stats = ctx.stats
-        self._tcp_groups: Groups = {}
-        self._udp_groups: Groups = {}
         self._classes = ctx.classes
         self._changed_classes: list[bytes] = []
-        self._udp_fields: dict[bytes, int] = {}  # of the IP headers of a group
-        self._tcp_hops: dict[bytes, int] = {}  # TTL or hop limit of the first segment of a group
 
     def _adopt(self, config: Config) -> None:
         self._have4, self._have6 = config.ip4 is not None, config.ip6 is not None
-        self._source = b""
+        self._sent_by(self._sender)
 
     # A batch -------------------------------------------------------------------------------------------------------
 
@@ -121,14 +117,15 @@ class Tap(Receiver):
 
     def batch(self, frames: list[int], now: float) -> None:
         """Classify frames, a flat list of (start, end), and hand groups of one flow to their protocol."""
-        capture = self._link.capture
+        capture, plain = self._link.capture, self._batch.plain
         for i in range(0, len(frames), 2):
             if capture is not None:
                 header = frames[i] + VNET_LEN
                 before = self._pool.copy(frames[i], header) if self._vnet else NO_OFFLOAD
                 capture(False, before + self._pool.copy(header, max(header, frames[i + 1])))
             try:
-                self._frame(frames[i], frames[i + 1], now)
+                if not plain(frames[i], frames[i + 1]):
+                    self._frame(frames[i], frames[i + 1], now)
             except Malformed as e:
                 self._ctx.drops[e.reason] += 1
             except Exception as e:
@@ -137,15 +134,14 @@ class Tap(Receiver):
 
     def _flush(self, now: float) -> None:
         """Hand over what was classified so far."""
-        if self._tcp_groups:
+        if self._batch.tcp:
             self._hand_over_tcp(now, self._by_group)
-        if self._udp_groups:
+        if self._batch.udp:
             self._hand_over_udp(now, self._by_group)
 
     def _hand_over_tcp(self, now: float, verify: bool) -> None:
         """Hand the segments that were classified so far to their connections."""
-        groups, self._tcp_groups = self._tcp_groups, {}
-        hops, self._tcp_hops = self._tcp_hops, {}
+        groups, hops = self._batch.take_tcp()
         changed, self._changed_classes = self._changed_classes, []
         if changed:
             each(changed, self.tcp.set_class, self._fault_of_class)
@@ -164,8 +160,7 @@ class Tap(Receiver):
 
     def _hand_over_udp(self, now: float, verify: bool) -> None:
         """Hand the datagrams that were classified so far to their flows."""
-        groups, self._udp_groups = self._udp_groups, {}
-        fields, self._udp_fields = self._udp_fields, {}
+        groups, fields = self._batch.take_udp()
         for key, datagrams in groups.items():
             try:
                 sound = self._verifier.datagrams(key, datagrams) if verify else datagrams
@@ -186,9 +181,9 @@ class Tap(Receiver):
     # One frame ---------------------------------------------------------------------------------------------------
 
     def _frame(self, start: int, end: int, now: float, tag: int = 0) -> None:
-        """Classify one frame; TCP and UDP are added to the groups, everything else is handled.
+        """Classify one frame that is not plain; TCP and UDP are added to the groups, everything else is handled.
 
-        Longer than most on purpose: it runs for every frame, and a call for each header would double its price.
+        Longer than most on purpose: a call for each header would double its price.
         """
         pool = self._pool
         if end - start >= FRAME_ROOM:
@@ -256,14 +251,9 @@ class Tap(Receiver):
                 if self._by_group:
                     self._segment_alone(key, hops, l4, end, now)
                     return
-            if tos > ECN_MASK or self._classes:
-                self._tcp_class(key, tos & ~ECN_MASK)
-            group = self._tcp_groups.get(key)
-            if group is None:
-                self._tcp_groups[key] = [l4, end]
-                self._tcp_hops[key] = hops
-            else:
-                group += (l4, end)
+            if tos > ip.ECN_MASK or self._classes:
+                self._tcp_class(key, tos & ~ip.ECN_MASK)
+            self._batch.segment(key, hops, l4, end)
             return
         fields = hops | tos << 8 | (DF if ethertype == TYPE_IPV6 or fragment & ip.DF else 0)
         if proto != PROTO_UDP:
@@ -290,8 +280,7 @@ class Tap(Receiver):
     def _segment_alone(self, key: bytes, hops: int, l4: int, end: int, now: float) -> None:
         """A verified segment that came in fragments, or with options: groups that are verified have none of these."""
         self._flush(now)  # what came before it
-        self._tcp_groups[key] = [l4, end]
-        self._tcp_hops[key] = hops
+        self._batch.segment(key, hops, l4, end)
         self._hand_over_tcp(now, False)  # before its room is used again
 
     def _datagram_alone(
@@ -354,14 +343,9 @@ class Tap(Receiver):
             raise Malformed(Drop.UDP_DATAGRAMS)
         if (gso_size or end - l4 - 8) > (DF_PAYLOAD_MAX4 if addresses[1] - addresses[0] == 8 else DF_PAYLOAD_MAX6):
             fields &= ~DF
-        before = self._udp_fields.get(key)
-        if before == fields:
-            self._udp_groups[key] += (l4 + 8, end, gso_size)
-            return
-        if before is not None:
+        if not self._batch.datagram(key, fields, l4 + 8, end, gso_size):
             self._hand_over_udp(now, self._by_group)
-        self._udp_groups[key] = [l4 + 8, end, gso_size]
-        self._udp_fields[key] = fields
+            self._batch.datagram(key, fields, l4 + 8, end, gso_size)
 
     def _to_port(
         self, handler: PortHandler, addresses: tuple[int, int], sport: int, data: int, end: int, now: float
@@ -436,14 +420,18 @@ class Tap(Receiver):
         """The guest has gone: end its flows, and know nothing of its fragments and of where it was."""
         each(self._services.on_forget, call, self._fault_of_service)
         self._reassembly = Reassembly(self._ctx.drops)
-        self._sender = self._source = b""
+        self._sent_by(b"")
         self._neighbours.forget()
 
     def _other_sender(self, mac: bytes, now: float) -> None:
         """Frames come from another MAC address than those before, which are handed on first."""
         self._flush(now)
-        self._sender, self._source = mac, b""
+        self._sent_by(mac)
         self._neighbours.sender(mac)
+
+    def _sent_by(self, mac: bytes) -> None:
+        self._sender, self._source = mac, b""
+        self._batch.expect(mac, ip4=self._have4, ip6=self._have6)
 
     def _fault_of_service(self, callback: object, e: Exception) -> None:
         """It failed to follow the guest: the others do."""

@@ -103,7 +103,7 @@ def outcome(batch: list[bytes], fill: bytes) -> tuple[Any, ...]:
     for name in fresh.__slots__:
         setattr(guest, name, getattr(fresh, name))
     CTX.neighbours._several = False
-    TAP._sender, TAP._source = GUEST_MAC, b""
+    TAP._sent_by(GUEST_MAC)
     CALLS.clear()
     CLASSES.clear()
     CTX.classes.clear()

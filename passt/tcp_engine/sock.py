@@ -37,7 +37,6 @@ from ..policy.forwarding import Forwarding, SockAddr
 from .conn import TcpConn
 
 RESOLVER_TIMEOUT: Final = 1500  # ms without an answer to SYN (RFC 5482; Linux applies it while connecting, too)
-ECN_MASK: Final = 3
 LONG_LINK_BYTES: Final = 1 << 22  # in flight to the guest over a long link, or half of tcp_rmem's largest
 _RESET_ON_CLOSE: Final = Struct("=ii").pack(1, 0)  # struct linger: on, 0 seconds
 # Numbers: the names are of enumerations, of which an operation costs a microsecond

@@ -25,6 +25,7 @@ VERSION6: Final = 6 << 28
 DF: Final = 0x4000
 MF: Final = 0x2000
 FRAGMENT_MASK: Final = 0x3FFF  # MF and the offset: not zero in every fragment of a datagram
+ECN_MASK: Final = 3  # of the traffic class (RFC 3168, 5)
 FLOW_LABEL_MASK: Final = 0xFFFFF
 TTL: Final = 255
 

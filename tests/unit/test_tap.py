@@ -664,7 +664,7 @@ def test_reassembly_leaves_nothing_behind(tap: FakeTap) -> None:
     for i in range(50):
         for f in pieces(udp(bytes(1500), sport=1 + i), v4=True, ident=i):
             tap.batch(f)
-    assert not tap.tap._udp_fields and not tap.tap._udp_groups and not len(tap.tap._reassembly)
+    assert not tap.tap._batch.fields and not tap.tap._batch.udp and not len(tap.tap._reassembly)
 
 
 def test_fault_on_a_reassembled_datagram_ends_its_flow(tap: FakeTap) -> None:
