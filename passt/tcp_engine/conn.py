@@ -133,6 +133,7 @@ class TcpConn(Flow):
         "iss",  # our initial sequence number
         "keepalive",  # SO_KEEPALIVE is on
         "l4",  # offset of the TCP header in `hdr`
+        "length",  # of the segment that the IP header in `hdr` tells of
         "look_at",  # time at which the heap of near deadlines looks at this connection, 0: it does not
         "mapped_host",  # `host` where it differs from the peer in the key; () where it does not
         "min_rtt",  # s, the least round trip to the guest
@@ -194,7 +195,7 @@ class TcpConn(Flow):
         self.dsack: tuple[int, int] | tuple[()] = ()
         self.scoreboard: Scoreboard | None = None
         self.hdr = bytearray()
-        self.l4 = self.ip_sum = self.tcp_sum = 0
+        self.l4 = self.ip_sum = self.tcp_sum = self.length = 0
         self.mss = tcp.MSS_DEFAULT
         self.chunk = self.snd_wscale = self.rcv_wscale = 0
         self.iss = self.irs = self.rcv_nxt = self.rcv_acked = self.rcv_edge = self.rcv_wnd_low = self.rcv_wnd_max = 0
@@ -332,6 +333,7 @@ def build_header(conn: TcpConn, guest_mac: bytes, peer_mac: bytes, mtu: int, *, 
     template, l4, conn.ip_sum, conn.tcp_sum = _template(key[:-4], guest_mac, peer_mac)
     conn.l4 = l4
     hdr = conn.hdr = bytearray(template)
+    conn.length = 0
     hdr[l4 : l4 + 2] = key[-2:]
     hdr[l4 + 2 : l4 + 4] = key[-4:-2]
     if l4 == L4_IPV6:

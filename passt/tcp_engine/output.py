@@ -128,6 +128,9 @@ class TcpOut:
             window if window < 65535 else 65535,
             (s & 0xFFFF) + (s >> 16),
         )
+        if length == conn.length:
+            return  # the IP header stays as it is
+        conn.length = length
         if l4 == L4_IPV4:
             length += 20
             s = conn.ip_sum + length
@@ -204,11 +207,9 @@ class TcpOut:
 
         Longer than most on purpose: each step decides on what the one before has found, and it runs for every event.
         """
-        cuts = 0
-        turns = self.turns
+        cuts, turns, link = 0, self.turns, self._link
         while not conn.events & TAP_FIN_SENT:
-            room = self._link.room
-            if self._link.full or room <= 0:
+            if link.full or link.room <= 0:
                 turns.waiting[conn.index] = conn
                 return
             in_flight = conn.snd_nxt - conn.snd_una
@@ -224,8 +225,8 @@ class TcpOut:
                 return  # the acknowledgement on its way opens the window
             if want > PEEK_MAX:
                 want = PEEK_MAX
-            if want > room:
-                want = room
+            if want > link.room:
+                want = link.room
             if over and want > SPARSE - in_flight:
                 want = SPARSE - in_flight
             if not self._peek_off:
@@ -234,10 +235,15 @@ class TcpOut:
                 want = min(want, DISCARD_MAX - (conn.snd_nxt - conn.base))
                 if want <= 0:
                     return
-            n, want, laid_out = self._peek_next(conn, want)
+            if conn.bulk:
+                n, want, laid_out = self._peek_next(conn, want)
+            else:
+                n, laid_out = self._peek(conn, conn.snd_nxt, want), False
+            conn.bulk = n >= BULK
             if not n and not conn.events & SOCK_FAILED:
                 set_event(conn, SOCK_FIN_RCVD)
-            n = max(n, 0)
+            elif n < 0:
+                n = 0
             # Perhaps short at an urgent mark: a peek that begins before the mark ends there.
             cut = n < want and conn.urgent and (n or (not self._peek_off and conn.snd_nxt != conn.base))
             if silly and n == want and not cut:
@@ -266,19 +272,15 @@ class TcpOut:
                     return
 
     def _peek_next(self, conn: TcpConn, want: int) -> tuple[int, int, bool]:
-        """Peek what comes next, where the link wants it if it may be much: (as of `_peek`, at most, whether there)."""
+        """Peek what comes next of much, where the link wants it: (as of `_peek`, at most, whether there)."""
         views, laid_out = _NO_VIEWS
-        if conn.bulk and (conn.chunk <= conn.mss or not self._link.cuts):
+        if conn.chunk <= conn.mss or not self._link.cuts:
             views, laid_out = self._link.lay_out(len(conn.hdr), conn.chunk, want)
             if conn.sock is None:
                 return -1, 0, False  # the link made room, and found that the guest is gone: all connections have ended
         if laid_out:
-            n = self._peek_into(conn, conn.snd_nxt, views)
-            want = laid_out
-        else:
-            n = self._peek(conn, conn.snd_nxt, want)
-        conn.bulk = n >= BULK
-        return n, want, laid_out > 0
+            return self._peek_into(conn, conn.snd_nxt, views), laid_out, True
+        return self._peek(conn, conn.snd_nxt, want), want, False
 
     def _peek(self, conn: TcpConn, seq: int, want: int) -> int:
         """Read up to `want` bytes at `seq` and leave them in the socket; 0: end of stream, -1: no bytes now.
@@ -313,7 +315,14 @@ class TcpOut:
         buf, link = self._buf, self._link
         conn.ack_due = False
         if n <= mss:  # one segment, as the loop would send it
-            chunk = n
+            if conn.gso:
+                set_segmentation(conn, GSO_NONE)
+            self.header(conn, seq, tcp.ACK | tcp.PSH | last_flags, n)
+            if laid_out:
+                link.send_laid_out(hdr, n)
+            else:
+                link.send_payload((hdr, buf[:n]))
+            return
         offset = 0
         while offset < n:
             end = offset + chunk

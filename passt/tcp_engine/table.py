@@ -150,12 +150,16 @@ class TcpTable:
 
     def schedule(self, conn: TcpConn, now: float, latest: float = NEVER) -> None:
         """Set the deadline of a connection, and arm its timer."""
-        # Nearly every call is about data that was sent once.
-        usual = not conn.retries and conn.snd_nxt != conn.snd_una and conn.scoreboard is None and conn.pto
-        delay = conn.pto if usual else timeout(conn)
-        if delay == NEVER:
-            conn.deadline = NEVER
-            return
+        if not conn.retries and conn.snd_nxt != conn.snd_una and conn.scoreboard is None and conn.pto:
+            delay = conn.pto  # nearly every call is about data that was sent once
+            if 0 < conn.look_at <= now + delay:
+                conn.deadline = now + delay  # likewise: `Deadlines.set` would find that it is looked at before
+                return
+        else:
+            delay = timeout(conn)
+            if delay == NEVER:
+                conn.deadline = NEVER
+                return
         self.deadlines.set(conn, min(now + delay, latest), now)
 
     def set_class(self, key: bytes) -> None:
