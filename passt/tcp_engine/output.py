@@ -224,7 +224,7 @@ class TcpOut:
             if silly and in_flight >= 2 * conn.mss:
                 return  # the acknowledgement on its way opens the window
             if want > PEEK_MAX:
-                want = PEEK_MAX
+                want = PEEK_MAX - PEEK_MAX % conn.chunk  # the next peek goes on with a whole frame
             if want > link.room:
                 want = link.room
             if over and want > SPARSE - in_flight:

@@ -29,7 +29,8 @@ from typing import Final
 from ..flow.context import Context
 from .conn import TcpConn
 
-TURN_MAX: Final = 1 << 19  # bytes to the guest, of all connections, before other events have their turn: 0.5 ms
+# Bytes to the guest, of all connections, before other events have their turn: two peeks of whole frames, 0.5 ms
+TURN_MAX: Final = 15 << 15
 SPARSE: Final = 1 << 14  # bytes
 
 

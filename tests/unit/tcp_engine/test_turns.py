@@ -15,14 +15,17 @@ from ..tcp_support import FakeSocket, Talk, fake_sockets, open_connection
 
 __all__ = ["fake_sockets"]
 
-LARGE = 8 * TURN_MAX  # bytes that the host peer has sent
+MSS = 1460
+PEEK = PEEK_MAX - PEEK_MAX % (65535 // MSS * MSS)  # bytes in one peek: whole super-frames
+TURN = 2 * PEEK  # bytes that a turn sends
+LARGE = 8 * TURN  # bytes that the host peer has sent
 
 
 class Party:
     """Connections of one guest, by number, each with a window of some megabytes."""
 
     def __init__(self, count: int) -> None:
-        self.talk = open_connection(mss=1460)
+        self.talk = open_connection(mss=MSS)
         self.socks = [self.talk.sock]
         base = self.talk.key
         keys = [base]
@@ -37,7 +40,7 @@ class Party:
         conns = self.talk.tcp._conns
         self.conns = [conns[key] for key in keys]
         for conn in self.conns:
-            conn.snd_wnd = conn.snd_wnd_max = 16 * TURN_MAX
+            conn.snd_wnd = conn.snd_wnd_max = 16 * TURN
         self.link = link(self.talk.ctx)
         self.room = 1 << 30  # bytes that the link takes until it is full
         send = self.link.send_payload
@@ -92,33 +95,33 @@ def test_bulk_flows_take_turns_at_a_link_that_is_full() -> None:
     for _ in range(9):  # the link takes one peek each time
         before = party.sent()
         party.opens(1)
-        assert sum(party.sent()) - sum(before) == PEEK_MAX
+        assert sum(party.sent()) - sum(before) == PEEK
     assert max(party.sent()) - min(party.sent()) <= PEEK_MAX
 
 
 def test_a_turn_has_an_end() -> None:
     party = Party(2)
     party.arrive(0, LARGE)
-    assert party.sent()[0] == TURN_MAX, "the guest's window is larger, and the link takes more"
+    assert party.sent()[0] == TURN, "the guest's window is larger, and the link takes more"
     party.arrive(1, LARGE)
     assert party.sent()[1] == SPARSE, "the turn is used up, but for an answer"
     party.next_turn()
     party.next_turn()
-    assert party.sent() == [2 * TURN_MAX, SPARSE + TURN_MAX], "in the order in which they began to wait"
+    assert party.sent() == [2 * TURN, SPARSE + TURN], "in the order in which they began to wait"
 
 
 def test_an_answer_does_not_wait_for_a_turn() -> None:
     party = Party(3)
     party.arrive(0, LARGE)
     party.arrive(1, 1)
-    assert party.sent() == [TURN_MAX, 1, 0]
+    assert party.sent() == [TURN, 1, 0]
     party.conns[2].snd_wnd = 0
     party.arrive(2, 100)
     party.next_turn()
     party.conns[2].snd_wnd = 1 << 20
     party.talk.key = party.conns[2].key
     party.talk.tcp._out.send_data(party.conns[2])
-    assert party.sent() == [2 * TURN_MAX, 1, 100]
+    assert party.sent() == [2 * TURN, 1, 100]
 
 
 def test_a_turn_is_no_longer_for_those_that_waited_for_it() -> None:
@@ -133,19 +136,19 @@ def test_a_turn_is_no_longer_for_those_that_waited_for_it() -> None:
             party.talk.tcp._out.send_data(conn)
         reactor(party.talk.ctx).wakeups -= 1
         party.next_turn()
-        assert sum(party.sent()) - before == TURN_MAX
-    assert party.sent() == [3 * TURN_MAX, SPARSE + 2 * TURN_MAX], "and each of them has had its share"
+        assert sum(party.sent()) - before == TURN
+    assert party.sent() == [3 * TURN, SPARSE + 2 * TURN], "and each of them has had its share"
 
 
 def test_a_turn_is_not_charged_with_what_earlier_ones_have_sent() -> None:
     """A bulk flow sends as much as is acknowledged, and needs no other turn for that."""
     party = Party(1)
     turns = reactor(party.talk.ctx)
-    party.arrive(0, TURN_MAX - 1000)
+    party.arrive(0, TURN - 1000)
     turns.wakeups += 1
     party.arrive(0, 2000)
-    assert party.sent() == [TURN_MAX + 1000] and not turns.more
-    party.arrive(0, TURN_MAX)
+    assert party.sent() == [TURN + 1000] and not turns.more
+    party.arrive(0, TURN)
     assert turns.more, "this turn has sent enough"
 
 
@@ -153,29 +156,29 @@ def test_an_acknowledgement_does_not_prolong_the_turn() -> None:
     party = Party(1)
     talk = party.talk
     party.arrive(0, LARGE)
-    talk.guest(ACK, ack=1 + TURN_MAX, window=65535)
+    talk.guest(ACK, ack=1 + TURN, window=65535)
     assert party.conns[0].snd_nxt - party.conns[0].snd_una == SPARSE
     party.next_turn()
-    assert party.sent()[0] == SPARSE + TURN_MAX
+    assert party.sent()[0] == SPARSE + TURN
 
 
 def test_what_fits_into_a_turn_needs_no_other() -> None:
     party = Party(1)
-    party.arrive(0, TURN_MAX - 1)
-    assert party.sent()[0] == TURN_MAX - 1
+    party.arrive(0, TURN - 1)
+    assert party.sent()[0] == TURN - 1
     assert reactor(party.talk.ctx).more == [] and party.order() == []
 
 
 def test_turns_come_until_all_is_sent() -> None:
     party = Party(3)
     for number in range(3):
-        party.arrive(number, 2 * TURN_MAX + 1)
+        party.arrive(number, 2 * TURN + 1)
     turns = 0
     while reactor(party.talk.ctx).more:
         assert len(reactor(party.talk.ctx).more) == 1
         party.next_turn()
         turns += 1
-    assert party.sent() == [2 * TURN_MAX + 1] * 3
+    assert party.sent() == [2 * TURN + 1] * 3
     assert turns == 5 and party.order() == []
 
 
@@ -229,13 +232,13 @@ def test_what_a_reset_leaves_takes_its_turn() -> None:
     """The socket holds it, and RST follows."""
     party = Party(1)
     talk: Talk = party.talk
-    party.arrive(0, TURN_MAX)
+    party.arrive(0, TURN)
     talk.host(b"x" * 100, error=104)
     before = talk.taken()
     assert not any(s.flags & RST for s in before)
     party.next_turn()
     frames = [s for s in (*before, *talk.taken()) if s.payload or s.flags & RST]
-    assert sum(len(s.payload) for s in frames) == TURN_MAX + 100 and frames[-1].flags & RST
+    assert sum(len(s.payload) for s in frames) == TURN + 100 and frames[-1].flags & RST
 
 
 # Borders -------------------------------------------------------------------------------------------------------------
