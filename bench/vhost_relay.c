@@ -289,6 +289,7 @@ int main(int argc, char **argv)
 		fail("mmap");
 	lay_out(&in, 0);
 	lay_out(&out, 1);
+	out.avail->flags = 1; /* what is used is looked at before each frame: until `wait_used`, no call is of use */
 	for (unsigned i = 0; i < NUM; i++) {
 		in.desc[i] = (struct desc){ (uintptr_t)memory + 2 * RING + i * PAGE, PAGE, 2, 0 };
 		offer(&in, i);
