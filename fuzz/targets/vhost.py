@@ -188,6 +188,7 @@ def one(data: bytes) -> None:
     sock = attach(FEATURES & ~device.F_MRG_RXBUF | offered)
     while steps.left > 0 and not ENDS:
         step(steps, sock)
+        LOOP.go_on(T0)
     assert set(DROPS) <= ALLOWED, DROPS
     sock.ended, sock.waiting = True, bytearray()
     LINK.read(T0)
@@ -217,3 +218,4 @@ def well_behaved() -> None:
     assert [frame for _, frame in MACHINE.receive()] == [FRAME]
     assert MACHINE.rings[RECEIVE].called()
     LINK.attach(None)
+    LOOP.go_on(T0)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from .. import PASST, log
 from ..calls import calls
 from ..drops import Drop, Reason
-from ..loop.reactor import EPOLLIN, TYPE_GUEST, TYPE_VRING, Reactor, ref_data
+from ..loop.reactor import EPOLLET, EPOLLIN, TYPE_GUEST, TYPE_VRING, Reactor, ref_data
 from ..wire.ip import MTU_MAX
 from ..wire.vhost import Invalid
 from ..wire.virtio import GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NO_OFFLOAD, VNET_LEN
@@ -84,6 +84,7 @@ class VhostLink(Link):
         self._takes: frozenset[int] = frozenset()  # gso_type of frames that the driver takes
         self._csum = self._whole = False  # `_whole`: TCP needs nothing done by us
         self._waits = False  # whether `on_room` is due when `full` ends
+        self._goes_on = False  # whether `_next_turn` is going to be called
 
     def make_pool(self) -> PacketPool:
         """The pool that finds payload in the machine's memory."""
@@ -159,7 +160,7 @@ class VhostLink(Link):
         try:
             if ring.index == FROM_GUEST:
                 self._reader = FrameReader(ring, header, self._pool, self._receiver, self.drops)
-                ring.notice()  # of what was made available before
+                self._go_on()  # with what was made available before
             else:
                 self._adopt(device.features)
                 mergeable, cut = bool(device.features & F_MRG_RXBUF), device.features & _TSO != _TSO
@@ -169,7 +170,7 @@ class VhostLink(Link):
                 if self.on_mtu is not None:
                     whole = mergeable or device.features & _TSO == _TSO
                     self.on_mtu(MTU_MAX if whole else MTU_SMALL)
-            self._reactor.watch(ring.kick, TYPE_VRING, ring.index, EPOLLIN)
+            self._reactor.watch(ring.kick, TYPE_VRING, ring.index, EPOLLIN | EPOLLET)
             ring.watched = True
         except (BadRing, OSError) as e:
             self._broken(ring, e)
@@ -230,16 +231,40 @@ class VhostLink(Link):
         device = self._device
         if device is None:
             return
-        ring = device.rings[ref_data(ref)]
+        writer = self._writer
+        if ref_data(ref) == FROM_GUEST:
+            self._read_ring(now)
+        elif writer is not None:
+            try:
+                writer.kicked()
+                self._measure(writer)
+            except (BadRing, OSError) as e:
+                self._broken(writer.ring, e)
+
+    def _read_ring(self, now: float) -> None:
+        """Read the machine's frames. The rest of many is read in the next turn, and so is what a fault has left."""
+        reader = self._reader
+        if reader is None:
+            return
+        more = True
         try:
-            if ring.index == FROM_GUEST:
-                if self._reader is not None:
-                    self._reader.run(now)
-            elif self._writer is not None:
-                self._writer.kicked()
-                self._measure(self._writer)
+            more = reader.run(now)
         except (BadRing, OSError) as e:
-            self._broken(ring, e)
+            more = False
+            self._broken(reader.ring, e)
+        finally:
+            if more:
+                self._go_on()
+
+    def _go_on(self) -> None:
+        """Read the machine's frames in the next turn, once. No kick has to tell of them."""
+        if not self._goes_on:
+            self._goes_on = True
+            self._reactor.next_turn(self._next_turn)
+
+    def _next_turn(self, now: float) -> None:
+        self._goes_on = False
+        self._read_ring(now)
 
     # To the machine --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@
 
     available    the machine has written up to `idx` of the available ring; `base` is the next entry to take
     used         `push` writes entries, `publish` moves `idx` of the used ring behind them
-    kick         an eventfd: the machine has made buffers available. `want_kick` says from when on it shall tell
+    kick         an eventfd: the machine has made buffers available. `want_kick` says from when on it shall tell.
+                 It is watched by edges (EPOLLET), each write being one, and its counter is never read
     call         an eventfd: buffers were used. `publish` writes to it unless the machine does not want to know
 
 While the machine migrates, what is written is logged (`dirty_log.py`): buffers when their chain is given back, which
@@ -28,8 +29,8 @@ loads as well. `fence` is the one place that forbids it:
     `want_kick`: after avail_event or flags                 its store, the next load of idx (`available`)
 
 The descriptors of eventfds are shared with the front end, and so are their flags: O_NONBLOCK is not set here, since the
-other side may wait in read(2). RWF_NOWAIT has the same effect for one read. A write waits if the counter stands at its
-maximum of 2**64 - 2, which only a front end that harms its own device can reach.
+other side may wait in read(2). A write waits if the counter stands at its maximum of 2**64 - 2, which only a front end
+that harms its own device can reach.
 
 16-bit values are read and written through views cast to "H", which is one access of that size; `struct` with "<" reads
 bytes one by one, and would see half of an update. Casts are in the host's byte order: `check_byte_order`.
@@ -70,7 +71,7 @@ _NO_RING: Final = memoryview(bytearray(8)).cast("H")
 _NO_ENTRIES: Final = memoryview(bytearray(8)).cast("I")
 _NO_WORDS: Final = memoryview(bytearray(16)).cast("Q")
 
-CALLS = calls("preadv2", "write", mode=PASST)
+CALLS = calls("write", mode=PASST)
 
 _held = threading.Lock()
 _held.acquire()
@@ -99,7 +100,6 @@ class Vring:
     def __init__(self, index: int) -> None:
         self.index = index
         self.kick = self.call = -1  # descriptors of eventfds
-        self._counter = bytearray(8)
         self._full = array("I", (0,))  # lengths of filled chains, all the same
         self.watched = False  # whether epoll looks at the kick
         self.log: DirtyLog | None = None  # of what is written to buffers
@@ -349,14 +349,3 @@ class Vring:
         if self.addresses is not None and self.addresses.flags & RING_LOGGED:
             log.mark(self.addresses.log, 6 + _USED.size * self.num)
         log.notify()
-
-    def notice(self) -> None:
-        """Kick this ring from here, so that epoll reports it again. Raises OSError."""
-        os.eventfd_write(self.kick, 1)
-
-    def kicked(self) -> None:
-        """Take the notice of a kick. Raises OSError."""
-        try:
-            os.preadv(self.kick, (self._counter,), -1, os.RWF_NOWAIT)
-        except BlockingIOError:
-            pass  # taken before

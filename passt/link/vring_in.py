@@ -10,9 +10,8 @@ machine's memory. Chains are given back when the receiver has returned.
 The length of a frame is the sum of its descriptors' lengths, each copied once. Nothing of a header is read twice from
 memory that the machine can write.
 
-Kicks. The machine shall not kick while a batch is handled. The kick's counter is read only when the ring is empty, so
-epoll reports a ring with more than a batch again. Then kicks are wanted, and only after that a last look shows that
-nothing came in between.
+Kicks. The machine shall not kick while a batch is handled. When the ring is empty kicks are wanted, and only after that
+a last look shows that nothing came in between. A ring with more than a batch is read again in the next turn.
 """
 
 from __future__ import annotations
@@ -52,22 +51,21 @@ class FrameReader:
         self._pool, self._receiver, self._drops = pool, receiver, drops
         self._limit = pool.size - 2 * FRAME_ROOM  # the last frame's room is kept for reassembled packets
 
-    def run(self, now: float) -> None:
-        """Hand on what is in the ring, batch by batch. Raises BadRing or OSError."""
+    def run(self, now: float) -> bool:
+        """Hand on what is in the ring, batch by batch; whether the rest has to wait. Raises BadRing or OSError."""
         ring = self.ring
         ring.want_kick(False)
         for _ in range(ROUNDS_MAX):
             more = self._batch(now)
             if not ring.runs:
-                return
+                return False
             if more:
                 break
-            ring.kicked()
             ring.want_kick(True)
             if not ring.available():
-                return
+                return False
             ring.want_kick(False)
-        ring.notice()
+        return True
 
     def _batch(self, now: float) -> bool:
         """Hand on a batch of frames; whether the ring has more. Raises BadRing or OSError."""

@@ -187,7 +187,6 @@ class FrameWriter:
 
     def kicked(self) -> None:
         """The machine has made chains available. Raises BadRing or OSError."""
-        self.ring.kicked()
         self._refill()
 
     def _scatter(self, parts: Sequence[Buffer], need: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 import pytest
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Ether
@@ -77,6 +80,57 @@ def test_more_frames_than_a_batch_come_in_several(desk: Desk) -> None:
     assert desk.frames() == big
     assert desk.keeper.batches > 1
     assert BATCH_MAX >= 251
+
+
+def test_the_rest_of_many_frames_is_read_in_the_next_turn_once(desk: Desk) -> None:
+    """No kick tells of it, and kicks that come meanwhile ask for no more turns."""
+    big = [tcp_frame(60000, seed=i) for i in range(60)]
+    for frame in big:
+        desk.machine.send(frame)
+    asked = []
+    next_turn = desk.reactor.next_turn
+
+    def counted(callback: Callable[[float], None]) -> None:
+        asked.append(callback)
+        next_turn(callback)
+
+    desk.reactor.next_turn = counted  # type: ignore[method-assign]
+    desk.reactor.turn(0)
+    assert len(asked) == 1 and desk.keeper.batches == 1
+    os.eventfd_write(desk.machine.rings[TRANSMIT].kick, 1)
+    desk.reactor.turn(0)
+    assert desk.keeper.batches == 3, "by the kick, and by the turn that was asked for"
+    assert len(asked) == 2, "one turn is asked for at a time"
+    desk.run(8)
+    assert desk.keeper.frames == big
+
+
+def test_frames_behind_a_fault_are_read_without_another_kick(desk: Desk) -> None:
+    faults: list[Exception] = []
+    desk.reactor.on_fault = lambda ref, e, now: faults.append(e)
+    keep = desk.keeper.received
+
+    def fails_once(frames: list[int], octets: int, now: float) -> None:
+        if not faults:
+            desk.machine.send(tcp_frame(2), kick=False)  # as a driver that was told not to kick
+            raise ValueError("a fault")
+        keep(frames, octets, now)
+
+    desk.keeper.received = fails_once  # type: ignore[method-assign]
+    desk.machine.send(tcp_frame(1))
+    assert desk.frames() == [tcp_frame(2)]
+    assert len(faults) == 1
+
+
+def test_a_kick_is_told_of_whatever_its_counter_says() -> None:
+    """A write to a full counter would wait for a reader, and there is none: this side does not write to it."""
+    desk = Desk()
+    os.eventfd_write(desk.machine.rings[TRANSMIT].kick, (1 << 64) - 2)
+    desk.machine.set_up()
+    desk.machine.send(tcp_frame(1), kick=False)
+    assert desk.frames() == [tcp_frame(1)]
+    assert desk.drops == {}
+    desk.close()
 
 
 def test_the_indices_wrap(desk: Desk) -> None:
