@@ -331,17 +331,19 @@ class Tcp:
     ) -> None:
         """The guest acknowledged everything before `una`, and has a window of `window` bytes after it."""
         progress = una != conn.snd_una
+        # Of equal values, one object is kept: each is 32 bytes, of every idle connection.
         conn.snd_wnd = window
-        if window > conn.snd_wnd_max:
+        if window >= conn.snd_wnd_max:
             conn.snd_wnd_max = window
         if progress:
-            conn.snd_una = una
+            conn.snd_una = conn.snd_nxt if una == conn.snd_nxt else una
             if conn.retries:
                 self._recovery.progress(conn, probed=bool(options))
             if conn.rtt_end and una >= conn.rtt_end:
-                conn.rtt_end = 0
-                if now - conn.rtt_at > rtt.LOCAL or conn.srtt > rtt.LOCAL:
-                    rtt.sample(conn, now - conn.rtt_at, self._ctx.link.rto_min)
+                measured = now - conn.rtt_at
+                conn.rtt_end, conn.rtt_at = 0, 0.0
+                if measured > rtt.LOCAL or conn.srtt > rtt.LOCAL:
+                    rtt.sample(conn, measured, self._ctx.link.rto_min)
             if conn.events & TAP_FIN_SENT and una == conn.snd_nxt:
                 set_event(conn, TAP_FIN_ACKED)
                 if conn.events & CLOSED == CLOSED and conn.rcv_acked == conn.rcv_nxt:

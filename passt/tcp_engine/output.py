@@ -372,6 +372,8 @@ class TcpOut:
             conn.base += n
             if not n:
                 return  # the same
+        if conn.base == conn.snd_una:
+            conn.base = conn.snd_una  # one object for both: each is 32 bytes, of every idle connection
 
     def _seek(self, conn: TcpConn, seq: int) -> None:
         """Set the offset of the next peek to sequence number `seq`."""

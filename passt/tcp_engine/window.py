@@ -206,8 +206,8 @@ class TcpAck:
         first = conn.irs + 1 if conn.events & SOCK_ACCEPTED else conn.irs
         if conn.moved is not None:
             first = conn.moved[0]
-        acked = min(first + tcpinfo.u64(info, tcpinfo.BYTES_ACKED), conn.rcv_nxt)
-        conn.rcv_acked = max(before, acked)
+        acked = min(conn.rcv_nxt, first + tcpinfo.u64(info, tcpinfo.BYTES_ACKED))
+        conn.rcv_acked = max(acked, before)  # of equal values, the object that `rcv_nxt` has
         self._measure(conn, info)
         if conn.near:
             conn.rcv_acked = conn.rcv_nxt

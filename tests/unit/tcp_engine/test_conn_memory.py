@@ -1,4 +1,4 @@
-"""The memory of an idle connection: all that the package allocates for one, in whatever module.
+"""The memory of an idle connection that was used: all that the package allocates for one, in whatever module.
 
 The sockets are fakes, made by this file, so that theirs is not counted; a real one is added.
 """
@@ -56,9 +56,23 @@ def open_many(talk: Talk, began: str, first: int, last: int) -> None:
             talk.taken()
             talk.answer(sack=True)
         talk.taken()
+        exchange(talk)
         talk.end_turn()
         talk.wait(0.01)
     talk.wait(20.0)
+
+
+def exchange(talk: Talk) -> None:
+    """A byte each way: what has been used is idle, too."""
+    talk.wait(0.001)
+    talk.guest(ACK, b"?", seq=1, ack=1)
+    talk.wait(0.001)
+    talk.host(b"!")
+    talk.wait(0.001)
+    assert [s.payload for s in talk.taken() if s.payload] == [b"!"]
+    talk.guest(ACK, seq=2, ack=2)
+    talk.wait(0.05)
+    talk.taken()
 
 
 def allocated() -> int:
