@@ -233,6 +233,9 @@ class World:
 
     # The link ----------------------------------------------------------------------------------------------------
 
+    def catch_up(self, now: float) -> None:
+        """Nothing waits in it."""
+
     def send(self, hdr: bytearray) -> None:
         self.send_payload((hdr,))
 

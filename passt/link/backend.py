@@ -102,6 +102,9 @@ class Link:
         """Read what is there, and hand it on."""
         raise NotImplementedError
 
+    def catch_up(self, now: float) -> None:
+        """Hand on frames of the guest that wait here, if any do: there may be one that a timer is about to miss."""
+
     def watch(self) -> None:
         """Look at a device for frames."""
         raise NotImplementedError

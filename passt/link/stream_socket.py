@@ -164,6 +164,10 @@ class StreamLink(Link):
         else:
             self._keep(left, self._fill + n)
 
+    def catch_up(self, now: float) -> None:
+        """Read once more."""
+        self.read(now)
+
     def _frames(self, fill: int) -> tuple[list[int], int, int]:
         """Complete frames as (start of the virtio-net header, end)*, where the rest begins, a lying length or -1."""
         unpack, buf = LENGTH.unpack_from, self._pool.buf

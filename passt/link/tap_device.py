@@ -5,7 +5,8 @@ device does not take at once is dropped.
 
 Reading. Frames are read one after the other into the packet pool until the tap is empty, the pool is full, or the
 budget is used up. Asking an empty tap costs as much as reading a small frame, so the budget follows what was there
-last time, and grows when it was used up several times running; what is left over is reported by epoll again. Where
+last time, and grows when it was used up several times running; what is left over is reported by epoll again. A timer
+that is about to act has all of it read (`catch_up`): the acknowledgement that it misses may be there. Where
 bulk was sent since the last read, the budget is BUDGET_MAX: its acknowledgements come by dozens, each of them lets a
 turn's worth of bulk follow, and a request behind them would wait for all of that.
 
@@ -48,6 +49,7 @@ class TapLink(Link):
         self._written = 0  # bytes, with virtio-net headers: what writes return
         self._front = 0 if self.reads_vnet else VNET_LEN  # bytes before a frame that the device does not fill
         self._budget = 1
+        self._watched = False
         self._read_at = 0  # `_written` when frames were last read
         self._streak = 0
 
@@ -63,14 +65,22 @@ class TapLink(Link):
     def watch(self) -> None:
         """Look at the device for frames."""
         self._reactor.watch(self.fd, TYPE_TAP, 0, EPOLLIN)
+        self._watched = True
 
     def unwatch(self) -> None:
         """Cease to, until `watch`."""
         self._reactor.forget(self.fd)
+        self._watched = False
 
     def read(self, now: float) -> None:
         """Read what is there, and hand it on."""
         self.readable(0, EPOLLIN, now)
+
+    def catch_up(self, now: float) -> None:
+        """Read all that is there: the device's queue holds no more frames than BUDGET_MAX."""
+        if self._watched:
+            self._budget = BUDGET_MAX
+            self.read(now)
 
     def readable(self, ref: int, events: int, now: float) -> None:
         """Read what the tap has, at most one budget of it, and hand it on."""

@@ -233,7 +233,7 @@ class VhostLink(Link):
             return
         writer = self._writer
         if ref_data(ref) == FROM_GUEST:
-            self._read_ring(now)
+            self.catch_up(now)
         elif writer is not None:
             try:
                 writer.kicked()
@@ -241,7 +241,7 @@ class VhostLink(Link):
             except (BadRing, OSError) as e:
                 self._broken(writer.ring, e)
 
-    def _read_ring(self, now: float) -> None:
+    def catch_up(self, now: float) -> None:
         """Read the machine's frames. The rest of many is read in the next turn, and so is what a fault has left."""
         reader = self._reader
         if reader is None:
@@ -264,7 +264,7 @@ class VhostLink(Link):
 
     def _next_turn(self, now: float) -> None:
         self._goes_on = False
-        self._read_ring(now)
+        self.catch_up(now)
 
     # To the machine --------------------------------------------------------------------------------------------------
 

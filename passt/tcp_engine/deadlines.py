@@ -12,6 +12,11 @@ connection is looked at when it would have been, and put back.
     beyond                  in the heap still, if the connection is there: most live no longer than that. Then, when
                             its timerfd expires, which is rarely re-armed (`loop/timers.py`). A connection that gets
                             none, as some thousands have one, waits in the wheel (`wheel.py`)
+
+A deadline that has passed need not mean that the guest was silent. Of a thousand connections that end at once, the
+events of the sockets alone take longer than a deadline is ahead, and acknowledgements wait in the link meanwhile. So
+before the first deadline of a turn is taken for missed, the link hands on what it has. Each frame that is sent again
+without need would cost two more: the guest answers it, and for a connection that has ended since, we answer that.
 """
 
 from __future__ import annotations
@@ -37,6 +42,8 @@ class Deadlines:
 
     def __init__(self, ctx: Context, fault_at: Callable[[TcpConn, Exception], None]) -> None:
         self._timers = ctx.timers
+        self._link = ctx.link
+        self._caught_up = 0.0  # `now` of the turn in which the link was last asked for what it has
         self._by_index = ctx.flows.by_index
         self._fault_at = fault_at
         self._soon: list[tuple[float, int, TcpConn]] = []  # a heap, by the time to look
@@ -105,6 +112,11 @@ class Deadlines:
         """It is time to look at a connection; its deadline may have moved on since."""
         if conn.sock is None or conn.deadline == NEVER:
             return
+        if self._caught_up < now and conn.deadline <= now + TIMER_SLACK:
+            self._caught_up = now
+            self._link.catch_up(now)
+            if conn.sock is None or conn.deadline == NEVER:
+                return
         if now + TIMER_SLACK < conn.deadline:
             self.set(conn, conn.deadline, now)
         else:

@@ -193,3 +193,12 @@ def test_a_reset_is_an_end(wire: Wire) -> None:
 def test_nothing_there(wire: Wire) -> None:
     wire.turn()
     assert not wire.ends
+
+
+def test_what_waits_is_read_ahead_of_a_timer(wire: Wire) -> None:
+    wire.far.send(framed(bytes(60)))
+    wire.stream.catch_up(T0)
+    assert len(wire.tap.frames) == 1
+    wire.stream.attach(None)
+    wire.stream.catch_up(T0)
+    assert len(wire.tap.frames) == 1

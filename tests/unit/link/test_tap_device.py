@@ -1,4 +1,4 @@
-"""The way out: what is written, what is captured, what a failure means."""
+"""The way out: what is written, what is captured, what a failure means; and the way in ahead of a timer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 
 from passt.link.backend import TRANSIENT
-from passt.link.tap_device import TapLink
+from passt.link.packet import PacketPool
+from passt.link.tap_device import BUDGET_MAX, TapLink
+from passt.loop.reactor import EPOLLIN
 from passt.wire.virtio import F_NEEDS_CSUM, GSO_TCPV4, NO_OFFLOAD, VNET
+
+from ..support import T0, FakeReactor, FakeReceiver
 
 HEADER = bytearray(VNET.pack(F_NEEDS_CSUM, GSO_TCPV4, 54, 1460, 34, 16) + b"header")
 
@@ -93,3 +98,28 @@ def test_device_gone(monkeypatch: pytest.MonkeyPatch, tap: Tap) -> None:
     tap.link.send(HEADER)
     assert told == ["The tap device failed: File descriptor in bad state"]
     assert not tap.drops
+
+
+def test_all_that_waits_is_read_ahead_of_a_timer() -> None:
+    reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK | os.O_CLOEXEC)
+    link, pool, loop = TapLink(reader, Counter(), uso=True), PacketPool(1 << 20), FakeReactor()
+    receiver = FakeReceiver(pool.mv)
+    link.start(cast(Any, loop), pool, receiver)
+    try:
+        frames = [bytes(20) + bytes([n]) for n in range(8)]
+        for frame in frames:
+            os.write(writer, NO_OFFLOAD + frame)
+        loop.fire(reader, EPOLLIN, T0)
+        assert len(receiver.frames) < len(frames) < BUDGET_MAX  # the others wait for the next turn
+        link.catch_up(T0)
+        assert [bytes(frame) for frame in receiver.frames] == frames
+        os.write(writer, NO_OFFLOAD + frames[0])
+        link.unwatch()  # the device is about to be another one
+        link.catch_up(T0)
+        assert len(receiver.frames) == len(frames)
+        link.watch()
+        link.catch_up(T0)
+        assert len(receiver.frames) == len(frames) + 1
+    finally:
+        os.close(reader)
+        os.close(writer)

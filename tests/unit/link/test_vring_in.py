@@ -16,6 +16,7 @@ from passt.wire.vhost import RingState
 
 from ... import front_end
 from ...front_end import TRANSMIT, U16
+from ..support import T0
 from .vhost_desk import Desk, tcp_frame
 
 
@@ -131,6 +132,18 @@ def test_a_kick_is_told_of_whatever_its_counter_says() -> None:
     assert desk.frames() == [tcp_frame(1)]
     assert desk.drops == {}
     desk.close()
+
+
+def test_what_waits_is_read_ahead_of_a_timer(desk: Desk) -> None:
+    desk.link.catch_up(T0)  # the front end has said nothing yet
+    desk.run()
+    desk.machine.send(tcp_frame(100), kick=False)
+    assert desk.frames() == []
+    desk.link.catch_up(T0)
+    assert desk.keeper.frames == [tcp_frame(100)]
+    desk.link.attach(None)
+    desk.link.catch_up(T0)
+    assert desk.keeper.frames == [tcp_frame(100)]
 
 
 def test_the_indices_wrap(desk: Desk) -> None:

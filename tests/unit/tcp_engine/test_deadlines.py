@@ -206,3 +206,31 @@ def test_a_timerfd_that_is_free_again_is_taken_after_the_next_look() -> None:
     clock.deadlines.forget(one)
     list(clock.looks(2.0))
     assert two.timer >= 0 and two.slot is None and [conn for conn, _ in clock.passed] == [two]
+
+
+def test_an_acknowledgement_that_waits_in_the_link_is_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link is asked once in a turn, before the first deadline counts as missed, and only then."""
+    clock = Clock(3)
+    asked: list[float] = []
+
+    def catch_up(now: float) -> None:
+        asked.append(now)
+        clock.conns[0].deadline = clock.conns[1].deadline = now + 0.01
+
+    monkeypatch.setattr(clock.ctx.link, "catch_up", catch_up)
+    for conn in clock.conns:
+        clock.deadlines.set(conn, NOW + 0.01, NOW)
+    list(clock.looks(0.015))
+    assert [c for c, _ in clock.passed] == clock.conns[2:] and len(asked) == 1
+    monkeypatch.setattr(clock.ctx.link, "catch_up", asked.append)
+    list(clock.looks(0.03))
+    assert {id(c) for c, _ in clock.passed} == {id(c) for c in clock.conns} and len(asked) <= 3
+
+
+def test_a_connection_that_ends_by_what_waited_has_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(1)
+    (conn,) = clock.conns
+    monkeypatch.setattr(clock.ctx.link, "catch_up", lambda now: setattr(conn, "sock", None))
+    clock.deadlines.set(conn, NOW + 0.01, NOW)
+    list(clock.looks(1.0))
+    assert not clock.passed

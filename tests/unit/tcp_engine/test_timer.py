@@ -6,7 +6,7 @@ import pytest
 
 from passt.tcp_engine.conn import GIVE_UP, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, PROBE_INIT, RTO_MAX, SYN_TIMEOUT
 from passt.tcp_engine.timer import KEEPALIVE_PROBES
-from passt.wire.tcp import ACK, PSH, RST, SYN
+from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 
 from ..support import T0
 from ..tcp_support import Talk, fake_sockets, open_connection
@@ -101,3 +101,14 @@ def test_why_an_idle_guest_was_given_up() -> None:
     talk = open_connection()
     talk.wait(KEEPALIVE_IDLE + (KEEPALIVE_PROBES + 1) * KEEPALIVE_INTERVAL)
     assert talk.gone and talk.ctx.flows.closed == {("tcp", "no answer to keep-alive"): 1}
+
+
+def test_many_that_end_at_once_are_sent_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon was busy with other sockets for longer than a deadline is ahead: acknowledgements wait in the link."""
+    talk = open_connection(sack=True)
+    talk.host(end=True)
+    talk.expect(FIN | ACK)
+    monkeypatch.setattr(talk.ctx.link, "catch_up", lambda now: talk.guest(FIN | ACK, seq=1, ack=2))
+    talk.wait(0.05)
+    talk.expect(ACK, seq=2, ack=2)
+    assert talk.gone
