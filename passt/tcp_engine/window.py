@@ -232,9 +232,9 @@ class TcpAck:
         if now >= server.until:
             self.open_window(conn, now)
             server.until, server.window = now + FIRST_KEPT, conn.rcv_edge - conn.rcv_nxt
+            conn.rcv_mark, conn.rcv_mark_at = 0, 0.0  # 64 bytes; many connections do not use the window up
             return
         window = server.window
-        conn.rcv_mark, conn.rcv_mark_at = conn.rcv_nxt + 1, now
         conn.rcv_edge = conn.rcv_nxt + window
         conn.rcv_wnd_max = window
         conn.rcv_wnd_low = window // 2 + (1 << conn.rcv_wscale) - 1
