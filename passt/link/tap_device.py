@@ -30,6 +30,7 @@ from .packet import FRAME_ROOM, PacketPool
 
 BUDGET_MAX: Final = 512  # frames in one turn, so that sockets get theirs
 BULK: Final = 1 << 17  # bytes sent since the last read, beside which asking an empty tap costs nothing
+READS_MAX: Final = 32  # of BUDGET_MAX frames each: the queue is no longer (`conf.decide.TXQLEN_MAX`)
 PATIENCE: Final = 8  # turns that use up the budget before it doubles
 
 CALLS = calls("readv", "write", "writev", mode=PASTA)
@@ -52,6 +53,7 @@ class TapLink(Link):
         self._watched = False
         self._read_at = 0  # `_written` when frames were last read
         self._streak = 0
+        self._drained = True  # by the last read
 
     # From the guest --------------------------------------------------------------------------------------------------
 
@@ -77,10 +79,14 @@ class TapLink(Link):
         self.readable(0, EPOLLIN, now)
 
     def catch_up(self, now: float) -> None:
-        """Read all that is there: the device's queue holds no more frames than BUDGET_MAX."""
-        if self._watched:
+        """Read all that is there, up to as many small frames as the device's queue holds."""
+        for _ in range(READS_MAX):
+            if not self._watched:
+                return
             self._budget = BUDGET_MAX
             self.read(now)
+            if self._drained:
+                return
 
     def readable(self, ref: int, events: int, now: float) -> None:
         """Read what the tap has, at most one budget of it, and hand it on."""
@@ -93,6 +99,7 @@ class TapLink(Link):
             left = BUDGET_MAX
         self._read_at = self._written
         frames: list[int] = []
+        self._drained = True
         place = self._first
         try:
             while offset <= room:
@@ -111,6 +118,7 @@ class TapLink(Link):
         except OSError as e:
             self.gone(_failure(e))
         else:
+            self._drained = False
             self._streak += not behind_bulk
             if self._streak >= PATIENCE:
                 self._budget = min(self._budget * 2, BUDGET_MAX)
