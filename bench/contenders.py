@@ -64,6 +64,7 @@ class Contender:
     serve: SocketCommand | None = None
     rows: tuple[str, ...] | None = None  # where contenders are not named, it takes part in these; None: in all
     built: Path | None = None  # what has to be there
+    folder: Path | None = None  # where it is, unless it is of this tree
 
     def missing(self) -> str | None:
         """Why it cannot take part, or None."""
@@ -112,6 +113,7 @@ _OURS = [sys.executable, "-m", "passt"]
 _C = "/usr/bin/pasta"
 OUR_PASST = [sys.executable, "-m", "passt.vm"]
 _C_PASST = ["/usr/bin/passt"]
+_C_FOLDER = Path(_C).parent
 
 
 def _ports(tcp: str) -> list[str]:
@@ -145,7 +147,9 @@ def _of_tree(folder: Path, program: str) -> list[str]:
 
 def _tree(name: str, label: str, folder: Path, built: Path | None = None) -> Contender:
     pasta, passt = (_of_tree(folder, program) for program in ("pasta", "passt"))
-    return Contender(name, label, _attaches(pasta), start=_starts(pasta), serve=_serves(passt), built=built)
+    return Contender(
+        name, label, _attaches(pasta), start=_starts(pasta), serve=_serves(passt), built=built, folder=folder
+    )
 
 
 def _raised(name: str, label: str, pasta: list[str], passt: list[str]) -> Contender:
@@ -161,7 +165,7 @@ CONTENDERS = (
     Contender("ours", "ours", _attaches(_OURS), start=_starts(_OURS), serve=_serves(OUR_PASST)),
     _tree("compiled", "ours, compiled", _COMPILED, _COMPILED / "passt"),
     _raised("ours-wmem", "ours, tcp_wmem raised", _OURS, OUR_PASST),
-    Contender("pasta", "C pasta", _attaches([_C]), start=_starts([_C]), serve=_serves(_C_PASST)),
+    Contender("pasta", "C pasta", _attaches([_C]), start=_starts([_C]), serve=_serves(_C_PASST), folder=_C_FOLDER),
     _raised("pasta-wmem", "C pasta, tcp_wmem raised", [_C], _C_PASST),
     Contender("slirp4netns", "slirp4netns", _slirp, gateway="10.0.2.2", gateway6="", forwards=False, rows=PICTURES),
     Contender("loopback", "no daemon", None, rows=PICTURES),
@@ -183,7 +187,7 @@ def peer(argument: str) -> Contender:
         pasta, passt = [str(folder / "pasta")], [str(folder / "passt")]
     else:
         raise LabError(f"--peer {argument}: {folder} has neither a package passt nor the programs pasta and passt")
-    return Contender(name, name, _attaches(pasta), start=_starts(pasta), serve=_serves(passt))
+    return Contender(name, name, _attaches(pasta), start=_starts(pasta), serve=_serves(passt), folder=folder)
 
 
 @contextmanager

@@ -1,9 +1,13 @@
-"""`python -m bench.scale [--connections N] [--step N] [--peer NAME=PATH]`: what connections cost when there are many.
+"""`python -m bench.scale [--connections N,...] [--forwarded] [--machine]`: what connections cost when there are many.
 
-A guest of pasta opens connections to another host, step by step, and leaves them open. After each step the table has
-what the daemon holds, what the step has cost it in user time, and what round trips of one byte cost that go through
-all connections in turn. The limit of descriptors must be higher than the number of connections. `--peer` adds another
-checkout of this project, or a build of the original.
+A guest of pasta opens connections to another host, up to one number after another, and leaves them open. With
+`--forwarded`, the other host opens them to ports of the guest. At each number, the table has what the daemon holds for
+each connection, the processor time that the last ones have cost it, that of a round trip of one byte, which go through
+all connections in turn, and that of some seconds in which nothing happens. At last all are closed.
+
+The limit of descriptors must be higher than the number of connections. `--machine` runs it in an emulated machine,
+where the limit is high, and a microsecond is a thousand instructions (`bench/scale_machine.py`). `--peer` adds another
+checkout of this project, or a build of the original, with its libraries in a folder `lib` if it needs others.
 """
 
 from __future__ import annotations
@@ -13,21 +17,37 @@ import os
 import select
 import socket
 import sys
-from pathlib import Path
+import time
+from collections.abc import Sequence
 
-from .contenders import CONTENDERS, Contender, peer, seated
-from .lab import PEER, Lab, LabError, enter, resident_kib, wait_for
+from .contenders import CONTENDERS, Seat, peer, seated
+from .lab import HOST, PEER, Lab, LabError, Used, enter, resident_kib, used_by, wait_for
 
 PORTS = range(20000, 20010)  # of the server: a client has some 28000 ports for each of them
-ROUND_TRIPS = 5000  # so that a tick of 10 ms is a small part of what they cost
+TCP, UDP = "tcp", "udp"
+CLIENT_TIMEOUT = 10.0
+EXPIRED = 600.0  # s, in which UDP flows have to end
+ROUND_TRIPS = 5000  # at least, so that a tick of 10 ms is a small part of what they cost
+ASK_TIMEOUT = 600.0
+REST, REST_TIMEOUT = 0.5, 60.0  # s
+COLUMNS = ("connections", "descriptors", "bytes", "us to open", "of it user", "us round trip", "of it user", "ms idle")
+FORMATS = ("{:11}", "{:11.2f}", "{:5.0f}", "{:10.0f}", "{:10.0f}", "{:13.0f}", "{:10.0f}", "{:7.0f}")
 
 
-def serve() -> None:
-    """Accept all, and echo."""
+def serve(kind: str, address: str) -> None:
+    """Accept all, and echo. A datagram is answered from where it went to, so from the one address."""
     epoll = select.epoll()
+    if kind == UDP:
+        bound = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in PORTS]
+        for sock, port in zip(bound, PORTS, strict=True):
+            sock.bind((address, port))
+        print("ready", flush=True)
+        while True:
+            for sock in select.select(bound, [], [])[0]:
+                sock.sendto(*sock.recvfrom(64))
     listeners = {}
     for port in PORTS:
-        listener = socket.create_server((PEER, port), backlog=4096)
+        listener = socket.create_server((address, port), backlog=4096)
         listener.setblocking(False)
         listeners[listener.fileno()] = listener
         epoll.register(listener, select.EPOLLIN)
@@ -45,83 +65,180 @@ def serve() -> None:
                 conns.pop(fd).close()
 
 
-def client() -> None:
-    """On each line "open N" or "echo N" of the standard input, do so, and say "done"."""
+def client(kind: str, server: str) -> None:
+    """On each line "open N", "echo N" or "close N" of the standard input, do so, and say "done"."""
     conns: list[socket.socket] = []
     at = 0
+
+    def echo(conn: socket.socket) -> None:
+        conn.send(b"x")
+        if conn.recv(64) != b"x":
+            raise SystemExit("no echo")
+
     print("done", flush=True)
     for line in sys.stdin:
         what, number = line.split()
         for _ in range(int(number)):
             if what == "open":
-                conns.append(socket.create_connection((PEER, PORTS[len(conns) % len(PORTS)]), timeout=10))
+                conn = socket.socket(socket.AF_INET, socket.SOCK_DGRAM if kind == UDP else socket.SOCK_STREAM)
+                conn.settimeout(CLIENT_TIMEOUT)
+                conn.connect((server, PORTS[len(conns) % len(PORTS)]))
+                if kind == UDP:
+                    echo(conn)  # a flow begins with a datagram
+                conns.append(conn)
+            elif what == "close":
+                conns.pop().close()
             else:
                 at = (at + 1) % len(conns)
-                conns[at].send(b"x")
-                if conns[at].recv(64) != b"x":
-                    raise SystemExit("no echo")
+                echo(conns[at])
         print("done", flush=True)
 
 
-def user_seconds(pid: int) -> float:
-    """Time of `pid` in user mode, in ticks of the kernel."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11]) / os.sysconf("SC_CLK_TCK")
+def descriptors(pid: int) -> int:
+    """How many the process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def figures(pid: int) -> tuple[int, int, float]:
-    """Descriptors, resident KiB, seconds in user mode."""
-    return len(os.listdir(f"/proc/{pid}/fd")), resident_kib(pid), user_seconds(pid)
+def rest(pid: int) -> None:
+    """Return when the process has done what it had to: its end of a connection comes after the client's."""
+    deadline = time.monotonic() + REST_TIMEOUT
+    before, now = None, (used_by(pid), descriptors(pid))
+    while now != before and time.monotonic() < deadline:
+        time.sleep(REST)
+        before, now = now, (used_by(pid), descriptors(pid))
 
 
-def measure(lab: Lab, contender: Contender, connections: int, step: int) -> None:
-    """Print the table of one daemon."""
-    with seated(lab, contender, 65520) as seat:
+class Load:
+    """A client and its server, at the two ends of a daemon."""
+
+    def __init__(self, lab: Lab, seat: Seat, forwarded: bool, kind: str = TCP) -> None:
         assert seat.daemon is not None
-        pid = seat.daemon.pid
-        load = lab.spawn([sys.executable, "-m", "bench.scale", "client"], seat.guest, talks=True)
-        wait_for(load, "done")
+        self.pid = seat.daemon.pid
+        at_server, at_client, server = (seat.guest, lab.peer, HOST) if forwarded else (lab.peer, seat.guest, PEER)
+        listening = lab.spawn([sys.executable, "-m", "bench.scale", "serve", kind, server], at_server)
+        wait_for(listening, "ready")
+        command = [sys.executable, "-m", "bench.scale", "client", kind, server]
+        self._client = lab.spawn(command, at_client, talks=True)
+        wait_for(self._client, "done")
+        self._processes = (self._client, listening)
+        self._lab = lab
 
-        def ask(what: str, number: int) -> float:
-            """Let the client do something; returns user time of the daemon."""
-            before = user_seconds(pid)
-            assert load.stdin is not None
-            load.stdin.write(f"{what} {number}\n")
-            load.stdin.flush()
-            wait_for(load, "done", timeout=300)
-            return user_seconds(pid) - before
+    def ask(self, what: str, number: int) -> Used:
+        """Let the client do something; returns the processor time of the daemon, of all together."""
+        before = used_by(self.pid)
+        assert self._client.stdin is not None
+        self._client.stdin.write(f"{what} {number}\n")
+        self._client.stdin.flush()
+        wait_for(self._client, "done", timeout=ASK_TIMEOUT)
+        rest(self.pid)
+        return used_by(self.pid).since(before)
 
-        ask("open", 1)
-        ask("echo", ROUND_TRIPS)  # what is loaded and grown at the first use is no cost of many
-        fds, resident, _ = figures(pid)
-        print("connections  descriptors each  bytes resident each  us user to open one  us user for a round trip")
-        for total in range(step, connections + 1, step):
-            opened = ask("open", step)
-            echoed = ask("echo", ROUND_TRIPS)
-            now_fds, now_resident, _ = figures(pid)
-            each = (now_fds - fds) / total, 1024 * (now_resident - resident) / total
-            costs = 1e6 * opened / step, 1e6 * echoed / ROUND_TRIPS
-            print(f"{total:11}  {each[0]:16.2f}  {each[1]:19.0f}  {costs[0]:19.0f}  {costs[1]:24.0f}", flush=True)
-        lab.stop(load)
+    def idle(self, seconds: float) -> float:
+        """The processor time of the daemon in so many seconds without work, in seconds."""
+        before = used_by(self.pid)
+        time.sleep(seconds)
+        return used_by(self.pid).since(before).total
+
+    def stop(self) -> None:
+        """End both."""
+        for process in self._processes:
+            self._lab.stop(process)
+
+
+def measure(load: Load, numbers: Sequence[int], idle: float) -> tuple[int, int]:
+    """Print the table of one daemon. Returns what it held before, for `end` and `expire`: descriptors, KiB."""
+    pid = load.pid
+    load.ask("open", 1)
+    load.ask("echo", ROUND_TRIPS)  # what is loaded and grown at the first use is no cost of many
+    fds, resident = descriptors(pid), resident_kib(pid)
+    print("  ".join(COLUMNS))
+    total = 0
+    for number in numbers:
+        opened = load.ask("open", number - total)
+        step, total = number - total, number
+        exchanges = max(ROUND_TRIPS, total)
+        echoed = load.ask("echo", exchanges)
+        held = ((descriptors(pid) - fds) / total, 1024 * (resident_kib(pid) - resident) / total)
+        costs = (*(1e6 * used / step for used in opened), *(1e6 * used / exchanges for used in echoed))
+        row = (total, *held, *costs, 1e3 * load.idle(idle))
+        print("  ".join(map(str.format, FORMATS, row)), flush=True)
+    return fds, resident
+
+
+def end(load: Load, total: int, fds: int, resident: int) -> None:
+    """Close all connections, and print what that has cost and left."""
+    closed = (1e6 * used / total for used in load.ask("close", total))
+    left = descriptors(load.pid) - fds, 1024 * (resident_kib(load.pid) - resident) / total
+    print(
+        "all are closed: {:.0f} us for each, {:.0f} of it user, {:+} descriptors, {:.0f} bytes each".format(
+            *closed, *left
+        )
+    )
+
+
+def expire(load: Load, total: int, fds: int) -> None:
+    """Print when UDP flows have ended by themselves."""
+    begun = time.monotonic()
+    load.ask("echo", total)
+    full, before = descriptors(load.pid), used_by(load.pid)
+    first = last = exchanged = time.monotonic()
+    while (now := descriptors(load.pid)) > fds and time.monotonic() < exchanged + EXPIRED:
+        time.sleep(1)
+        first = time.monotonic() if now == full else first
+        last = time.monotonic()
+    each = 1e6 * used_by(load.pid).since(before).total / total
+    print(f"flows begin to end {first - begun:.0f} s after the first datagram of the last exchange, and all have ended")
+    print(f"{last - exchanged:.0f} s after the last one: {now - fds:+} descriptors, {each:.0f} us for each")
+
+
+def numbers_of(text: str) -> list[int]:
+    """Rising numbers with commas between them."""
+    numbers = [int(number) for number in text.split(",")]
+    if not numbers or numbers[0] < 1 or numbers != sorted(set(numbers)):
+        raise argparse.ArgumentTypeError(f"{text}: give rising numbers")
+    return numbers
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scale", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--connections", type=numbers_of, default=[1000, 5000, 10_000], metavar="N,...")
+    parser.add_argument("--forwarded", action="store_true", help="from the other host to the guest")
+    parser.add_argument("--udp", action="store_true", help="UDP flows; they end when their time is over")
+    parser.add_argument("--idle", type=float, default=10.0, metavar="S", help="seconds without work at each number")
+    parser.add_argument("--machine", action="store_true", help="in an emulated machine with high limits")
+    parser.add_argument("--contenders", default="ours", metavar="NAME,...")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="another daemon")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
-    roles = {"serve": serve, "client": client}
-    if sys.argv[1:2] and sys.argv[1] in roles:
-        roles[sys.argv[1]]()
+    if sys.argv[1:2] == ["serve"]:
+        serve(*sys.argv[2:])
         return
-    parser = argparse.ArgumentParser(prog="python -m bench.scale", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--connections", type=int, default=10_000)
-    parser.add_argument("--step", type=int, default=1000)
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="another daemon")
-    arguments = parser.parse_args()
+    if sys.argv[1:2] == ["client"]:
+        client(*sys.argv[2:])
+        return
+    asked = arguments(sys.argv[1:])
+    names = asked.contenders.split(",")
+    contenders = [*(c for c in CONTENDERS if c.name in names), *map(peer, asked.peer)]
+    if asked.machine:
+        from . import scale_machine
+
+        sys.exit(scale_machine.run([a for a in sys.argv[1:] if a != "--machine"], contenders))
     enter("bench.scale", sys.argv[1:])
-    contenders = [CONTENDERS[0], *map(peer, arguments.peer)]
+    ports = f"{PORTS[0]}-{PORTS[-1]}" if asked.forwarded else "none"
     with Lab() as lab:
-        server = lab.spawn([sys.executable, "-m", "bench.scale", "serve"], lab.peer)
-        wait_for(server, "ready")
         for contender in contenders:
             print(f"\n{contender.label}:")
-            measure(lab, contender, arguments.connections, arguments.step)
+            with seated(lab, contender, 65520, ports) as seat:
+                load = Load(lab, seat, asked.forwarded, UDP if asked.udp else TCP)
+                fds, resident = measure(load, asked.connections, asked.idle)
+                if asked.udp:
+                    expire(load, asked.connections[-1], fds)
+                else:
+                    end(load, asked.connections[-1], fds, resident)
+                load.stop()
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 META_PACKAGE = "linux-image-cloud-amd64"
 PROGRAMS = ("busybox", "dhclient", "iperf3")
 MODULES = ("virtio_pci", "virtio_net", "virtio_console")
+KEPT = r"(virtio|(net_)?failover|tun\.|veth\.)"  # the begin of the names of modules that are kept
 UNWINDER = "libgcc_s.so.1"  # libc loads it for pthread_cancel(3), which iperf3 of Debian 13 calls
 BUILTIN = "modules.builtin"  # a file of the kernel package, kept beside the kernel
 GUEST = Path(__file__).with_name("guest")
@@ -38,6 +40,17 @@ class Image:
     initrd: Path
 
 
+class File(NamedTuple):
+    """A file of the guest."""
+
+    content: bytes
+    mode: int
+    mtime: int = 0  # s; Python compares it with that in a .pyc file
+
+
+Files = dict[str, File]  # by the name without the slash in front
+
+
 def cache() -> Path:
     """Where images are kept between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -49,14 +62,22 @@ def cache() -> Path:
 def image() -> Image:
     """The image, made if it is not there yet."""
     kernel = _kernel()
-    files = dict(_guest_files(kernel))
+    files = dict(_guest_files(kernel, MODULES))
     digest = hashlib.sha256()
-    for name, (content, mode) in sorted(files.items()):
+    for name, (content, mode, _) in sorted(files.items()):
         digest.update(f"{name} {mode:o} {len(content)}\n".encode())
         digest.update(content)
     initrd = cache() / f"initrd-{digest.hexdigest()[:16]}"
     if not initrd.exists():
         _put(initrd, b"".join(_cpio(files)))
+    return Image(kernel / "vmlinuz", initrd)
+
+
+def image_with(files: Files, modules: tuple[str, ...], directory: Path) -> Image:
+    """One with more files, and with more modules that are loaded at the start; its RAM disk is put in `directory`."""
+    kernel = _kernel()
+    initrd = directory / "initrd"
+    _put(initrd, b"".join(_cpio(files | dict(_guest_files(kernel, (*MODULES, *modules))))))
     return Image(kernel / "vmlinuz", initrd)
 
 
@@ -84,14 +105,14 @@ def _kernel() -> Path:
     """A directory with `vmlinuz` and `modules`: of the newest kernel that apt knows, or else that was kept."""
     found = re.search(r"Depends: (linux-image-\S+)", _run("apt-cache", "depends", META_PACKAGE))
     if not found:
-        kept = sorted(cache().glob("linux-image-*"), key=lambda path: path.stat().st_mtime)
+        kept = sorted(cache().glob(f"linux-image-*{_variant()}"), key=lambda path: path.stat().st_mtime)
         if not kept:
             raise RuntimeError(f"apt knows no {META_PACKAGE}: run `apt-get update` first")
         return kept[-1]
     package = found[1]
     version = re.search(r"Candidate: (\S+)", _run("apt-cache", "policy", package))
     assert version, f"apt knows no version of {package}"
-    path = cache() / f"{package}_{version[1].replace(':', '_')}"
+    path = cache() / f"{package}_{version[1].replace(':', '_')}{_variant()}"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=cache()) as name:
             _unpack(package, Path(name))
@@ -100,6 +121,11 @@ def _kernel() -> Path:
             except FileExistsError:
                 pass  # another run was faster, with the same
     return path
+
+
+def _variant() -> str:
+    """The end of the name of a kernel's directory: those with other modules stay apart."""
+    return f"-{hashlib.sha256(KEPT.encode()).hexdigest()[:8]}"
 
 
 def _unpack(package: str, directory: Path) -> None:
@@ -115,7 +141,7 @@ def _unpack(package: str, directory: Path) -> None:
     (builtin,) = directory.glob("tree/**/modules.builtin")
     builtin.rename(kernel / BUILTIN)
     for module in directory.glob("tree/**/kernel/**/*.ko*"):
-        if re.match(r"(virtio|(net_)?failover)", module.name):
+        if re.match(KEPT, module.name):
             content = module.read_bytes()
             unpacked = lzma.decompress(content) if module.suffix == ".xz" else content
             (kernel / "modules" / module.name.removesuffix(".xz")).write_bytes(unpacked)
@@ -148,36 +174,42 @@ def _in_order(directory: Path, names: tuple[str, ...], builtin: set[str]) -> dic
 # The RAM disk -------------------------------------------------------------------------------------------------------
 
 
-def _guest_files(kernel: Path) -> Iterator[tuple[str, tuple[bytes, int]]]:
-    """Name, content and mode of all files of the guest. A name that is met twice is the same file."""
+def _guest_files(kernel: Path, names: tuple[str, ...]) -> Iterator[tuple[str, File]]:
+    """All files of the guest, with the modules `names`. A name that is met twice is the same file."""
     for path in GUEST.iterdir():
-        yield path.name, (path.read_bytes(), 0o100755)
-    modules = _in_order(kernel / "modules", MODULES, _builtin(kernel))
-    yield "modules/order", ("".join(f"{name}.ko\n" for name in modules).encode(), 0o100644)
+        yield path.name, File(path.read_bytes(), 0o100755)
+    modules = _in_order(kernel / "modules", names, _builtin(kernel))
+    yield "modules/order", File("".join(f"{name}.ko\n" for name in modules).encode(), 0o100644)
     for name, content in modules.items():
-        yield f"modules/{name}.ko", (content, 0o100644)
+        yield f"modules/{name}.ko", File(content, 0o100644)
     for name in PROGRAMS:
         program = shutil.which(name, path=f"{os.environ.get('PATH')}:/usr/sbin:/sbin")
         if not program:
             raise RuntimeError(f"{name} is not installed: run scripts/setup test")
-        yield f"bin/{name}", (Path(program).read_bytes(), 0o100755)
-        for library in re.findall(r"(?:=> )?(/\S+) \(0x", _run("ldd", program)):
-            yield library[1:], (Path(library).read_bytes(), 0o100755)
-            unwinder = Path(library).with_name(UNWINDER)
-            if Path(library).name == "libc.so.6" and unwinder.exists():
-                yield str(unwinder)[1:], (unwinder.read_bytes(), 0o100755)
+        yield f"bin/{name}", File(Path(program).read_bytes(), 0o100755)
+        yield from libraries(program)
 
 
-def _cpio(files: dict[str, tuple[bytes, int]]) -> Iterator[bytes]:
+def libraries(*programs: str) -> Iterator[tuple[str, File]]:
+    """The shared libraries that programs, or other libraries, need."""
+    for library in sorted(set(re.findall(r"(?:=> )?(/\S+) \(0x", _run("ldd", *programs)))):
+        yield library[1:], File(Path(library).read_bytes(), 0o100755)
+        unwinder = Path(library).with_name(UNWINDER)
+        if Path(library).name == "libc.so.6" and unwinder.exists():
+            yield str(unwinder)[1:], File(unwinder.read_bytes(), 0o100755)
+
+
+def _cpio(files: Files) -> Iterator[bytes]:
     """A cpio archive of the "newc" format, as the kernel has it in Documentation/driver-api/early-userspace."""
     parents = {str(parent) for name in files for parent in Path(name).parents} - {"."}
-    directories = dict.fromkeys(sorted(parents), (b"", 16877))  # a parent comes before what is in it
-    for inode, (name, (content, mode)) in enumerate([*directories.items(), *files.items()], 1):
-        yield _member(name, content, mode, inode)
-    yield _member("TRAILER!!!", b"", 0, 0)
+    directories = dict.fromkeys(sorted(parents), File(b"", 16877))  # a parent comes before what is in it
+    for inode, (name, file) in enumerate([*directories.items(), *files.items()], 1):
+        yield _member(name, file, inode)
+    yield _member("TRAILER!!!", File(b"", 0), 0)
 
 
-def _member(name: str, content: bytes, mode: int, inode: int) -> bytes:
-    fields = (inode, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0)
+def _member(name: str, file: File, inode: int) -> bytes:
+    content, mode, mtime = file
+    fields = (inode, mode, 0, 0, 1, mtime, len(content), 0, 0, 0, 0, len(name) + 1, 0)
     head = b"070701" + b"".join(b"%08X" % f for f in fields) + name.encode() + b"\0"
     return head + bytes(-len(head) % 4) + content + bytes(-len(content) % 4)
