@@ -30,6 +30,7 @@ EXPIRED = 600.0  # s, in which UDP flows have to end
 ROUND_TRIPS = 5000  # at least, so that a tick of 10 ms is a small part of what they cost
 ASK_TIMEOUT = 600.0
 REST, REST_TIMEOUT = 0.5, 60.0  # s
+LOST = 5.0  # s, in which the guest sends a FIN again that a full queue has dropped
 COLUMNS = ("connections", "descriptors", "bytes", "us to open", "of it user", "us round trip", "of it user", "ms idle")
 FORMATS = ("{:11}", "{:11.2f}", "{:5.0f}", "{:10.0f}", "{:10.0f}", "{:13.0f}", "{:10.0f}", "{:7.0f}")
 
@@ -99,12 +100,12 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def rest(pid: int) -> None:
+def rest(pid: int, still: float = REST) -> None:
     """Return when the process has done what it had to: its end of a connection comes after the client's."""
     deadline = time.monotonic() + REST_TIMEOUT
     before, now = None, (used_by(pid), descriptors(pid))
     while now != before and time.monotonic() < deadline:
-        time.sleep(REST)
+        time.sleep(still)
         before, now = now, (used_by(pid), descriptors(pid))
 
 
@@ -168,6 +169,7 @@ def measure(load: Load, numbers: Sequence[int], idle: float) -> tuple[int, int]:
 def end(load: Load, total: int, fds: int, resident: int) -> None:
     """Close all connections, and print what that has cost and left."""
     closed = (1e6 * used / total for used in load.ask("close", total))
+    rest(load.pid, LOST)
     left = descriptors(load.pid) - fds, 1024 * (resident_kib(load.pid) - resident) / total
     print(
         "all are closed: {:.0f} us for each, {:.0f} of it user, {:+} descriptors, {:.0f} bytes each".format(
