@@ -109,6 +109,15 @@ def test_files_of_tests_that_were_killed_go() -> None:
             path.unlink(missing_ok=True)
 
 
+def test_what_a_step_leaves_in_the_checkout_is_told(tmp_path: Path) -> None:
+    """Also an empty folder, of which git status says nothing; not what was there before, nor what is ignored."""
+    script = f". {ROOT}/scripts/steps; mkdir -p a/b cache; no_new_files; touch before; rmdir -p a/b; no_new_files"
+    for line in ("git init --quiet", "echo cache >.gitignore", "touch before"):
+        subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "left in the checkout by a step:\nWould remove a/\n")
+
+
 @pytest.mark.parametrize("node", ["test_one", "test_one[a]", "test_one[2001:db8::1]", "test_one[::-a::1[]"])
 def test_tests_of_a_module_stay_together(node: str) -> None:
     assert module_of(f"tests/a/test_b.py::{node}") == "tests/a/test_b.py"

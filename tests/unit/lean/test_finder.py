@@ -118,11 +118,13 @@ def test_directory_without_a_source_is_no_package(package: Path) -> None:
     assert not finds(package, "found_here.sub")
 
 
-def test_it_is_installed_once_and_not_where_bytecode_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_installed_once_and_not_where_bytecode_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sys, "meta_path", [])
     install()
     install()
     assert sys.meta_path == [Finder]
     code = "import sys; from passt.lean import finder; finder.install(); print(finder.Finder in sys.meta_path)"
-    argv = [sys.executable, "-X", "pycache_prefix=/nowhere", "-c", code]
+    argv = [sys.executable, "-X", f"pycache_prefix={tmp_path}", "-c", code]
     assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout == "False\n"

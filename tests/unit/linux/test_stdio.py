@@ -69,7 +69,9 @@ def test_errors_with_closed_streams(program: str, fds: tuple[int, ...]) -> None:
         for fd in fds:
             os.close(fd)
 
-    status, text = start(program, "--no-such-option", prepare=close)
+    # qrap would hand an option that it does not know to QEMU, if a passt of another user or test runs on this machine
+    words = ("1", "qemu") if program == "qrap" else ("--no-such-option",)
+    status, text = start(program, *words, prepare=close)
     assert status == 1
     assert text.count("\n") == (0 if 2 in fds else 1), text
     assert "Traceback" not in text
