@@ -1,8 +1,9 @@
 """Creates sockets in its own namespace, for a test outside: a socket stays in its namespace when it is passed on.
 
 Standard input is a SOCK_SEQPACKET socket. Each message on it is a JSON array [family, type, protocol]; the answer is
-the descriptor of a new socket, with an empty JSON object, or {"errno": N}. The first message out is {"pid": N}: the
-process is there. It ends when the other end closes. Run by path, with the standard library only.
+the descriptor of a new socket, with an empty JSON object, and a second object when the test's copy is the only one: to
+close it is the end of the socket then. Or the answer is {"errno": N}. The first message out is {"pid": N}: the process
+is there. It ends when the other end closes. Run by path, with the standard library only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def main() -> None:
         try:
             with socket.socket(family, kind, protocol) as made:
                 socket.send_fds(control, [b"{}"], [made.fileno()])
+            control.send(b"{}")
         except OSError as e:
             control.send(json.dumps({"errno": e.errno}).encode())
 

@@ -138,6 +138,8 @@ class Namespace:
         with self._lock:
             self._control.send(json.dumps([int(family), int(kind), protocol]).encode())
             reply, fds, _, _ = socket.recv_fds(self._control, 256, 1)
+            if fds:
+                self._control.recv(256)  # the agent has closed its copy
         answer = json.loads(reply)
         if "errno" in answer:
             raise OSError(answer["errno"], os.strerror(answer["errno"]))
