@@ -376,9 +376,17 @@ class Udp:
     def free_ports(self, ports: Container[int]) -> None:
         """Close flows of the guest that may have `ports`, for listeners about to open. They begin again."""
         conflicting = [f for f in self._by_key.values() if f.client is None and f.sport in ports]
-        each(conflicting, self._flows.close_at_once, self._flows.fault_at, "made way for a listener")
+        each(conflicting, self._make_way, self._flows.fault_at, time.monotonic())
         self.senders.free_ports(ports)
         self.groups.free_ports(ports)
+
+    def _make_way(self, flow: UdpFlow, now: float) -> None:
+        """Close a flow at once; its errors and a batch of datagrams, which came in this turn, reach the guest first."""
+        self._report(flow, now)
+        if flow.state == ACTIVE:
+            self._take(flow, now)
+        if flow.state == ACTIVE:
+            self._flows.close_at_once(flow, "made way for a listener")
 
     # Errors ----------------------------------------------------------------------------------------------------------
 

@@ -728,6 +728,24 @@ def test_a_closed_port_is_told_when_epoll_says_so(talk: Talk) -> None:
     check_port_unreachable(talk)
 
 
+def test_a_closed_port_is_told_by_a_flow_that_makes_way_for_a_listener(talk: Talk) -> None:
+    """In the turn in which the datagram left: there was no event yet."""
+    talk.server.close()
+    talk.sends(b"anybody?")
+    talk.udp.free_ports({talk.sport})
+    assert talk.ctx.flows.closed == {("udp", "made way for a listener"): 1}
+    check_port_unreachable(talk)
+
+
+def test_answers_reach_the_guest_although_the_flow_makes_way_for_a_listener(talk: Talk) -> None:
+    talk.sends(b"?")
+    talk.flow.reply_expected = False
+    talk.answers(b"one", b"two")
+    talk.udp.free_ports({talk.sport})
+    assert talk.payloads() == [b"one", b"two"]
+    assert talk.ctx.flows.closed == {("udp", "made way for a listener"): 1}
+
+
 def test_a_closed_port_is_told_when_the_next_send_says_so(talk: Talk) -> None:
     talk.server.close()
     talk.sends(b"anybody?")
