@@ -11,6 +11,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run, return the exit status. `argv` is sys.argv by default."""
     gc.disable()  # until the start is over: collections of what stays were a quarter of it
     pin.hold(sys.argv if argv is None else argv)  # before modules are loaded: a namespace may end meanwhile
+    quicken_imports()
     import signal
 
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -18,6 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .cli import main as run
 
     return run(argv)
+
+
+def quicken_imports() -> None:
+    """Let the finder of this package look for modules first, where the interpreter has what it needs."""
+    try:
+        from .lean import finder
+    except ImportError:
+        pass  # another interpreter, which goes its own way
+    else:
+        finder.install()
 
 
 if __name__ == "__main__":

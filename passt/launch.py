@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from .__main__ import quicken_imports
 from .namespace import pin
 
 COMM = "/proc/self/comm"
@@ -12,12 +13,7 @@ COMM = "/proc/self/comm"
 def main() -> int:
     """Run the command that sys.argv names, return the exit status."""
     pin.hold(sys.argv)  # before modules are loaded: a namespace may end meanwhile
-    try:
-        from .lean import finder
-    except ImportError:
-        pass  # another interpreter, which goes its own way
-    else:
-        finder.install()
+    quicken_imports()
     from .linux.inherited import program_name
 
     name = program_name(sys.argv[0])

@@ -104,11 +104,10 @@ def test_a_start_is_not_collected_and_what_follows_is() -> None:
 
 INTERRUPTED = """
 import os, signal, sys
-class Finder:
-    def find_spec(self, name, path, target=None):
-        if name == "passt.conf.argv":
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Finder())
+def hear(event, arguments):
+    if event == "import" and arguments[0] == "passt.conf.argv":
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(hear)
 signal.signal(signal.SIGINT, {})
 from passt.__main__ import main
 raise SystemExit(main(["pasta", "--version"]))

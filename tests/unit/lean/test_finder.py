@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -128,3 +129,14 @@ def test_it_is_installed_once_and_not_where_bytecode_is_elsewhere(
     code = "import sys; from passt.lean import finder; finder.install(); print(finder.Finder in sys.meta_path)"
     argv = [sys.executable, "-X", f"pycache_prefix={tmp_path}", "-c", code]
     assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_every_command_asks_it_first() -> None:
+    code = """
+        import sys
+        from passt.__main__ import main
+        main(["pasta", "--version"])
+        print(sys.meta_path[0].__module__)
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\npasst.lean.finder\n")
