@@ -157,6 +157,9 @@ class Sock:
     def recvmsg(self, *_: int) -> Any:
         raise BlockingIOError
 
+    def recvmsg_into(self, *_: Any) -> Any:
+        raise BlockingIOError
+
     def close(self) -> None:
         assert not self.closed, "closed twice"
         self.closed = True
