@@ -88,6 +88,7 @@ from .tcp_engine.reminders import Reminders
 from .tcp_engine.sock import widen
 from .tcp_engine.table import TcpTable
 from .tcp_engine.timer import TcpTimer
+from .tcp_engine.turns import SPARSE
 from .tcp_engine.window import ACK_DELAY, LONG_LINK, PINGPONG_MAX, TcpAck
 from .wire.tcp import ACK, FIN, HALF, MASK, RST, SEQ_TO_WINDOW_UNPACK, SYN
 
@@ -317,12 +318,18 @@ class Tcp:
             return
         if conn.events & SOCK_FAILED and self._table.finished(conn, now):
             return
-        if not conn.rtt_end and conn.snd_nxt != before:
-            conn.rtt_end, conn.rtt_at = conn.snd_nxt, now
-        if conn.snd_nxt != before and conn.pingpong < PINGPONG_MAX and (due or now - conn.t_rx < ACK_DELAY):
-            conn.pingpong += 1
-            if conn.pingpong == 1:
-                self._acks.first_answer(conn, now)
+        if n := conn.snd_nxt - before:
+            if not conn.rtt_end:
+                conn.rtt_end, conn.rtt_at = conn.snd_nxt, now
+            answer = due or now - conn.t_rx < ACK_DELAY
+            if n >= SPARSE:
+                self._out.turns.bulk(now)
+            elif answer and before == conn.snd_una:  # otherwise it is the rest of more
+                self._out.turns.handed_on(now)
+            if answer and conn.pingpong < PINGPONG_MAX:
+                conn.pingpong += 1
+                if conn.pingpong == 1:
+                    self._acks.first_answer(conn, now)
         if not was_in_flight:
             self._schedule(conn, now)
 

@@ -75,7 +75,7 @@ TESTED_ELSEWHERE = {
 LONG = {
     "passt.tap: _frame": 85,
     "passt.tcp: tap_handler": 110,
-    "passt.tcp_engine.output: send_data": 70,
+    "passt.tcp_engine.output: send_data": 72,
     "passt.daemon.pasta: run": 55,
     "passt.daemon.pasta: build": 55,
 }

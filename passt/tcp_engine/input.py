@@ -29,6 +29,7 @@ from .conn import CLOSED, SOCK_FAILED, SOCK_FIN_SENT, TAP_FIN_ACKED, TAP_FIN_RCV
 from .out_of_order import Later
 from .output import TcpOut
 from .table import TcpTable
+from .turns import SPARSE
 from .window import TcpAck
 
 IOV_MAX: Final = 1024
@@ -105,6 +106,8 @@ class TcpIn:
         conn.rcv_nxt += taken
         conn.t_rx = now
         conn.rcv_refused = taken < wanted
+        if conn.pingpong and 0 < taken < SPARSE:
+            self._out.turns.handed_on(now)
         if conn.rcv_refused:
             self._put_back(conn, payload, taken, rcv_nxt, fin)
         elif fin:

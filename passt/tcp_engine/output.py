@@ -217,7 +217,8 @@ class TcpOut:
             if want <= 0:
                 return
             over = turns.left <= 0 and turns.renewed() <= 0
-            if in_flight >= SPARSE and (over or (turns.waiting and not turns.walking)):
+            busy = in_flight >= SPARSE or (turns.light and conn.bulk)
+            if busy and (over or ((turns.waiting or turns.light) and not turns.walking)):
                 turns.put_off(conn)
                 return
             silly = in_flight and want < conn.mss and want < conn.snd_wnd_max >> 1

@@ -18,6 +18,18 @@ to wait. One that has sent and has more begins to wait anew, behind those that f
 before they could send. An acknowledgement lets none of them overtake those that wait. So many bulk flows share the link
 in turns, and each waits for the others once.
 
+Light flows beside bulk. A request of few bytes was handed on to a host peer, or an answer to the guest, while a bulk
+flow moves. For LIGHT from then on:
+
+- bulk is sent behind the events of a turn only, where the messages of that turn are no more in its way;
+- a turn is LIGHT_TURN bytes: a message that comes meanwhile waits for that much;
+- where no other message has come OVERDUE after the last one, bulk pauses until one comes, or for PAUSE_MAX.
+
+The pause is for the process that the message has woken up. On processors which the daemon and both ends of a bulk flow
+keep busy, it waits until one of them has used up its time, some milliseconds. This process is one of them: with bulk to
+send it never sleeps. When it does, there is a processor. Pauses take CREDIT_RATE of the other time at most (`_credit`),
+since a receiver may be silent for reasons of its own.
+
 Not in here: retransmissions, which a hole limits; acknowledgements and other bare segments, which are always sent.
 """
 
@@ -32,6 +44,13 @@ from .conn import TcpConn
 # Bytes to the guest, of all connections, before other events have their turn: two peeks of whole frames, 0.5 ms
 TURN_MAX: Final = 15 << 15
 SPARSE: Final = 1 << 14  # bytes
+LIGHT_TURN: Final = TURN_MAX >> 1  # bytes, beside a light flow: one peek
+LIGHT: Final = 0.020  # s, and the time for which a flow that sent SPARSE bytes or more at once is bulk
+OVERDUE: Final = 0.0002  # s, from the turn of the message: an exchange takes less, unless it waits for a processor
+PAUSE_MAX: Final = 0.001  # s
+PAUSE_MIN: Final = 0.00005  # s
+CREDIT_RATE: Final = 1 / 5  # s of credit for a second without pause
+PAUSES: Final = 2 * PAUSE_MAX  # s, the most credit
 
 
 def _is_busy(conn: TcpConn) -> bool:
@@ -42,12 +61,22 @@ class Turns:
     """The connections that wait. `left` is what may be sent in this turn; a sender subtracts from it."""
 
     def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
         self._link = ctx.link
         self._reactor = ctx.reactor
         self._passed_over: dict[int, TcpConn] = {}
         self._begins = False  # `_next_turn` is going to be called
         self._turn = ctx.reactor.wakeups  # that `left` is about
+        self._timer = ctx.timers.services.new(self._pause_over)
+        self._most = TURN_MAX  # bytes in a turn
+        self._bulk_until = 0.0
+        self._light_until = 0.0
+        self._handed_on_at = 0.0  # the last message, if nothing has followed it yet
+        self._paused_at = 0.0  # 0: bulk is not paused
+        self._credit = 0.0  # s of pauses, at `_credit_at`
+        self._credit_at = 0.0
         self.left = TURN_MAX
+        self.light = False  # whether bulk is sent in walks only
         self.walking = False  # between `begin` and `end`
         self.waiting: dict[int, TcpConn] = {}  # by index
         self.resume: Callable[[float], None] = lambda now: None  # the walk: `begin`, `may_send` for each, `end`
@@ -56,7 +85,7 @@ class Turns:
         """`left` in this turn: bytes of earlier turns are none of its."""
         turn = self._reactor.wakeups
         if turn != self._turn:
-            self._turn, self.left = turn, TURN_MAX
+            self._turn, self.left = turn, 0 if self._paused_at else self._most
         return self.left
 
     def put_off(self, conn: TcpConn) -> None:
@@ -65,13 +94,55 @@ class Turns:
         self._go_on_next_turn()
 
     def _go_on_next_turn(self) -> None:
-        if not self._begins:
+        if not self._begins and not self._paused_at:
             self._begins = True
             self._reactor.next_turn(self._next_turn)
 
     def _next_turn(self, now: float) -> None:
         self._begins = False
+        if self.light:
+            if now > self._light_until:
+                self.light, self._most = False, TURN_MAX
+            elif self._handed_on_at and now - self._handed_on_at > OVERDUE and self._begin_pause(now):
+                return
         self.resume(now)
+
+    def bulk(self, now: float) -> None:
+        """SPARSE bytes or more were sent to the guest at once."""
+        self._bulk_until = now + LIGHT
+
+    def handed_on(self, now: float) -> None:
+        """A request or an answer of few bytes was handed on."""
+        if now > self._bulk_until:
+            return
+        self.light, self._most = True, LIGHT_TURN
+        self._light_until = now + LIGHT
+        self._handed_on_at = now
+        if self._paused_at:
+            self._end_pause(now)
+            if self.waiting:
+                self._go_on_next_turn()
+
+    def _begin_pause(self, now: float) -> bool:
+        """Let bulk wait, if there is credit for that; whether it does."""
+        self._credit = min(PAUSES, self._credit + (now - self._credit_at) * CREDIT_RATE)
+        self._credit_at = now
+        if self._credit < PAUSE_MIN:
+            return False
+        self._handed_on_at, self._paused_at, self.left = 0.0, now, 0
+        self._ctx.timers.services.arm(self._timer, now + min(PAUSE_MAX, self._credit))
+        return True
+
+    def _end_pause(self, now: float) -> None:
+        self._credit -= now - self._paused_at
+        self._credit_at, self._paused_at = now, 0.0
+
+    def _pause_over(self, now: float) -> None:
+        """The timer of the pause: no message has come, unless it is that of a pause that one has ended."""
+        if self._paused_at:
+            self._end_pause(now)
+            if self.waiting:
+                self._go_on_next_turn()
 
     def begin(self) -> list[TcpConn]:
         """Those that wait, in their order. They do not wait any more, and may send what is left in this turn."""

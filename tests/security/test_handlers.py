@@ -52,6 +52,7 @@ LATER = frozenset(
         "passt.splice.refusal.Refusals._resume",  # a second after a refusal: connect(2), as the refusal itself
         "passt.tcp_engine.wheel.Wheel._turn",  # with thousands of connections: that of `Deadlines._look`
         "passt.tcp_engine.reminders.Reminders.timer_handler",  # after a lost frame: sends to the guest
+        "passt.tcp_engine.turns.Turns._pause_over",  # of bulk beside an answer that is overdue: asks for the next turn
         "passt.igmp.Igmp._fired",  # after minutes: sends to the guest, and leaves groups as a report of it does
     )
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import pytest
+
 from passt.loop.reactor import EPOLLIN
 from passt.tcp_engine.conn import TcpConn
 from passt.tcp_engine.output import PEEK_MAX
-from passt.tcp_engine.turns import SPARSE, TURN_MAX
+from passt.tcp_engine.turns import CREDIT_RATE, LIGHT, OVERDUE, PAUSE_MAX, PAUSES, SPARSE, TURN_MAX
 from passt.wire.tcp import ACK, RST, SYN
 
 from ..support import link, reactor
@@ -121,10 +123,10 @@ def test_an_answer_does_not_wait_for_a_turn() -> None:
     party.conns[2].snd_wnd = 1 << 20
     party.talk.key = party.conns[2].key
     party.talk.tcp._out.send_data(party.conns[2])
-    assert party.sent() == [2 * TURN, 1, 100]
+    assert party.sent() == [TURN + PEEK, 1, 100]
 
 
-def test_a_turn_is_no_longer_for_those_that_waited_for_it() -> None:
+    assert party.sent() == [TURN + PEEK, 1, 100]
     """A bulk flow's acknowledgement, and what it waits for, are one turn: it was two, with twice the bytes."""
     party = Party(2)
     party.arrive(0, LARGE)
@@ -239,6 +241,143 @@ def test_what_a_reset_leaves_takes_its_turn() -> None:
     party.next_turn()
     frames = [s for s in (*before, *talk.taken()) if s.payload or s.flags & RST]
     assert sum(len(s.payload) for s in frames) == TURN + 100 and frames[-1].flags & RST
+
+
+# Beside a light flow -------------------------------------------------------------------------------------------------
+
+
+class Beside(Party):
+    """A download, 0, and a flow of requests and answers, 1. The first answer was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.arrive(0, LARGE)
+        self.arrive(1, 1)
+        assert self.sent() == [TURN, 1]
+        services = self.talk.timers.services
+        self.timer = next(i for i, c in enumerate(services.callbacks) if c == self.talk.tcp._out.turns._pause_over)
+
+    def request(self) -> None:
+        self.talk.key, self.talk.seq = self.conns[1].key, self.conns[1].rcv_nxt - self.conns[1].irs
+        self.talk.guest(ACK, b"q", ack=1 + self.sent()[1], window=65535)
+
+    def moved(self) -> int:
+        """Bytes that the download moves in the next turn."""
+        before = self.sent()[0]
+        self.next_turn()
+        return self.sent()[0] - before
+
+    def pause(self) -> float:
+        """Seconds for which the download pauses, from the next turn on."""
+        assert self.moved() == 0 and not self.waits()
+        deadline = self.talk.timers.services.deadlines[self.timer]
+        assert deadline is not None
+        return deadline - self.talk.now
+
+    def waits(self) -> bool:
+        """Whether a next turn was asked for."""
+        return bool(reactor(self.talk.ctx).more)
+
+    def over(self) -> None:
+        """The pause ends with its time."""
+        services = self.talk.timers.services
+        self.talk.now = services.deadlines[self.timer] or 0.0
+        services.fire(self.timer)
+
+
+def test_bulk_beside_a_light_flow_is_sent_behind_events_and_in_short_turns() -> None:
+    party = Beside()
+    party.next_turn()
+    before = party.sent()[0]
+    assert before == TURN + PEEK
+    reactor(party.talk.ctx).wakeups += 1
+    waiting, party.talk.tcp._out.turns.waiting = party.talk.tcp._out.turns.waiting, {}
+    party.talk.tcp._out.send_data(party.conns[0])
+    assert party.sent()[0] == before, "an acknowledgement, in front of other events"
+    assert party.talk.tcp._out.turns.waiting == waiting
+    assert party.moved() == PEEK
+
+
+def test_what_has_nothing_in_flight_is_bulk_still() -> None:
+    """Behind a pause everything was acknowledged."""
+    party = Beside()
+    party.next_turn()
+    conn = party.conns[0]
+    conn.snd_una = conn.snd_nxt
+    party.talk.tcp._out.send_data(conn)
+    assert party.sent()[0] == 0 and party.moved() == PEEK
+
+
+def test_bulk_pauses_for_a_message_without_an_answer() -> None:
+    party = Beside()
+    party.talk.now += OVERDUE
+    assert party.moved() == PEEK, "not yet overdue"
+    party.talk.now += OVERDUE / 10
+    assert party.pause() == pytest.approx(PAUSE_MAX)
+    party.over()
+    assert party.moved() == PEEK and party.moved() == PEEK, "one for each message"
+
+
+def test_the_next_message_ends_the_pause() -> None:
+    party = Beside()
+    party.talk.now += 2 * OVERDUE
+    party.pause()
+    party.talk.now += OVERDUE
+    party.conns[1].pingpong = 1
+    party.request()
+    assert party.waits() and party.moved() == PEEK
+    before = party.sent()[0]
+    party.over()
+    assert party.sent()[0] == before, "the timer is that of a pause which is over"
+    party.arrive(1, 1)
+    assert party.sent()[1] == 1
+
+
+def test_pauses_take_their_share_of_the_time() -> None:
+    party = Beside()
+    began, paused = party.talk.now, 0.0
+    for _ in range(200):
+        party.conns[1].pingpong = 1
+        party.request()
+        party.talk.now += 2 * OVERDUE
+        party.socks[0].incoming += bytes(PEEK)
+        if not party.moved():
+            start = party.talk.now
+            party.over()
+            paused += party.talk.now - start
+            party.next_turn()
+        party.conns[0].snd_una = party.conns[0].snd_nxt
+    other = party.talk.now - began - paused
+    assert paused <= other * CREDIT_RATE + PAUSES
+    assert paused >= other * CREDIT_RATE - PAUSES
+
+
+def test_light_flows_are_forgotten() -> None:
+    party = Beside()
+    party.next_turn()
+    party.talk.now += LIGHT * 1.01
+    assert party.moved() == TURN and not party.talk.tcp._out.turns.light
+
+
+def test_a_message_without_bulk_changes_nothing() -> None:
+    party = Party(2)
+    party.arrive(1, 1)
+    party.talk.now += LIGHT
+    party.arrive(0, LARGE)
+    assert party.sent() == [TURN, 1] and not party.talk.tcp._out.turns.light
+    party.talk.now += LIGHT * 1.01
+    party.arrive(1, 1)
+    assert not party.talk.tcp._out.turns.light, "the download has stopped"
+
+
+def test_a_download_in_small_parts_is_no_light_flow() -> None:
+    """The guest has sent nothing that they answer."""
+    party = Party(2)
+    party.arrive(0, LARGE)
+    party.talk.now += LIGHT / 2  # and more than a delayed acknowledgement
+    party.talk.now += 0.005
+    party.arrive(1, 1000)
+    assert not party.talk.tcp._out.turns.light
 
 
 # Borders -------------------------------------------------------------------------------------------------------------
