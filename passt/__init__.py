@@ -77,19 +77,21 @@ Where a change goes: folders and modules of this level, each above its imports
     to add               touch
     -------------------  --------------------------------------------------------------------------------------------
     an option            a row in conf.options, its argument in conf.values, its use (of the data plane: a field of
-                         policy.config), a paragraph in passt.1, `make completions`
+                         policy.config, taken by settings.subscribe), a paragraph in passt.1, `make completions`
     a DHCP option        wire.dhcp (code), dhcp.configuration (value); dhcp.DISPENSABLE, if it may be left out of a
                          packet that is full
     a service            a module beside arp that registers with flow.services, a line in daemon.wiring
     a back end           a module in link with the methods of link.backend.Link, a line in link.choose, the option that
-                         selects it (daemon.passt, daemon.pasta); HOT in setup.py, if it is to be compiled
+                         selects it (daemon.passt, daemon.pasta); HOT in setup.py, as all back ends
     a counter            its owner or flow.stats, control.metrics, the dashboard; a reason of a drop: drops
-    a control command    control.json_api, pesto.command, pesto.1, `make completions`
+    a control command    control.json_api, pesto.command (TABLE, and `_print` for a query), pesto.1, `make completions`,
+                         fuzz.targets.control
     a system call        CALLS of the module that makes it, then `make docs-seccomp`; the filter is built from the
-                         modules that are loaded. tests/security and docs/security.md have their number
+                         modules that are loaded (daemon.seccomp_table has those that are loaded late). Their number is
+                         in docs/security.md, and in test_seccomp and test_filter_in_force of tests/security
     an end of TCP        tcp_engine.table, then `make docs-ends`
     a timeout of TCP     tcp_engine.rtt, constants in tcp_engine.conn, `timeout` there, the table in tcp; the first one,
-                         of SYN: tcp_engine.table.begin_handshake
+                         of SYN: tcp_engine.table.begin_handshake, and before any round trip link.backend's rto_min
     a setting that may   a writer that calls policy.settings.Settings.replace. The host's addresses and routes are
     change at run time   followed by daemon.following: its policy is conf.follow
 
