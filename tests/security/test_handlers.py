@@ -23,6 +23,8 @@ from ..system.support import REPOSITORY, TREE, User
 from ..system.traffic.support import Lan, new_lan, root_user
 from .visitors import AT_END, LOG_SIZE, SHARING, Inmate, Prison, stay
 
+pytestmark = pytest.mark.timeout(900)  # a way of a daemon takes seconds, and up to DEADLINE on a busy machine
+
 WAYS = {
     PASTA: ("plain", "faulty", "starved", "leaving", "polling", "named", "given", "spawning"),
     PASST: ("plain", "faulty", "starved", *SHARING),

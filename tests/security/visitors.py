@@ -40,8 +40,9 @@ from ..system.vm.client import ACK, Answer, Client, framed
 from ..system.vm.vhost import VhostClient
 from .informer import FAULTY, GIVEN_TAP, SPEED
 
-DEADLINE = 30.0  # s for a daemon to tell what it should
-PATIENCE = 0.05  # s for an answer
+DEADLINE = 120.0  # s for a daemon to tell what it should, on a machine that others use as well
+PATIENCE = 0.05  # s for an answer, and as much more in each round of visits: the daemon may not get a processor in time
+PATIENCE_MAX = 1.0  # s
 IN, OUT = 5001, 5011  # ports of the host: one leads to the guest, and at the other there are servers
 BULK = bytes(300_000)
 OPTIONS = "-a 192.0.2.2/24 -g 192.0.2.1 -g fe80::1 --dns-forward 192.0.2.53"
@@ -238,6 +239,11 @@ class Visitors:
         self._open: list[socket.socket] = []
         self._round = 0
 
+    @property
+    def patience(self) -> float:
+        """Seconds for an answer."""
+        return min(PATIENCE * (1 + self._round), PATIENCE_MAX)
+
     def visits(self) -> dict[str, Visit]:
         """By name."""
         names = [name for name in dir(self) if name.startswith("visit_")]
@@ -264,7 +270,7 @@ class Visitors:
     def make(self, where: Namespace, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET) -> socket.socket:
         """A socket that lasts as long as this."""
         sock = where.make_socket(family, kind, socket.htons(3) if family == socket.AF_PACKET else 0)
-        sock.settimeout(PATIENCE)
+        sock.settimeout(self.patience)
         self._open.append(sock)
         return sock
 
@@ -294,14 +300,14 @@ class Visitors:
     def stream(self, where: Namespace, address: str, port: int, server: socket.socket | None) -> None:
         """A connection with data in both directions, more than either end reads; ended by one end, or reset."""
         with where.make_socket() as client:
-            client.settimeout(PATIENCE)
+            client.settimeout(self.patience)
             client.connect((address, port))
             client.send(b"hello")
             if server is None:
                 client.recv(1)
                 return
             with server.accept()[0] as other:
-                other.settimeout(PATIENCE)
+                other.settimeout(self.patience)
                 other.recv(5)
                 for sender, taker in ((client, other), (other, client)):
                     sender.send(BULK)
@@ -316,7 +322,7 @@ class Visitors:
     def datagrams(self, where: Namespace, address: str, port: int, server: socket.socket | None) -> None:
         """Several at once, both ways."""
         with where.make_socket(kind=socket.SOCK_DGRAM) as client:
-            client.settimeout(PATIENCE)
+            client.settimeout(self.patience)
             client.connect((address, port))
             for _ in range(8):
                 client.send(QUERY if port == 53 else b"hello")
@@ -336,7 +342,7 @@ class Visitors:
 
     def _control(self, name: str, text: str) -> None:
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(PATIENCE)
+            client.settimeout(self.patience)
             with self.prison.identity():
                 client.connect(str(self.prison.directory / name))
             client.sendall(text.encode("latin-1"))
@@ -492,7 +498,7 @@ class Machines(Visitors):
     def visit_stream(self) -> None:
         connection = self.guest().connect(MAPPED, OUT)
         with self._server.accept()[0] as other:
-            other.settimeout(PATIENCE)
+            other.settimeout(self.patience)
             connection.send(b"hello")
             other.recv(5)
             for _ in range(8):
@@ -502,7 +508,7 @@ class Machines(Visitors):
     def visit_other_guest(self) -> None:
         for _ in range(2):
             with socket.socket(socket.AF_UNIX) as other:
-                other.settimeout(PATIENCE)
+                other.settimeout(self.patience)
                 other.connect(self._path)
                 other.recv(1)
 
@@ -518,7 +524,7 @@ class Machines(Visitors):
 
     def visit_leave(self) -> None:
         try:
-            self.guest().sock.settimeout(PATIENCE)
+            self.guest().sock.settimeout(self.patience)
             self.guest().sock.sendall(framed(FRAMES) + b"\xff" * 100)
         finally:
             self.leave()
@@ -565,7 +571,7 @@ class SharingMachines(Machines):
                     former.close()
                     guest.go_on()
                     connection.send(b"hello again")
-                    other.settimeout(PATIENCE)
+                    other.settimeout(self.patience)
                     other.recv(5)
             finally:
                 self.leave()
@@ -655,7 +661,7 @@ def _end(prison: Prison, inmate: Inmate, way: str) -> None:
         inmate.listen(PATIENCE, AT_END)
         inmate.kill(number)
     if way == "spawning":
-        inmate.wait(lambda: inmate.ran.keys() >= FORWARDED, 1.0, AT_END)  # the end of the command would be faster
+        inmate.wait(lambda: inmate.ran.keys() >= FORWARDED, visit=AT_END)  # the end of the command would be faster
         with contextlib.suppress(OSError):
             os.close(os.open(prison.directory / "end", os.O_WRONLY | os.O_NONBLOCK))
     end = time.monotonic() + DEADLINE

@@ -183,8 +183,10 @@ def test_idle_means_idle(fixed_guest: Guest, lan: Lan) -> None:
 
 
 def state(guest: Guest) -> tuple[int, int]:
-    """Frames that the guest has sent, and wake-ups of pasta. Both are of a time when it slept: a frame counts when it
-    is read, and the wake-up for it when pasta sleeps again, which may be much later on a busy machine.
+    """Frames that the guest has sent, and wake-ups of pasta.
+
+    Both are of a time when it slept: a frame counts when it is read, and the wake-up for it when pasta sleeps again,
+    which may be much later on a busy machine.
     """
     while True:
         before = sleeps(guest.daemon)
