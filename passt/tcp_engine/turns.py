@@ -28,7 +28,8 @@ flow moves. For LIGHT from then on:
 The pause is for the process that the message has woken up. On processors which the daemon and both ends of a bulk flow
 keep busy, it waits until one of them has used up its time, some milliseconds. This process is one of them: with bulk to
 send it never sleeps. When it does, there is a processor. Pauses take CREDIT_RATE of the other time at most (`_credit`),
-since a receiver may be silent for reasons of its own.
+since a receiver may be silent for reasons of its own. Links that cut super-frames have none of this: the program is
+their limit, not the two ends of the bulk flow, and no measurement shows a gain.
 
 Not in here: retransmissions, which a hole limits; acknowledgements and other bare segments, which are always sent.
 """
@@ -113,7 +114,7 @@ class Turns:
 
     def handed_on(self, now: float) -> None:
         """A request or an answer of few bytes was handed on."""
-        if now > self._bulk_until:
+        if now > self._bulk_until or self._link.cuts:
             return
         self.light, self._most = True, LIGHT_TURN
         self._light_until = now + LIGHT

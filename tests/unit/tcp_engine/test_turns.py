@@ -125,7 +125,6 @@ def test_an_answer_does_not_wait_for_a_turn() -> None:
     party.talk.tcp._out.send_data(party.conns[2])
     assert party.sent() == [TURN + PEEK, 1, 100]
 
-
     assert party.sent() == [TURN + PEEK, 1, 100]
     """A bulk flow's acknowledgement, and what it waits for, are one turn: it was two, with twice the bytes."""
     party = Party(2)
@@ -368,6 +367,14 @@ def test_a_message_without_bulk_changes_nothing() -> None:
     party.talk.now += LIGHT * 1.01
     party.arrive(1, 1)
     assert not party.talk.tcp._out.turns.light, "the download has stopped"
+
+
+def test_a_link_that_cuts_frames_has_no_light_flows() -> None:
+    party = Party(2)
+    party.link.cuts = True
+    party.arrive(0, LARGE)
+    party.arrive(1, 1)
+    assert not party.talk.tcp._out.turns.light
 
 
 def test_a_download_in_small_parts_is_no_light_flow() -> None:
