@@ -125,7 +125,8 @@ def test_an_answer_does_not_wait_for_a_turn() -> None:
     party.talk.tcp._out.send_data(party.conns[2])
     assert party.sent() == [TURN + PEEK, 1, 100]
 
-    assert party.sent() == [TURN + PEEK, 1, 100]
+
+def test_a_turn_is_no_longer_for_those_that_waited_for_it() -> None:
     """A bulk flow's acknowledgement, and what it waits for, are one turn: it was two, with twice the bytes."""
     party = Party(2)
     party.arrive(0, LARGE)
