@@ -38,7 +38,16 @@ _L3: Final = VNET_LEN + HEADER_LEN
 _HEAD4: Final = TYPE_IPV4.to_bytes(2, "big") + b"\x45"  # no options
 _HEAD6: Final = TYPE_IPV6.to_bytes(2, "big")
 _NO_HEAD: Final = b""  # that of no frame
+# Names of this module: a look-up in another one costs a frame twice as much
+_IP4_LEN: Final = ip.HEADER4.size
+_IP6_LEN: Final = ip.HEADER6.size
 _UDP_LEN: Final = udp.HEADER.size
+_TCP_LEN: Final = tcp.HEADER_LEN
+_SHORTEST: Final = _IP4_LEN + _UDP_LEN
+_LONGEST: Final = FRAME_ROOM - _L3 - 1
+_FRAGMENT: Final = ip.FRAGMENT_MASK
+_DF: Final = ip.DF
+_ECN: Final = ip.ECN_MASK
 
 
 class Batch:
@@ -69,17 +78,17 @@ class Batch:
         Longer than most on purpose: it runs for every frame.
         """
         room = end - start - _L3
-        if not ip.HEADER4.size + _UDP_LEN <= room < FRAME_ROOM - _L3:
+        if not _SHORTEST <= room <= _LONGEST:
             return False
         flags, gso_size, head, tos, total, fragment, hops, proto, key, length = _PLAIN4(self._buf, start)
         if head == self._head4:
-            l4, df, most, ports = start + _L3 + 20, fragment & ip.DF, DF_PAYLOAD_MAX4, self._ports4
-            if total > room or fragment & ip.FRAGMENT_MASK:
+            l4, df, most, ports = start + _L3 + _IP4_LEN, fragment & _DF, DF_PAYLOAD_MAX4, self._ports4
+            if total > room or fragment & _FRAGMENT:
                 return False
         else:
             flags, gso_size, head, flow, total, proto, hops, key, length = _PLAIN6(self._buf, start)
-            l4, df, most, ports = start + _L3 + 40, DF, DF_PAYLOAD_MAX6, self._ports6
-            total += 40
+            l4, df, most, ports = start + _L3 + _IP6_LEN, DF, DF_PAYLOAD_MAX6, self._ports6
+            total += _IP6_LEN
             if head != self._head6 or flow >> 28 != 6 or total > room:
                 return False
             tos = flow >> 20 & 0xFF
@@ -87,7 +96,7 @@ class Batch:
             return False
         end = start + _L3 + total
         if proto == PROTO_TCP:
-            if end - l4 < tcp.HEADER_LEN or tos > ip.ECN_MASK or self._classes:
+            if end - l4 < _TCP_LEN or tos > _ECN or self._classes:
                 return False
             self.segment(key, hops, l4, end)
             return True
