@@ -62,13 +62,13 @@ class Turns:
     """The connections that wait. `left` is what may be sent in this turn; a sender subtracts from it."""
 
     def __init__(self, ctx: Context) -> None:
-        self._ctx = ctx
         self._link = ctx.link
         self._reactor = ctx.reactor
         self._passed_over: dict[int, TcpConn] = {}
         self._begins = False  # `_next_turn` is going to be called
         self._turn = ctx.reactor.wakeups  # that `left` is about
-        self._timer = ctx.timers.services.new(self._pause_over)
+        self._timers = ctx.timers.services
+        self._timer = self._timers.new(self._pause_over)
         self._most = TURN_MAX  # bytes in a turn
         self._bulk_until = 0.0
         self._light_until = 0.0
@@ -131,7 +131,7 @@ class Turns:
         if self._credit < PAUSE_MIN:
             return False
         self._handed_on_at, self._paused_at, self.left = 0.0, now, 0
-        self._ctx.timers.services.arm(self._timer, now + min(PAUSE_MAX, self._credit))
+        self._timers.arm(self._timer, now + min(PAUSE_MAX, self._credit))
         return True
 
     def _end_pause(self, now: float) -> None:
