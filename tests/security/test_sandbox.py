@@ -6,8 +6,9 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,8 +44,17 @@ class Inmate:
         return {k for k in KINDS if os.readlink(f"/proc/{self.pid}/ns/{k}") != os.readlink(f"/proc/self/ns/{k}")}
 
     def descriptors(self) -> dict[int, str]:
-        directory = f"/proc/{self.pid}/fd"
-        return {int(fd): os.readlink(f"{directory}/{fd}") for fd in os.listdir(directory)}
+        """Those that it keeps: a table of the kernel that it reads now is open for a moment."""
+        before = self._descriptors_now()
+        time.sleep(0.1)
+        return dict(before.items() & self._descriptors_now().items())
+
+    def _descriptors_now(self) -> dict[int, str]:
+        directory, found = f"/proc/{self.pid}/fd", {}
+        for fd in os.listdir(directory):
+            with suppress(FileNotFoundError):
+                found[int(fd)] = os.readlink(f"{directory}/{fd}")
+        return found
 
 
 class HalfRight(User):

@@ -170,6 +170,7 @@ def test_idle_means_idle(fixed_guest: Guest, lan: Lan) -> None:
             client.sendall(b"x")
             assert server.recv(1) == b"x"
             datagrams.send(b"x")
+            time.sleep(1)  # the refusal of the datagram and the timers of the new connection follow, without a frame
 
             def quiet() -> bool:
                 """Three seconds in which neither the guest sent anything nor pasta woke up."""
