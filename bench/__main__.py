@@ -8,6 +8,7 @@ import fnmatch
 import json
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from . import lab as laboratory
 from . import vm
 from .contenders import CONTENDERS, Contender, Seat, peer, seated
 from .lab import Lab, LabError, Placement, placements
-from .report import Line, Report, markdown, read, save, show
+from .report import SETTLED, Line, Report, markdown, read, save, show
 from .rows import ROWS, Bench, Row
+
+ROUNDS_AT_LEAST = 2  # of each row, whatever the time: one pair says nothing of how far pairs differ
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -33,9 +36,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", metavar="PATTERN", help="rows by name, e.g. 'tcp-out-*,udp-*'")
     parser.add_argument("--contenders", metavar="LIST", help="those only, by name, separated by commas, in all rows")
     parser.add_argument(
-        "--settled",
-        action="store_true",
-        help="two rounds are enough for rows whose pairs with the original agree, or whose samples take long",
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="two rounds of each row, and up to --rounds of those whose pairs differ most, until M minutes are over",
     )
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PATH", help="another checkout, or a build of the original"
@@ -50,6 +54,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         args.rounds, args.seconds = 1, 1
     if args.rounds < 1 or not 1 <= args.seconds <= 60:
         parser.error("at least one round, of 1 to 60 seconds")
+    if args.minutes is not None and not 0 < args.minutes <= 24 * 60:
+        parser.error("--minutes: more than none, at most those of a day")
     return args
 
 
@@ -107,6 +113,27 @@ def placed(args: argparse.Namespace, row: Row, contender: Contender) -> Placemen
     return placements()["spread" if name == "apart" and contender.command is None else name]
 
 
+def rounds(args: argparse.Namespace, rows: list[Row], lines: dict[str, Line], end: float) -> Iterator[tuple[int, Row]]:
+    """The number of a round, and a row that is measured in it, until all rows have their rounds.
+
+    In a limited time each row has two, so that contenders are compared at two times; the rest goes to the row whose
+    pairs differ most, again and again. Rows whose samples take long have no more than the two.
+    """
+    limited = args.minutes is not None
+    first = min(args.rounds, ROUNDS_AT_LEAST) if limited else args.rounds
+    for turn in range(first):
+        for row in rows:
+            yield turn, row
+    done = {row.name: first for row in rows if not row.slow} if limited else {}
+    while time.monotonic() < end:
+        open_rows = [row for row in rows if done.get(row.name, args.rounds) < args.rounds]
+        worst = max(open_rows, key=lambda row: lines[row.name].apart(), default=None)
+        if worst is None or lines[worst.name].apart() <= SETTLED:
+            return
+        yield done[worst.name], worst
+        done[worst.name] += 1
+
+
 def run(args: argparse.Namespace, console: Console) -> Report:
     """All rounds of all rows, contenders interleaved within a round."""
     rows, contenders = chosen(args)
@@ -114,20 +141,23 @@ def run(args: argparse.Namespace, console: Console) -> Report:
         if reason := contender.missing():
             console.print(f"left out: {reason}", style="red")
             contenders.remove(contender)
-    report = Report.new(args.seconds, args.rounds)
+    least = f"{ROUNDS_AT_LEAST} to " if args.minutes is not None and args.rounds > ROUNDS_AT_LEAST else ""
+    report = Report.new(f"{least}{args.rounds} rounds of {args.seconds:g} s")
     lines = {row.name: Line.of(row) for row in rows}
     report.lines = list(lines.values())
     named = args.contenders is not None
-    plan = [(i, row, c) for i in range(args.rounds) for row in rows for c in contenders if takes_part(row, c, named)]
+    end = time.monotonic() + (args.minutes or 0) * 60
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Lab() as lab, Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(plan))
+        task = progress.add_task("", total=(ROUNDS_AT_LEAST if args.minutes else args.rounds) * len(rows))
         try:
-            for turn, row, contender in plan:
-                progress.update(task, description=f"{row.title}: {contender.label}")
-                if not (args.settled and (lines[row.name].settled(turn) or (row.slow and turn >= 2))):
-                    place = placed(args, row, contender)
-                    sample(lab, row, contender, lines[row.name], place, args.seconds, turn)
+            for turn, row in rounds(args, rows, lines, end):
+                for contender in contenders:
+                    pairs = turn < ROUNDS_AT_LEAST or args.minutes is None or contender.rows is None
+                    if pairs and takes_part(row, contender, named):
+                        progress.update(task, description=f"{row.title}: {contender.label}")
+                        place = placed(args, row, contender)
+                        sample(lab, row, contender, lines[row.name], place, args.seconds, turn)
                 progress.advance(task)
         except KeyboardInterrupt:
             console.print("stopped: the table has what was measured so far", style="yellow")

@@ -25,7 +25,7 @@ from rich.table import Table
 from .rows import Row, Sample
 
 SPREAD_MAX = 0.3
-SETTLED = 0.2  # pairs that differ by no more of their median need no further round
+SETTLED = 0.1  # pairs that differ by no more of their median need no further round
 C_NAMES = ("pasta", "pasta-wmem")
 BUILDS = ("ours", "compiled")
 
@@ -124,15 +124,11 @@ class Line:
         ours, theirs = self.cells.get(build), self.best_name(names)
         return Ratio.of(ours, self.cells[theirs]) if ours is not None and theirs is not None else None
 
-    def settled(self, turn: int) -> bool:
-        """Whether the rounds before `turn` tell what another one would: two at least, and each build's pairs agree."""
-        theirs = self.cells.get(C_NAMES[0], Cell()).by_round()
-        builds = [self.cells[build].by_round() for build in BUILDS if build in self.cells]
-        for ours in builds:
-            pairs = [value / theirs[i] for i, value in ours.items() if i < turn and theirs.get(i)]
-            if len(pairs) < 2 or max(pairs) - min(pairs) > SETTLED * median(pairs):
-                return False
-        return bool(builds)
+    def apart(self) -> float:
+        """How far the pairs with the original differ, by their median, for the worst build; 0 without two pairs."""
+        theirs = self.cells.get(C_NAMES[0], Cell())
+        ratios = [Ratio.of(self.cells[build], theirs) for build in BUILDS if build in self.cells]
+        return max(((ratio.high - ratio.low) / ratio.value for ratio in ratios if ratio is not None), default=0.0)
 
 
 @dataclass(slots=True)
@@ -143,14 +139,14 @@ class Report:
     lines: list[Line] = field(default_factory=list)
 
     @classmethod
-    def new(cls, seconds: float, rounds: int) -> Report:
-        """An empty report of now and here."""
+    def new(cls, samples: str) -> Report:
+        """An empty report of now and here, with what a cell is made of."""
         made = {
             "date": time.strftime("%Y-%m-%d"),
             "kernel": platform.release(),
             "python": platform.python_version(),
             "cores": str(os.cpu_count()),
-            "samples": f"{rounds} rounds of {seconds:g} s",
+            "samples": samples,
         }
         return cls(made)
 

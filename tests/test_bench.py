@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import arguments, chosen, takes_part
+from bench.__main__ import ROUNDS_AT_LEAST, arguments, chosen, rounds, takes_part
 from bench.contenders import CONTENDERS, PICTURES, Contender, peer
 from bench.lab import Lab, LabError
 from bench.programs import queries, requests
+from bench.report import Cell, Line
 from bench.rows import ROWS
 
 ROOT = Path(__file__).parent.parent
@@ -164,3 +165,40 @@ def test_operations_have_their_times(server: str, client: str, flows: int) -> No
         finally:
             process.terminate()
     assert found["count"] > 0 and 0 < found["p50"] <= found["p99"] <= found["seconds"]
+
+
+def made_of(names: list[str], pairs: dict[str, list[float]]) -> dict[str, Line]:
+    """Lines whose pairs with the original are `pairs`."""
+    cells = {name: {"ours": Cell(pairs.get(name, [1.0])), "pasta": Cell([1.0] * 9)} for name in names}
+    return {name: Line(name, name, "", "", "", False, cells[name]) for name in names}
+
+
+def test_all_rows_have_all_rounds_without_a_limit() -> None:
+    args = arguments(["--rounds", "3", "--only", "tcp-rr-*"])
+    rows, _ = chosen(args)
+    found = [(turn, row.name) for turn, row in rounds(args, rows, made_of([], {}), 0.0)]
+    assert found == [(turn, row.name) for turn in range(3) for row in rows]
+
+
+def test_the_rest_of_the_time_goes_to_the_rows_whose_pairs_differ_most() -> None:
+    args = arguments(["--rounds", "4", "--minutes", "1", "--only", "tcp-rr-*,start-30"])
+    rows, _ = chosen(args)
+    assert any(row.slow for row in rows)
+    apart = {"tcp-rr-1": [1.0, 1.2], "tcp-rr-16": [1.0, 1.05], "tcp-rr-64": [1.0, 2.0], "start-30": [1.0, 9.0]}
+    lines = made_of([row.name for row in rows], apart)
+    found = []
+    for turn, row in rounds(args, rows, lines, float("inf")):
+        found.append((turn, row.name))
+        if (turn, row.name) == (2, "tcp-rr-64"):
+            lines["tcp-rr-64"].cells["ours"].values[:] = [1.0, 1.15]  # they agree better now
+    assert found[: ROUNDS_AT_LEAST * len(rows)] == [(i, row.name) for i in range(ROUNDS_AT_LEAST) for row in rows]
+    assert found[ROUNDS_AT_LEAST * len(rows) :] == [
+        (2, "tcp-rr-64"), (2, "tcp-rr-1"), (3, "tcp-rr-1"), (3, "tcp-rr-64"),
+    ]  # fmt: skip
+
+
+def test_no_row_has_a_further_round_when_the_time_is_over() -> None:
+    args = arguments(["--rounds", "4", "--minutes", "1", "--only", "tcp-rr-*"])
+    rows, _ = chosen(args)
+    lines = made_of([row.name for row in rows], {row.name: [1.0, 9.0] for row in rows})
+    assert len(list(rounds(args, rows, lines, 0.0))) == ROUNDS_AT_LEAST * len(rows)

@@ -125,29 +125,27 @@ def test_both_builds_stand_beside_the_original() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "compiled", "enough"),
+    ("ours", "compiled", "apart"),
     [
-        ([1.0, 1.09], [], True),
-        ([1.0, 1.3], [], False),
-        ([1.0], [], False),
-        ([1.0, 1.09], [2.0, 2.1], True),
-        ([1.0, 1.09], [2.0, 2.6], False),
+        ([1.0, 1.25], [], 0.222),
+        ([1.0, 1.0], [], 0.0),
+        ([1.0], [], 0.0),
+        ([1.0, 1.1, 2.0], [], 0.909),
+        ([1.0, 1.0], [2.0, 3.0], 0.4),
+        ([1.0, 3.0], [2.0, 2.0], 1.0),
+        ([], [], 0.0),
     ],
 )
-def test_pairs_that_agree_need_no_further_round(ours: list[float], compiled: list[float], enough: bool) -> None:
-    cells = {"ours": Cell(ours, rounds=[0, 1]), "pasta": Cell([1.0] * len(ours), rounds=[0, 1])}
+def test_the_worst_build_tells_how_far_pairs_differ(ours: list[float], compiled: list[float], apart: float) -> None:
+    cells = {"ours": Cell(ours), "pasta": Cell([1.0] * 3)}
     if compiled:
-        cells["compiled"] = Cell(compiled, rounds=[0, 1])
-    line = Line("x", "x", "1/s", "", "", False, cells)
-    assert line.settled(2) == enough and not line.settled(1)
-    line.cells["ours"].add(2, Sample(9.0))
-    line.cells["pasta"].add(2, Sample(1.0))
-    assert line.settled(2) == enough, "what a round has found so far counts for the next one"
+        cells["compiled"] = Cell(compiled)
+    assert Line("x", "x", "1/s", "", "", False, cells).apart() == pytest.approx(apart, abs=0.001)
 
 
-def test_without_pairs_nothing_is_settled() -> None:
-    for cells in ({}, {"ours": Cell([1.0, 1.0])}, {"pasta": Cell([1.0, 1.0])}):
-        assert not Line("x", "x", "1/s", "", "", False, cells).settled(2)
+def test_without_pairs_nothing_differs() -> None:
+    for cells in ({}, {"ours": Cell([1.0, 2.0])}, {"pasta": Cell([1.0, 2.0])}):
+        assert Line("x", "x", "1/s", "", "", False, cells).apart() == 0
 
 
 def test_samples_survive_the_file(tmp_path: Path) -> None:
