@@ -143,14 +143,21 @@ def sleeps(pid: int) -> int | None:
 
 @pytest.fixture
 def known_peer(lan: Lan) -> Iterator[None]:
-    """The host has one neighbour, and does not ask for its MAC: pasta is told of each state of a neighbour."""
+    """The host knows the MAC of its neighbour: pasta is told of each change of one.
+
+    The neighbour has two addresses, and looks for the host with its first one as the sender.
+    """
     (link,) = lan.peer.show("link", "show", "eth0")
     for family in ("-4", "-6"):
         lan.host.run("ip", family, "neighbour", "flush", "dev", "eth0")  # of the tests before
-    of_peer = "neighbour", "replace", PEER, "lladdr", link["address"], "dev", "eth0", "nud"
-    lan.host.run("ip", *of_peer, "permanent")
+
+    def known(state: str) -> None:
+        for address in (GATEWAY, PEER):
+            lan.host.run("ip", "neighbour", "replace", address, "lladdr", link["address"], "dev", "eth0", "nud", state)
+
+    known("permanent")
     yield
-    lan.host.run("ip", *of_peer, "stale")
+    known("stale")
 
 
 @pytest.fixture
