@@ -22,10 +22,10 @@ NOT_COMPILING = {"egg_info", "dist_info", "sdist"}  # the steps of a build that 
 # are: an extension module loads no faster. NumPy's and ctypes' work is none of Python's.
 HOT = """
     addr icmp tap tcp udp
-    flow/batch flow/context flow/idle flow/ip_fields flow/stats flow/table
+    flow/batch flow/context flow/half_open flow/idle flow/ip_fields flow/stats flow/table
     link/backend link/gso link/packet link/packet_socket link/plain_tap link/scattered link/stream_socket
     link/tap_device link/vector_sums link/verify link/vhost_user link/vring link/vring_in link/vring_out
-    linux/tcpinfo
+    linux/accepting linux/tcpinfo
     loop/busy_poll loop/each loop/reactor loop/timers
     policy/forwarding policy/guest policy/lan policy/resolvers
     ports/listen

@@ -30,8 +30,8 @@ from .flow.context import Context
 from .flow.spare import Spare
 from .lean.records import replace
 from .linux import unix
+from .linux.accepting import accept
 from .linux.sockopt import setting
-from .linux.syscall import accept
 from .log import Fatal
 from .loop.reactor import EPOLLIN, TYPE_GUEST_LISTEN
 

@@ -117,14 +117,14 @@ class Tap(Receiver):
 
     def batch(self, frames: list[int], now: float) -> None:
         """Classify frames, a flat list of (start, end), and hand groups of one flow to their protocol."""
-        capture, plain = self._link.capture, self._batch.plain
+        capture, batch = self._link.capture, self._batch
         for i in range(0, len(frames), 2):
             if capture is not None:
                 header = frames[i] + VNET_LEN
                 before = self._pool.copy(frames[i], header) if self._vnet else NO_OFFLOAD
                 capture(False, before + self._pool.copy(header, max(header, frames[i + 1])))
             try:
-                if not plain(frames[i], frames[i + 1]):
+                if not batch.plain(frames[i], frames[i + 1]):
                     self._frame(frames[i], frames[i + 1], now)
             except Malformed as e:
                 self._ctx.drops[e.reason] += 1

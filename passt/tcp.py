@@ -117,10 +117,8 @@ class Tcp:
         self._recovery = TcpRecovery(ctx, self._out, self._table)
         self._reminders = Reminders(ctx, self._out, self._table.fault_at)
         self._in = TcpIn(ctx, self._out, self._acks, self._table)
-        self._to_sock = self._in.to_sock
         self.opening = TcpOpen(ctx, self._features, self._out, self._acks, self._table)
         self._conns = self._table.by_key
-        self._schedule = self._table.schedule
         self.set_class = self._table.set_class
         self.forget_class = self._table.forget_class
         ctx.reactor.handle(TYPE_TCP, self.sock_handler)
@@ -228,7 +226,7 @@ class Tcp:
             if conn.sock is None:
                 return
         if payload or fin:
-            self._to_sock(conn, payload, rcv_nxt, fin, must_ack, now)
+            self._in.to_sock(conn, payload, rcv_nxt, fin, must_ack, now)
         elif must_ack:
             self._out.ack(conn)
         elif probe:
@@ -260,7 +258,7 @@ class Tcp:
             payload: Sequence[memoryview] = (self._whole[data:end],)
         else:
             self._pool.gather(payload := [], data, end)
-        self._to_sock(conn, payload, rcv_nxt + end - data, False, False, now)
+        self._in.to_sock(conn, payload, rcv_nxt + end - data, False, False, now)
         return True
 
     # Host to guest -----------------------------------------------------------------------------------------------
@@ -331,7 +329,7 @@ class Tcp:
                 if conn.pingpong == 1:
                     self._acks.first_answer(conn, now)
         if not was_in_flight:
-            self._schedule(conn, now)
+            self._table.schedule(conn, now)
 
     def _acknowledged(
         self, conn: TcpConn, una: int, window: int, duplicate: bool, now: float, options: Options = ()
@@ -375,9 +373,9 @@ class Tcp:
         if not conn.drained:
             self._to_tap(conn, now, progress)
         elif conn.snd_nxt == una and window and not conn.retries:
-            conn.deadline = now + KEEPALIVE_IDLE  # like `_schedule`; the timer, armed for earlier, reads it
+            conn.deadline = now + KEEPALIVE_IDLE  # like `schedule`; the timer, armed for earlier, reads it
         elif progress or conn.snd_nxt == una:
-            self._schedule(conn, now)
+            self._table.schedule(conn, now)
 
     def _established(self, conn: TcpConn, now: float) -> None:
         """The handshake is done. If the guest waits for ACK of its SYN,ACK, data carries it if the socket has any."""
@@ -389,9 +387,9 @@ class Tcp:
         if not conn.drained:
             self._to_tap(conn, now)
         elif conn.snd_wnd:
-            conn.deadline = now + KEEPALIVE_IDLE  # like `_schedule`; the timer, armed for the handshake, reads it
+            conn.deadline = now + KEEPALIVE_IDLE  # like `schedule`; the timer, armed for the handshake, reads it
         else:
-            self._schedule(conn, now)
+            self._table.schedule(conn, now)
         if conn.events & SOCK_ACCEPTED and conn.snd_nxt == before and conn.sock is not None:
             self._out.ack(conn)
 

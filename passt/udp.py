@@ -43,6 +43,7 @@ queues, since a full socket buffer is a drop, as on any link.
 from __future__ import annotations
 
 import errno
+import os
 import random
 import time
 from collections.abc import Callable, Collection, Container
@@ -155,7 +156,10 @@ class Udp:
     def _send(self, flow: UdpFlow, size: int, total: int, views: list[memoryview], now: float) -> None:
         """Send one GSO batch, and handle its errors."""
         try:
-            transmit(flow, size, total, views)
+            if size == total > 0 and not flow.gso_size and flow.fd >= 0:
+                os.writev(flow.fd, views)  # what `transmit` finds out in three times as long
+            else:
+                transmit(flow, size, total, views)
             flow.to_host += total
         except OSError as e:
             for why, count, first in retry_send(flow, size, total, views, e, partial(self._report, flow, now)):
@@ -256,9 +260,10 @@ class Udp:
 
     def _receive_one(self, flow: UdpFlow) -> None:
         receiver = self._receiver
+        mv, n = receiver.mv, 0
         if flow.plain:
             flow.plain -= 1
-            n = flow.sock.recv_into(receiver.mv, SLOT)
+            n = flow.sock.recv_into(mv, SLOT)
         else:
             n, tos = receive_one(receiver, flow.sock)
             if tos != flow.tos:
@@ -266,12 +271,12 @@ class Udp:
             if not tos and not flow.fields & CLASS:
                 flow.plain = PLAIN
         if flow.asked >= 0:
-            flow.answered(receiver.mv[:n])
+            flow.answered(mv[:n])
         flow.to_guest += n
         if n > flow.payload_max:
-            self._send_fragments(flow, receiver.mv[:n])
+            self._send_fragments(flow, mv[:n])
         else:
-            self._ctx.link.send_payload((flow.header(n, n), receiver.mv[:n]))
+            self._ctx.link.send_payload((flow.header(n, n), mv[:n]))
 
     def _to_guest(self, flow: UdpFlow, payload: memoryview) -> None:
         """Send one datagram of a flow to the guest, also one of `udp_engine/dns.py`."""

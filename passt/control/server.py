@@ -41,8 +41,8 @@ from ..drops import Drop
 from ..flow.context import Context
 from ..flow.spare import Spare
 from ..linux import unix
+from ..linux.accepting import ACCEPTED, accept
 from ..linux.nspool import new_socket
-from ..linux.syscall import ACCEPTED, accept
 from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN, EPOLLOUT, TYPE_CONTROL, TYPE_CONTROL_LISTEN, ref_data
 

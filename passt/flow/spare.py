@@ -17,7 +17,8 @@ import os
 from collections.abc import Callable
 
 from ..calls import calls
-from ..linux.syscall import accept, timerfd_create
+from ..linux.accepting import accept
+from ..linux.syscall import timerfd_create
 from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN
 from ..loop.timers import RETRY

@@ -52,7 +52,9 @@ from ..log import Fatal
 
 CALLS = calls("getsockname")
 
-FREE, NEW, ACTIVE = range(3)
+FREE: Final = 0
+NEW: Final = 1
+ACTIVE: Final = 2
 STATE_NAMES = ("FREE", "NEW", "ACTIVE")
 FLOW_MAX = 131071
 LABELS = ("tcp", "tcp_splice", "udp", "udp_splice", "dns", "ping")

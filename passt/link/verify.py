@@ -21,6 +21,7 @@ without a checksum (RFC 768), over IPv6 not (RFC 8200, 8.1).
 from __future__ import annotations
 
 from collections import Counter
+from typing import Final
 
 from ..drops import Drop, Reason
 from ..wire import ip
@@ -29,7 +30,7 @@ from ..wire.cursor import Malformed
 from ..wire.virtio import F_DATA_VALID, F_NEEDS_CSUM
 from .packet import PacketPool
 
-VERIFIED = F_NEEDS_CSUM | F_DATA_VALID  # in the flags of a virtio-net header
+VERIFIED: Final = F_NEEDS_CSUM | F_DATA_VALID  # in the flags of a virtio-net header
 HEADER4 = ip.HEADER4.size
 _UDP_HEADER = 8
 _REASONS = {PROTO_TCP: Drop.TCP_CHECKSUM, PROTO_UDP: Drop.UDP_CHECKSUM}

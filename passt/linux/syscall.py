@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import socket
 import sys
 import time
 from struct import Struct
-
-from .. import addr
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -190,36 +187,6 @@ def set_capabilities(*kept: int) -> None:
     bits = permitted & sum(1 << cap for cap in kept)
     low, high = bits & 0xFFFFFFFF, bits >> 32
     check(_libc.capset(header, _CAP_DATA.pack(low, low, 0, high, high, 0)), "capset")
-
-
-# accept4(2) --------------------------------------------------------------------------------------------------------
-
-ACCEPTED = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # type of a socket of `accept`
-_SOCKADDR_LEN = 28  # struct sockaddr_in6, the longer one
-_peer = ctypes.create_string_buffer(_SOCKADDR_LEN)
-_peer_len = ctypes.c_uint32()
-_peer_args = ctypes.addressof(_peer), ctypes.addressof(_peer_len), os.O_NONBLOCK | os.O_CLOEXEC
-_accept4 = _libc.accept4
-_accept4.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
-
-
-def accept(fd: int) -> tuple[int, bytes, int]:
-    """The next connection of listening IP socket `fd`: descriptor, non-blocking; packed address of the peer; its port.
-
-    A client of a dual-stack socket that came by IPv4 has an IPv4 address here. Not for several threads at a time.
-    """
-    _peer_len.value = _SOCKADDR_LEN
-    new = _accept4(fd, *_peer_args)
-    if new < 0:
-        check(new, "accept4")
-    peer = _peer.raw  # family (2), port (2), IPv4 address (4) or: flow label (4), IPv6 address (16), scope (4)
-    if _peer_len.value < _SOCKADDR_LEN:
-        packed = peer[4:8]
-    elif peer[8:20] == addr.V4_MAPPED_PREFIX:
-        packed = peer[20:24]
-    else:
-        packed = peer[8:24]
-    return new, packed, peer[2] << 8 | peer[3]
 
 
 # inotify(7): `inotify.py` --------------------------------------------------------------------------------------------

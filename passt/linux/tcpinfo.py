@@ -35,7 +35,8 @@ _U64: Final = Struct("=Q")
 
 LAST_DATA_SENT, LAST_DATA_RECV, LAST_ACK_RECV, RTT, TOTAL_RETRANS = 44, 52, 56, 68, 100
 BYTES_ACKED, BYTES_RECEIVED, NOTSENT_BYTES, MIN_RTT, SND_WND = 120, 128, 144, 148, 228
-TCP_SYN_SENT, TCP_CLOSE = 2, 7  # tcpi_state, include/net/tcp_states.h
+TCP_SYN_SENT: Final = 2  # tcpi_state, include/net/tcp_states.h
+TCP_CLOSE: Final = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,8 @@ def unsent(sock: Any) -> int:
 
 def is_connected(sock: Any) -> bool:
     """Whether a connection that connect(2) began is established, or has been and is open still. Raises OSError."""
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] not in (TCP_SYN_SENT, TCP_CLOSE)
+    state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    return state != TCP_SYN_SENT and state != TCP_CLOSE
 
 
 def u32(info: bytes, offset: int) -> int:

@@ -30,8 +30,8 @@ from .. import PASST, log
 from ..calls import calls
 from ..flow.context import Context
 from ..flow.spare import Spare
+from ..linux.accepting import ACCEPTED, accept
 from ..linux.nspool import new_socket
-from ..linux.syscall import ACCEPTED, accept
 from ..linux.tcp_repair import SOCKETS_MAX
 from ..loop.reactor import EPOLLIN, TYPE_REPAIR, TYPE_REPAIR_LISTEN
 

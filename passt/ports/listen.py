@@ -32,7 +32,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from .. import log
 from ..calls import calls
@@ -40,9 +40,9 @@ from ..drops import Drop
 from ..flow.context import Context
 from ..flow.room import DESCRIPTORS, NO_DESCRIPTORS
 from ..flow.spare import Spare
+from ..linux.accepting import ACCEPTED, accept
 from ..linux.netns import Namespace
 from ..linux.nspool import new_socket
-from ..linux.syscall import ACCEPTED, accept
 from ..loop.each import each, record
 from ..loop.reactor import EPOLLIN, TYPE_LISTEN, ref_data
 from ..policy.rules import Listener, Rule
@@ -53,9 +53,9 @@ from ..wire.checksum import PROTO_TCP
 from .sockets import Failure, Wanted, describe, held_by_us, open_ports
 from .udp_in import UdpIn
 
-BUDGET_MAX = 16  # connections accepted per event, so that established ones get their turn
+BUDGET_MAX: Final = 16  # connections accepted per event, so that established ones get their turn
 REOPEN = 0.5  # s
-STREAK = 8  # events in a row that use up the budget before it doubles
+STREAK: Final = 8  # events in a row that use up the budget before it doubles
 
 
 CALLS = calls("accept4")

@@ -311,6 +311,13 @@ def may_connect(a: bytes) -> bool:
     return addr.is_unicast(a) and not addr.is_martian(a)
 
 
+@lru_cache(256)
+def may_connect_both(addresses: bytes) -> bool:
+    """The same for the guest's address and the peer's behind it."""
+    n = len(addresses) // 2
+    return may_connect(addresses[:n]) and may_connect(addresses[n:])
+
+
 def apply_syn_options(conn: TcpConn, options: tcp.SynOptions) -> None:
     """Take the options of the guest's SYN."""
     conn.sack = options.sack
@@ -377,12 +384,6 @@ def _lengths(mss: int, l4: int, mtu: int, tso: bool) -> tuple[int, int]:
     longest = 65535 - (overhead if l4 == L4_IPV4 else tcp.HEADER_LEN)  # IPv4's length counts its header
     mss = min(mss, longest, mtu - overhead if mtu else longest)
     return mss, longest // mss * mss if tso else mss
-
-
-@lru_cache(64)
-def shared(number: int) -> int:
-    """The number that other connections have, too: an object of its own would cost each of them 32 bytes."""
-    return number
 
 
 def set_segmentation(conn: TcpConn, gso_type: int) -> None:

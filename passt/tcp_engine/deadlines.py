@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappop, heappush
-from itertools import count
 from typing import Final
 
 from .. import NEVER
@@ -46,8 +45,8 @@ class Deadlines:
         self._caught_up = 0.0  # `now` of the turn in which the link was last asked for what it has
         self._by_index = ctx.flows.by_index
         self._fault_at = fault_at
-        self._soon: list[tuple[float, int, TcpConn]] = []  # a heap, by the time to look
-        self._order = count()
+        self._soon: list[float] = []  # a heap of the times to look
+        self._then: dict[float, list[TcpConn]] = {}  # the connections of each: many share one
         self._timer = ctx.timers.services.new(self._look)
         self._wheel = Wheel(ctx, self._compare, fault_at)
         self.expired: Callable[[TcpConn, float], None] = lambda conn, now: None
@@ -81,26 +80,30 @@ class Deadlines:
         if at < now + GRID / 2:
             at = deadline
         conn.look_at = at
+        then = self._then.get(at)
+        if then is not None:
+            then.append(conn)
+            return
+        self._then[at] = [conn]
         soon = self._soon
-        if not soon or at < soon[0][0]:
+        if not soon or at < soon[0]:
             self._timers.services.arm(self._timer, at)
-        heappush(soon, (at, next(self._order), conn))
+        heappush(soon, at)
 
     def _look(self, now: float) -> None:
         """Look at all connections whose time has come. An entry that is not the connection's last one is ignored."""
         soon = self._soon
         due = []
-        while soon and soon[0][0] <= now + TIMER_SLACK:
-            at, _, conn = heappop(soon)
-            if at == conn.look_at:
-                due.append(conn)
-        each(due, self._due, self._fault_at, now)
+        while soon and soon[0] <= now + TIMER_SLACK:
+            at = heappop(soon)
+            for conn in self._then.pop(at):
+                if at == conn.look_at:
+                    conn.look_at = 0.0
+                    if conn.sock is not None:
+                        due.append(conn)
+        each(due, self._compare, self._fault_at, now)
         if soon:
-            self._timers.services.arm(self._timer, max(soon[0][0], now + TIMER_SLACK))
-
-    def _due(self, conn: TcpConn, now: float) -> None:
-        conn.look_at = 0.0
-        self._compare(conn, now)
+            self._timers.services.arm(self._timer, max(soon[0], now + TIMER_SLACK))
 
     def timer_handler(self, index: int, now: float) -> None:
         """The timerfd of flow `index` expired."""

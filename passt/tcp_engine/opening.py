@@ -88,7 +88,7 @@ from .conn import (
     WINDOW_DEFAULT,
     TcpConn,
     apply_syn_options,
-    may_connect,
+    may_connect_both,
     set_event,
 )
 from .eviction import Eviction, to_guest, to_peer
@@ -100,6 +100,7 @@ from .window import TcpAck
 REFUSED: Final = frozenset((errno.ECONNREFUSED, errno.ECONNRESET))
 
 _NO_PORT: Final = bytes(2)
+_WINDOW_LOW: Final = WINDOW_DEFAULT // 2
 
 
 class TcpOpen:
@@ -175,9 +176,7 @@ class TcpOpen:
         if bits & RST:
             return None
         if bits & (SYN | ACK) == SYN:
-            n = len(key) // 2 - 2
-            peer = key[n:-4]
-            if not (may_connect(key[:n]) and may_connect(peer)) or _NO_PORT in (key[-4:-2], key[-2:]):
+            if not may_connect_both(key[:-4]) or _NO_PORT in (key[-4:-2], key[-2:]):
                 self._ctx.drops[Drop.TCP_ENDPOINT] += 1
                 return None
             try:
@@ -185,7 +184,7 @@ class TcpOpen:
             except Malformed as e:
                 self._ctx.drops[e.reason] += 1
                 return None
-            return self._open(key, peer, seq, win, options, now, hops)
+            return self._open(key, to_peer(key), seq, win, options, now, hops)
         if self._table.timed_out.ignores(key, now):
             return None
         length = end - data + (1 if bits & SYN else 0) + (1 if bits & FIN else 0)
@@ -327,15 +326,16 @@ class TcpOpen:
         keys = self._keys(listener, peer, peer_port)
         if not keys:
             return Drop.TCP_INBOUND_NO_ADDRESS
-        retry = partial(self.accepted, listener, sock, peer, peer_port)
         if self._ctx.guest.mac == addr.BROADCAST_MAC:
+            retry = partial(self.accepted, listener, sock, peer, peer_port)
             give_up = partial(tcp_sock.turn_away, self._ctx, sock, Drop.TCP_INBOUND_NO_GUEST)
             held = self._ctx.neighbours.hold(keys[0][: len(keys[0]) // 2 - 2], retry, give_up, now)
             return None if held else Drop.TCP_INBOUND_NO_GUEST
         if not self._eviction.inbound(keys[0], now):
             return Drop.TCP_INBOUND_HALF_OPEN
         free = [key for key in keys if self._is_free(key)]
-        if keys[0] not in free and self._queue_successor(keys[0], retry):
+        taken = keys[0] not in free
+        if taken and self._queue_successor(keys[0], partial(self.accepted, listener, sock, peer, peer_port)):
             return None
         if not free:
             return Drop.TCP_INBOUND_IN_USE
@@ -423,7 +423,7 @@ class TcpOpen:
             self._out.limit_mss(conn)
             conn.irs = seq
             conn.rcv_nxt = conn.rcv_acked = seq + 1
-            conn.rcv_wnd_max, conn.rcv_wnd_low = WINDOW_DEFAULT, WINDOW_DEFAULT // 2
+            conn.rcv_wnd_max, conn.rcv_wnd_low = WINDOW_DEFAULT, _WINDOW_LOW
             conn.rcv_edge = conn.rcv_nxt + WINDOW_DEFAULT
             conn.t_rx = now
             self._table.inbound.discard(conn)

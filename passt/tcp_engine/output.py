@@ -74,8 +74,8 @@ PEEK_MAX: Final = 1 << 18  # bytes in one peek: four super-frames, small enough 
 BULK: Final = 1 << 14  # bytes in one peek from which on the next one goes where the link wants it
 CUTS_MAX: Final = 16  # urgent marks passed in one turn
 DISCARD_MAX: Final = 1 << 22  # bytes in flight to the guest without SO_PEEK_OFF; also the most consumed in one call
-_TCP_VARIABLE: Final = Struct("!IIHHH")  # seq, ack, offset and flags, window, checksum: at offset 4
-_IP4_VARIABLE: Final = Struct("!HHHHH")  # total length, id, fragment, TTL and protocol, checksum: at offset 2
+_PACK_TCP: Final = Struct("!IIHHH").pack_into  # seq, ack, offset and flags, window, checksum: at offset 4
+_PACK_IP4: Final = Struct("!HHHHH").pack_into  # total length, id, fragment, TTL and protocol, checksum: at offset 2
 _U16: Final = Struct("!H")
 _TTL_PROTO: Final = ip.TTL << 8 | PROTO_TCP
 _OFFSET_5: Final = 5 << 12
@@ -119,7 +119,7 @@ class TcpOut:
         length += 20 + options
         window = conn.rcv_edge - conn.rcv_acked >> conn.rcv_wscale
         s = conn.tcp_sum + length
-        _TCP_VARIABLE.pack_into(
+        _PACK_TCP(
             conn.hdr,
             l4 + 4,
             seq & MASK,
@@ -134,7 +134,7 @@ class TcpOut:
         if l4 == L4_IPV4:
             length += 20
             s = conn.ip_sum + length
-            _IP4_VARIABLE.pack_into(conn.hdr, L3 + 2, length, 0, 0, _TTL_PROTO, 0xFFFF - ((s & 0xFFFF) + (s >> 16)))
+            _PACK_IP4(conn.hdr, L3 + 2, length, 0, 0, _TTL_PROTO, 0xFFFF - ((s & 0xFFFF) + (s >> 16)))
         else:
             _U16.pack_into(conn.hdr, L3 + 4, length)
 

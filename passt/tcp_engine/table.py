@@ -67,7 +67,6 @@ from .conn import (
     TAP_FIN_SENT,
     TcpConn,
     set_event,
-    shared,
     timeout,
 )
 from .deadlines import Deadlines
@@ -141,7 +140,6 @@ class TcpTable:
         first, last = conn.rtt_at, conn.stalled_at
         self._link_rtt += (now - first - self._link_rtt) / 8
         sample(conn, now - (last if last > first else first), self._ctx.link.rto_min)
-        conn.rcv_wnd_max, conn.rcv_wnd_low = shared(conn.rcv_wnd_max), shared(conn.rcv_wnd_low)
 
     def forget(self) -> None:
         """The guest is gone: RST to all host peers."""

@@ -86,7 +86,7 @@ from ..linux import tcpinfo
 from ..loop.each import each
 from ..loop.reactor import EPOLLOUT, INTEREST
 from ..policy.config import WINDOW_MAX, Config
-from .conn import CLOSED, SOCK_ACCEPTED, TAP_FIN_RCVD, TcpConn
+from .conn import CLOSED, SOCK_ACCEPTED, TAP_FIN_RCVD, WS_OFFERED, TcpConn
 from .output import TcpOut
 from .table import TcpTable
 
@@ -117,10 +117,10 @@ def tail_of(mss: int) -> int:
 class Server:
     """Experience with connections of the guest to a server, for the next ones."""
 
-    __slots__ = ("answered", "until", "vain_at", "window")
+    __slots__ = ("answered", "low", "until", "vain_at", "window")
 
     def __init__(self) -> None:
-        self.window = 0  # the first one
+        self.window = self.low = 0  # the first one, and when it is computed again
         self.until = 0.0  # until when that counts
         self.answered = 0  # connections in a row whose first request was answered in time
         self.vain_at = -VAIN  # when an acknowledgement of a first request last waited in vain
@@ -232,12 +232,12 @@ class TcpAck:
         if now >= server.until:
             self.open_window(conn, now)
             server.until, server.window = now + FIRST_KEPT, conn.rcv_edge - conn.rcv_nxt
+            server.low = server.window // 2 + (1 << WS_OFFERED) - 1
             conn.rcv_mark, conn.rcv_mark_at = 0, 0.0  # 64 bytes; many connections do not use the window up
             return
-        window = server.window
-        conn.rcv_edge = conn.rcv_nxt + window
-        conn.rcv_wnd_max = window
-        conn.rcv_wnd_low = window // 2 + (1 << conn.rcv_wscale) - 1
+        conn.rcv_edge = conn.rcv_nxt + server.window
+        conn.rcv_wnd_max = server.window  # one object for all: each is 32 bytes
+        conn.rcv_wnd_low = server.low if conn.rcv_wscale else server.window // 2
 
     def first_answer(self, conn: TcpConn, now: float) -> None:
         """The first request of a connection was answered in time, outside the ping-pong mode."""

@@ -164,7 +164,7 @@ PLAIN = {
     ),
     "it takes things out of a queue, which cannot fail; `each` handles them": (
         "passt.ports.udp_in.UdpIn._deliver_misdelivered over misdelivered and left",
-        "passt.tcp_engine.deadlines.Deadlines._look over soon and soon[0][0] <= now + TIMER_SLACK",
+        "passt.tcp_engine.deadlines.Deadlines._look over self._then.pop(at)",
         "passt.tcp_engine.wheel.Wheel._turn over order and (order[0] <= now or not slots[order[0]].conns)",
         "passt.tcp_engine.wheel.Wheel._turn over conns and len(due) < BATCH",
         "passt.tcp_engine.window.TcpAck.timer_handler over waiting and waiting[0][0] <= now + COALESCE",

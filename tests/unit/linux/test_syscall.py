@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import socket
 import subprocess
 import sys
 import time
@@ -13,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from passt import addr
 from passt.linux.syscall import (
     CLONE_NEWNET,
     PR_SET_DUMPABLE,
-    accept,
     ioctl_number,
     mount,
     prctl,
@@ -77,35 +74,6 @@ def test_errors_carry_the_errno() -> None:
 def test_prctl_sets() -> None:
     prctl(PR_SET_DUMPABLE, 1)
     assert os.stat("/proc/self/status").st_uid == os.geteuid()
-
-
-# Accepting ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("listening", "client"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1"), ("::", "::1")]
-)
-def test_accept_tells_who_comes(listening: str, client: str) -> None:
-    family = socket.AF_INET6 if ":" in listening else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as server:
-        server.setblocking(False)
-        if listening == "::":
-            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        server.bind((listening, 0))
-        server.listen()
-        for _ in range(2):  # nothing of the first is left for the second
-            with socket.create_connection((client, server.getsockname()[1])) as c:
-                fd, peer, port = accept(server.fileno())
-                assert (peer, port) == (addr.packed(client), c.getsockname()[1])
-                assert not os.get_blocking(fd) and not os.get_inheritable(fd)
-                os.close(fd)
-        with pytest.raises(BlockingIOError):
-            accept(server.fileno())
-
-
-def test_accept_says_what_is_wrong() -> None:
-    with socket.socket() as s, pytest.raises(OSError, match="accept4: Invalid argument"):
-        accept(s.fileno())
 
 
 def test_capabilities_that_are_not_permitted_are_no_error() -> None:
