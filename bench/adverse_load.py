@@ -33,7 +33,9 @@ TIMEOUT = 30.0  # s without a byte
 READY = 5.0  # s until a daemon that was just started forwards its ports
 PAUSE_EVERY = 16  # chunks
 
-TWO_PARTS, PING, GET = "two-part answer", "1 byte", "keep-alive GET"
+TWO_PARTS, PING, GET, KEY = "two-part answer", "1 byte", "keep-alive GET", "key press"
+KEY_PAUSE = 0.05  # s between two, of a user who types fast
+KEY_SIZE = 36  # bytes of a packet of ssh
 ANSWER = b"x" * 100
 BODY = b"x" * 1000
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % len(BODY)
@@ -146,6 +148,10 @@ def _answer(sock: socket.socket, request: dict[str, Any]) -> None:
             if not (data := sock.recv(1)):
                 return
             sock.sendall(data)
+        elif kind == KEY:
+            if not (data := sock.recv(KEY_SIZE)):
+                return
+            sock.sendall(data)
         elif kind == TWO_PARTS:
             if not sock.recv(64):
                 return
@@ -225,10 +231,13 @@ def latency(address: str, kind: str, count: int) -> list[float]:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         question, size = {
             PING: (b"x", 1),
+            KEY: (bytes(KEY_SIZE), KEY_SIZE),
             TWO_PARTS: (b"q" * 64, 2 * len(ANSWER)),
             GET: (b"GET / HTTP/1.1\r\nHost: peer\r\n\r\n", len(HEAD) + len(BODY)),
         }[kind]
         for _ in range(count):
+            if kind == KEY:
+                time.sleep(KEY_PAUSE)
             begin = time.monotonic()
             sock.sendall(question)
             if len(read_exactly(sock, size)) < size:

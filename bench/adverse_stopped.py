@@ -25,10 +25,11 @@ from passt.linux import netns
 
 from . import vm
 from .adverse_ends import OBSERVATIONS, Observation, Way
+from .adverse_progress import Progress
 from .adverse_seats import DIRECT, PASST, PASTA, Programs, _link, _running, _wait_for_port
 from .contenders import READY_TIMEOUT
 from .faulty_link import control
-from .lab import GATEWAY, GATEWAY6, HOST, HOST6, PEER, PEER6, Lab, LabError, Namespace, set_sysctl, wait_for
+from .lab import HOST, HOST6, PEER, PEER6, Lab, LabError, Namespace, set_sysctl, wait_for
 
 PORT = 5500
 VHOST = "vhost-user"
@@ -153,7 +154,7 @@ def seated(lab: Lab, chosen: Programs, seat: str, mtu: int) -> Iterator[tuple[Na
             vm._wait_for_socket(path, chosen.name, daemon)
             relay = vm.relay(vm.VHOST if seat == VHOST else vm.RELAY)
             wait_for(stack.enter_context(_running(lab, [str(relay), vm.TAP, path], guest)), "ready")
-            _configure(guest, mtu)
+            vm.configure(guest, mtu)
         _wait_for_port(chosen.name)
         yield guest, daemon.pid
 
@@ -166,36 +167,35 @@ def _wait_for_routes(guest: Namespace, name: str, daemon: Any) -> None:
         time.sleep(0.02)
 
 
-def _configure(guest: Namespace, mtu: int) -> None:
-    """Addresses, as pasta --config-net would have them."""
-    for setting in ("accept_dad", "accept_ra"):
-        guest.run(["sh", "-c", f"echo 0 >/proc/sys/net/ipv6/conf/{vm.TAP}/{setting}"])
-    guest.run(["ip", "link", "set", vm.TAP, "mtu", str(mtu), "up"])
-    guest.run(["ip", "address", "add", f"{HOST}/24", "dev", vm.TAP])
-    guest.run(["ip", "address", "add", f"{HOST6}/64", "dev", vm.TAP, "nodad"])
-    for flag, gateway in (("-4", GATEWAY), ("-6", GATEWAY6)):
-        guest.run(["ip", flag, "route", "add", "default", "via", gateway, "dev", vm.TAP])
-
-
 # Observations ---------------------------------------------------------------------------------------------------------
 
 
-def observe(lab: Lab, contenders: list[Programs], chosen: list[Cell], seed: int) -> Iterator[Line]:
+def name_of(line: Line) -> tuple[str, str]:
+    """The cell and the observation of a line, those of the bare kernel for all seats and MTUs."""
+    return f"{line['family']} {line['way']} {line['path']}", line["observation"]
+
+
+def observe(lab: Lab, contenders: list[Programs], chosen: list[Cell], seed: int, progress: Progress) -> Iterator[Line]:
     """A line for each contender, cell and observation. Those of the bare kernel come first, and judge the others."""
     set_sysctl("ipv4/tcp_syn_retries", "1")
-    known: dict[tuple[str, str], Any] = {}
+    done = progress.done("stopped")
+    known = {name_of(line): line["seen"] for line in done if line["contender"] == DIRECT}
     with ExitStack() as stack:
         ends = stack.enter_context(paths(lab))
         for contender in sorted(contenders, key=lambda c: c.name != DIRECT):
-            those = _cells_of(contender, chosen)
+            those = _left(contender, _cells_of(contender, chosen), done)
             for (seat, mtu), group in itertools.groupby(those, lambda cell: (cell.seat, cell.mtu)):
+                if progress.over():
+                    return
                 with seated(lab, contender, seat, mtu) as (guest, daemon):
                     _speak(guest)
                     for cell in group:
+                        if progress.over():
+                            return
                         way = _way(guest, ends[cell.path], cell, daemon)
                         way.timeout = TIMEOUT if contender.name in (DIRECT, "ours") else OTHERS
-                        for line in _observed(cell, way, seed):
-                            bare = (f"{cell.family} {cell.way} {cell.path}", line["observation"])
+                        for line in list(_observed(cell, way, seed)):  # all of the cell, or none, are results
+                            bare = name_of(line)
                             if contender.name == DIRECT:
                                 known[bare] = line["seen"]
                             line |= {"contender": contender.name, "same": line["seen"] == known.get(bare)}
@@ -239,6 +239,13 @@ def _cells_of(contender: Programs, chosen: list[Cell]) -> list[Cell]:
     return [c for c in chosen if c.seat != VHOST or contender.name == "ours"]
 
 
+def _left(contender: Programs, chosen: list[Cell], done: list[Line]) -> list[Cell]:
+    """The cells of which nothing is known."""
+    keys = ("contender", "seat", "mtu", "family", "way", "path")
+    known = {tuple(line[key] for key in keys) for line in done}
+    return [c for c in chosen if (contender.name, c.seat, c.mtu, c.family, c.way, c.path) not in known]
+
+
 def _way(guest: Namespace, far: Namespace, cell: Cell, daemon: int | None) -> Way:
     host, beyond, refused, dropped = PATHS[cell.path, cell.family]
     outbound = cell.way == OUT
@@ -269,8 +276,9 @@ def told(line: Line, seed: int) -> str:
 
 
 def kept(line: Line) -> Line:
-    """The same for the file of results: without what was seen, unless that differs."""
-    return {key: value for key, value in line.items() if key not in ("seen", "direct") or not line["same"]}
+    """The same for the file of results: without what was seen, unless that differs, or judges the others."""
+    whole = not line["same"] or line["contender"] == DIRECT
+    return {key: value for key, value in line.items() if key not in ("seen", "direct") or whole}
 
 
 def outcome(lines: list[Line]) -> str:

@@ -1,6 +1,6 @@
 """Transfers through a guest's link with faults, and with adverse peers; and latency beside a bulk flow.
 
-    python -m bench.adversity --json RESULTS [--contenders ours pasta] [--peer NAME=PATH]    everything (half an hour)
+    python -m bench.adversity --json RESULTS [--contenders ours pasta] [--peer NAME=PATH]    all transfers (minutes)
     python -m bench.adversity --sample 8 --seed 7                                            8 transfers at each seat
     python -m bench.adversity --seed 7 --only "passt 1500 IPv6 up corrupted"                 one of them again
 
@@ -9,6 +9,9 @@
     latency    exchanges of a few bytes beside a bulk flow, beside those without a daemon
     stopped    ends, answers and datagrams while the daemon is stopped for moments, beside the bare kernel, which is
                a contender of its own (loopback)
+
+With `--resume`, what RESULTS has is left out; with `--most`, nothing new begins after so many seconds, and the status
+is 3 where that left something. The same command again goes on from there, so that all of it can be run in parts.
 
 Chances come from the seed of the run and the name of the transfer: either is on each line. The exit status is 1 if a
 transfer of this project did not arrive whole, or an end was not that of the bare kernel. `bench.reliability` writes the
@@ -31,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from . import adverse_stopped, vm
-from .adverse_latency import BULKS, ROUNDS, latencies
+from .adverse_latency import BULKS, ROUNDS, Plan, latencies
+from .adverse_progress import Progress
 from .adverse_seats import DIRECT, PASST, PASTA, Place, Programs, placed, programs
 from .contenders import CONTENDERS, Contender, peer
 from .lab import HOST, HOST6, PEER, PEER6, ROOT, Lab, LabError, enter, wait_for
@@ -41,6 +45,7 @@ MEBI = 1 << 20
 LIMIT = 40.0  # s for one transfer: more than it takes, so that what is slow is told from what stalls
 PARTS = ("matrix", "curves", "latency", "stopped")
 LOAD = [sys.executable, "-m", "bench.adverse_load"]
+MORE_IS_LEFT = 3  # exit status
 
 # Directions of a transfer: bytes up and down as shares of its size, and whether the peer connects to the guest
 WAYS = {"up": (1, 0, False), "down": (0, 1, False), "both": (1, 1, False), "forwarded": (1, 1, True)}
@@ -146,26 +151,36 @@ def transfer(place: Place, case: Case, run: int, limit: float = LIMIT) -> dict[s
     return {"gap": None, **result, "cpu": place.cpu() - cpu, "seed": seed}
 
 
-def measure(lab: Lab, chosen: Programs, cases: list[Case], run: int, limit: float) -> Iterator[dict[str, Any]]:
+def measure(
+    lab: Lab, chosen: Programs, cases: list[Case], run: int, limit: float, progress: Progress
+) -> Iterator[dict[str, Any]]:
     """The results of all cases. Behind one that fails, the next has a new daemon. The bare kernel has one mode."""
+    names = ("mode", "mtu", "family", "way", "fault")
+    done = [line for line in progress.done("transfers") if line["contender"] == chosen.name]
+    known = {(*(line[name] for name in names), line["seed"]) for line in done}
     for mode, mtu, those in by_seat(cases):
         if chosen.name == DIRECT and mode != cases[0].mode:
             continue
-        left = iter(those)
+        left = (c for c in those if (c.mode, c.mtu, c.family, c.way, c.fault, c.seed(run)) not in known)
         while case := next(left, None):
+            if progress.over():
+                return
             with placed(lab, chosen, DIRECT if chosen.name == DIRECT else mode, mtu) as place:
                 while case:
                     line = _measured(place, chosen, case, run, limit)
                     print(told(line, run), flush=True)
                     yield line
                     case = next(left, None) if line["outcome"] == "whole" else None
+                    if case and progress.over():
+                        return
 
 
 def _measured(place: Place, chosen: Programs, case: Case, run: int, limit: float) -> dict[str, Any]:
     try:
         result = transfer(place, case, run, limit)
     except OSError as e:  # of the daemon's /proc, or of the link's socket
-        result = {"outcome": f"failed: the daemon or the link is gone ({e})", "time": 0.0, "gap": None, "cpu": 0.0}
+        failed = f"failed: the daemon or the link is gone ({e})"
+        result = {"outcome": failed, "time": 0.0, "gap": None, "cpu": 0.0, "seed": case.seed(run)}
     line = {"contender": chosen.name, **asdict(case), **result}
     del line["rule"]
     return line
@@ -188,12 +203,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a transfer may take; %(default)s")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     seats = adverse_stopped.SEATS
-    parser.add_argument("--seats", nargs="+", default=list(seats), choices=seats, help="kinds of guest of stopped")
+    parser.add_argument("--seats", nargs="+", default=list(seats), choices=seats, help="of latency and stopped")
+    parser.add_argument("--mtus", nargs="+", type=int, default=list(MTUS), help="of latency")
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, help="of latency")
     parser.add_argument("--only", nargs="+", default=[""], help="only transfers with one of these in their name")
     parser.add_argument("--parts", nargs="+", default=["matrix"], choices=PARTS)
     parser.add_argument("--bulks", nargs="+", default=list(BULKS), choices=BULKS, help="flows beside exchanges")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of latency; %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
+    parser.add_argument("--resume", action="store_true", help="leave out what FILE has of this seed")
+    parser.add_argument("--most", type=float, default=float("inf"), metavar="S", help="seconds until nothing begins")
     return parser.parse_args(argv)
 
 
@@ -203,63 +222,60 @@ def _chosen_cases(args: argparse.Namespace) -> list[Case]:
     return sampled(cases, args.sample, args.seed) if args.sample and cases else cases
 
 
-def _observed(lab: Lab, args: argparse.Namespace, contenders: list[Contender]) -> Iterator[dict[str, Any]]:
+def _observed(
+    lab: Lab, args: argparse.Namespace, contenders: list[Contender], progress: Progress
+) -> Iterator[dict[str, Any]]:
     """The lines of the part `stopped`, printed as well."""
     cells = adverse_stopped.cells(args.only)
     if args.sample:
         cells = adverse_stopped.sampled(cells, args.sample, args.seed)
     cells = [cell for cell in cells if cell.seat in args.seats]
-    present = [programs(contender) for contender in contenders if not contender.missing()]
-    for line in adverse_stopped.observe(lab, present, cells, args.seed):
+    for line in adverse_stopped.observe(lab, [programs(c) for c in contenders], cells, args.seed, progress):
         print(adverse_stopped.told(line, args.seed), flush=True)
         yield line
 
 
-def save(path: Path, seed: int, found: dict[str, list[dict[str, Any]]]) -> None:
-    """Add to what the file has."""
-    known = json.loads(path.read_text()) if path.exists() else {"seeds": []}
-    known["seeds"].append(seed)
-    for part, lines in found.items():
-        known.setdefault(part, []).extend(lines)
-    parts = []
-    for part, lines in known.items():
-        results = ",\n".join(map(json.dumps, lines))  # one on a line
-        parts.append(f"{json.dumps(part)}: [\n{results}\n]")
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+def _measure_all(lab: Lab, args: argparse.Namespace, contenders: list[Contender], progress: Progress) -> None:
+    """All parts that are asked for."""
+    for contender in contenders:
+        for line in measure(lab, programs(contender), _chosen_cases(args), args.seed, args.limit, progress):
+            progress.found["transfers"].append(line)
+    if "latency" in args.parts:
+        server = lab.spawn([*LOAD, "serve"], lab.peer)
+        wait_for(server, "ready")
+        plan = Plan(args.seats, args.mtus, args.families, args.bulks, args.rounds)
+        for line in latencies(lab, contenders, plan, progress):
+            progress.found["latencies"].append(line)
+        lab.stop(server)
+    if "stopped" in args.parts:
+        for line in _observed(lab, args, contenders, progress):
+            progress.found["stopped"].append(line)
 
 
 def main(argv: list[str]) -> int:
     """Measure; the exit status."""
     args = _parse(argv)
-    if "stopped" in args.parts:
+    if {"stopped", "latency"} & set(args.parts):
         vm.prepare({vm.RELAY, vm.VHOST})
     enter("bench.adversity", [*argv, "--seed", str(args.seed)])
-    contenders: list[Contender] = [c for c in CONTENDERS if c.name in args.contenders] + args.peer
-    transfers: list[dict[str, Any]] = []
-    delays: list[dict[str, Any]] = []
-    ends: list[dict[str, Any]] = []
+    contenders: list[Contender] = []
+    for contender in [c for c in CONTENDERS if c.name in args.contenders] + args.peer:
+        if why := contender.missing():
+            print(f"{contender.name} is left out: {why}")
+        else:
+            contenders.append(contender)
+    progress = Progress(args.json, resumes=args.resume, most=args.most)
     print(f"seed {args.seed}", flush=True)
     begin = time.monotonic()
+    found = progress.found
     try:
         with Lab() as lab:
-            for contender in contenders:
-                if why := contender.missing():
-                    print(f"{contender.name} is left out: {why}")
-                    continue
-                for line in measure(lab, programs(contender), _chosen_cases(args), args.seed, args.limit):
-                    transfers.append(line)
-            if "latency" in args.parts:
-                server = lab.spawn([*LOAD, "serve"], lab.peer)
-                wait_for(server, "ready")
-                present = [c for c in contenders if c.command and not c.missing()]
-                delays += latencies(lab, present, args.modes, args.bulks, args.rounds)
-            if "stopped" in args.parts:
-                for line in _observed(lab, args, contenders):
-                    ends.append(line)
+            _measure_all(lab, args, contenders, progress)
     finally:
-        if args.json:
-            stopped = [adverse_stopped.kept(line) for line in ends]
-            save(args.json, args.seed, {"transfers": transfers, "latencies": delays, "stopped": stopped})
+        ends = found["stopped"]
+        found["stopped"] = [adverse_stopped.kept(line) for line in ends]
+        progress.save(args.seed)
+    transfers = found["transfers"]
     bad = [line for line in transfers if line["outcome"] != "whole"]
     others = [line for line in ends if not line["same"]]
     print(f"{len(transfers)} transfers in {time.monotonic() - begin:.0f} s, {len(bad)} not whole; --seed {args.seed}")
@@ -268,7 +284,9 @@ def main(argv: list[str]) -> int:
         print(told(line, args.seed))
     for line in others:
         print(adverse_stopped.told(line, args.seed))
-    return any(line["contender"] == "ours" for line in bad + others)
+    if any(line["contender"] == "ours" for line in bad + others):
+        return 1
+    return MORE_IS_LEFT if progress.stopped else 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,19 @@ from tests.system.vm.image import Image, cache, image
 from tests.system.vm.machine import QEMU, VirtualMachine
 
 from .contenders import READY_TIMEOUT, Contender, Seat
-from .lab import GATEWAY, HOST, PEER, Lab, LabError, Placement, set_sysctl, wait_for
+from .lab import (
+    GATEWAY,
+    GATEWAY6,
+    HOST,
+    HOST6,
+    PEER,
+    Lab,
+    LabError,
+    Namespace,
+    Placement,
+    set_sysctl,
+    wait_for,
+)
 
 RELAY, VHOST, MACHINE = "relay", "vhost", "qemu"  # kinds of seat
 TAP = "tap0"
@@ -97,12 +109,21 @@ def _relayed(lab: Lab, kind: str, path: str, mtu: int, daemon: subprocess.Popen[
         process = lab.spawn([str(relay(kind)), TAP, path], guest)
         try:
             wait_for(process, "ready")
-            guest.run(["ip", "link", "set", TAP, "mtu", str(mtu), "up"])
-            guest.run(["ip", "address", "add", f"{HOST}/24", "dev", TAP])
-            guest.run(["ip", "route", "add", "default", "via", GATEWAY])
-            yield Seat(guest, daemon, GATEWAY, PEER)
+            configure(guest, mtu)
+            yield Seat(guest, daemon, GATEWAY, PEER, to_host6=GATEWAY6)
         finally:
             lab.stop(process)
+
+
+def configure(guest: Namespace, mtu: int) -> None:
+    """Addresses behind a relay, as pasta --config-net would have them."""
+    for setting in ("accept_dad", "accept_ra"):
+        guest.run(["sh", "-c", f"echo 0 >/proc/sys/net/ipv6/conf/{TAP}/{setting}"])
+    guest.run(["ip", "link", "set", TAP, "mtu", str(mtu), "up"])
+    guest.run(["ip", "address", "add", f"{HOST}/24", "dev", TAP])
+    guest.run(["ip", "address", "add", f"{HOST6}/64", "dev", TAP, "nodad"])
+    for flag, gateway in (("-4", GATEWAY), ("-6", GATEWAY6)):
+        guest.run(["ip", flag, "route", "add", "default", "via", gateway, "dev", TAP])
 
 
 def boot(made: Image, path: str) -> VirtualMachine:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import nullcontext
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from matplotlib import pyplot as plt
 
 from bench import adverse_stopped
 from bench.adverse_ends import OBSERVATIONS, Way
-from bench.adversity import FAULTS, LOSSES, MODES, MTUS, curves, matrix, sampled, save, told
+from bench.adverse_latency import counted, merged
+from bench.adverse_progress import Progress
+from bench.adverse_seats import Programs
+from bench.adversity import FAULTS, LOSSES, MODES, MTUS, curves, matrix, measure, sampled, told
 from bench.faulty_link import BURST, ETHER_LEN, Faults, kind_of
 from bench.reliability import LOSS, MARKERS, draw, fill, series
 
@@ -254,10 +258,11 @@ def results() -> dict[str, Any]:
         bad = name == "pasta" and case.fault == "corrupted"
         found = {"outcome": "damaged" if bad else "whole", "time": 0.5, "gap": 0.1, "cpu": 0.02, "seed": 1}
         transfers.append({"contender": name, **fields, **found})
-    quantiles = {"p50": 0.1, "p99": 1.5, "p99.9": 3.0, "rate": 1e9}
+    row = {"family": "IPv4", "kind": "1 byte", "bulk": "up", "delays": {"0.1": 2, "1.5": 1}}
     latencies = [
-        {"contender": name, "mode": mode, "kind": "1 byte", "bulk": "up", "samples": 9, **quantiles}
-        for name, mode in product(("loopback", "ours", "pasta"), MODES)
+        {"contender": name, "mode": mode, "mtu": mtu, "rate": rate, **row}
+        for name, mode, mtu in (("loopback", "direct", 0), ("ours", "pasta", 1500), ("ours", "vhost-user", 1500))
+        for rate in (0.5e9, 1e9, 1.5e9)
     ]
     stopped = [
         {"contender": name, "seat": seat, "mtu": 1500, "family": "IPv4", "way": "in", "path": path}
@@ -281,7 +286,9 @@ def test_the_page_has_every_fault_and_each_failure(tmp_path: Path) -> None:
     assert all(text.count(f"| {fault} |") == 2 for fault in FAULTS)
     assert f"not whole: {matrix()[7]}: stalled" in text
     assert "0 of 4; 4 damaged" in text
-    assert "| 1 byte | up | 0.10, 1.50, 3.00 (8.0 Gbit/s) |" in text
+    figures = "0.10, 1.50 (8.0)"
+    assert f"| 1 byte | up | {figures} | {figures} | - | - | - | {figures} |" in text
+    assert text.count(figures) == 3
     assert "| bulk | - | - | 2 of 2; 3.0, 70.0 ms | - | - | 0 of 2; 3.0, 70.0 ms |" in text
     fill(path, made)
     assert path.read_text() == text
@@ -290,10 +297,48 @@ def test_the_page_has_every_fault_and_each_failure(tmp_path: Path) -> None:
 def test_results_are_added_to_those_that_are_there(tmp_path: Path) -> None:
     path, one = tmp_path / "results.json", results()
     parts = {part: lines for part, lines in one.items() if part != "seeds"}
-    save(path, 1, parts)
+    progress = Progress(path)
+    progress.found |= parts
+    progress.save(1)
     assert json.loads(path.read_text()) == one
-    save(path, 2, {"stopped": one["stopped"]})
+    progress = Progress(path, resumes=True)
+    assert all(progress.done(part) == lines for part, lines in parts.items())
+    progress.found["stopped"] = one["stopped"]
+    progress.save(2)
     assert json.loads(path.read_text()) == {**one, "seeds": [1, 2], "stopped": 2 * one["stopped"]}
+    assert not Progress(path).done("stopped"), "only a run that goes on leaves anything out"
+
+
+def test_a_part_of_a_run_leaves_the_rest_to_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Failures are known as well."""
+    cases, begun = matrix()[:9], []
+    ours = Programs("ours", "ours", [], [])
+    monkeypatch.setattr("bench.adversity.placed", lambda *args: nullcontext())
+    outcomes = iter(["whole", "stalled", "whole", "whole"])
+
+    def transfer(place: object, case: Any, run: int, limit: float) -> dict[str, Any]:
+        begun.append(case)
+        if len(begun) == 4:
+            progress._until = 0.0
+        outcome = next(outcomes, "whole")
+        return {"outcome": outcome, "time": 0.1, "gap": 0.0, "cpu": 0.0, "seed": case.seed(run)}
+
+    monkeypatch.setattr("bench.adversity.transfer", transfer)
+    path = tmp_path / "results.json"
+    for stopped in (True, False):
+        progress = Progress(path, resumes=True)
+        progress.found["transfers"] += measure(cast(Any, None), ours, cases, 1, 1.0, progress)
+        assert progress.stopped == stopped
+        progress.save(1)
+    assert begun == cases
+    assert len(json.loads(path.read_text())["transfers"]) == len(cases)
+
+
+def test_quantiles_are_those_of_all_rounds() -> None:
+    row = {"contender": "ours", "mode": "pasta", "mtu": 1500, "family": "IPv4", "kind": "1 byte", "bulk": "up"}
+    rounds = [row | {"delays": counted(n * 1e-5 for n in part), "rate": 1.0} for part in (range(51), range(51, 101))]
+    (line,) = merged(rounds)
+    assert (line["samples"], line["p50"], line["p99"]) == (101, 0.5, 0.99)
 
 
 def test_a_page_without_a_place_is_an_error(tmp_path: Path) -> None:

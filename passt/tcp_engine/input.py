@@ -28,6 +28,7 @@ from . import held
 from .conn import CLOSED, SOCK_FAILED, SOCK_FIN_SENT, TAP_FIN_ACKED, TAP_FIN_RCVD, TAP_SYN_RCVD, TcpConn, set_event
 from .out_of_order import Later
 from .output import TcpOut
+from .pace import Pace
 from .table import TcpTable
 from .turns import SPARSE
 from .window import TcpAck
@@ -46,6 +47,8 @@ class TcpIn:
         self._out = out
         self._acks = acks
         self._table = table
+        self._turns = out.turns
+        self._pace = Pace(ctx, acks.held_over, table.fault_at)
         self._out_of_order = table.out_of_order
 
     def queue(
@@ -106,12 +109,17 @@ class TcpIn:
         conn.rcv_nxt += taken
         conn.t_rx = now
         conn.rcv_refused = taken < wanted
-        if conn.pingpong and 0 < taken < SPARSE:
-            self._out.turns.handed_on(now)
+        if taken >= SPARSE:
+            self._turns.bulk(now)
+        elif conn.pingpong and taken:
+            self._turns.handed_on(now)
         if conn.rcv_refused:
             self._put_back(conn, payload, taken, rcv_nxt, fin)
         elif fin:
             self._fin_received(conn, now)
+            return
+        elif taken >= SPARSE and now < self._turns.paced_until and not must_ack:
+            self._pace.hold(conn, now)
             return
         self._acks.acknowledge(conn, taken, must_ack, now)
 

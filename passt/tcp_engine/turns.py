@@ -47,6 +47,7 @@ TURN_MAX: Final = 15 << 15
 SPARSE: Final = 1 << 14  # bytes
 LIGHT_TURN: Final = TURN_MAX >> 1  # bytes, beside a light flow: one peek
 LIGHT: Final = 0.020  # s, and the time for which a flow that sent SPARSE bytes or more at once is bulk
+PACED: Final = 0.300  # s, the same for bulk of the guest: some keys that are pressed are so far apart
 OVERDUE: Final = 0.0002  # s, from the turn of the message: an exchange takes less, unless it waits for a processor
 PAUSE_MAX: Final = 0.001  # s
 PAUSE_MIN: Final = 0.00005  # s
@@ -77,6 +78,7 @@ class Turns:
         self._credit = 0.0  # s of pauses, at `_credit_at`
         self._credit_at = 0.0
         self.left = TURN_MAX
+        self.paced_until = 0.0  # for bulk of the guest (`pace.py`)
         self.light = False  # whether bulk is sent in walks only
         self.walking = False  # between `begin` and `end`
         self.waiting: dict[int, TcpConn] = {}  # by index
@@ -109,12 +111,15 @@ class Turns:
         self.resume(now)
 
     def bulk(self, now: float) -> None:
-        """SPARSE bytes or more were sent to the guest at once."""
+        """SPARSE bytes or more were handed on at once, to either side."""
         self._bulk_until = now + LIGHT
 
     def handed_on(self, now: float) -> None:
         """A request or an answer of few bytes was handed on."""
-        if now > self._bulk_until or self._link.cuts:
+        if now > self._bulk_until:
+            return
+        self.paced_until = now + PACED
+        if self._link.cuts:
             return
         self.light, self._most = True, LIGHT_TURN
         self._light_until = now + LIGHT

@@ -88,6 +88,7 @@ from ..loop.reactor import EPOLLOUT, INTEREST
 from ..policy.config import WINDOW_MAX, Config
 from .conn import CLOSED, SOCK_ACCEPTED, TAP_FIN_RCVD, WS_OFFERED, TcpConn
 from .output import TcpOut
+from .pace import PACED_WINDOW
 from .table import TcpTable
 
 ACK_DELAY: Final = 0.010  # s; half as much to half as much again
@@ -161,6 +162,10 @@ class TcpAck:
             if conn.rcv_acked == conn.rcv_nxt:
                 return
         self.delay_ack(conn, now)
+
+    def held_over(self, conn: TcpConn, now: float) -> None:
+        """Acknowledge bulk whose acknowledgement was held (`pace.py`)."""
+        self.acknowledge(conn, BULK_MIN, False, now)
 
     def acknowledge_fin(self, conn: TcpConn, now: float) -> None:
         """The same for FIN and the data before it. An acknowledged FIN may complete the connection."""
@@ -262,6 +267,8 @@ class TcpAck:
             if not conn.near:
                 self._measure(conn, info)
         drains = used * 3 <= size
+        if now < self._out.turns.paced_until and window > PACED_WINDOW:
+            window = PACED_WINDOW
         window = self._grown(conn, window, drains, now)
         rounding = (1 << conn.rcv_wscale) - 1  # bytes that scaling may take off a window (RFC 7323, 2.3)
         if drains:

@@ -344,6 +344,18 @@ def keep_alive_probes(stage: Stage) -> None:
     assert talk.timers.services.deadlines[keepalive._timer] is not None, "the other waits for its peer"
 
 
+@case("passt.tcp_engine.pace.Pace._over")
+def acknowledgements_that_were_held(stage: Stage) -> None:
+    talk, conns = connections()
+    pace = talk.tcp._in._pace
+    for conn in conns:
+        pace.hold(conn, talk.now)
+    with stage:
+        talk.timers.services.fire(pace._timer)
+    assert_reset(talk, stage.victim)
+    assert not pace._held
+
+
 @case("passt.tcp_engine.reminders.Reminders.timer_handler")
 def reminders_of_a_lossy_link(stage: Stage) -> None:
     talk, conns = connections()
