@@ -35,6 +35,7 @@ from .flow.errors import Errors
 from .flow.idle import IdleFlow, IdleFlows, flow_limit
 from .flow.ip_fields import DF, DF_MESSAGE_MAX, UNSET, apply
 from .flow.table import GUEST, Endpoints, TableFull
+from .linux.memory import zeros
 from .linux.mmsg import CLASS_SPACE, class_in
 from .linux.sockopt import RECEIVE_CLASS, RECVERR, creating, path_mtu, read_errors, recverr, setting
 from .loop.reactor import EPOLLERR, EPOLLIN, TYPE_PING, ref_data
@@ -167,7 +168,7 @@ class Icmp:
         self._errors = Errors(ctx)
         self._warned = False
         self._ident = random.getrandbits(32)  # of the next fragmented reply
-        self._buf = bytearray(_SIZE_MAX)
+        self._buf = zeros(_SIZE_MAX)
         self._mv = memoryview(self._buf)
         ctx.services.take_icmp(True, (icmp.ECHO_REQUEST,), self.tap_handler, fragments=True)
         ctx.services.take_icmp(False, (icmp.ECHO_REQUEST6,), self.tap_handler, fragments=True)

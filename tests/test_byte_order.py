@@ -143,13 +143,12 @@ def test_nobody_asks_for_the_order_or_reads_memory_in_it() -> None:
         asking = named & {"byteorder", "htons", "htonl", "ntohs", "ntohl", "array"}
         assert asking <= MAY.get(name, set()), name
         if name not in CASTS and "ctypes" in named | called:
-            # a stand-in of ctypes.util; prctl(2) with nothing of the package; connect(2) with AF_UNSPEC;
-            # accept4(2), whose address is bytes
+            # a stand-in of ctypes.util; madvise(2); connect(2) with AF_UNSPEC; accept4(2), whose address is bytes
             assert name in (
                 "passt.linux.accepting",
                 "passt.linux.syscall",
                 "passt.seccomp",
-                "passt.namespace.supervisor",
+                "passt.linux.memory",
                 "passt.splice.refusal",
             ), name
         # typing.cast is a name, memoryview.cast an attribute

@@ -89,7 +89,6 @@ ALIKE = {
     "HOST": "where a flow began, and the side of a rule",
     "INFINITE": "of DHCPv6 and of NDP",
     "OPTIONS_MAX": "of DHCPv6 and of NDP",
-    "PR_SET_PDEATHSIG": "the supervisor is a program of its own, which imports nothing of the package",
     "TYPE_CHECKING": "the module typing takes longer to load than all that these modules are to save",
     "SETTLE": "of a file, and of the host's network",
     "SHARE": "each has its own share",

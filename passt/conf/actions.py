@@ -7,9 +7,10 @@ last of several options wins. A setting that exists once per address family is o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from .. import addr, log
+from ..lean.tuples import NamedTuple
 from ..log import Fatal
 from . import values
 from .values import NONE

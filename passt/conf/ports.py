@@ -30,9 +30,9 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 from .. import addr
+from ..lean.tuples import NamedTuple
 from ..log import Fatal
 from ..policy.config import PASST, PASTA
 from ..policy.rules import PORT_MAX, Rule

@@ -16,8 +16,9 @@ keeps the rows and sets the field to the default, so that an instance stores onl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast, dataclass_transform
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
+from ..lean.tuples import NamedTuple
 from . import actions
 from .actions import Action
 

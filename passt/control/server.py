@@ -33,13 +33,14 @@ import socket
 import typing
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import log
 from ..calls import calls
 from ..drops import Drop
 from ..flow.context import Context
 from ..flow.spare import Spare
+from ..lean.tuples import NamedTuple
 from ..linux import unix
 from ..linux.accepting import ACCEPTED, accept
 from ..linux.nspool import new_socket

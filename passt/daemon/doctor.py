@@ -21,13 +21,13 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from textwrap import TextWrapper
-from typing import NamedTuple
 
 from .. import log, seccomp
 from ..addr import text
 from ..conf.resolv_conf import RESOLV_CONF, Follower
 from ..icmp import PingNotAllowed
 from ..lean.records import dataclass
+from ..lean.tuples import NamedTuple
 from ..linux import host_tables, routes, tcpinfo, tun
 from ..linux.syscall import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWUTS, unshare
 from ..log import WIDTH, Fatal

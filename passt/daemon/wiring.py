@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from ..arp import Arp
 from ..conf.decide import Decision
@@ -22,6 +21,7 @@ from ..flow.guest_errors import GuestErrors
 from ..flow.table import FlowTable, check_hash
 from ..icmp import Icmp
 from ..igmp import Igmp
+from ..lean.tuples import NamedTuple
 from ..link.backend import Link, NoLink
 from ..linux.netns import Namespace
 from ..linux.nspool import NsSockets

@@ -43,10 +43,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from .. import NEVER, addr, log
 from ..drops import Reason
+from ..lean.tuples import NamedTuple
 from ..loop.each import each, record
 from ..loop.reactor import Reactor
 from ..loop.timers import TimerPool

@@ -27,8 +27,9 @@ The message, a view, is valid until the handler returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
+from ..lean.tuples import NamedTuple
 from ..wire.checksum import PROTO_ICMP, PROTO_ICMPV6
 from .table import Flow
 

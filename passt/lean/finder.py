@@ -96,8 +96,8 @@ def _listed(directory: str) -> tuple[frozenset[str], frozenset[str]]:
     return found
 
 
-def _code(source: str, bytecode: str) -> CodeType | None:
-    """The code in the file `bytecode`, if it is valid for the file `source`."""
+def valid(source: str, bytecode: str) -> bytes | None:
+    """The contents of the file `bytecode`, if it is valid for the file `source`."""
     try:
         fd = open(bytecode, O_RDONLY | O_CLOEXEC)
         try:
@@ -105,10 +105,19 @@ def _code(source: str, bytecode: str) -> CodeType | None:
         finally:
             close(fd)
         now = stat(source)
-        if data[:_HEADER] != BY_TIME + _pack_uint32(int(now.st_mtime)) + _pack_uint32(now.st_size):
-            return None
+    except OSError:
+        return None
+    return data if data[:_HEADER] == BY_TIME + _pack_uint32(int(now.st_mtime)) + _pack_uint32(now.st_size) else None
+
+
+def _code(source: str, bytecode: str) -> CodeType | None:
+    """The code in the file `bytecode`, if it is valid for the file `source`."""
+    data = valid(source, bytecode)
+    if data is None:
+        return None
+    try:
         code: CodeType = marshal.loads(memoryview(data)[_HEADER:])
-    except (OSError, EOFError, ValueError, TypeError):
+    except (EOFError, ValueError, TypeError):
         return None
     _fix_co_filename(code, source)  # bytecode may have been made elsewhere
     return code

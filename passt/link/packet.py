@@ -20,6 +20,7 @@ from struct import Struct
 from typing import Any, Final
 
 from ..drops import Drop
+from ..linux.memory import zeros
 from ..wire import ether, ip
 from ..wire.cursor import Malformed
 from ..wire.virtio import VNET_LEN
@@ -40,7 +41,7 @@ class PacketPool:
 
     def __init__(self, size: int = POOL_SIZE) -> None:
         self.size = size + FRAME_ROOM
-        self.buf = bytearray(self.size)
+        self.buf = zeros(self.size)
         self.mv = memoryview(self.buf)
         self.whole: memoryview | None = self.mv
 

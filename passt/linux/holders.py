@@ -21,8 +21,8 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from struct import Struct
-from typing import NamedTuple
 
+from ..lean.tuples import NamedTuple
 from ..wire.checksum import PROTO_TCP
 from . import proc
 from .from_kernel import DUMP, NLMSG_DONE, NLMSG_ERROR

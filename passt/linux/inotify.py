@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 from struct import Struct
-from typing import NamedTuple
 
+from ..lean.tuples import NamedTuple
 from .syscall import inotify_add_watch, inotify_init
 
 MODIFY = 0x2

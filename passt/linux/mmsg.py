@@ -30,10 +30,11 @@ import mmap
 import os
 import socket
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Final
 
 from .. import addr
 from ..calls import calls
+from ..lean.tuples import NamedTuple
 from .sockopt import IP_PKTINFO, UDP_GRO
 
 COUNT: Final = 64

@@ -12,10 +12,11 @@ import socket
 import sys
 import types
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import addr, log
 from ..lean.stand_ins import in_place, stand_in
+from ..lean.tuples import NamedTuple
 from ..wire.ether import GROUP
 from .from_kernel import DUMP, HEADER
 from .ip_rule import RT_TABLE_MAIN

@@ -10,10 +10,11 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .. import log
 from ..conf.values import NONE
+from ..lean.tuples import NamedTuple
 from ..linux import unix
 from ..linux.tcp_repair import SUFFIX
 from ..log import Fatal

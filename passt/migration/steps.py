@@ -41,10 +41,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import addr, log
 from ..flow.context import Context
+from ..lean.tuples import NamedTuple
 from ..link.vhost_user import VhostLink
 from ..linux.tcp_repair import OFF, ON
 from ..loop.each import record

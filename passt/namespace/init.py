@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import marshal
 import os
+import select
 import signal
 import socket
 import sys
@@ -92,31 +93,42 @@ def helper(
         map_ids()
     # Before init, in the same mount namespace, mounts a /proc that does not show this process
     fds = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("user", "net")]
+    alive = os.pidfd_open(os.getpid())
     pid = os.fork()
     if pid == 0:
         report.close()
         for fd in fds:
             os.close(fd)
-        _init(command, control)
+        _init(command, control, alive)
     socket.send_fds(report, [b"%d" % pid], fds)
 
 
-def _init(command: Command, control: int) -> NoReturn:
-    """The whole life of PID 1."""
+def _init(command: Command, control: int, helper: int) -> NoReturn:
+    """The whole life of PID 1. `helper` is a descriptor of the helper process, its parent at first."""
     status = 1
     try:
         prctl(PR_SET_DUMPABLE, 0)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         _prepare()
+        _end_with_pasta(helper)
         _close_all(control)
         _become_supervisor(command, control)
         if os.read(control, 1) == bytes((supervisor.START,)):
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             status = supervisor.supervise(control, *command.words)
     except Exception as e:  # not only OSError: the current user may not be able to read Python's files
         log.err(f"Failed to set up the namespace of the command: {e}")
     finally:
         os._exit(status)
+
+
+def _end_with_pasta(helper: int) -> None:
+    """Let the kernel kill this process when pasta has ended: its parent once the helper is gone. The program that it
+    executes keeps that, and need not load ctypes to ask for it.
+    """
+    waiting = select.poll()
+    waiting.register(helper, select.POLLIN)
+    waiting.poll()
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _prepare() -> None:
@@ -147,12 +159,26 @@ def _close_all(control: int) -> None:
     os.closerange(control + 1, FD_MAX)
 
 
+def _program() -> str:
+    """The file of the supervisor to execute: its bytecode, where there is any that is valid. The interpreter would
+    compile the source each time.
+    """
+    spec = supervisor.__spec__
+    source, bytecode = supervisor.__file__, spec.cached if spec is not None else None
+    try:
+        from ..lean import finder
+    except ImportError:
+        return source  # another interpreter, which may not execute bytecode
+    return bytecode if bytecode and finder.valid(source, bytecode) else source
+
+
 def _become_supervisor(command: Command, control: int) -> None:
-    """Execute an interpreter that runs supervisor.py alone. Returns if that fails: the user may not read or execute
+    """Execute an interpreter that runs the supervisor alone. Returns if that fails: the user may not read or execute
     them, or a policy forbids it. The interpreter gets our UTF-8 mode as an option, so that it encodes argv in the same
     way: isolated mode ignores PYTHONUTF8.
     """
-    if not os.access(supervisor.__file__, os.R_OK):
+    program = _program()
+    if not os.access(program, os.R_OK):
         return
     argv_file = -1
     try:
@@ -163,7 +189,7 @@ def _become_supervisor(command: Command, control: int) -> None:
         os.set_inheritable(control, True)
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
         options = "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}"
-        argv = [sys.executable, *options, supervisor.__file__, str(control), str(argv_file)]
+        argv = [sys.executable, *options, program, str(control), str(argv_file)]
         os.execve(sys.executable, argv, dict(command.caller.env))
     except OSError as e:
         log.debug(f"Couldn't execute the supervisor, init goes on as a copy of pasta: {e}")

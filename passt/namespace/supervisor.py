@@ -10,7 +10,7 @@ init calls the functions here instead.
             [file, argv, environment, signals that the command ignores, signals that are blocked for it]
 
 When it ends, the kernel kills everything in the namespace. It ends when the command does, and when pasta does:
-PDEATHSIG kills it, and the pipe, which pasta holds open, reads end of file even before that is set.
+PDEATHSIG, which init has set, kills it, and the pipe, which pasta holds open, reads end of file even before that.
 
 Signals: PID 1 is immune to signals that it does not handle, and handles SIGCHLD only. Signals of the terminal
 (interrupt, quit, stop) reach the command directly, because all are in one process group. Those from pasta are given to
@@ -49,13 +49,11 @@ DEFAULT_PATH = "/bin:/usr/bin"
 GRACE = 10.0  # s for an orderly end, as in docker-stop(1)
 HANGUP_DELAY = 0.05  # s; a shell that gets both signals at once may see only one of them (readline has one slot)
 HANGUP_INTERVAL = 1.0  # s
-_PR_SET_PDEATHSIG = 1
 CHANGED = signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ  # here, and the latter two by Python itself
 
 
 def main() -> NoReturn:
     """The program. SIGINT is blocked at its start, since the interpreter would print a traceback."""
-    import ctypes
     import marshal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -67,7 +65,6 @@ def main() -> NoReturn:
     status = 1
     try:
         if os.read(control, 1) == bytes((START,)):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             status = supervise(control, *command)
     except OSError as e:
         _say(f"Failed to supervise the command: {e}")

@@ -54,6 +54,7 @@ from ..flow.context import Context
 from ..flow.room import TABLE
 from ..flow.table import FREE, RESET, TableFull, reason_of
 from ..linux import tcpinfo
+from ..linux.memory import zeros
 from ..linux.nspool import open_socket
 from ..linux.sockopt import setting
 from ..loop.each import record
@@ -96,7 +97,7 @@ class TcpSplice:
         self._by_index = ctx.flows.by_index
         self._pipes = PipePool()
         self._count = 0  # connections that have an index
-        self._buf = memoryview(bytearray(COPY_MAX))
+        self._buf = memoryview(zeros(COPY_MAX))
         self._lingering = Lingering(ctx, self._flush_after_reset, self._abort, self._fault_at)
         self._rests = self._lingering.rests
         self._tallies = ctx.stats.spliced["tcp"]  # to the guest, to the host

@@ -43,6 +43,7 @@ from typing import Final
 
 from ..calls import calls
 from ..flow.context import Context
+from ..linux.memory import zeros
 from ..linux.sockopt import SO_PEEK_OFF, setting
 from ..linux.tcpinfo import Features
 from ..loop.reactor import EPOLLOUT, INTEREST
@@ -95,7 +96,7 @@ class TcpOut:
         self._guest, self._lan = ctx.guest, ctx.lan
         self._peek_off = features.peek_off
         self.turns = Turns(ctx)
-        self._buf = memoryview(bytearray(PEEK_MAX))
+        self._buf = memoryview(zeros(PEEK_MAX))
         # With MSG_TRUNC the kernel writes nothing, and with SO_PEEK_OFF no peek uses it: memory that is never touched.
         self._discard = memoryview(mmap.mmap(-1, DISCARD_MAX))
         ctx.settings.subscribe(self._adopt)

@@ -62,6 +62,7 @@ from ..drops import Drop, Failed
 from ..flow.context import Context
 from ..flow.idle import IdleFlows, flow_limit
 from ..flow.table import ACTIVE, GUEST, Endpoints, TableFull
+from ..linux.memory import zeros
 from ..linux.sockopt import DESTROYED, RECVERR, read_errors, recverr, setting
 from ..loop.each import each
 from ..loop.reactor import EPOLLERR, EPOLLIN, TYPE_DNS, Reactor, ref_data, ref_fd
@@ -200,7 +201,7 @@ class Dns:
         self._waiting: OrderedDict[Query, None] = OrderedDict()  # the one sent first comes first
         self._timer = ctx.timers.services.new(self.timer_handler)
         self._armed = False
-        self._answer = memoryview(bytearray(_SIZE_MAX))
+        self._answer = memoryview(zeros(_SIZE_MAX))
         ctx.reactor.handle(TYPE_DNS, self.sock_handler)
         ctx.settings.subscribe(self._adopt)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from passt.namespace.supervisor import GRACE
@@ -191,12 +192,17 @@ def test_end_of_an_interactive_shell(ordinary_user: User, shell: tuple[str, ...]
         pty.close()
 
 
-def test_everything_dies_with_pasta(pasta: Runner) -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_everything_dies_with_pasta(pasta: Runner, stopped: bool) -> None:
+    """Also if the first process does not come to read its pipe: by the signal that was asked for before its program."""
     process = pasta.start("-q", "--", "sh", "-c", "sleep 1000 & echo ready; sleep 1000", stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     children = descendants(process.pid)
     assert len(children) >= 3
+    if stopped:
+        (init,) = psutil.Process(process.pid).children()
+        init.suspend()
     process.kill()
     process.wait()
     wait_for(lambda: not any(map(alive, children)), "the command's processes end")

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import errno
 import os
+import py_compile
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import passt.lean
 from passt import log
 from passt.linux.inherited import Inherited
+from passt.linux.syscall import PR_SET_PDEATHSIG
 from passt.namespace import init as namespace_init
 from passt.namespace import supervisor
 from passt.namespace.init import Command, login_shell
 from passt.namespace.supervisor import shell_status
+
+TIMESTAMP = py_compile.PycInvalidationMode.TIMESTAMP
 
 
 def run(body: Callable[[], int]) -> tuple[int, bytes]:
@@ -110,9 +119,60 @@ def test_init_waits_for_the_start(
     else:
         os.close(writer)  # the death of pasta
     c = command("sh", "-c", "exit $CODE", CODE="42", BYTES="\udcff")
-    assert run(lambda: namespace_init._init(c, reader)) == ((42, b"") if start else (1, b""))
-    for fd in (reader, writer) if start else (reader,):
+    helper = _ended()
+    assert run(lambda: namespace_init._init(c, reader, helper)) == ((42, b"") if start else (1, b""))
+    for fd in (reader, writer, helper) if start else (reader, helper):
         os.close(fd)
+
+
+def _ended() -> int:
+    """A descriptor of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    helper = os.pidfd_open(process.pid)
+    process.wait()
+    return helper
+
+
+def test_death_signal_comes_from_the_parent_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for when the helper has ended, or the helper's end would be that of the command."""
+    asked: list[object] = []
+    monkeypatch.setattr(namespace_init, "prctl", lambda *args: asked.append((args, process.poll())))
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        helper = os.pidfd_open(process.pid)
+        assert process.stdin is not None
+        threading.Timer(0.1, process.stdin.close).start()
+        namespace_init._end_with_pasta(helper)
+    os.close(helper)
+    assert asked == [((PR_SET_PDEATHSIG, signal.SIGKILL), 0)]
+
+
+@pytest.mark.parametrize("change", ["none", "newer", "longer", "no bytecode", "unreadable"])
+def test_the_supervisor_is_executed_from_bytecode_that_is_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    source = tmp_path / "supervisor.py"
+    shutil.copy(supervisor.__file__, source)
+    bytecode = Path(py_compile.compile(str(source), doraise=True, invalidation_mode=TIMESTAMP))
+    if change == "newer":
+        os.utime(source, (1, 1))
+    elif change == "longer":
+        time = source.stat().st_mtime_ns
+        source.write_text(source.read_text() + "# more\n")
+        os.utime(source, ns=(time, time))
+    elif change == "no bytecode":
+        bytecode.unlink()
+    elif change == "unreadable":
+        bytecode.unlink()
+        bytecode.mkdir()
+    monkeypatch.setattr(supervisor, "__file__", str(source))
+    monkeypatch.setattr(supervisor, "__spec__", SimpleNamespace(cached=str(bytecode)))
+    assert namespace_init._program() == str(bytecode if change == "none" else source)
+
+
+def test_an_interpreter_without_our_finder_compiles_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "passt.lean.finder", None)
+    monkeypatch.delattr(passt.lean, "finder", raising=False)
+    assert namespace_init._program() == supervisor.__file__
 
 
 def test_what_the_supervisor_may_not_read_is_not_executed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +185,7 @@ SAYS_HOW = """
 import os, sys
 from passt.namespace import init
 read, write = os.pipe()
-os.execve = lambda path, argv, env: print(argv[1:argv.index(init.supervisor.__file__)])
+os.execve = lambda path, argv, env: print(argv[1:-3])
 init._become_supervisor(init.Command("true", ("true",), init.Inherited()), read)
 """
 

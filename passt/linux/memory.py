@@ -1,0 +1,31 @@
+"""Memory for buffers that are longer than most of what comes.
+
+bytearray(size) writes zeros, and with them takes all of its pages: 1.2 MiB for the pool of packets, in 0.8 ms. Here the
+kernel is told to take the pages back that the C library may have used, and gives one with zeros when it is wanted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+_new = ctypes.pythonapi.PyByteArray_FromStringAndSize
+_new.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t)
+_new.restype = ctypes.py_object
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def zeros(size: int) -> bytearray:
+    """bytearray(size) whose whole pages come at first use. Not in the sandbox, which forbids madvise(2) to passt."""
+    if size < 2 * mmap.PAGESIZE:
+        return bytearray(size)
+    made: bytearray = _new(None, size)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(made))
+    first = -start % mmap.PAGESIZE
+    end = first + (size - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if _madvise(start + first, end - first, mmap.MADV_DONTNEED):  # as with pages that are locked
+        first = end = size
+    made[:first] = bytes(first)
+    made[end:] = bytes(size - end)
+    return made

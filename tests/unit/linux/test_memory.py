@@ -1,0 +1,52 @@
+"""Buffers whose pages come when they are used."""
+
+from __future__ import annotations
+
+import mmap
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from passt.linux import memory
+from passt.linux.memory import zeros
+
+RESIDENT = """
+from passt.linux.memory import zeros
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * PAGE
+before = resident()
+made = zeros(1 << 24)
+after = resident()
+made[:] = bytes(1 << 24)
+print(after - before, resident() - before)
+"""
+PAGE = mmap.PAGESIZE
+SIZES = (0, 1, PAGE, 2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1, 65536, 70000, 1 << 18, (1 << 20) + 65000)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("refused", [False, True])
+def test_it_is_a_bytearray_of_zeros(monkeypatch: pytest.MonkeyPatch, size: int, refused: bool) -> None:
+    if refused:
+        monkeypatch.setattr(memory, "_madvise", lambda *_: -1)
+    for _ in range(4):
+        used = [bytearray(b"x" * (size + 40)) for _ in range(8)]  # memory that the next one may get
+        del used
+        made = zeros(size)
+        assert type(made) is bytearray
+        assert made == bytes(size)
+        made[:] = b"y" * size
+        made += b"z"  # no view is left
+        assert made == b"y" * size + b"z"
+
+
+def test_pages_come_with_what_is_written() -> None:
+    script = RESIDENT.replace("PAGE", str(resource.getpagesize()))
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    unused, used = map(int, done.stdout.split())
+    assert unused < 1 << 20
+    assert used >= 1 << 24
