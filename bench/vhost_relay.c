@@ -7,7 +7,8 @@
  * on both sides, so the kernel of the namespace is the machine's: it leaves out checksums and segmentation as far as the
  * back end takes that. -n: no offloads. Memory: each frame out has three buffers (128 bytes, 32 KiB, the rest), as a
  * super-frame of Linux has. If the back end does not take unfinished checksums, it has one, since Linux does not scatter
- * frames then. Buffers for frames in are pages, merged.
+ * frames then. Buffers for frames in are pages, merged. Kicks and calls go by event indices where the back end has them,
+ * as in Linux: a call for frames in when there is one, for buffers out when most of them were used.
  */
 
 #define _GNU_SOURCE
@@ -45,17 +46,17 @@ enum { GET_FEATURES = 1, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 5, SET_VRING_N
        SET_VRING_KICK = 12, SET_VRING_CALL, SET_PROTOCOL_FEATURES = 16, SET_VRING_ENABLE = 18 };
 
 #define BIT(n) (1ULL << (n))
-static const uint64_t base_bits = BIT(15) | BIT(28) | BIT(30) | BIT(32);
+static const uint64_t base_bits = BIT(15) | BIT(28) | BIT(29) | BIT(30) | BIT(32);
 static const uint64_t offload_bits = BIT(0) | BIT(1) | BIT(7) | BIT(8) | BIT(11) | BIT(12);
 static const uint64_t uso_bits = BIT(54) | BIT(55) | BIT(56);
 
 struct desc { uint64_t addr; uint32_t len; uint16_t flags, next; };
 struct avail { uint16_t flags, idx, ring[NUM], event; };
 struct used { uint16_t flags, idx; struct { uint32_t id, len; } ring[NUM]; uint16_t event; };
-struct ring { struct desc *desc; struct avail *avail; struct used *used; int kick, call; };
+struct ring { struct desc *desc; struct avail *avail; struct used *used; int kick, call; uint16_t kicked; };
 
 static char *memory;
-static int tap, control, file, scattered;
+static int tap, control, file, scattered, event_idx;
 static struct ring in, out;
 
 static void fail(const char *what)
@@ -135,23 +136,33 @@ static void offer(struct ring *r, uint16_t head)
 static void kick(struct ring *r)
 {
 	uint64_t one = 1;
+	uint16_t old = r->kicked, now = r->avail->idx, event;
 
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	if (!(__atomic_load_n(&r->used->flags, __ATOMIC_RELAXED) & 1) && write(r->kick, &one, 8) < 0)
+	r->kicked = now;
+	event = __atomic_load_n(&r->used->event, __ATOMIC_RELAXED);
+	if (event_idx ? (uint16_t)(now - event - 1) >= (uint16_t)(now - old)
+		      : __atomic_load_n(&r->used->flags, __ATOMIC_RELAXED) & 1)
+		return;
+	if (write(r->kick, &one, 8) < 0)
 		fail("kick");
 }
 
-/* Wait until the back end has used something behind `seen`. */
-static void wait_used(struct ring *r, uint16_t seen)
+/* Wait until the back end has used `count` entries behind `seen`, if calls go by event indices; else one. */
+static void wait_used(struct ring *r, uint16_t seen, uint16_t count)
 {
-	uint64_t count;
+	uint64_t calls;
 
+	if (!event_idx)
+		count = 1;
+	__atomic_store_n(&r->avail->event, (uint16_t)(seen + count - 1), __ATOMIC_RELAXED);
 	__atomic_store_n(&r->avail->flags, 0, __ATOMIC_RELAXED);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	while (__atomic_load_n(&r->used->idx, __ATOMIC_ACQUIRE) == seen)
-		if (read(r->call, &count, 8) < 0)
+	while ((uint16_t)(__atomic_load_n(&r->used->idx, __ATOMIC_ACQUIRE) - seen) < count)
+		if (read(r->call, &calls, 8) < 0)
 			fail("call");
-	__atomic_store_n(&r->avail->flags, 1, __ATOMIC_RELAXED);
+	if (!event_idx) /* an index that was passed asks for no call */
+		__atomic_store_n(&r->avail->flags, 1, __ATOMIC_RELAXED);
 }
 
 /* From the interface to the back end; runs in a thread of its own. */
@@ -197,7 +208,7 @@ static void *outwards(void *unused)
 		if (sent)
 			kick(&out);
 		if (!left)
-			wait_used(&out, seen);
+			wait_used(&out, seen, SLOTS * 3 / 4);
 		else if (!sent)
 			poll(&ready, 1, -1);
 	}
@@ -225,7 +236,7 @@ static void inwards(void)
 	uint16_t seen = 0;
 
 	for (;;) {
-		wait_used(&in, seen);
+		wait_used(&in, seen, 1);
 		uint16_t now = __atomic_load_n(&in.used->idx, __ATOMIC_ACQUIRE);
 		while (seen != now) {
 			struct iovec parts[NUM];
@@ -300,9 +311,8 @@ int main(int argc, char **argv)
 	if (control < 0 || connect(control, (struct sockaddr *)&address, sizeof(address)))
 		fail(argv[2]);
 	features = ask(GET_FEATURES) & (plain ? base_bits : base_bits | offload_bits | uso_bits);
-	if ((features & base_bits) != base_bits)
-		features &= ~BIT(28);
 	scattered = !!(features & BIT(0));
+	event_idx = !!(features & BIT(29));
 	unsigned offload = scattered ? TUN_F_CSUM : 0;
 	offload |= (features & BIT(11) ? TUN_F_TSO4 : 0) | (features & BIT(12) ? TUN_F_TSO6 : 0);
 	if (features & BIT(56) && !ioctl(tap, TUNSETOFFLOAD, offload | TUN_F_USO4 | TUN_F_USO6))

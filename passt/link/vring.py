@@ -65,7 +65,10 @@ _DESC: Final = Struct("<QIHH")
 _LENGTH_AND_FLAGS: Final = (1 << 48) - 1  # of the second half of a descriptor
 _PLAIN: Final = WRITE << 32  # the flags in it, of a chain of one buffer to be filled
 _USED: Final = Struct("<II")
-_UNPACK: Final = _DESC.unpack_from
+_LENGTH: Final = (1 << 32) - 1  # of the second half of a descriptor, and
+_INDIRECT: Final = INDIRECT << 32  # a flag in it
+_TOGETHER: Final = 6  # halves of three descriptors: a frame is rarely more
+_SPARSE: Final = 8  # descriptors in the table for each that is taken, beyond which the table is not copied
 _NO_MEMORY: Final = memoryview(b"")
 _NO_RING: Final = memoryview(bytearray(8)).cast("H")
 _NO_ENTRIES: Final = memoryview(bytearray(8)).cast("I")
@@ -150,7 +153,6 @@ class Vring:
         """Let go of the memory."""
         self.bound = False
         self._memory = GuestMemory()
-        self._append = self._memory.append
         self._places.clear()
         self._desc = self._used = _NO_MEMORY
         self._avail = self._used16 = _NO_RING
@@ -175,58 +177,68 @@ class Vring:
 
         `write` is WRITE for buffers that this program fills, 0 for those that it reads. Raises BadRing.
         """
-        head = self._avail[2 + (self.base & self._mask)]
-        table: memoryview | bytes = self._desc
+        head = lowest = self._avail[2 + (self.base & self._mask)]
         limit = self.num
         if head >= limit:
             raise BadRing(f"descriptor {head} of {limit}")
-        address, length, flags, following = _UNPACK(table, head << 4)
-        if flags & INDIRECT:
+        words: list[int] = self._words[2 * head : 2 * head + _TOGETHER].tolist()
+        address, second = words[0], words[1]
+        if second & _INDIRECT:
+            length, flags = second & _LENGTH, second >> 32 & 0xFFFF
             limit = length >> 4
             if length & 15 or not 0 < limit <= self.num or flags & (NEXT | WRITE):
                 raise BadRing(f"an indirect table of {length} bytes, flags {flags:#x}")
-            table = self._memory.table(address, length)
-            address, length, flags, following = _UNPACK(table, 0)
-        append = self._append
-        if self.log is not None:
+            words = memoryview(self._memory.table(address, length)).cast("Q").tolist()
+            lowest, address, second = 0, words[0], words[1]
+        memory, logged = self._memory, self.log is not None
+        if logged:
             self._places.append([])
         total = seen = 0
         while True:
+            length, flags = second & _LENGTH, second >> 32 & 0xFFFF
             if flags & (WRITE | INDIRECT) != write:
                 raise BadRing(f"a descriptor with flags {flags:#x} in the wrong place")
             if length:
-                append(out, address, length)
+                memory.append(out, address, length)
+                if logged:
+                    self._places[-1].append((address, length))
                 total += length
                 if total > SUM_MAX:
                     raise BadRing(f"a chain of more than {SUM_MAX} bytes")
             if not flags & NEXT:
                 break
             seen += 1
+            following = second >> 48
             if seen >= limit or seen >= CHAIN_MAX or following >= limit:
                 raise BadRing(f"a chain of {seen} descriptors goes on at {following} of {limit}")
-            address, length, flags, following = _UNPACK(table, following << 4)
+            at = 2 * (following - lowest)
+            if not 0 <= at < len(words):  # no indirect table, which is there to its end
+                lowest, at = following, 0
+                words = self._words[2 * following : 2 * following + _TOGETHER].tolist()
+            address, second = words[at], words[at + 1]
         self.base = self.base + 1 & 0xFFFF
         return head, total
 
     def take_buffers(self, count: int, heads: array[int], runs: deque[Run]) -> int:
-        """Take `count` chains to be filled; the sum of their bytes. Raises BadRing.
+        """Take `count` chains to be filled, at least one; the sum of their bytes. Raises BadRing.
 
         Adds their heads to `heads`, and what they have to `runs`. Most drivers give chains of one buffer, and cut
         buffers from larger pieces of memory. So chains of one length that lie one behind the other are a run: one view
         has all of them. A chain of several buffers is a run by itself, with a view of each.
         """
-        base, num, words = self.base, self.num, self._words
+        base, num, avail = self.base, self.num, self._avail
         begin = base & self._mask
-        avail = self._avail
         taken: list[int] = avail[2 + begin : 2 + min(begin + count, num)].tolist()
         if begin + count > num:
             taken += avail[2 : 2 + begin + count - num].tolist()
         first, behind, shift, view = self._memory.region_of(0)
-        plain = self.log is None and (not taken or max(taken) < num)
+        lowest, behind_all = min(taken), max(taken) + 1
+        plain = self.log is None and behind_all <= num and behind_all - lowest <= _SPARSE * count
+        words: list[int] = self._words[2 * lowest : 2 * behind_all].tolist() if plain else []
         total = at = 0
         while at < count:
             if plain:
-                i = 2 * taken[at]
+                i = 2 * (taken[at] - lowest)
                 address, second = words[i], words[i + 1]
                 length = (second & _LENGTH_AND_FLAGS) - _PLAIN
                 if 0 < length <= SUM_MAX:
@@ -236,18 +248,16 @@ class Vring:
                     if first <= address and end <= behind:
                         begin, at = at, at + 1
                         for head in taken[at : at + (behind - end) // length]:
-                            i = 2 * head
+                            i = 2 * (head - lowest)
                             if words[i] != end:
                                 break
-                            word = words[i + 1]
-                            if word != second and (word ^ second) & _LENGTH_AND_FLAGS:
+                            if words[i + 1] != second and (words[i + 1] ^ second) & _LENGTH_AND_FLAGS:
                                 break
                             end += length
                             at += 1
                         heads.fromlist(taken[begin:at])
                         runs.append(([view[address + shift : end + shift]], length, at - begin))
-                        total += end - address
-                        self.base = base + at & 0xFFFF
+                        total, self.base = total + end - address, base + at & 0xFFFF
                         continue
             buffers: list[memoryview] = []
             head, length = self.take(buffers, WRITE)
@@ -324,18 +334,12 @@ class Vring:
     def use_log(self, log: DirtyLog | None) -> None:
         """Log what is written from now on, or do not. No chain is taken."""
         self.log = log
-        self._append = self._memory.append if log is None else self._append_logged
         self._places.clear()
 
     def give_back(self, chains: int) -> None:
         """The last chains that were taken are available again."""
         self.base = self.base - chains & 0xFFFF
         self._places.clear()
-
-    def _append_logged(self, out: list[memoryview], address: int, length: int) -> None:
-        """Like `append` of the memory, and note the address."""
-        self._memory.append(out, address, length)
-        self._places[-1].append((address, length))
 
     def _log_chain(self, log: DirtyLog, length: int) -> None:
         """`length` bytes of the chain that was taken longest ago were written. Raises OSError."""

@@ -15,7 +15,7 @@ from passt.wire import vhost
 from passt.wire.vhost import RingState
 
 from ... import front_end
-from ...front_end import TRANSMIT, U16
+from ...front_end import BASE, NEXT, SEND_AREA, TRANSMIT, U16
 from ..support import T0
 from .vhost_desk import Desk, tcp_frame
 
@@ -31,6 +31,20 @@ def test_a_frame_arrives_however_it_is_cut_into_descriptors(
     assert desk.frames() == [frame]
     assert [length for _, length in desk.machine.rings[TRANSMIT].used()] == [0]
     assert desk.keeper.octets == len(frame)
+
+
+@pytest.mark.parametrize("order", [[255, 0, 1], [9, 8, 7, 6], [4, 5, 6, 200, 201, 3], [100, 102, 101, 103]])
+def test_descriptors_of_a_chain_lie_anywhere_in_the_table(desk: Desk, order: list[int]) -> None:
+    frame, machine = tcp_frame(60000), desk.machine
+    ring, data = machine.rings[TRANSMIT], bytes(12) + frame
+    size = -(-len(data) // len(order))
+    machine.memory[SEND_AREA : SEND_AREA + len(data)] = data
+    for slot, following, at in zip(order, [*order[1:], 0], range(0, len(data), size), strict=True):
+        last = at + size >= len(data)
+        ring.describe(slot, BASE + SEND_AREA + at, min(size, len(data) - at), 0 if last else NEXT, following)
+    ring.offer(order[0])
+    os.eventfd_write(ring.kick, 1)
+    assert desk.frames() == [frame]
 
 
 def test_payload_of_tcp_is_not_copied(desk: Desk) -> None:
