@@ -31,7 +31,6 @@ from .flow.spare import Spare
 from .lean.records import replace
 from .linux import unix
 from .linux.accepting import accept
-from .linux.sockopt import setting
 from .log import Fatal
 from .loop.reactor import EPOLLIN, TYPE_GUEST_LISTEN
 
@@ -43,10 +42,8 @@ DEFAULT_MAX = 99
 LINES = 256  # log lines about connections: this many at once, then LINES_PER_SECOND
 LINES_PER_SECOND = 10
 READS_MAX = 16  # of the last data of a guest that takes no more frames: it may go on sending for ever
-SEND_BUFFER = 4 << 20  # bytes requested; net.core.wmem_max is the limit
 
 CALLS = (
-    *setting((socket.SOL_SOCKET, socket.SO_SNDBUF), mode=PASST),
     *calls("accept4", "sendto", "recvfrom", "close", mode=PASST),
 )
 
@@ -150,7 +147,6 @@ class Clients:
 
     def serve(self, sock: socket.socket) -> None:
         """Make `sock` the guest."""
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._sock = sock
         self._link.attach(sock)
         self._ctx.neighbours.link_up(time.monotonic())

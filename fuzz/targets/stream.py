@@ -34,6 +34,9 @@ class Sock:
     def fileno(self) -> int:
         return 1000
 
+    def setsockopt(self, *option: int) -> None:
+        """Its buffer has any size."""
+
     def recv_into(self, buf: memoryview) -> int:
         if self.error:
             raise OSError(self.error, "failed")

@@ -236,6 +236,9 @@ class World:
     def catch_up(self, now: float) -> None:
         """Nothing waits in it."""
 
+    def queue_little(self, little: bool) -> None:
+        """It has no queue."""
+
     def send(self, hdr: bytearray) -> None:
         self.send_payload((hdr,))
 

@@ -113,6 +113,9 @@ class Link:
         """Cease to, until `watch`."""
         raise NotImplementedError
 
+    def queue_little(self, little: bool) -> None:
+        """Let few bytes wait behind this link, or as many as usual: bulk is slower then, and messages are faster."""
+
     def attach(self, sock: socket.socket | None) -> None:
         """Serve the guest that has connected by `sock`, or none. The socket of the one before is closed."""
         raise NotImplementedError

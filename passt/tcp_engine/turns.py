@@ -29,7 +29,8 @@ The pause is for the process that the message has woken up. On processors which 
 keep busy, it waits until one of them has used up its time, some milliseconds. This process is one of them: with bulk to
 send it never sleeps. When it does, there is a processor. Pauses take CREDIT_RATE of the other time at most (`_credit`),
 since a receiver may be silent for reasons of its own. Links that cut super-frames have none of this: the program is
-their limit, not the two ends of the bulk flow, and no measurement shows a gain.
+their limit, not the two ends of the bulk flow, and no measurement shows a gain. A link with a queue keeps it short for
+PACED after a message (`queue_little`), as an answer waits behind all of it.
 
 Not in here: retransmissions, which a hole limits; acknowledgements and other bare segments, which are always sent.
 """
@@ -78,7 +79,8 @@ class Turns:
         self._credit = 0.0  # s of pauses, at `_credit_at`
         self._credit_at = 0.0
         self.left = TURN_MAX
-        self.paced_until = 0.0  # for bulk of the guest (`pace.py`)
+        self.paced_until = 0.0  # for bulk of the guest (`pace.py`), and a link that queues
+        self._queues_little = False
         self.light = False  # whether bulk is sent in walks only
         self.walking = False  # between `begin` and `end`
         self.waiting: dict[int, TcpConn] = {}  # by index
@@ -113,12 +115,18 @@ class Turns:
     def bulk(self, now: float) -> None:
         """SPARSE bytes or more were handed on at once, to either side."""
         self._bulk_until = now + LIGHT
+        if self._queues_little and now > self.paced_until:
+            self._queues_little = False
+            self._link.queue_little(False)
 
     def handed_on(self, now: float) -> None:
         """A request or an answer of few bytes was handed on."""
         if now > self._bulk_until:
             return
         self.paced_until = now + PACED
+        if not self._queues_little:
+            self._queues_little = True
+            self._link.queue_little(True)
         if self._link.cuts:
             return
         self.light, self._most = True, LIGHT_TURN

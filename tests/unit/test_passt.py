@@ -22,7 +22,7 @@ from scapy.packet import Packet
 from passt import addr, log, passt
 from passt.daemon import wiring
 from passt.flow import spare
-from passt.link import choose
+from passt.link import choose, stream_socket
 from passt.log import Fatal
 from passt.passt import Clients
 from passt.ports.sockets import NO_SOCKETS
@@ -370,7 +370,7 @@ def test_a_guest_that_does_not_read_stops_tcp_and_loses_nothing(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data waits in the host's socket for the guest's socket to have room, and comes in order then."""
-    monkeypatch.setattr(passt, "SEND_BUFFER", 4096)
+    monkeypatch.setattr(stream_socket, "SEND_BUFFER", 4096)
     client = machine.connect()
     data = bytes(range(256)) * 400
     syn = TCP(sport=40000, flags="S", seq=5, options=[("MSS", 1460), ("WScale", 8)])

@@ -8,6 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from passt.link import stream_socket
 from passt.link.backend import Buffer, Link
 from passt.link.packet import PacketPool
-from passt.link.stream_socket import FLUSH_AT, NET_BUFSIZE, StreamLink
+from passt.link.stream_socket import FLUSH_AT, NET_BUFSIZE, SEND_BUFFER, SEND_BUFFER_LITTLE, StreamLink
 from passt.loop.reactor import EPOLLOUT
 from passt.udp_engine.flow import UdpFlow
 from passt.wire.virtio import GSO_NONE, GSO_TCPV6, NO_OFFLOAD, VNET
@@ -88,9 +89,9 @@ class Guest:
 
     def connect(self, sndbuf: int = 0) -> None:
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf or 1 << 20)
         self.theirs.setblocking(False)
         self.link.attach(self.ours)
+        self.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf or 1 << 20)
 
     def read(self, n: int = 1 << 24) -> int:
         """Read up to `n` bytes; returns how many came."""
@@ -195,6 +196,9 @@ def test_one_turn_one_call(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Non
         def fileno(self) -> int:
             return guest.ours.fileno()
 
+        def setsockopt(self, *option: int) -> None:
+            """Its buffer has any size."""
+
         def send(self, data: memoryview, flags: int) -> int:
             calls.append(len(data))
             return len(data)
@@ -266,6 +270,15 @@ def test_frames_that_qemu_has_no_room_for(guest: Guest) -> None:
 # A socket that is full ---------------------------------------------------------------------------------------------
 
 
+def test_the_queue_may_be_short(guest: Guest) -> None:
+    most = int(Path("/proc/sys/net/core/wmem_max").read_text())
+    for little, size in ((True, SEND_BUFFER_LITTLE), (False, SEND_BUFFER)):
+        guest.link.queue_little(little)
+        assert guest.ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * min(size, most)
+    guest.link.attach(None)
+    guest.link.queue_little(True)  # there is no guest
+
+
 def test_full_socket_is_waited_for(guest: Guest) -> None:
     rooms: list[float] = []
     guest.link.on_room = rooms.append
@@ -312,6 +325,9 @@ class SlowSocket:
 
     def fileno(self) -> int:
         return 1000
+
+    def setsockopt(self, *option: int) -> None:
+        """Its buffer has any size."""
 
     def send(self, data: memoryview, flags: int) -> int:
         if not self.room:
@@ -441,6 +457,9 @@ def test_short_of_memory_is_as_good_as_full(guest: Guest, code: int) -> None:
 
         def fileno(self) -> int:
             return guest.ours.fileno()
+
+        def setsockopt(self, *option: int) -> None:
+            """Its buffer has any size."""
 
         def send(self, data: memoryview, flags: int) -> Any:
             if self.failures:

@@ -9,7 +9,7 @@ import pytest
 from passt.loop.reactor import EPOLLIN
 from passt.tcp_engine.conn import TcpConn
 from passt.tcp_engine.output import PEEK_MAX
-from passt.tcp_engine.turns import CREDIT_RATE, LIGHT, OVERDUE, PAUSE_MAX, PAUSES, SPARSE, TURN_MAX
+from passt.tcp_engine.turns import CREDIT_RATE, LIGHT, OVERDUE, PACED, PAUSE_MAX, PAUSES, SPARSE, TURN_MAX
 from passt.wire.tcp import ACK, RST, SYN
 
 from ..support import link, reactor
@@ -371,11 +371,33 @@ def test_a_message_without_bulk_changes_nothing() -> None:
 
 
 def test_a_link_that_cuts_frames_has_no_light_flows() -> None:
-    party = Party(2)
-    party.link.cuts = True
-    party.arrive(0, LARGE)
-    party.arrive(1, 1)
+    party = Beside()
+    party.talk.now += LIGHT * 1.01
+    party.moved()
     assert not party.talk.tcp._out.turns.light
+    party.link.cuts = True
+    party.request()
+    assert not party.talk.tcp._out.turns.light
+
+
+def test_a_link_queues_little_beside_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told once, and again when bulk goes on without."""
+    party, told = Beside(), list[bool]()
+    turns = party.talk.tcp._out.turns
+    monkeypatch.setattr(party.link, "queue_little", told.append)
+
+    def later(seconds: float) -> None:
+        party.talk.now += seconds
+        turns.bulk(party.talk.now)
+
+    later(PACED * 1.1)
+    assert told == [False], "no more messages"
+    for _ in range(2):
+        party.request()
+        assert told == [False, True]
+        later(PACED * 0.9)
+    later(PACED * 0.2)
+    assert told == [False, True, False]
 
 
 def test_a_download_in_small_parts_is_no_light_flow() -> None:
