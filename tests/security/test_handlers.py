@@ -55,6 +55,7 @@ LATER = frozenset(
         "passt.tcp_engine.wheel.Wheel._turn",  # with thousands of connections: that of `Deadlines._look`
         "passt.tcp_engine.reminders.Reminders.timer_handler",  # after a lost frame: sends to the guest
         "passt.tcp_engine.turns.Turns._pause_over",  # of bulk beside an answer that is overdue: asks for the next turn
+        "passt.tcp_engine.pace.Pace._over",  # of bulk of the guest beside messages: acknowledges it
         "passt.igmp.Igmp._fired",  # after minutes: sends to the guest, and leaves groups as a report of it does
     )
 )
