@@ -51,6 +51,7 @@ class Pace:
         each(held.values(), self._end, self._fault_at, now)
 
     def _end(self, conn: TcpConn, now: float) -> None:
-        """Unless it has ended, or a segment has acknowledged all since."""
-        if conn.sock is not None and (conn.ack_due or conn.rcv_acked != conn.rcv_nxt):
+        """Unless it has ended, or a segment has acknowledged all since, and the window is as large as it should be."""
+        small = conn.rcv_edge - conn.rcv_nxt < conn.rcv_wnd_low
+        if conn.sock is not None and (small or conn.ack_due or conn.rcv_acked != conn.rcv_nxt):
             self._release(conn, now)

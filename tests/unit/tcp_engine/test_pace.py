@@ -142,6 +142,22 @@ def test_data_for_the_guest_carries_it() -> None:
     upload.talk.expect_nothing()
 
 
+def test_a_window_that_is_used_up_opens() -> None:
+    """Also if data for the guest has acknowledged all: it may be too small for its next segment."""
+    upload = Upload()
+    while upload.window() > PACED_WINDOW:
+        upload.bytes_come(4 * BATCH)
+        upload.talk.wait(HOLD * 1.1)
+    while upload.window() >= upload.conn.rcv_wnd_low:
+        upload.bytes_come()
+    upload.conn.rcv_acked = upload.conn.rcv_nxt
+    upload.talk.tcp._out.ack(upload.conn)
+    upload.talk.taken()
+    before = upload.window()
+    upload.talk.wait(HOLD * 1.1)
+    assert upload.window() > before and len(upload.talk.taken()) == 1
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_connection_that_ends_meanwhile(ends: bool) -> None:
     upload = Upload()
