@@ -152,7 +152,8 @@ def test_every_handler_is_held(record: Record) -> None:
             statuses[name] = inmate.status
             if inmate.status != 0:
                 break
-    assert statuses == dict.fromkeys(chosen, -signal.SIGSYS), record.prison.complaints()
+    others = {name: status for name, status in statuses.items() if status != -signal.SIGSYS}
+    assert others == {}, record.prison.complaints()[-3000:]
 
 
 @pytest.mark.skipif(bool(TREE), reason="fakes cannot inherit from compiled classes")
