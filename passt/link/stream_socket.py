@@ -100,6 +100,7 @@ class StreamLink(Link):
         self._octets = 0  # of frames that were written to the buffer
         self._skipped = 0  # bytes of this read that were no frame to hand on
         self._sock: socket.socket | None = None
+        self._little = False  # whether the queue is short
         self._reset()
 
     def start(self, reactor: Reactor, pool: PacketPool, receiver: Receiver) -> None:
@@ -116,11 +117,12 @@ class StreamLink(Link):
         if former is not None:
             self._reactor.retire(former.fileno(), former)
         if sock is not None:
-            self.queue_little(False)
+            self.queue_little(self._little)
             self._reactor.watch(sock.fileno(), TYPE_GUEST, 0, EPOLLIN)
 
     def queue_little(self, little: bool) -> None:
         """By the size of the socket's buffer. With the usual one, 8 MiB may wait: 40 ms at an MTU of 1500."""
+        self._little = little
         if self._sock is not None:
             size = SEND_BUFFER_LITTLE if little else SEND_BUFFER
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)

@@ -91,6 +91,7 @@ class Guest:
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.theirs.setblocking(False)
         self.link.attach(self.ours)
+        self.attached = self.ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         self.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf or 1 << 20)
 
     def read(self, n: int = 1 << 24) -> int:
@@ -276,7 +277,10 @@ def test_the_queue_may_be_short(guest: Guest) -> None:
         guest.link.queue_little(little)
         assert guest.ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * min(size, most)
     guest.link.attach(None)
-    guest.link.queue_little(True)  # there is no guest
+    guest.link.queue_little(True)
+    guest.close()
+    guest.connect()
+    assert guest.attached == 2 * min(SEND_BUFFER_LITTLE, most), "that of the next guest as well"
 
 
 def test_full_socket_is_waited_for(guest: Guest) -> None:
