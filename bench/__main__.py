@@ -19,7 +19,7 @@ import passt
 
 from . import lab as laboratory
 from . import vm
-from .contenders import CONTENDERS, Contender, Seat, peer, seated
+from .contenders import COMPILED, CONTENDERS, Contender, Seat, peer, seated
 from .lab import Lab, LabError, Placement, placements
 from .report import SETTLED, Line, Report, markdown, read, save, show
 from .rows import ROWS, Bench, Row
@@ -180,8 +180,8 @@ def main(argv: list[str]) -> int:
         if args.show:
             report = read(args.show)
         else:
-            trees = [Path(passt.__file__).parent, *(Path(p.partition("=")[2]) / "passt" for p in args.peer)]
-            for tree in filter(Path.is_dir, trees):
+            peers = (Path(p.partition("=")[2]) / "passt" for p in args.peer)
+            for tree in filter(Path.is_dir, [Path(passt.__file__).parent, COMPILED / "passt", *peers]):
                 compileall.compile_dir(tree, quiet=1)  # as pip does, whatever Python writes here
             vm.prepare({row.vm for row in rows})
             laboratory.enter("bench", argv)

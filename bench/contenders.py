@@ -108,7 +108,7 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=READY_TIMEOUT).stdout
 
 
-_COMPILED = Path(__file__).resolve().parent.parent / "build" / "compiled"
+COMPILED = Path(__file__).resolve().parent.parent / "build" / "compiled"
 _OURS = [sys.executable, "-m", "passt"]
 _C = "/usr/bin/pasta"
 OUR_PASST = [sys.executable, "-m", "passt.vm"]
@@ -163,7 +163,7 @@ PICTURES = (
 
 CONTENDERS = (
     Contender("ours", "ours", _attaches(_OURS), start=_starts(_OURS), serve=_serves(OUR_PASST)),
-    _tree("compiled", "ours, compiled", _COMPILED, _COMPILED / "passt"),
+    _tree("compiled", "ours, compiled", COMPILED, COMPILED / "passt"),
     _raised("ours-wmem", "ours, tcp_wmem raised", _OURS, OUR_PASST),
     Contender("pasta", "C pasta", _attaches([_C]), start=_starts([_C]), serve=_serves(_C_PASST), folder=_C_FOLDER),
     _raised("pasta-wmem", "C pasta, tcp_wmem raised", [_C], _C_PASST),
