@@ -9,7 +9,18 @@ import pytest
 from passt.loop.reactor import EPOLLIN
 from passt.tcp_engine.conn import TcpConn
 from passt.tcp_engine.output import PEEK_MAX
-from passt.tcp_engine.turns import CREDIT_RATE, LIGHT, OVERDUE, PACED, PAUSE_MAX, PAUSES, SPARSE, TURN_MAX
+from passt.tcp_engine.turns import (
+    CREDIT_RATE,
+    CUT_TURN,
+    LIGHT,
+    LIGHT_TURN,
+    OVERDUE,
+    PACED,
+    PAUSE_MAX,
+    PAUSES,
+    SPARSE,
+    TURN_MAX,
+)
 from passt.wire.tcp import ACK, RST, SYN
 
 from ..support import link, reactor
@@ -370,14 +381,14 @@ def test_a_message_without_bulk_changes_nothing() -> None:
     assert not party.talk.tcp._out.turns.light, "the download has stopped"
 
 
-def test_a_link_that_cuts_frames_has_no_light_flows() -> None:
+def test_turns_are_shortest_where_the_program_cuts_frames() -> None:
+    """The request of the first light flow was handed on before the link was one that cuts."""
     party = Beside()
-    party.talk.now += LIGHT * 1.01
-    party.moved()
-    assert not party.talk.tcp._out.turns.light
     party.link.cuts = True
     party.request()
-    assert not party.talk.tcp._out.turns.light
+    turns = party.talk.tcp._out.turns
+    reactor(party.talk.ctx).wakeups += 1
+    assert turns.light and turns.renewed() == CUT_TURN < LIGHT_TURN
 
 
 def test_a_link_queues_little_beside_messages(monkeypatch: pytest.MonkeyPatch) -> None:
