@@ -13,6 +13,7 @@ Links with faults have programs of their own, for docs/reliability.md:
     adversity    transfers through a link with faults and with adverse peers, checked by SHA-256 (`make adversity`)
     faulty_link  the link; adverse_seats puts guests behind it, adverse_load has both ends of the conversations
     adverse_latency  exchanges of a few bytes beside a bulk flow
+    long_path    streams and exchanges over a path with a delay
     reliability  the tables and the picture
     lossy        a few rows in detail: single losses, times from connect(2) to the end
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -49,9 +50,25 @@ def test_ends_are_those_of_the_bare_kernel_while_the_daemon_is_stopped() -> None
     assert " 0 not as on the bare kernel" in said
 
 
+def test_streams_and_exchanges_pass_a_long_path() -> None:
+    if not namespaces_can("true"):
+        pytest.skip("this kernel gives no user namespaces to this user")
+    said = run("bench.long_path", "--round-trips", "4", "--families", "IPv6", "--mtus", "1500", "--contenders", "ours")
+    cells = [line.split(" | ")[4:] for line in said.splitlines() if line.startswith("| 4 |")]
+    assert len(cells) == 2, "up and down"
+    figures = [[float(x) for x in re.findall(r"[\d.]+", cell)] for line in cells for cell in line]
+    assert len(figures) == 4
+    assert all(rate > 0 and 4 <= p50 <= p90 for rate, p50, p90 in figures)
+
+
 def adversity(*options: str) -> str:
-    """The output of a run with that seed; it must succeed."""
-    command = [sys.executable, "-m", "bench.adversity", "--seed", str(SEED), *options]
+    """The output of a run with that seed."""
+    return run("bench.adversity", "--seed", str(SEED), *options)
+
+
+def run(module: str, *options: str) -> str:
+    """The output of a run, which must succeed."""
+    command = [sys.executable, "-m", module, *options]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False
     )
