@@ -60,6 +60,7 @@ NATIVE = {
     ("passt.udp_engine.sock", "=i"),  # traffic classes
 }
 LITTLE = {
+    ("passt.link.gso", "<H"),  # a checksum, as the sum of little-endian words has it on any host
     ("passt.link.vring", "<QIHH"),  # virtio 1: descriptors
     ("passt.link.vring", "<II"),  # used entries
     ("passt.link.vring_out", "<H"),  # num_buffers

@@ -9,10 +9,11 @@ the 10 bytes of the vnet header, so a pre-cooked header is copied in one piece:
 
 A checksum field comes with the folded sum of the pseudo-header in it, so the checksum is that of everything from the
 transport header on, just as it lies in the buffer: addresses and protocols need not be known. The sum is taken of
-little-endian words, and a swap of bytes is a multiplication by 256 (RFC 1071, 2 B, since 2**16 = 1 modulo 0xffff). A
-value of zero is sent as 0xffff, which UDP demands and other protocols permit. UDP over IPv4 goes without (RFC 768).
+little-endian words, and so its complement is written as one (RFC 1071, 2 B). A value of zero is sent as 0xffff, which
+UDP demands and other protocols permit: the sum modulo 0xffff is below that. UDP over IPv4 goes without (RFC 768).
 
 A super-frame is laid out as a matrix: a row for each segment but the last, which may be shorter and keeps the flags.
+So are TCP segments of more payload than an IP packet has (`rows`).
 
     | length | Ethernet | IP, its id and checksum      | TCP: seq, checksum | gso_size bytes | x (segments - 1)
       one header for all rows, broadcast                 columns: arithmetic  one strided copy (and padding)
@@ -22,10 +23,11 @@ A frame is at least FRAME_MIN bytes long, as on a wire: shorter ones are padded 
 Lengths, partial sums and numbers follow from those of the super-frame, as in the kernel's own segmentation: PSH and FIN
 stay with the last segment; the id of IPv4 counts up from that of the header, as far as it goes.
 
-Prices (us, CPython 3.11, NumPy 2.4): a frame of 54 bytes 0.9, of 1500 bytes 2.7, of 64 KiB 7; a TCP super-frame of 64
-KiB 24 at MTU 1500 and at 9000, 90 at MTU 68, a UDP one half of that. Up to SCALAR_MAX bytes the sum is cheaper without
-NumPy. Most of it is the sums (5 for 64 KiB) and some twenty calls into NumPy. Payload that was received in its place
-(`laid_out`) is not copied, which costs 1 for 64 KiB that are in the cache, and several that are not.
+Prices (us, CPython 3.11, NumPy 2.4): a frame of 54 bytes 0.9, of 1500 bytes 1.7, of 64 KiB 7; TCP segments of 64 KiB 24
+at MTU 1500 and at 9000, 90 at MTU 68, those of 256 KiB 50 at MTU 1500; a UDP super-frame of 64 KiB 12. Up to SCALAR_MAX
+bytes the sum is cheaper without NumPy. Most of it is the sums (5 for 64 KiB) and some twenty calls into NumPy. Payload
+that was received in its place (`laid_out`) is not copied, which costs 1 for 64 KiB that are in the cache, and several
+that are not.
 
 NumPy is imported with this module, which only a virtual machine's link needs: it takes 60 ms.
 """
@@ -52,12 +54,14 @@ PADDING: Final = bytes(FRAME_MIN)
 FRONT: Final = VNET_LEN - LENGTH.size  # of a vnet header: what does not go into the buffer
 
 _U16: Final = Struct("!H")
+_U16_LITTLE: Final = Struct("<H")  # the checksum of little-endian words
 _U32: Final = Struct("!I")
 _LE16: Final = np.dtype("<u2")
 _LE32: Final = np.dtype("<u4")
 _BE16: Final = np.dtype(">u2")
 _BE32: Final = np.dtype(">u4")
 _SUM: Final = np.dtype(np.uint64)  # that of any number of 32-bit words
+_SUM_OF_ROW: Final = np.dtype(np.uint32)  # that of the 16-bit words of a message
 _add: Final = np.add.reduce
 _CSUM_TCP: Final = 16  # offset of the checksum in the transport header, which tells the protocol
 _CSUM_UDP: Final = 6
@@ -95,12 +99,13 @@ class Gso:
         flags, _, _, _, start, offset = VNET.unpack_from(parts[0])
         start += VNET_LEN
         if length <= SCALAR_MAX:
-            frame = bytearray().join(parts)
-            LENGTH.pack_into(frame, FRONT, length)
+            frame = b"".join(parts)
+            out[at:end] = frame[FRONT:]
+            LENGTH.pack_into(out, at, length)
             if flags:
                 without = offset == _CSUM_UDP and start == _START4
-                _U16.pack_into(frame, start + offset, 0 if without else 0xFFFF - ones_sum(frame[start:]) or 0xFFFF)
-            out[at:end] = frame[FRONT:]
+                total = 0xFFFF if without else int.from_bytes(frame[start:], "little") % 0xFFFF
+                _U16_LITTLE.pack_into(out, at - FRONT + start + offset, 0xFFFF - total)
             return end
         base = at - FRONT
         place = base + len(parts[0])
@@ -137,7 +142,7 @@ class Gso:
         words = (length - start) >> 2
         total = int(_add(self._words[first & 3][first >> 2 : (first >> 2) + words], 0, _SUM))
         total += int.from_bytes(out[first + 4 * words : at + LENGTH.size + length], "little")
-        _U16.pack_into(out, first + offset, 0xFFFF - (total % 0xFFFF << 8) % 0xFFFF)
+        _U16_LITTLE.pack_into(out, first + offset, 0xFFFF - total % 0xFFFF)
 
     def cut(self, at: int, hdr: Buffer, payload: Buffer) -> int:
         """Write the segments of a super-frame with some payload; returns where the last one ends."""
@@ -146,12 +151,15 @@ class Gso:
         rows = (n - 1) // size
         whole = rows * size
         if rows:
-            at = self._rows(at, _segment(hdr, 0, size, n), rows, size, payload)
+            at = self.rows(at, _segment(hdr, 0, size, n), rows, size, payload)
         length = len(hdr) - VNET_LEN + n - whole
         return self.frame(at, length, (_segment(hdr, rows, size, n), memoryview(payload)[whole:]))
 
-    def _rows(self, at: int, hdr: bytearray, rows: int, size: int, payload: Buffer) -> int:
-        """`rows` segments of `size` bytes of payload; `hdr` is the header of the first."""
+    def rows(self, at: int, hdr: bytearray, rows: int, size: int, payload: Buffer) -> int:
+        """Write `rows` segments of `size` bytes of payload; returns where the last one ends.
+
+        `hdr` is the header of the first. Its virtio-net header is of no use after that.
+        """
         start, offset = VNET.unpack_from(hdr)[4:]
         start += VNET_LEN
         head = len(hdr) - FRONT
@@ -162,16 +170,14 @@ class Gso:
         matrix = self._bytes[at:end].reshape(rows, stride)
         matrix[:, :head] = np.frombuffer(hdr, np.uint8, -1, FRONT)
         matrix[:, head : head + size] = np.frombuffer(payload, np.uint8, rows * size).reshape(rows, size)
-        matrix[:, head + size :] = 0
-        number = np.arange(rows)
+        if head + size < stride:
+            matrix[:, head + size :] = 0
         if start == _START4:
-            (ident,), (csum,) = _U16.unpack_from(hdr, _IP4_ID), _U16.unpack_from(hdr, _IP4_CSUM)
-            idents = number + ident & 0xFFFF
-            np.ndarray((rows,), _BE16, out, base + _IP4_ID, step)[:] = idents
-            np.ndarray((rows,), _BE16, out, base + _IP4_CSUM, step)[:] = (csum + ident - idents) % 0xFFFF
+            self._idents(base, hdr, rows, step)
         if offset == _CSUM_TCP:
             (seq,) = _U32.unpack_from(hdr, start + _TCP_SEQ)
-            np.ndarray((rows,), _BE32, out, base + start + _TCP_SEQ, step)[:] = number * size + seq & 0xFFFFFFFF
+            seqs = np.arange(seq, seq + rows * size, size)
+            np.ndarray((rows,), _BE32, out, base + start + _TCP_SEQ, step)[:] = seqs & 0xFFFFFFFF
             self._bytes[base + start + _TCP_FLAGS : end : stride] = hdr[start + _TCP_FLAGS] & ~_PSH_FIN
         if offset == _CSUM_UDP and start == _START4:
             np.ndarray((rows,), _BE16, out, base + start + offset, step)[:] = 0
@@ -179,14 +185,24 @@ class Gso:
             self._checksums(base + start, len(hdr) - start + size, offset, rows, stride)
         return end
 
+    def _idents(self, base: int, hdr: bytearray, rows: int, step: tuple[int]) -> None:
+        """Let the ids of `rows` IPv4 headers count up from that of the first, which is in `hdr`."""
+        (ident,), (csum,) = _U16.unpack_from(hdr, _IP4_ID), _U16.unpack_from(hdr, _IP4_CSUM)
+        idents = np.arange(ident, ident + rows) & 0xFFFF
+        csums = csum + ident - idents
+        if not rows <= csum < 0xFFFF or ident + rows > 0x10000:  # else all of these are in range
+            csums %= 0xFFFF
+        np.ndarray((rows,), _BE16, self._out, base + _IP4_ID, step)[:] = idents
+        np.ndarray((rows,), _BE16, self._out, base + _IP4_CSUM, step)[:] = csums
+
     def _checksums(self, start: int, width: int, offset: int, rows: int, stride: int) -> None:
         """Complete `rows` messages of `width` bytes, the first of them at `start` of the buffer."""
         out = self._out
-        # 32 bits hold the sum of what 16-bit lengths allow
-        sums = np.ndarray((rows, width >> 1), _LE16, out, start, (stride, 2)).sum(axis=1, dtype=np.uint32)
+        # 32 bits hold the sum of what 16-bit lengths allow. Little-endian words have a little-endian checksum.
+        sums = _add(np.ndarray((rows, width >> 1), _LE16, out, start, (stride, 2)), 1, _SUM_OF_ROW)
         if width & 1:
             sums += np.ndarray((rows,), np.uint8, out, start + width - 1, (stride,))
-        np.ndarray((rows,), _BE16, out, start + offset, (stride,))[:] = 0xFFFF - (sums % 0xFFFF << 8) % 0xFFFF
+        np.ndarray((rows,), _LE16, out, start + offset, (stride,))[:] = 0xFFFF - sums % 0xFFFF
 
 
 def _segment(hdr: Buffer, number: int, size: int, total: int) -> bytearray:
