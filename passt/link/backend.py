@@ -59,7 +59,7 @@ class Link:
 
     reads_vnet = True  # whether a virtio-net header is before each frame that is read
     rto_min = 0.010  # s that a lost frame is waited for at least (`tcp_engine.rtt`)
-    cuts = False  # whether super-frames are cut here, in software
+    cuts = False  # whether super-frames are cut here, in software: `send_segments` is for those of TCP
     full = False  # whether frames would be dropped now: a sender that can wait does
     room = 1 << 30  # bytes of TCP payload that can be sent now
 
@@ -121,6 +121,14 @@ class Link:
         raise NotImplementedError
 
     # To the guest ----------------------------------------------------------------------------------------------------
+
+    def send_segments(self, hdr: bytearray, payload: memoryview, size: int) -> None:
+        """Send as many TCP segments as `payload` has pieces of `size` bytes, for a back end that `cuts`.
+
+        `hdr` is complete for the first of them, and is none of a super-frame. So they may be more than one IP packet
+        can be long.
+        """
+        raise NotImplementedError
 
     def send(self, hdr: bytearray) -> None:
         """Send a frame that is complete in `hdr`, virtio-net header first."""

@@ -265,6 +265,18 @@ class StreamLink(Link):
         if self.capture is not None:
             self._show(at)
 
+    def send_segments(self, hdr: bytearray, payload: memoryview, size: int) -> None:
+        """Send a TCP segment for each `size` bytes of `payload`; `hdr` is complete for the first."""
+        rows = len(payload) // size
+        length = max(len(hdr) - VNET_LEN + size, FRAME_MIN)
+        at = self._room(rows * (LENGTH_LEN + length), rows, length)
+        if at >= 0:
+            self._tail = self._gso.rows(at, hdr[:], rows, size, payload)
+            self.sent_frames += rows
+            self._octets += rows * length
+            if self.capture is not None:
+                self._show(at)
+
     @property
     def sent_bytes(self) -> int:
         """Bytes of frames that were written to the buffer."""

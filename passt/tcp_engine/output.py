@@ -23,6 +23,10 @@ window of a guest is often not much more than one segment, and an answer in two 
 A link may have places for payload of its own (`lay_out`), which saves a copy. It is asked where the last peek brought
 much (`bulk`): to lay out a window takes longer than to copy a few bytes.
 
+A link that cuts super-frames in software gets none of TCP. It gets the segments of a peek, all but the last at once
+(`send_segments`): what it does for each such call costs as much as a dozen segments, and an IP packet is a quarter of a
+peek at most.
+
 A short peek means that the receive queue is empty (`drained`): the next peek follows an event of the socket. Urgent
 data makes a peek short as well, so a connection that has seen any always peeks twice, and after CUTS_MAX marks in a row
 requests the event once more: a peer may move the mark on as fast as it is reached. Without SO_PEEK_OFF it waits
@@ -72,6 +76,7 @@ from .held import sack_blocks
 from .turns import SPARSE, Turns
 
 PEEK_MAX: Final = 1 << 18  # bytes in one peek: four super-frames, small enough for the second-level cache
+ROWS_MIN: Final = 6  # segments: a link that cuts gets more than these at once, if they are one peek
 BULK: Final = 1 << 14  # bytes in one peek from which on the next one goes where the link wants it
 CUTS_MAX: Final = 16  # urgent marks passed in one turn
 DISCARD_MAX: Final = 1 << 22  # bytes in flight to the guest without SO_PEEK_OFF; also the most consumed in one call
@@ -326,6 +331,14 @@ class TcpOut:
                 link.send_payload((hdr, buf[:n]))
             return
         offset = 0
+        if chunk > mss and link.cuts:
+            chunk = mss
+            if n > ROWS_MIN * mss:
+                if conn.gso:
+                    set_segmentation(conn, GSO_NONE)
+                self.header(conn, seq, tcp.ACK, mss)
+                offset = (n - 1) // mss * mss  # the last one has other flags, and may be shorter
+                link.send_segments(hdr, buf[:offset], mss)
         while offset < n:
             end = offset + chunk
             flags = tcp.ACK

@@ -67,6 +67,15 @@ class FakeLink(Link):
         self.vnet.append(whole[: VNET.size])
         self.frames.append(whole[VNET.size :])
 
+    def send_segments(self, hdr: bytearray, payload: memoryview, size: int) -> None:
+        l4 = VNET.size + VNET.unpack_from(hdr)[4]
+        assert self.cuts and not hdr[1] and payload and not len(payload) % size
+        for at in range(0, len(payload), size):
+            segment = bytearray(hdr)
+            seq = int.from_bytes(hdr[l4 + 4 : l4 + 8], "big") + at & 0xFFFFFFFF
+            segment[l4 + 4 : l4 + 8] = seq.to_bytes(4, "big")
+            self.send_payload((segment, payload[at : at + size]))
+
     def send_frame(self, frame: bytes) -> None:
         self.vnet.append(b"")
         self.frames.append(bytes(frame))

@@ -16,14 +16,14 @@ from passt import addr
 from passt.linux.tcpinfo import Features
 from passt.tcp_engine import output as tcp_output
 from passt.tcp_engine.conn import SOCK_FIN_RCVD, TAP_FIN_ACKED, TAP_FIN_SENT, TcpConn, set_event
-from passt.tcp_engine.output import DISCARD_MAX, TcpOut
+from passt.tcp_engine.output import DISCARD_MAX, PEEK_MAX, ROWS_MIN, TcpOut
 from passt.wire.checksum import ones_sum
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 from passt.wire.virtio import VNET
 from tests.unit import support
 from tests.unit.machine_link import LayingLink
 from tests.unit.oracle import recomputed
-from tests.unit.support import GUEST4, GUEST6, link, make_context
+from tests.unit.support import GUEST4, GUEST6, FakeLink, link, make_context
 from tests.unit.tcp_support import ALL, FakeSocket, Segment, Talk, fake_sockets, open_connection
 
 __all__ = ["fake_sockets"]
@@ -247,6 +247,31 @@ def test_link_that_cuts_super_frames_has_no_place_for_their_payload(
     talk.host(data := os.urandom(500_000))
     assert b"".join(s.payload for s in talk.taken()) == data
     assert fake.direct == direct
+
+
+@pytest.mark.parametrize("length", [1461, 1460 * ROWS_MIN, 1460 * ROWS_MIN + 1, 1460 * 7, 200_000, 1460 * 200, 400_001])
+def test_link_that_cuts_gets_segments_at_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the last of a peek: PSH and FIN are on that."""
+    monkeypatch.setattr(support, "new_link", FakeLink)
+    talk = open_connection(config={"mtu": 1500}, mss=1460)
+    fake, calls = link(talk.ctx), list[int]()
+    fake.cuts = True
+    send_segments = fake.send_segments
+
+    def counted(hdr: bytearray, payload: memoryview, size: int) -> None:
+        calls.append(len(payload) // size)
+        send_segments(hdr, payload, size)
+
+    monkeypatch.setattr(fake, "send_segments", counted)
+    talk.host(data := os.urandom(length), end=True)
+    segments = talk.taken()
+    assert b"".join(s.payload for s in segments) == data
+    assert [s.seq for s in segments] == list(range(1, 1 + length, 1460))
+    assert {len(s.payload) for s in segments[:-1]} == {1460}
+    assert segments[-1].flags == ACK | PSH | FIN
+    peeks = -(-length // (PEEK_MAX - PEEK_MAX % (44 * 1460)))
+    assert [s.flags for s in segments].count(ACK) == len(segments) - peeks
+    assert sum(calls) == (len(segments) - peeks if length > 1460 * ROWS_MIN else 0) and len(calls) <= peeks
 
 
 # Dropping what was acknowledged ---------------------------------------------------------------------------------------
