@@ -326,6 +326,8 @@ class Tcp:
                     widen(conn.sock)
             elif answer and before == conn.snd_una:  # otherwise it is the rest of more
                 self._out.turns.handed_on(now)
+            if conn.pingpong < 0:
+                conn.pingpong = 0
             if answer and conn.pingpong < PINGPONG_MAX:
                 conn.pingpong += 1
                 if conn.pingpong == 1:

@@ -141,7 +141,7 @@ class TcpConn(Flow):
         "mss",  # largest segment to the guest
         "near",  # acknowledgements to the guest need not wait for the host peer's (`window.py`)
         "out_of_order",  # the out-of-order queue (`out_of_order.py`)
-        "pingpong",  # how often data to the guest followed data of the guest within ACK_DELAY (0..PINGPONG_MAX)
+        "pingpong",  # how often data to the guest followed data of the guest within ACK_DELAY (0..PINGPONG_MAX), or -1
         "poll_interval",  # s until TCP_INFO is read for acknowledgements of the host peer; 0: it was never read
         "probe_at",  # time of a tail loss probe that nothing has answered yet; 0; TIMED_OUT (`recovery.py`)
         "pto",  # s, from data to a probe (RFC 8985, 7.2)

@@ -111,8 +111,10 @@ class TcpIn:
         conn.rcv_refused = taken < wanted
         if taken >= SPARSE:
             self._turns.bulk(now)
-        elif conn.pingpong and taken:
+        elif conn.pingpong > 0 and taken:
             self._turns.handed_on(now)
+        if taken and conn.pingpong < 0:
+            self._acks.delay_was_in_vain(conn, now)
         if conn.rcv_refused:
             self._put_back(conn, payload, taken, rcv_nxt, fin)
         elif fin:

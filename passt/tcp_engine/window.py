@@ -37,7 +37,8 @@ An acknowledgement to the guest goes out at once, or is delayed:
 Ping-pong mode is the kernel's: it begins when two answers in a row came within the delay, and ends when a delay passes
 without one. A connection begins in it where the first requests of HABIT connections to the same server were answered in
 time: for a short one, that is a frame in five. A guest that sends the second part of a request when the first one is
-acknowledged (Nagle's algorithm) waits for the delay then, once: for VAIN, no connection to this server begins so.
+acknowledged (Nagle's algorithm) waits for the delay then, once: for VAIN, no connection to this server begins so. An
+answer that is late shows that the guest did not wait for the acknowledgement, and changes nothing.
 
 One timer serves all delays, by a heap. It also consumes from the host sockets what the guest has acknowledged since
 (`output.py`).
@@ -98,6 +99,7 @@ POLL_MAX: Final = 1.0  # s, while the peer acknowledges nothing
 PINGPONG_MAX: Final = 3
 PINGPONG: Final = 2  # answers in time after which acknowledgements are delayed
 BULK_MIN: Final = 8192  # bytes: a batch of so many is no request that waits for its answer
+IN_VAIN: Final = -1  # the last delay has passed; who speaks next tells whether the guest has waited for it
 TAIL_MAX: Final = 65536  # bytes that may wait for the host peer's acknowledgement; half of them go on waiting
 TAIL_SEGMENTS: Final = 8  # the same, in segments
 NEAR_US: Final = 25  # us, round trip below which a peer is near: a veth pair takes 10, two network cards 50
@@ -250,8 +252,8 @@ class TcpAck:
         if server is not None and now - server.vain_at >= VAIN:
             server.answered += 1
 
-    def _waited_in_vain(self, conn: TcpConn, now: float) -> None:
-        """No answer has come in time."""
+    def delay_was_in_vain(self, conn: TcpConn, now: float) -> None:
+        """No answer has come in time, and the guest goes on once it has the acknowledgement."""
         conn.pingpong = 0
         server = self._servers.get(conn.host)
         if server is not None:
@@ -346,7 +348,7 @@ class TcpAck:
             if now - conn.t_rx < ACK_DELAY / 2:  # newer data came, and its delay has just begun
                 self.delay_ack(conn, now)
                 return
-            self._waited_in_vain(conn, now)
+            conn.pingpong = IN_VAIN
             self._out.ack(conn)
 
     def forward_ack(self, conn: TcpConn) -> None:

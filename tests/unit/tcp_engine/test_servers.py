@@ -6,7 +6,7 @@ import pytest
 
 from passt.tcp_engine import sock as tcp_sock
 from passt.tcp_engine.window import FIRST_KEPT, HABIT, SERVERS_MAX, VAIN
-from passt.wire.tcp import ACK, FIN, PSH, SYN
+from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 from tests.unit.support import GATEWAY4
 from tests.unit.tcp_support import FakeSocket, Segment, Talk, fake_sockets
 
@@ -134,7 +134,11 @@ def test_a_wait_in_vain_ends_the_habit_of_all_to_this_server() -> None:
     assert talk.request() == []
     talk.wait(0.02)
     talk.expect(ACK, ack=2)
-    talk.respond()
+    talk.guest(ACK | PSH, b"rest")
+    talk.expect(ACK, ack=6)
+    talk.host(b"a", end=True)
+    talk.guest(RST | ACK)
+    talk.taken()
     for _ in range(2 * HABIT):
         talk.connect()
         assert [s.ack for s in talk.request()] == [2]
@@ -143,6 +147,25 @@ def test_a_wait_in_vain_ends_the_habit_of_all_to_this_server() -> None:
     used_to(talk)
     talk.connect()
     assert talk.request() == []
+
+
+@pytest.mark.parametrize("later", [0.015, 1.0])
+def test_an_answer_that_is_late_leaves_the_habit(later: float) -> None:
+    """The guest has not waited for the acknowledgement, or it would have gone on."""
+    talk = guest()
+    used_to(talk)
+    for _ in range(2):
+        talk.connect()
+        assert talk.request() == []
+        talk.wait(later)
+        talk.expect(ACK, ack=2)
+        talk.host(b"a")
+        talk.expect(ACK | PSH, b"a", ack=2)
+        talk.guest(ACK | PSH, b"next")
+        talk.taken()
+        talk.host(b"a")
+        talk.taken()
+        talk.guest(RST | ACK)
 
 
 def test_another_server_is_another_one() -> None:
