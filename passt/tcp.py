@@ -217,7 +217,7 @@ class Tcp:
             self._reminders.lost(conn, now)
         if later or conn.out_of_order:
             rcv_nxt, fin, wants_ack = self._in.queue(conn, rcv_nxt, later, payload, fin)
-            must_ack = must_ack or wants_ack
+            must_ack = must_ack or wants_ack or fin  # FIN behind a hole, or what fills one (RFC 5681, 4.2)
             twice = conn.sack and len(segments) > 2 and not conn.rcv_refused
         if just_established:
             duplicate = False  # the data in flight was sent after this batch had arrived

@@ -146,7 +146,7 @@ class Sock:
             raise BlockingIOError(errno.EAGAIN, "nothing there")
         return HOST_DATA[at:end]
 
-    def send(self, data: memoryview) -> int:
+    def send(self, data: memoryview, flags: int = 0) -> int:
         return self.sendmsg((data,))
 
     def sendmsg(self, parts: Sequence[memoryview]) -> int:

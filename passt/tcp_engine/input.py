@@ -31,9 +31,10 @@ from .output import TcpOut
 from .pace import Pace
 from .table import TcpTable
 from .turns import SPARSE
-from .window import TcpAck
+from .window import BULK_MIN, TcpAck
 
 IOV_MAX: Final = 1024
+MSG_MORE: Final = socket.MSG_MORE
 DUP_ACKS: Final = 3  # duplicate acknowledgements that start a fast retransmit of the guest (RFC 5681, 3.2)
 
 CALLS = calls("sendto", "sendmsg", "shutdown")
@@ -93,7 +94,9 @@ class TcpIn:
         taken = 0
         try:
             if len(payload) == 1:
-                taken = conn.sock.send(payload[0])
+                # FIN goes with it, in one segment, unless close(2) at the end of the turn is what sends FIN
+                with_fin = fin and not conn.events & TAP_FIN_ACKED
+                taken = conn.sock.send(payload[0], MSG_MORE) if with_fin else conn.sock.send(payload[0])
             else:
                 for i in range(0, len(payload), IOV_MAX):
                     part = payload[i : i + IOV_MAX]
@@ -118,7 +121,7 @@ class TcpIn:
         if conn.rcv_refused:
             self._put_back(conn, payload, taken, rcv_nxt, fin)
         elif fin:
-            self._fin_received(conn, now)
+            self._fin_received(conn, must_ack or taken >= BULK_MIN, now)
             return
         elif taken >= SPARSE and now < self._turns.paced_until and not must_ack:
             self._pace.hold(conn, now)
@@ -186,7 +189,7 @@ class TcpIn:
         del self._table.rests[conn.index]
         return True
 
-    def _fin_received(self, conn: TcpConn, now: float) -> None:
+    def _fin_received(self, conn: TcpConn, must_ack: bool, now: float) -> None:
         """Take the guest's FIN, and send FIN to the host peer, by shutdown(2) or by close(2)."""
         conn.rcv_nxt += 1
         set_event(conn, TAP_FIN_RCVD)
@@ -194,7 +197,7 @@ class TcpIn:
         if conn.rcv_edge < conn.rcv_nxt:
             conn.rcv_edge = conn.rcv_nxt
         if conn.near:
-            self._acks.acknowledge_fin(conn, now)
+            self._acks.acknowledge_fin(conn, must_ack, now)
             if conn.events & CLOSED == CLOSED:
                 self._table.close(conn)
                 return
@@ -205,6 +208,6 @@ class TcpIn:
             return
         set_event(conn, SOCK_FIN_SENT)
         if not conn.near:
-            self._acks.acknowledge_fin(conn, now)
+            self._acks.acknowledge_fin(conn, must_ack, now)
             if conn.events & CLOSED == CLOSED and conn.rcv_acked == conn.rcv_nxt:
                 self._table.close(conn)

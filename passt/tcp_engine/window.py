@@ -32,7 +32,8 @@ An acknowledgement to the guest goes out at once, or is delayed:
                 delayed (RFC 9293, 3.8.6.3); with a new window; after a segment that is a duplicate, out of order, a
                 probe, or refused by the socket; and always outside the ping-pong mode. Behind a hole, it is an
                 acknowledgement of all before the hole (`held.py`)
-    delayed     in ping-pong mode, about 10 ms, so that an answer can carry it
+    delayed     in ping-pong mode, about 10 ms, so that an answer can carry it; likewise of the guest's FIN, for that of
+                the host peer, as the kernel does (tcp_fin() in net/ipv4/tcp_input.c)
 
 Ping-pong mode is the kernel's: it begins when two answers in a row came within the delay, and ends when a delay passes
 without one. A connection begins in it where the first requests of HABIT connections to the same server were answered in
@@ -87,7 +88,7 @@ from ..linux import tcpinfo
 from ..loop.each import each
 from ..loop.reactor import EPOLLOUT, INTEREST
 from ..policy.config import WINDOW_MAX, Config
-from .conn import CLOSED, SOCK_ACCEPTED, TAP_FIN_RCVD, WS_OFFERED, TcpConn
+from .conn import CLOSED, SOCK_ACCEPTED, TAP_FIN_RCVD, TAP_FIN_SENT, WS_OFFERED, TcpConn
 from .output import TcpOut
 from .pace import PACED_WINDOW
 from .table import TcpTable
@@ -98,8 +99,8 @@ POLL_MIN: Final = 0.001  # s between reads of TCP_INFO; the interval grows from 
 POLL_MAX: Final = 1.0  # s, while the peer acknowledges nothing
 PINGPONG_MAX: Final = 3
 PINGPONG: Final = 2  # answers in time after which acknowledgements are delayed
-BULK_MIN: Final = 8192  # bytes: a batch of so many is no request that waits for its answer
 IN_VAIN: Final = -1  # the last delay has passed; who speaks next tells whether the guest has waited for it
+BULK_MIN: Final = 8192  # bytes: a batch of so many is no request that waits for its answer
 TAIL_MAX: Final = 65536  # bytes that may wait for the host peer's acknowledgement; half of them go on waiting
 TAIL_SEGMENTS: Final = 8  # the same, in segments
 NEAR_US: Final = 25  # us, round trip below which a peer is near: a veth pair takes 10, two network cards 50
@@ -169,12 +170,20 @@ class TcpAck:
         """Acknowledge bulk whose acknowledgement was held (`pace.py`)."""
         self.acknowledge(conn, BULK_MIN, False, now)
 
-    def acknowledge_fin(self, conn: TcpConn, now: float) -> None:
-        """The same for FIN and the data before it. An acknowledged FIN may complete the connection."""
+    def acknowledge_fin(self, conn: TcpConn, urgent: bool, now: float) -> None:
+        """The same for FIN and the data before it. An acknowledged FIN may complete the connection.
+
+        `urgent`: data before it filled a hole, or was much.
+        """
         if conn.near:
             conn.rcv_acked = conn.rcv_nxt
-        else:
+        elif conn.events & TAP_FIN_SENT or urgent:
             self.update_rcv_acked(conn)
+        elif not conn.poll_interval:
+            conn.poll_interval = ACK_DELAY
+        if not (conn.events & TAP_FIN_SENT or urgent):
+            self.delay_ack(conn, now)
+            return
         self._out.ack(conn)
         if conn.rcv_acked != conn.rcv_nxt:
             self.delay_ack(conn, now)

@@ -68,6 +68,7 @@ class FakeSocket:
         self.peek_off: int | None = None
         self.peeks = self.looks = 0  # at the data, at TCP_INFO
         self.sent = bytearray()
+        self.sent_more: list[bytes] = []  # what was sent with MSG_MORE
         self.room = 1 << 30  # bytes that send() takes
         self.sndbuf, self.wmem = 4 << 20, 0
         self.info = {MIN_RTT: 10_000, SND_WND: 1 << 20}
@@ -148,7 +149,10 @@ class FakeSocket:
             raise BlockingIOError(errno.EAGAIN, "nothing there")
         return data
 
-    def send(self, data: memoryview) -> int:
+    def send(self, data: memoryview, flags: int = 0) -> int:
+        assert flags in (0, socket.MSG_MORE)
+        if flags:
+            self.sent_more.append(bytes(data))
         return self.sendmsg([data])
 
     def sendmsg(self, parts: list[memoryview]) -> int:

@@ -65,7 +65,7 @@ class Buffer(FakeSocket):
         self.wmem += n
         return n
 
-    def send(self, data: memoryview) -> int:
+    def send(self, data: memoryview, flags: int = 0) -> int:
         return self.sendmsg([data])
 
     def empty(self, n: int) -> None:

@@ -220,6 +220,7 @@ def test_new_data_behind_the_end_is_not_taken() -> None:
     """RFC 9293, 3.10.7.4: it should not occur, and is acknowledged as what came before."""
     talk = open_connection()
     talk.guest(FIN | ACK, b"a")
+    talk.wait(0.05)
     assert talk.taken()[-1].ack == 3
     talk.guest(ACK | PSH, b"more", seq=3)
     assert talk.taken()[-1].ack == 3
@@ -365,5 +366,6 @@ def test_the_end_of_one_direction_closes_nothing() -> None:
     talk = open_connection()
     conn_of(talk).near = True
     talk.guest(FIN | ACK)
+    talk.wait(0.02)
     talk.expect(ACK, ack=2)
     assert talk.sock.shut and not talk.gone

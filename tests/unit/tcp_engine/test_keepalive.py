@@ -231,6 +231,7 @@ def test_the_end_of_the_guests_stream_changes_nothing() -> None:
     """It waits for the end of the other stream, and asks whether its peer lives."""
     talk = idle()
     talk.guest(FIN | ACK)
+    talk.wait(0.05)
     talk.expect(ACK, ack=6)
     talk.now += 45
     heard(talk, 45)
@@ -242,6 +243,7 @@ def test_the_end_of_the_guests_stream_changes_nothing() -> None:
 def test_fin_sent_again_is_no_keepalive() -> None:
     talk = idle()
     talk.guest(FIN | ACK)
+    talk.wait(0.05)
     talk.expect(ACK, ack=6)
     talk.now += 45
     heard(talk, 45)

@@ -12,7 +12,7 @@ import pytest
 from passt.linux.tcpinfo import BYTES_ACKED, MIN_RTT, RTT, SND_WND
 from passt.loop.reactor import EPOLLHUP, EPOLLOUT
 from passt.tcp_engine import sock as tcp_sock
-from passt.tcp_engine.window import GROWN_MAX
+from passt.tcp_engine.window import BULK_MIN, GROWN_MAX
 from passt.wire.tcp import ACK, FIN, PSH, RST, SYN
 from tests.unit.support import GATEWAY4, reactor
 from tests.unit.tcp_support import ALL, FakeSocket, Talk, accepted_connection, fake_sockets, open_connection
@@ -279,6 +279,39 @@ def test_fin_is_acknowledged_when_the_peer_has_it(data: bytes, accepted: bool) -
     assert talk.gone
 
 
+@pytest.mark.parametrize("peer", [GATEWAY4, None])
+def test_the_fin_of_the_host_peer_carries_the_acknowledgement(peer: bytes | None) -> None:
+    """As the kernel's does (tcp_fin())."""
+    talk = open_connection(peer=peer)
+    talk.guest(FIN | ACK, b"farewell")
+    talk.expect_nothing()
+    talk.now += 0.001
+    talk.host(end=True)
+    talk.expect(FIN | ACK, ack=10)
+    talk.guest(ACK)
+    assert talk.gone
+
+
+def test_fin_behind_much_data_is_acknowledged_at_once() -> None:
+    talk = near()
+    talk.guest(FIN | ACK, bytes(BULK_MIN))
+    talk.expect(ACK, ack=2 + BULK_MIN)
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_the_last_bytes_and_fin_make_one_segment(half_closed: bool) -> None:
+    """Where close(2) is what sends FIN, they would wait for the end of the turn."""
+    talk = near()
+    if half_closed:
+        talk.host(end=True)
+        talk.expect(FIN | ACK)
+        talk.guest(ACK)
+    talk.guest(ACK | PSH, b"before")
+    talk.guest(FIN | ACK, b"last")
+    assert talk.sock.sent == b"beforelast"
+    assert talk.sock.sent_more == ([] if half_closed else [b"last"])
+
+
 def test_a_connection_lasts_until_the_guests_fin_is_acknowledged() -> None:
     """Both directions have ended, the guest waits in LAST-ACK."""
     talk = far()
@@ -340,6 +373,7 @@ def test_peer_found_to_be_near_is_not_followed(accepted: bool) -> None:
     talk.guest(ACK | PSH, b"a")
     talk.expect(ACK, ack=2)
     talk.guest(FIN | ACK)
+    talk.wait(0.02)
     talk.expect(ACK, ack=3)
 
 
@@ -537,6 +571,7 @@ def test_a_small_window_of_a_buffer_that_has_emptied_is_enlarged_once() -> None:
 def test_small_window_does_not_matter_behind_fin() -> None:
     talk = small_window()
     talk.guest(FIN | ACK)
+    talk.wait(0.02)
     talk.taken()
     talk.sock.sndbuf, talk.sock.wmem = 1_000_000, 0
     talk.wait(1.0)
