@@ -119,6 +119,7 @@ class Tcp:
         self._in = TcpIn(ctx, self._out, self._acks, self._table)
         self.opening = TcpOpen(ctx, self._features, self._out, self._acks, self._table)
         self._conns = self._table.by_key
+        self._window = 0  # the last one that a guest has advertised
         self.set_class = self._table.set_class
         self.forget_class = self._table.forget_class
         ctx.reactor.handle(TYPE_TCP, self.sock_handler)
@@ -340,7 +341,11 @@ class Tcp:
     ) -> None:
         """The guest acknowledged everything before `una`, and has a window of `window` bytes after it."""
         progress = una != conn.snd_una
-        # Of equal values, one object is kept: each is 32 bytes, of every idle connection.
+        # Of equal values, one object is kept, also for several connections: each is 32 bytes, of every idle one.
+        if window == self._window:
+            window = self._window
+        else:
+            self._window = window
         conn.snd_wnd = window
         if window >= conn.snd_wnd_max:
             conn.snd_wnd_max = window

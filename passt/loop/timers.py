@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import resource
+from array import array
 from collections.abc import Callable
 from typing import Final
 
@@ -30,6 +31,7 @@ NO_TIMER: Final = -1
 POOL_MAX: Final = 4096
 POOL_SHARE: Final = 8
 IDLE_MAX: Final = 128
+SPARE: Final = 256  # descriptors that the table of expirations has room for beyond the last one
 RETRY: Final = 1.0  # s, from a fault of a service to its next attempt
 
 CALLS = calls("timerfd_create", "timerfd_settime", "read", "close")
@@ -98,7 +100,8 @@ class TimerPool:
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
         self._free: list[int] = []
-        self._expiry: dict[int, float] = {}  # descriptor -> when it fires
+        self._expiry = array("d")  # by descriptor: when it fires, 0: it is no timer; 8 bytes each, where a dict has 70
+        self._count = 0
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.most = POOL_MAX if soft == resource.RLIM_INFINITY else min(POOL_MAX, soft // POOL_SHARE)
         self.callback: Callable[[int, float], None] = lambda index, now: None
@@ -111,7 +114,7 @@ class TimerPool:
             fd = self._free.pop()
             self._reactor.retarget(fd, index)
             return fd
-        if len(self._expiry) >= self.most:
+        if self._count >= self.most:
             return NO_TIMER
         try:
             fd = timerfd_create()
@@ -122,7 +125,11 @@ class TimerPool:
         except OSError:
             os.close(fd)
             return NO_TIMER
-        self._expiry[fd] = NEVER
+        expiry = self._expiry
+        if fd >= len(expiry):
+            expiry.extend([0.0] * (fd + 1 - len(expiry) + SPARE))
+        expiry[fd] = NEVER
+        self._count += 1
         return fd
 
     def give_back(self, fd: int) -> None:
@@ -131,7 +138,8 @@ class TimerPool:
             self._reactor.retarget(fd, NO_OWNER)
             self._free.append(fd)
         else:
-            del self._expiry[fd]
+            self._expiry[fd] = 0.0
+            self._count -= 1
             self._reactor.retire(fd, _Descriptor(fd))
 
     def at(self, fd: int, deadline: float) -> None:

@@ -34,7 +34,8 @@ from .conn import RTO_MAX, TcpConn
 GRANULARITY: Final = 0.001  # s, G
 PTO_MIN: Final = 0.010  # s
 PTO_DELAYED_ACK: Final = 0.045  # s, more than Linux delays an acknowledgement, and less than 50 ms
-LOCAL: Final = 0.001  # s: estimates and samples below this have the minimum timeouts, whatever they are
+LOCAL: Final = 0.001  # s: estimates and samples up to this have the minimum timeouts, whatever they are
+_HALF_LOCAL: Final = LOCAL / 2
 
 
 def sample(conn: TcpConn, rtt: float, rto_min: float) -> None:
@@ -43,6 +44,9 @@ def sample(conn: TcpConn, rtt: float, rto_min: float) -> None:
         conn.rttvar += (abs(conn.srtt - rtt) - conn.rttvar) / 4
         conn.srtt += (rtt - conn.srtt) / 8
         conn.min_rtt = min(conn.min_rtt, rtt)
+    elif 0 < rtt <= LOCAL:
+        conn.srtt = conn.min_rtt = LOCAL  # the objects are those of all connections: own ones would cost each 64 bytes
+        conn.rttvar = _HALF_LOCAL
     else:
         conn.srtt = conn.min_rtt = rtt
         conn.rttvar = rtt / 2
