@@ -22,7 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from . import lab as laboratory
 from . import vm
@@ -72,7 +72,8 @@ def relay(delay: float) -> None:
         now = time.monotonic()
         for tap, queue in waiting.items():
             while queue and queue[0][0] <= now:
-                os.write(other[tap], queue.popleft()[1])
+                with suppress(OSError):  # EIO: the interface is not up yet, and what the other one has sent is lost
+                    os.write(other[tap], queue.popleft()[1])
 
 
 def _tap(name: str) -> int:
