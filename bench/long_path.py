@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import fcntl
 import itertools
 import json
@@ -22,7 +23,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 from . import lab as laboratory
 from . import vm
@@ -72,8 +73,16 @@ def relay(delay: float) -> None:
         now = time.monotonic()
         for tap, queue in waiting.items():
             while queue and queue[0][0] <= now:
-                with suppress(OSError):  # EIO: the interface is not up yet, and what the other one has sent is lost
-                    os.write(other[tap], queue.popleft()[1])
+                _write(other[tap], queue.popleft()[1])
+
+
+def _write(tap: int, packet: bytes) -> None:
+    """Write a packet. What comes before the interface is up, such as reports of multicast listeners, is lost."""
+    try:
+        os.write(tap, packet)
+    except OSError as e:
+        if e.errno != errno.EIO:
+            raise
 
 
 def _tap(name: str) -> int:

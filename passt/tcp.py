@@ -323,8 +323,6 @@ class Tcp:
             answer = due or now - conn.t_rx < ACK_DELAY
             if n >= SPARSE:
                 self._out.turns.bulk(now)
-                if conn.min_rtt > LONG_LINK and before - conn.iss <= SPARSE:
-                    widen(conn.sock)
             elif answer and before == conn.snd_una:  # otherwise it is the rest of more
                 self._out.turns.handed_on(now)
             if conn.pingpong < 0:
@@ -391,6 +389,8 @@ class Tcp:
         if conn.events & SOCK_FAILED and conn.events & SOCK_ACCEPTED:
             self._out.ack(conn)  # RST may follow, and would refuse the connection that the guest has accepted
         before = conn.snd_nxt
+        if conn.min_rtt > LONG_LINK:
+            widen(conn.sock)
         if not conn.drained:
             self._to_tap(conn, now)
         elif conn.snd_wnd:
