@@ -77,7 +77,7 @@ def relay(delay: float) -> None:
 
 
 def _write(tap: int, packet: bytes) -> None:
-    """Write a packet. What comes before the interface is up, such as reports of multicast listeners, is lost."""
+    """Write a packet. Packets before the interface is up, such as reports of multicast listeners, are lost."""
     try:
         os.write(tap, packet)
     except OSError as e:
