@@ -139,10 +139,13 @@ def build(options: Options, identity: Identity, names: Follower, path: str | Non
         from ..migration import steps  # noqa: F401
     from ..conf import summary as conf_summary
     from ..link import choose
+    from ..linux import memory
     from ..linux.syscall import CAP_SYS_ADMIN
     from ..ports import sockets as port_sockets
     from . import configure, following, wiring
 
+    if not options.vhost_user:  # which maps memory of a machine, perhaps in huge pages
+        memory.no_huge_pages()
     seccomp.binding()
     if log.trace_on:
         from ..link import trace  # noqa: F401

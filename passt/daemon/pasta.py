@@ -108,6 +108,7 @@ def open_all(
 ) -> tuple[Target, Watch | None, Files]:
     """Open all files that the command line names, and the namespace, or spawn a namespace."""
     from .. import pasta
+    from ..linux import memory
     from ..namespace import init as namespace_init
     from ..namespace import pin
     from ..namespace.watch import Watch
@@ -135,6 +136,7 @@ def open_all(
         command = namespace_init.Command(argv[0], argv, caller) if argv else namespace_init.login_shell(caller)
         target = pasta.spawn(command, identity, options.userns, options.netns_only)
     pin.release()
+    memory.no_huge_pages()  # the command, which was started before, has them
     return target, watch, files
 
 

@@ -70,6 +70,20 @@ def test_standard_streams_and_environment_are_the_commands(pasta: Runner) -> Non
     assert done.stderr.endswith("oops\n")
 
 
+def test_huge_pages_are_the_commands(pasta: Runner) -> None:
+    """Memory of the daemon would come in steps of 2 MiB where the kernel gives them to all."""
+    script = "grep THP_enabled /proc/self/status; read end"
+    running = pasta.start("--", "sh", "-c", script, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert running.stdin is not None
+    assert running.stdout is not None
+    said = running.stdout.readline()
+    status = Path(f"/proc/{running.pid}/status").read_text()
+    running.stdin.close()
+    running.wait(DEADLINE)
+    assert said == b"THP_enabled:\t1\n"
+    assert "THP_enabled:\t0\n" in status
+
+
 def test_login_shell_without_a_command(pasta: Runner) -> None:
     done = pasta.run("--config-net", input="echo $0; ip -br link show lo; exit 5\n", stdin=None)
     assert done.stdout.startswith("-/bin/sh\nlo ")

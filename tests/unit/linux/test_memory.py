@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import resource
 import subprocess
@@ -50,3 +51,33 @@ def test_pages_come_with_what_is_written() -> None:
     unused, used = map(int, done.stdout.split())
     assert unused < 1 << 20
     assert used >= 1 << 24
+
+
+HUGE = """
+from passt.linux.memory import no_huge_pages
+import subprocess
+def enabled(status):
+    return [line.split()[1] for line in status.splitlines() if line.startswith("THP_enabled")]
+before = enabled(open("/proc/self/status").read())
+no_huge_pages()
+print(before, enabled(open("/proc/self/status").read()))
+"""
+
+
+def test_no_huge_pages() -> None:
+    done = subprocess.run([sys.executable, "-c", HUGE], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
+    assert done.stdout == "['1'] ['0']\n"
+
+
+def test_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(code: int) -> None:
+        def prctl(option: int, value: int) -> int:
+            raise OSError(code, "prctl")
+
+        monkeypatch.setattr(memory, "prctl", prctl)
+
+    refuse(errno.EINVAL)
+    memory.no_huge_pages()
+    refuse(errno.EPERM)
+    with pytest.raises(PermissionError):
+        memory.no_huge_pages()
