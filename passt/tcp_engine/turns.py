@@ -53,7 +53,7 @@ PACED: Final = 0.300  # s, the same for bulk of the guest: some keys that are pr
 OVERDUE: Final = 0.0002  # s, from the turn of the message: an exchange takes less, unless it waits for a processor
 PAUSE_MAX: Final = 0.001  # s
 PAUSE_MIN: Final = 0.00005  # s
-CREDIT_RATE: Final = 1 / 5  # s of credit for a second without pause
+CREDIT_RATE: Final = 1 / 2  # s of credit for a second without pause
 PAUSES: Final = 2 * PAUSE_MAX  # s, the most credit
 
 
