@@ -45,6 +45,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--peer", action="append", default=[], metavar="NAME=PATH", help="another checkout, or a build of the original"
     )
     parser.add_argument("--placement", choices=placements(), help="where processes run, instead of as each row says")
+    parser.add_argument(
+        "--congestion", default="cubic", metavar="NAME", help="congestion control of both ends (cubic, Linux's own)"
+    )
     parser.add_argument("--list", action="store_true", help="list rows and contenders")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of an earlier run, measure nothing")
@@ -142,13 +145,13 @@ def run(args: argparse.Namespace, console: Console) -> Report:
             console.print(f"left out: {reason}", style="red")
             contenders.remove(contender)
     least = f"{ROUNDS_AT_LEAST} to " if args.minutes is not None and args.rounds > ROUNDS_AT_LEAST else ""
-    report = Report.new(f"{least}{args.rounds} rounds of {args.seconds:g} s")
+    report = Report.new(f"{least}{args.rounds} rounds of {args.seconds:g} s", args.congestion)
     lines = {row.name: Line.of(row) for row in rows}
     report.lines = list(lines.values())
     named = args.contenders is not None
     end = time.monotonic() + (args.minutes or 0) * 60
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Lab() as lab, Progress(*columns, console=console, transient=True) as progress:
+    with Lab(args.congestion) as lab, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=(ROUNDS_AT_LEAST if args.minutes else args.rounds) * len(rows))
         try:
             for turn, row in rounds(args, rows, lines, end):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -224,8 +225,13 @@ def wait_for(process: subprocess.Popen[str], word: str, timeout: float = 5.0) ->
 
 @dataclass(slots=True)
 class Lab:
-    """Host and peer while the context lasts, and every process started through it."""
+    """Host and peer while the context lasts, and every process started through it.
 
+    `congestion` is the congestion control of senders in host, peer and guests (tcp_congestion_control); empty: as the
+    machine has it. One that paces ("bbr") sends from timers, which interrupt whatever runs.
+    """
+
+    congestion: str = ""
     host: Namespace = field(default_factory=Namespace)
     peer: Namespace = field(default_factory=Namespace)
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
@@ -233,6 +239,8 @@ class Lab:
 
     def __enter__(self) -> Lab:
         self.host.run(["ip", "link", "set", "lo", "up"])
+        if self.congestion:
+            self.host.run(["sh", "-c", self._choose()])
         self.peer = Namespace(self._hold(["--net"]).pid)
         ends = ["eth0", "type", "veth", "peer", "name", "eth0", "netns", str(self.peer.pid)]
         self.host.run(["ip", "link", "add", *ends])
@@ -284,9 +292,14 @@ class Lab:
 
     def _hold(self, flags: Sequence[str]) -> subprocess.Popen[str]:
         """A process that keeps new namespaces open; `flags` are those of unshare(1)."""
-        holder = self.spawn(["unshare", *flags, "sh", "-c", "echo ready; exec sleep infinity"])
+        choose = f"{self._choose()} && " if self.congestion else ""
+        holder = self.spawn(["unshare", *flags, "sh", "-c", f"{choose}echo ready; exec sleep infinity"])
         wait_for(holder, "ready")
         return holder
+
+    def _choose(self) -> str:
+        """A line of the shell for a namespace. Without rights over the machine only some are allowed."""
+        return f"echo {shlex.quote(self.congestion)} >/proc/sys/net/ipv4/tcp_congestion_control"
 
     @contextmanager
     def guest(self) -> Iterator[Namespace]:

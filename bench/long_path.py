@@ -171,6 +171,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--mtus", nargs="+", type=int, default=[65520, 1500, 1280])
     parser.add_argument("--ways", nargs="+", default=["up", "down"], choices=["up", "down"])
     parser.add_argument("--seats", nargs="+", default=[PASTA], choices=SEATS)
+    parser.add_argument("--congestion", default="cubic", metavar="NAME", help="congestion control of both ends")
     return parser.parse_args(argv)
 
 
@@ -182,7 +183,7 @@ def main(argv: list[str]) -> int:
     chosen = [c for c in CONTENDERS if c.name in args.contenders] + [peer(argument) for argument in args.peer]
     vm.prepare({vm.VHOST if seat == VHOST else vm.RELAY for seat in args.seats if seat != PASTA})
     laboratory.enter("bench.long_path", argv)
-    with laboratory.Lab() as lab:
+    with laboratory.Lab(args.congestion) as lab:
         for line in cells(lab, chosen, args):
             print(line, flush=True)
     return 0

@@ -139,13 +139,14 @@ class Report:
     lines: list[Line] = field(default_factory=list)
 
     @classmethod
-    def new(cls, samples: str) -> Report:
-        """An empty report of now and here, with what a cell is made of."""
+    def new(cls, samples: str, congestion: str) -> Report:
+        """An empty report of now and here, with what a cell is made of, and the congestion control of its senders."""
         made = {
             "date": time.strftime("%Y-%m-%d"),
             "kernel": platform.release(),
             "python": platform.python_version(),
             "cores": str(os.cpu_count()),
+            "congestion": congestion,
             "samples": samples,
         }
         return cls(made)

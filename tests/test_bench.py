@@ -147,6 +147,21 @@ def test_folders_of_servers_go_with_the_laboratory() -> None:
     assert not folder.exists()
 
 
+CONGESTION = """
+from bench.lab import Lab
+with Lab("reno") as lab, lab.guest() as guest:
+    for namespace in (lab.host, lab.peer, guest):
+        print(namespace.run(["cat", "/proc/sys/net/ipv4/tcp_congestion_control"]), end="")
+"""
+
+
+def test_congestion_control_of_all_namespaces() -> None:
+    unshare = ["unshare", "-Urnmp", "--mount-proc", "--fork", "--kill-child"]
+    command = [*unshare, sys.executable, "-c", CONGESTION]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("reno\n" * 3, "")
+
+
 @pytest.mark.parametrize(
     ("server", "client", "flows"),
     [("tcp-echo", "tcp-rr", 1), ("tcp-echo", "tcp-rr", 3), ("udp-echo", "udp-rr", 3), ("tcp-answer", "tcp-crr", 2)],
