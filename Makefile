@@ -79,7 +79,7 @@ adversity: ## Transfers over links with faults, latency under load, beside C: do
 	$(PYTHON) -m bench.adversity --contenders loopback --parts curves matrix --only "1500 IPv4" --seed 1 --json $(ADVERSITY)
 	$(PYTHON) -m bench.adversity --contenders ours --parts curves matrix --seed 1 --limit 20 --json $(ADVERSITY) || echo "some did not arrive whole"
 	$(PYTHON) -m bench.adversity --contenders pasta --parts curves matrix --only "1500 IPv4" --seed 1 --limit 8 --json $(ADVERSITY)
-	$(PYTHON) -m bench.adversity --contenders ours pasta --parts latency --rounds 2 --seed 1 --json $(ADVERSITY)
+	$(PYTHON) -m bench.adversity --contenders ours pasta --parts latency --congestion cubic --rounds 2 --seed 1 --json $(ADVERSITY)
 	$(PYTHON) -m bench.adversity --contenders loopback ours pasta --parts stopped --seed 1 --json $(ADVERSITY) || echo "some ends differ"
 	$(PYTHON) -m bench.reliability $(ADVERSITY) docs/reliability.md docs/reliability.png
 

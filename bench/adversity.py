@@ -197,7 +197,8 @@ def told(line: dict[str, Any], run: int) -> str:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.adversity", description=__doc__)
     parser.add_argument("--contenders", nargs="+", default=["ours"], help="ours, pasta, loopback (the kernel alone)")
-    parser.add_argument("--peer", action="append", default=[], type=peer, metavar="NAME=PATH")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--congestion", default="", metavar="NAME", help="congestion control; the machine's by default")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="random if not given")
     parser.add_argument("--sample", type=int, metavar="N", help="only N transfers or cells at each seat")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a transfer may take; %(default)s")
@@ -255,11 +256,16 @@ def _measure_all(lab: Lab, args: argparse.Namespace, contenders: list[Contender]
 def main(argv: list[str]) -> int:
     """Measure; the exit status."""
     args = _parse(argv)
+    try:
+        peers = [peer(argument) for argument in args.peer]
+    except LabError as e:
+        print(f"adversity: {e}", file=sys.stderr)
+        return 2
     if {"stopped", "latency"} & set(args.parts):
         vm.prepare({vm.RELAY, vm.VHOST})
     enter("bench.adversity", [*argv, "--seed", str(args.seed)])
     contenders: list[Contender] = []
-    for contender in [c for c in CONTENDERS if c.name in args.contenders] + args.peer:
+    for contender in [c for c in CONTENDERS if c.name in args.contenders] + peers:
         if why := contender.missing():
             print(f"{contender.name} is left out: {why}")
         else:
@@ -269,7 +275,7 @@ def main(argv: list[str]) -> int:
     begin = time.monotonic()
     found = progress.found
     try:
-        with Lab() as lab:
+        with Lab(args.congestion) as lab:
             _measure_all(lab, args, contenders, progress)
     finally:
         ends = found["stopped"]

@@ -28,6 +28,7 @@ from .adverse_latency import BULKS, COUNTS, merged
 from .adversity import FAMILIES, FAULTS, LOSSES, MODES, MTUS, ROUND_TRIPS, WAYS
 
 MARKERS = ("<!-- adversity: made by `make adversity` -->", "<!-- end of adversity -->")
+NEWER, NEWER_NAME = "newer", "newer C"  # a peer in the part `latency`
 NAMES = {"direct": "direct", "ours": "ours", "pasta": "C"}  # contenders, and their names in tables
 COLOURS = {"direct": "#777777", "ours": "#1f77b4", "pasta": "#d62728"}
 LOSS, ROUND_TRIP = "curve: loss ", "curve: round trip "
@@ -42,7 +43,7 @@ and of a transfer less the stops.
 """
 LATENCY = """
 Milliseconds of an exchange: p50, p99, and the rate of the flow beside it in Gbit/s. *direct* has no link, so no MTU. A
-key press is an exchange of 36 bytes, as of ssh, each 50 ms after the last.
+key press is an exchange of 36 bytes, as of ssh, each 50 ms after the last. Both ends have cubic for congestion control.
 
 """
 DIRECTIONS = ("up", "down")
@@ -128,8 +129,10 @@ def curve_table(transfers: list[Result], begin: str, values: Iterable[float], un
 def latency_table(latencies: list[Result], mtu: int, family: str) -> str:
     """p50 and p99 in milliseconds of each exchange beside each bulk flow."""
     seats = [("ours", "pasta"), ("pasta", "pasta"), ("ours", "passt"), ("pasta", "passt"), ("ours", "vhost-user")]
-    head = ["exchange", "bulk flow", "direct", *(f"{NAMES[name]}, {mode}" for name, mode in seats)]
     those = [r for r in latencies if r["family"] == family and r["mtu"] in (0, mtu)]
+    if any(r["contender"] == NEWER for r in those):
+        seats += [(NEWER, mode) for mode in ("pasta", "passt", "vhost-user")]
+    head = ["exchange", "bulk flow", "direct", *(f"{NAMES.get(name, NEWER_NAME)}, {mode}" for name, mode in seats)]
     found = {(r["kind"], r["bulk"], r["contender"], r["mode"]): r for r in merged(those)}
     rows = []
     measured = {(r["kind"], r["bulk"]) for r in those}
