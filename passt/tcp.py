@@ -322,9 +322,9 @@ class Tcp:
                 conn.rtt_end, conn.rtt_at = conn.snd_nxt, now
             answer = due or now - conn.t_rx < ACK_DELAY
             if n >= SPARSE:
-                self._out.turns.bulk(now)
+                self._out.turns.bulk(conn.index, now)
             elif answer and before == conn.snd_una:  # otherwise it is the rest of more
-                self._out.turns.handed_on(now)
+                self._out.turns.handed_on(conn.index, now)
             if conn.pingpong < 0:
                 conn.pingpong = 0
             if answer and conn.pingpong < PINGPONG_MAX:

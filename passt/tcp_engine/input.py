@@ -113,9 +113,9 @@ class TcpIn:
         conn.t_rx = now
         conn.rcv_refused = taken < wanted
         if taken >= SPARSE:
-            self._turns.bulk(now)
+            self._turns.bulk(conn.index, now)
         elif conn.pingpong > 0 and taken:
-            self._turns.handed_on(now)
+            self._turns.handed_on(conn.index, now)
         if taken and conn.pingpong < 0:
             self._acks.delay_was_in_vain(conn, now)
         if conn.rcv_refused:

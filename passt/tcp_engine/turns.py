@@ -26,6 +26,9 @@ flow moves. For LIGHT from then on:
   meanwhile waits for that much;
 - where no other message has come OVERDUE after the last one, bulk pauses until one comes, or for PAUSE_MAX.
 
+A message of a bulk flow itself does not count, such as the end of a read that its window cut short: the flow would slow
+itself down. What else is in its stream waits for that in any case.
+
 The pause is for the process that the message has woken up. On processors which the daemon and both ends of a bulk flow
 keep busy, it waits until one of them has used up its time, some milliseconds. This process is one of them: with bulk to
 send it never sleeps. When it does, there is a processor. Pauses take CREDIT_RATE of the other time at most (`_credit`),
@@ -49,6 +52,7 @@ SPARSE: Final = 1 << 14  # bytes
 LIGHT_TURN: Final = TURN_MAX >> 1  # bytes, beside a light flow: one peek
 CUT_TURN: Final = 1 << 17  # bytes, the same where super-frames are cut: 0.4 ms at an MTU of 1500
 LIGHT: Final = 0.020  # s, and the time for which a flow that sent SPARSE bytes or more at once is bulk
+BULKS_MAX: Final = 256  # connections that are known as bulk
 PACED: Final = 0.300  # s, the same for bulk of the guest: some keys that are pressed are so far apart
 OVERDUE: Final = 0.0002  # s, from the turn of the message: an exchange takes less, unless it waits for a processor
 PAUSE_MAX: Final = 0.001  # s
@@ -74,6 +78,7 @@ class Turns:
         self._timer = self._timers.new(self._pause_over)
         self._most = TURN_MAX  # bytes in a turn
         self._bulk_until = 0.0
+        self._bulk_at: dict[int, float] = {}  # by index: when the connection was bulk, for as many as there may be
         self._light_until = 0.0
         self._handed_on_at = 0.0  # the last message, if nothing has followed it yet
         self._paused_at = 0.0  # 0: bulk is not paused
@@ -113,16 +118,19 @@ class Turns:
                 return
         self.resume(now)
 
-    def bulk(self, now: float) -> None:
-        """SPARSE bytes or more were handed on at once, to either side."""
+    def bulk(self, index: int, now: float) -> None:
+        """SPARSE bytes or more of connection `index` were handed on at once, to either side."""
         self._bulk_until = now + LIGHT
+        if len(self._bulk_at) >= BULKS_MAX:
+            self._bulk_at.clear()
+        self._bulk_at[index] = now
         if self._queues_little and now > self.paced_until:
             self._queues_little = False
             self._link.queue_little(False)
 
-    def handed_on(self, now: float) -> None:
-        """A request or an answer of few bytes was handed on."""
-        if now > self._bulk_until:
+    def handed_on(self, index: int, now: float) -> None:
+        """Few bytes of connection `index` were handed on: a request or an answer, unless they are a part of its bulk."""
+        if now > self._bulk_until or now - self._bulk_at.get(index, -LIGHT) <= LIGHT:
             return
         self.paced_until = now + PACED
         if not self._queues_little:

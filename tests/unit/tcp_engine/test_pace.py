@@ -76,6 +76,27 @@ def test_beside_a_message_bulk_is_acknowledged_later() -> None:
     upload.talk.expect_nothing()
 
 
+def test_the_rest_of_an_answer_does_not_slow_the_answer_down() -> None:
+    """A server in the guest answers a request by much, some of it in batches that its window has cut short."""
+    upload = Upload(beside=False)
+    upload.conn.pingpong = 1
+    for _ in range(4):
+        upload.bytes_come(BATCH[:4000])
+        upload.bytes_come()
+    assert upload.talk.tcp._out.turns.paced_until == 0.0
+    assert upload.talk.taken()[-1].ack == 1 + 5 * SPARSE + 4 * 4000
+    assert upload.window() > PACED_WINDOW
+    upload.talk.wait(LIGHT * 1.1)
+    upload.bytes_come(BATCH[:1])
+    upload.talk.taken()
+    upload.request()
+    assert upload.talk.tcp._out.turns.paced_until == 0.0, "neither is beside bulk"
+    upload.bytes_come()
+    upload.talk.taken()
+    upload.request()
+    assert upload.talk.tcp._out.turns.paced_until > upload.talk.now, "this one is"
+
+
 def test_all_that_comes_meanwhile_has_one_acknowledgement() -> None:
     upload = Upload()
     for _ in range(3):

@@ -10,6 +10,7 @@ from passt.loop.reactor import EPOLLIN
 from passt.tcp_engine.conn import TcpConn
 from passt.tcp_engine.output import PEEK_MAX
 from passt.tcp_engine.turns import (
+    BULKS_MAX,
     CREDIT_RATE,
     CUT_TURN,
     LIGHT,
@@ -399,7 +400,7 @@ def test_a_link_queues_little_beside_messages(monkeypatch: pytest.MonkeyPatch) -
 
     def later(seconds: float) -> None:
         party.talk.now += seconds
-        turns.bulk(party.talk.now)
+        turns.bulk(party.conns[0].index, party.talk.now)
 
     later(PACED * 1.1)
     assert told == [False], "no more messages"
@@ -419,6 +420,30 @@ def test_a_download_in_small_parts_is_no_light_flow() -> None:
     party.talk.now += 0.005
     party.arrive(1, 1000)
     assert not party.talk.tcp._out.turns.light
+
+
+def test_an_answer_in_the_stream_of_a_download_is_none_beside_it() -> None:
+    party = Party(1)
+    party.arrive(0, 2 * SPARSE)
+    conn = party.conns[0]
+    party.talk.now += LIGHT / 2
+    conn.snd_una, conn.ack_due = conn.snd_nxt, True
+    party.arrive(0, 1)
+    assert party.sent() == [1] and not party.talk.tcp._out.turns.light
+    party.talk.now += LIGHT * 0.6
+    party.talk.tcp._out.turns.bulk(7, party.talk.now)
+    conn.snd_una, conn.ack_due = conn.snd_nxt, True
+    party.arrive(0, 1)
+    assert party.talk.tcp._out.turns.light, "the download has been over for a while, and another flow is bulk"
+
+
+def test_no_more_bulk_flows_are_known_than_there_is_room_for() -> None:
+    turns = Party(1).talk.tcp._out.turns
+    for index in range(3 * BULKS_MAX):
+        turns.bulk(index, 100.0)
+        assert len(turns._bulk_at) <= BULKS_MAX
+    turns.handed_on(3 * BULKS_MAX - 1, 100.0)
+    assert not turns.light
 
 
 # Borders -------------------------------------------------------------------------------------------------------------
