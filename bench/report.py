@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import textwrap
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -283,4 +284,5 @@ def fill(page: Path, report: Report) -> None:
     if not found or not end:
         raise ValueError(f"{page} has no place for figures")
     made = ", ".join(f"{key} {value}" for key, value in report.made.items())
-    page.write_text(f"{before}{found}\n{markdown(report)}\nMade with: {made}.\n\n{end}{after}")
+    made = textwrap.fill(f"Made with: {made}.", 120)
+    page.write_text(f"{before}{found}\n{markdown(report)}\n{made}\n\n{end}{after}")

@@ -27,7 +27,7 @@ flow moves. For LIGHT from then on:
 - where no other message has come OVERDUE after the last one, bulk pauses until one comes, or for PAUSE_MAX.
 
 A message of a bulk flow itself does not count, such as the end of a read that its window cut short: the flow would slow
-itself down. What else is in its stream waits for that in any case.
+itself down. The rest of its stream waits for that in any case.
 
 The pause is for the process that the message has woken up. On processors which the daemon and both ends of a bulk flow
 keep busy, it waits until one of them has used up its time, some milliseconds. This process is one of them: with bulk to
