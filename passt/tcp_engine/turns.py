@@ -129,7 +129,7 @@ class Turns:
             self._link.queue_little(False)
 
     def handed_on(self, index: int, now: float) -> None:
-        """Few bytes of connection `index` were handed on: a request or an answer, unless they are a part of its bulk."""
+        """Few bytes of connection `index` were handed on: a request or an answer, unless they are part of its bulk."""
         if now > self._bulk_until or now - self._bulk_at.get(index, -LIGHT) <= LIGHT:
             return
         self.paced_until = now + PACED

@@ -65,7 +65,8 @@ print(before, enabled(open("/proc/self/status").read()))
 
 
 def test_no_huge_pages() -> None:
-    done = subprocess.run([sys.executable, "-c", HUGE], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", HUGE], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "['1'] ['0']\n"
 
 
