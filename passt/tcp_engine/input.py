@@ -121,7 +121,8 @@ class TcpIn:
         if conn.rcv_refused:
             self._put_back(conn, payload, taken, rcv_nxt, fin)
         elif fin:
-            self._fin_received(conn, must_ack or taken >= BULK_MIN, now)
+            # Of more than a segment at once, as in __tcp_ack_snd_check(): the guest would probe after two round trips
+            self._fin_received(conn, must_ack or taken > conn.mss or taken >= BULK_MIN, now)
             return
         elif taken >= SPARSE and now < self._turns.paced_until and not must_ack:
             self._pace.hold(conn, now)

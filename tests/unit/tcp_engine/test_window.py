@@ -298,6 +298,18 @@ def test_fin_behind_much_data_is_acknowledged_at_once() -> None:
     talk.expect(ACK, ack=2 + BULK_MIN)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_fin_behind_more_than_a_segment_is_acknowledged_at_once(more: int) -> None:
+    """The guest has two in flight then, and probes for a loss long before its time-out (RFC 8985, 7.2)."""
+    talk = near()
+    (conn,) = talk.tcp._conns.values()
+    assert conn.mss + 1 < BULK_MIN
+    talk.guest(FIN | ACK, bytes(conn.mss + more))
+    if more:
+        talk.expect(ACK, ack=2 + conn.mss + more)
+    talk.expect_nothing()
+
+
 @pytest.mark.parametrize("half_closed", [False, True])
 def test_the_last_bytes_and_fin_make_one_segment(half_closed: bool) -> None:
     """Where close(2) is what sends FIN, they would wait for the end of the turn."""
