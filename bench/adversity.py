@@ -256,11 +256,7 @@ def _measure_all(lab: Lab, args: argparse.Namespace, contenders: list[Contender]
 def main(argv: list[str]) -> int:
     """Measure; the exit status."""
     args = _parse(argv)
-    try:
-        peers = [peer(argument) for argument in args.peer]
-    except LabError as e:
-        print(f"adversity: {e}", file=sys.stderr)
-        return 2
+    peers = [peer(argument) for argument in args.peer]
     if {"stopped", "latency"} & set(args.parts):
         vm.prepare({vm.RELAY, vm.VHOST})
     enter("bench.adversity", [*argv, "--seed", str(args.seed)])
@@ -297,4 +293,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except LabError as e:
+        raise SystemExit(f"bench: {e}") from None

@@ -240,7 +240,11 @@ class Lab:
     def __enter__(self) -> Lab:
         self.host.run(["ip", "link", "set", "lo", "up"])
         if self.congestion:
-            self.host.run(["sh", "-c", self._choose()])
+            try:
+                self.host.run(["sh", "-c", self._choose()])
+            except LabError as e:
+                known = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().strip()
+                raise LabError(f"--congestion {self.congestion}: the kernel refuses it here, of {known}") from e
         self.peer = Namespace(self._hold(["--net"]).pid)
         ends = ["eth0", "type", "veth", "peer", "name", "eth0", "netns", str(self.peer.pid)]
         self.host.run(["ip", "link", "add", *ends])

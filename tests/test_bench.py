@@ -163,6 +163,22 @@ def test_congestion_control_of_all_namespaces() -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--only", "tcp-rr-1", "--contenders", "loopback"],
+        ["bench.long_path", "--contenders", "ours"],
+        ["bench.adversity", "--parts", "latency"],
+    ],
+)
+def test_a_congestion_control_that_is_none_is_one_line(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", *arguments, "--congestion", "tahoe"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench: --congestion tahoe: the kernel refuses it here, of reno ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("server", "client", "flows"),
     [("tcp-echo", "tcp-rr", 1), ("tcp-echo", "tcp-rr", 3), ("udp-echo", "udp-rr", 3), ("tcp-answer", "tcp-crr", 2)],
 )
