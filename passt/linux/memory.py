@@ -10,9 +10,9 @@ daemons of some MiB each stand on one host, and none of them has data that would
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 
+from .. import log
 from .syscall import PR_SET_THP_DISABLE, prctl
 
 _new = ctypes.pythonapi.PyByteArray_FromStringAndSize
@@ -40,10 +40,9 @@ def zeros(size: int) -> bytearray:
 def no_huge_pages() -> None:
     """Let this process, and those that it starts from now on, have transparent huge pages no more (PR_SET_THP_DISABLE).
 
-    A kernel that does not know of them goes on. Raises OSError.
+    A kernel or a sandbox around this program that refuses costs memory, and no more.
     """
     try:
         prctl(PR_SET_THP_DISABLE, 1)
     except OSError as e:
-        if e.errno != errno.EINVAL:
-            raise
+        log.debug(f"Couldn't do without transparent huge pages: {e.strerror}")
